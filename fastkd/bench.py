@@ -1,0 +1,42 @@
+"""``python -m fastkd.bench NAME …``: benchmarks to run on one's own machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd import cli, console, recipe
+
+
+def savings(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds each way is trained with.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Where runs and savings.json go.")] = None,
+) -> None:
+    """Train the recipe's student and, in the same loop, vanilla KD's and the baselines'; print what each cost.
+
+    Example: python -m fastkd.bench savings recipes/quickstart.yaml --seeds 3
+    """
+    from fastkd.benchmarks import savings as benchmark
+
+    resolved = recipe.load(path, overrides or ())
+    out = out or Path(resolved.train.runs_dir) / f"savings-{resolved.name}"
+    report = benchmark.measure(resolved, out, seeds=seeds, source=Path(path))
+    console.show(benchmark.table(report))
+    teacher = report["teacher_training_s"]
+    if teacher is not None:
+        console.say(
+            f"outside the table: training the teacher took {teacher:.1f} s (top-1 {report['teacher_top1']:.2%})"
+        )
+    console.say(
+        f"outside the table: filling the compilers' caches took {report['cold_compile_s']:.1f} s, once per machine"
+    )
+    env = report["environment"]
+    console.say(f"machine: {env['cpu']}, {env['usable_cores']} cores, {env['gpu'] or 'no GPU'}, {env['precision']}")
+    console.say(report["conclusion"])
+    console.say(f"written: {out / 'savings.json'}")
+
+
+if __name__ == "__main__":
+    cli.run(savings, named=True)

@@ -1,0 +1,89 @@
+"""What a person sees: one look for all commands, and plain timestamped lines where there is no terminal."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_EVERY_S = 10.0
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Update = Callable[[int, str], None]
+"""``update(done, info)``: how many are done by now, and a few words beside the bar."""
+
+
+def say(message: str) -> None:
+    """Print a line of what is going on."""
+    if out.is_terminal:
+        out.print(message, markup=False)
+    else:
+        out.print(f"{datetime.now():%H:%M:%S} {message}", markup=False)
+
+
+def heading(message: str) -> None:
+    """Announce a stage."""
+    if out.is_terminal:
+        out.print(f"\n[bold]{message}[/bold]")
+    else:
+        say(f"== {message}")
+
+
+def show(table: Table) -> None:
+    """Print a table."""
+    out.print(table, soft_wrap=False)
+
+
+def warn(message: str) -> None:
+    """Print a warning to stderr."""
+    err.print(f"warning: {message}", markup=False, style="yellow")
+
+
+def error(message: str) -> None:
+    """Print an error to stderr."""
+    err.print(f"error: {message}", markup=False, style="red")
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, unit: str = "images") -> Iterator[Update]:
+    """Show how far a long task is: a bar with rate and ETA on a terminal, else a line every 10 s."""
+    start = time.monotonic()
+
+    def rate(done: int) -> float:
+        return done / max(time.monotonic() - start, 1e-9)
+
+    if out.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[info]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=out) as bar:
+            task = bar.add_task(label, total=total, info="")
+
+            def move(done: int, info: str) -> None:
+                bar.update(task, completed=done, info=f"{rate(done):,.0f} {unit}/s {info}")
+
+            yield move
+        return
+
+    last = start
+
+    def line(done: int, info: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY_S and done:
+            last = now
+            eta = (total - done) / max(rate(done), 1e-9)
+            say(f"{label}: {done:,}/{total:,} {rate(done):,.0f} {unit}/s, {eta:,.0f} s left {info}".rstrip())
+            sys.stdout.flush()
+
+    yield line

@@ -1,0 +1,564 @@
+"""Writing .beton files: FFCV's format 2, by processes that cannot hang.
+
+FFCV's own writer waits for ever when a sample raises, a worker is killed or the disk is full, leaves a segment in
+/dev/shm, and a half-written file loads without an error. So its format is written here: a header, the fields, a row
+of metadata per sample, pages of image bytes, and the table of where each image lies. (The format is spelled out rather
+than imported because `import ffcv` takes 11 s; a test holds it against FFCV's.)
+
+Three levels of processes: the caller (`write_betons`) watches one child, which forks workers. Each worker takes chunks
+of samples, fills pages of its own and writes them where it booked them; what they find out goes into memory shared by
+all, one record per sample.
+"""
+
+import contextlib
+import errno
+import mmap
+import multiprocessing as mp
+import os
+import shutil
+import struct
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import xxhash
+from PIL import ImageFile, UnidentifiedImageError
+
+from fastkd.data import watched
+from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode
+from fastkd.data.source import MapDataset, Writer, WriterOptions, load_writer
+from fastkd.errors import FastkdError, InputError
+
+SPLITS = ("train", "val")
+Progress = Callable[[str, int, int], None]
+"""``progress(split, done, total)``."""
+
+# FFCV's format 2. Fields: (name, type id); 2 is RGBImageField, 1 IntField.
+VERSION = 2
+FIELDS = (("image", 2), ("label", 1), ("sample_id", 1))
+HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+FIELD = np.dtype([("type_id", "<u1"), ("name", ("<u1", 16)), ("arguments", ("<u1", (1024,)))], align=True)
+IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+METADATA = np.dtype([("", IMAGE), ("", "<i8"), ("", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+
+PAGE_BYTES = 8 << 20
+MAX_PAGE_BYTES = 1 << 31  # the largest power of two that fits the header's uint32
+
+# What workers find out, in shared memory: one row per sample of the source.
+_RECORD = np.dtype(
+    [
+        ("state", "u1"),
+        ("mode", "u1"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("ptr", "<u8"),
+        ("size", "<u8"),
+        ("label", "<i8"),
+        ("digest", "u1", (16,)),
+    ]
+)
+_CONTENT = np.dtype([("sample_id", "<i8"), ("label", "<i8"), ("digest", "u1", (16,))])
+_STORED, _SKIPPED = 1, 2
+_NEXT, _END, _CURRENT = 0, 1, 2  # shared integers: next sample, end of the file, then what each worker is at
+_CHUNK = 64
+_REPORT_EVERY_S = 0.1
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class Split:
+    """What was written of one split.
+
+    Attributes
+    ----------
+    content_hash : str
+        xxh3-128 over (sample_id, label, xxh3-128 of image bytes and shape) in the order of sample_id: the same for any
+        number of workers, which the file's bytes are not.
+    max_height, max_width : int
+        Of the largest image, in pixels.
+    fixed_size : tuple of int or None
+        (height, width) if all images have it.
+    mean, std : list of float
+        Per channel, of the stored pixels scaled to 0…1; from exact integer sums.
+    skipped : list of dict
+        Corrupt images that were left out: split, index in the source, its description, reason.
+    """
+
+    count: int
+    content_hash: str
+    class_counts: list[int]
+    max_height: int
+    max_width: int
+    fixed_size: tuple[int, int] | None
+    mean: list[float]
+    std: list[float]
+    skipped: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_betons` wrote."""
+
+    classes: list[str]
+    splits: dict[str, Split]
+
+
+def write_betons(writer: Writer, options: WriterOptions, directory: Path, progress: Progress | None = None) -> Written:
+    """Write ``train.beton`` and ``val.beton`` of a writer's source into `directory`.
+
+    The work is done in a process of its own: the caller neither hangs nor leaves anything behind, whatever happens to
+    that process, its workers or the disk.
+
+    Raises
+    ------
+    InputError
+        The source is not as expected: missing, a corrupt image, a wrong label, a class without samples ….
+    FastkdError
+        The disk is full, a process was killed, or the writer raised something else.
+    """
+    request = (writer.name, options.model_dump(mode="json"), str(directory))
+    try:
+        return watched.call(
+            "the writing process",
+            "fastkd.data.beton:write_here",
+            request,
+            lambda report: progress(*report) if progress else None,
+        )
+    except BaseException:
+        for split in SPLITS:
+            (directory / f"{split}.beton").unlink(missing_ok=True)
+        raise
+
+
+def write_here(request: tuple[str, dict[str, Any], str], report: watched.Report) -> Written:
+    """Read the source and write its splits, in this process and workers forked from it.
+
+    `request` is (name of the writer, its options, directory); `report` gets (split, done, total).
+    """
+    name, values, directory = request
+    writer = load_writer(name)
+    options = writer.options(values)
+    try:
+        source = writer.read(options)
+    except FastkdError:
+        raise
+    except BaseException as error:
+        raise FastkdError(f"writer {name}: read() failed: {watched.describe_error(error)[1]}") from error
+    datasets, classes = _check_source(name, source)
+    splits = {}
+    for split in SPLITS:
+        file = Path(directory) / f"{split}.beton"
+        splits[split] = _write_split(file, split, datasets[split], len(classes), options, report)
+        if split == "train":
+            empty = [classes[k] for k, n in enumerate(splits[split].class_counts) if n == 0]
+            if empty:
+                more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+                raise InputError(
+                    f"writer {name}: no sample in train of {', '.join(map(repr, empty[:5]))}{more}: "
+                    "every class needs at least one; leave such classes out of the class names"
+                )
+    return Written(classes, splits)
+
+
+def _check_source(name: str, source: Any) -> tuple[Mapping[str, MapDataset], list[str]]:
+    def wrong(what: str) -> InputError:
+        return InputError(f"writer {name}: read() returned {what}")
+
+    if not (isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping)):
+        raise wrong(f"{type(source).__name__}; expected ({{'train': …, 'val': …}}, class names)")
+    datasets, classes = source[0], list(source[1])
+    if unknown := [str(s) for s in datasets if s not in SPLITS]:
+        raise wrong(f"the unknown split {', '.join(map(repr, unknown))}; the splits are 'train' and 'val'")
+    for split in SPLITS:
+        if split not in datasets:
+            raise wrong(f"no split {split!r}; both 'train' and 'val' are needed")
+        if not isinstance(datasets[split], MapDataset):
+            raise wrong(f"a {split!r} of type {type(datasets[split]).__name__}, without __len__ and __getitem__")
+        if len(datasets[split]) == 0:
+            raise wrong(f"an empty split {split!r}")
+    if not all(isinstance(c, str) for c in classes) or len(set(classes)) < max(2, len(classes)):
+        raise wrong(f"the class names {classes[:10]}; expected at least two, all different, each a str")
+    return datasets, classes
+
+
+# One split -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the workers of one split share; inherited by fork."""
+
+    file: Path
+    split: str
+    dataset: MapDataset
+    num_classes: int
+    options: WriterOptions
+    records: np.ndarray  # _RECORD [N]
+    shared: np.ndarray  # int64 [2 + workers]
+    lock: Any
+
+    def where(self, index: int) -> str:
+        """Name a sample of the source."""
+        describe = getattr(self.dataset, "describe", None)
+        return f"{self.split} sample {index}" + (f" ({describe(index)})" if callable(describe) else "")
+
+
+@dataclass
+class _Worker:
+    process: Any
+    channel: Connection
+    moments: tuple[int, ...] | None = None  # known when it has finished
+
+
+@dataclass
+class _Tally:
+    done: int = 0
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _write_split(
+    file: Path, split: str, dataset: MapDataset, num_classes: int, options: WriterOptions, report: watched.Report
+) -> Split:
+    total = len(dataset)
+    num_workers = min(options.workers or _usable_cores(), total)
+    context = mp.get_context("fork")  # data sets need not be picklable
+    job = _Job(
+        file,
+        split,
+        dataset,
+        num_classes,
+        options,
+        _shared_array(_RECORD, total),
+        _shared_array(np.dtype(np.int64), _CURRENT + num_workers),
+        context.Lock(),
+    )
+    job.shared[_END] = _data_start(total)
+    with _storage_errors(job):
+        file.touch(exist_ok=False)
+
+    workers: list[_Worker] = []
+    try:
+        for number in range(num_workers):
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(job, number, theirs, os.getpid()))
+            process.start()
+            theirs.close()  # so that the end of the worker ends the channel
+            workers.append(_Worker(process, ours))
+        skipped = _watch(workers, job, report, total)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+    moments = [sum(values) for values in zip(*(w.moments for w in workers if w.moments), strict=True)]
+    return _finish(job, moments, skipped)
+
+
+def _watch(workers: Sequence[_Worker], job: _Job, report: watched.Report, total: int) -> list[dict[str, Any]]:
+    """Listen to the workers until all have finished; raise what one of them reports, or that one of them died."""
+    tally = _Tally()
+    reported = 0.0
+    running = list(workers)
+    while running:
+        ready = set(wait([w.channel for w in running] + [w.process.sentinel for w in running]))
+        for worker in list(running):
+            dead = worker.process.sentinel in ready  # looked at first: what it sent before is then all there
+            for kind, value in _messages(worker.channel):
+                if kind == "done":
+                    tally.done += value
+                elif kind == "skipped":
+                    tally.skipped.append(value)
+                elif kind == "finished":
+                    worker.moments = value
+                    running.remove(worker)
+                else:
+                    raise (InputError if kind == "InputError" else FastkdError)(value)
+            if dead and worker.moments is None:
+                worker.process.join()
+                at = job.where(int(job.shared[_CURRENT + workers.index(worker)]))
+                raise FastkdError(f"{at}: the worker at it {watched.how_it_ended(worker.process.exitcode)}")
+        if time.monotonic() - reported > _REPORT_EVERY_S or not running:
+            reported = time.monotonic()
+            report((job.split, tally.done, total))
+    return sorted(tally.skipped, key=lambda s: s["index"])
+
+
+def _messages(channel: Connection) -> Iterator[tuple[str, Any]]:
+    with contextlib.suppress(EOFError, ConnectionError):
+        while channel.poll():
+            yield channel.recv()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _shared_array(dtype: np.dtype, length: int) -> np.ndarray:
+    # Anonymous: shared with forked workers, gone with the last of them, never a name in /dev/shm.
+    return np.frombuffer(mmap.mmap(-1, dtype.itemsize * length), dtype)
+
+
+# In a worker ---------------------------------------------------------------------------------------------------------
+
+
+def _work(job: _Job, number: int, channel: Connection, parent: int) -> None:
+    watched.die_with(parent)
+    cv2.setNumThreads(0)  # one worker a core
+    warnings.filterwarnings("ignore", module="PIL")  # what matters is an error, with the sample's name
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    outcome: tuple[str, Any]
+    try:
+        outcome = "finished", _write_chunks(job, number, channel)
+    except BaseException as error:
+        outcome = watched.describe_error(error)
+    with contextlib.suppress(BrokenPipeError):  # nobody left to tell
+        channel.send(outcome)
+
+
+def _write_chunks(job: _Job, number: int, channel: Connection) -> tuple[int, ...]:
+    """Store chunk after chunk until none is left; return the sums over all pixels."""
+    total = len(job.records)
+    chunk = max(1, min(_CHUNK, total // (8 * (len(job.shared) - _CURRENT))))
+    moments = [0] * 6
+    with _storage_errors(job):
+        pages = _Pages(job)
+    while True:
+        with job.lock:
+            start = int(job.shared[_NEXT])
+            job.shared[_NEXT] = stop = min(start + chunk, total)
+        if start == stop:
+            break
+        for index in range(start, stop):
+            job.shared[_CURRENT + number] = index
+            try:
+                stored, label = _sample(job, index)
+            except CorruptImageError as error:
+                if job.options.on_error == "fail":
+                    hint = "replace or delete it, or leave such images out with on_error=skip"
+                    raise InputError(f"{job.where(index)}: {error}; {hint}") from None
+                job.records[index]["state"] = _SKIPPED
+                channel.send(("skipped", _skipped(job, index, error)))
+                continue
+            with _storage_errors(job):
+                ptr = pages.put(stored.data)
+            shape = stored.height, stored.width
+            digest = xxhash.xxh3_128(struct.pack("<BHH", stored.mode, *shape))
+            digest.update(stored.data.data)
+            raw_digest = np.frombuffer(digest.digest(), np.uint8)
+            record = (_STORED, stored.mode, stored.width, stored.height, ptr, stored.data.size, label, raw_digest)
+            job.records[index] = record
+            moments = [a + b for a, b in zip(moments, stored.moments, strict=True)]
+        channel.send(("done", stop - start))
+    with _storage_errors(job):
+        pages.flush()
+    return tuple(moments)
+
+
+def _sample(job: _Job, index: int) -> tuple[Stored, int]:
+    """Read, check and encode one sample."""
+    try:
+        sample = job.dataset[index]
+    except UnidentifiedImageError as error:  # a data set that opens its images itself
+        raise CorruptImageError(f"corrupt image: {error}") from None
+    except FastkdError:
+        raise
+    except BaseException as error:
+        raise FastkdError(f"{job.where(index)}: reading it raised {watched.describe_error(error)[1]}") from error
+    try:
+        if not (isinstance(sample, tuple | list) and len(sample) == 2):
+            raise WrongSampleError(f"the data set yields a {type(sample).__name__}: expected (image, label)")
+        label = check_label(sample[1], job.num_classes)
+        stored = encode(sample[0], job.options)
+        if stored.data.size > MAX_PAGE_BYTES:
+            raise WrongSampleError(
+                f"{stored.height}×{stored.width} takes {stored.data.size} bytes, and FFCV holds at most "
+                f"{MAX_PAGE_BYTES}; set max_resolution, or mode=jpg"
+            )
+    except WrongSampleError as error:
+        raise InputError(f"{job.where(index)}: {error}") from None
+    except MemoryError:
+        raise FastkdError(
+            f"{job.where(index)}: not enough memory to decode it; use fewer workers (workers=1)"
+        ) from None
+    return stored, label
+
+
+def _skipped(job: _Job, index: int, error: Exception) -> dict[str, Any]:
+    describe = getattr(job.dataset, "describe", None)
+    name = describe(index) if callable(describe) else None
+    return {"split": job.split, "index": index, "description": name, "reason": str(error)}
+
+
+class _Pages:
+    """Where a worker puts image bytes: one page at a time, booked at the end of the file that all share.
+
+    FFCV reads whole pages of one size, a power of two, and no image may cross a page's border. An image that is larger
+    than `PAGE_BYTES` gets a page of the next power of two to itself, aligned to it: the file's page size then is that
+    of its largest image, which is known when all are written, and smaller pages lie within larger ones.
+    """
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.descriptor = os.open(job.file, os.O_WRONLY)
+        self.page = np.empty(PAGE_BYTES, np.uint8)
+        self.start = -1
+        self.used = PAGE_BYTES  # no page yet
+
+    def put(self, data: np.ndarray) -> int:
+        """Store bytes; return their position in the file."""
+        if data.size > PAGE_BYTES:
+            ptr = self._book(_page_bytes(data.size))
+            _write_at(self.descriptor, data, ptr)
+            return ptr
+        if self.used + data.size > PAGE_BYTES:
+            self.flush()
+            self.start, self.used = self._book(PAGE_BYTES), 0
+        ptr = self.start + self.used
+        self.page[self.used : self.used + data.size] = data
+        self.used += data.size
+        return ptr
+
+    def flush(self) -> None:
+        """Write the page; its unused rest remains a hole in the file."""
+        if self.start >= 0:
+            _write_at(self.descriptor, self.page[: self.used], self.start)
+
+    def _book(self, size: int) -> int:
+        with self.job.lock:
+            start = -(-int(self.job.shared[_END]) // size) * size
+            self.job.shared[_END] = start + size
+        return start
+
+
+def _page_bytes(largest: int) -> int:
+    return max(PAGE_BYTES, 1 << (largest - 1).bit_length())
+
+
+def _write_at(descriptor: int, data: np.ndarray, offset: int) -> None:
+    view = data.data.cast("B")
+    while view:  # the kernel may take less than it is given: always above 2 GiB, and when the disk fills up
+        taken = os.pwrite(descriptor, view, offset)
+        view, offset = view[taken:], offset + taken
+
+
+@contextlib.contextmanager
+def _storage_errors(job: _Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        folder = job.file.parent
+        if error.errno not in _FULL:
+            raise FastkdError(f"{job.file}: cannot be written: {error.strerror}") from None
+        stored = job.records["state"] == _STORED
+        so_far = int(job.records["size"][stored].sum())
+        needed = so_far * len(stored) // max(1, int(stored.sum())) + _data_start(len(stored))
+        free = shutil.disk_usage(folder).free
+        raise FastkdError(
+            f"{folder}: no space left ({error.strerror}): {job.split} needs about {needed / 1e6:,.1f} MB, of which "
+            f"{so_far / 1e6:,.1f} MB were made; {free / 1e6:,.1f} MB are free now. Free some or write elsewhere"
+        ) from None
+
+
+# The whole file ------------------------------------------------------------------------------------------------------
+
+
+def _data_start(num_samples: int) -> int:
+    return HEADER.itemsize + len(FIELDS) * FIELD.itemsize + num_samples * METADATA.itemsize
+
+
+def _finish(job: _Job, moments: Sequence[int], skipped: list[dict[str, Any]]) -> Split:
+    """Write everything but the images, look at the file once more, and sum up the split."""
+    rows = job.records[job.records["state"] == _STORED]
+    if len(rows) == 0:
+        first = skipped[0]
+        raise InputError(
+            f"{job.split}: all {len(job.records)} images are corrupt; "
+            f"the first, {first['description'] or 'sample 0'}: {first['reason']}"
+        )
+    ids = np.arange(len(rows))
+
+    fields = np.zeros(len(FIELDS), FIELD)
+    for row, (name, type_id) in zip(fields, FIELDS, strict=True):
+        row["type_id"] = type_id
+        row["name"][: len(name)] = list(name.encode())
+    metadata = np.zeros(len(rows), METADATA)
+    for key in ("mode", "width", "height"):
+        metadata["f0"][key] = rows[key]
+    metadata["f0"]["data_ptr"] = rows["ptr"]
+    metadata["f1"] = rows["label"]
+    metadata["f2"] = ids
+    table = np.zeros(len(rows), ALLOCATION)
+    for key, values in (("sample_id", ids), ("ptr", rows["ptr"]), ("size", rows["size"])):
+        table[key] = values
+    header = np.zeros(1, HEADER)
+    end = int(job.shared[_END])
+    header[0] = (VERSION, len(FIELDS), _page_bytes(int(rows["size"].max())), len(rows), end)
+
+    with _storage_errors(job), job.file.open("r+b") as stream:
+        for block in (header, fields, metadata):
+            stream.write(block.tobytes())
+        stream.seek(end)
+        stream.write(table.tobytes())
+    _look_again(job.file, header, metadata, table, rows)
+
+    content = np.zeros(len(rows), _CONTENT)
+    for key, values in (("sample_id", ids), ("label", rows["label"]), ("digest", rows["digest"])):
+        content[key] = values
+    heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+    mean, std = _mean_std(moments, int((heights * widths).sum()))
+    height, width = int(heights.max()), int(widths.max())
+    return Split(
+        count=len(rows),
+        content_hash=xxhash.xxh3_128_hexdigest(content.tobytes()),
+        class_counts=np.bincount(rows["label"], minlength=job.num_classes).tolist(),
+        max_height=height,
+        max_width=width,
+        fixed_size=(height, width) if heights.min() == height and widths.min() == width else None,
+        mean=mean,
+        std=std,
+        skipped=skipped,
+    )
+
+
+def _look_again(file: Path, header: np.ndarray, metadata: np.ndarray, table: np.ndarray, rows: np.ndarray) -> None:
+    """Read the file back: every table, and up to 64 images spread over it."""
+    end = int(header["alloc_table_ptr"][0])
+    with file.open("rb") as stream:
+        right = (
+            file.stat().st_size == end + table.nbytes
+            and stream.read(HEADER.itemsize) == header.tobytes()
+            and bool(stream.seek(_data_start(0)))
+            and stream.read(metadata.nbytes) == metadata.tobytes()
+            and bool(stream.seek(end))
+            and stream.read() == table.tobytes()
+        )
+        for row in rows[:: -(-len(rows) // 64)]:
+            stream.seek(int(row["ptr"]))
+            digest = xxhash.xxh3_128(struct.pack("<BHH", *(int(row[k]) for k in ("mode", "height", "width"))))
+            digest.update(stream.read(int(row["size"])))
+            right = right and digest.digest() == row["digest"].tobytes()
+    if not right:
+        raise FastkdError(f"{file}: reads back otherwise than it was written; is the disk all right?")
+
+
+def _mean_std(moments: Sequence[int], pixels: int) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation per channel of pixels scaled to 0…1, from sums and sums of squares."""
+    means = [Fraction(s, pixels) for s in moments[:3]]
+    variances = [Fraction(q, pixels) - m * m for q, m in zip(moments[3:], means, strict=True)]
+    return [float(m / 255) for m in means], [float(v / 255**2) ** 0.5 for v in variances]

@@ -1,0 +1,289 @@
+"""The guard round FFCV's loader: own order, checked ids, errors that surface, iterators that end.
+
+What it guards against was seen with FFCV 1.0.2: an exception in a loader thread leaves the consumer waiting for ever;
+an id out of range reads foreign memory; a broken-off epoch leaks threads; `num_workers` sets torch's thread count;
+batch buffers are reused while one may still look at them.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Generator
+from typing import Any, Literal, NamedTuple
+
+import numba
+import numpy as np
+import torch
+
+_torch_threads = torch.get_num_threads()
+from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRGBImageDecoder  # noqa: E402
+from ffcv.loader import Loader as FfcvLoader  # noqa: E402
+from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.transforms import ToTensor  # noqa: E402
+
+from fastkd.artifacts import Artifact  # noqa: E402
+from fastkd.errors import ArtifactError, InputError, LoaderError  # noqa: E402
+
+torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
+
+BATCHES_AHEAD = 2
+STUCK_AFTER_S = 300.0  # more than compiling any pipeline takes
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _set_loader_threads(n: int) -> None:
+    """Set numba's threads; FFCV's own version sets torch's as well, which are the step's."""
+    Compiler.num_threads = n
+    numba.set_num_threads(n)
+
+
+Compiler.set_num_threads = _set_loader_threads
+
+
+def _hide_finalizer_noise(unraisable: "sys.UnraisableHookArgs", shown: Any = sys.unraisablehook) -> None:
+    """Keep numba's KeyErrors on discarding FFCV's compiled code (ffcv #167) from the user: nothing is lost by them."""
+    frame = unraisable.exc_traceback
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if not (unraisable.exc_type is KeyError and frame is not None and frame.tb_frame.f_code.co_name == "finalizer"):
+        shown(unraisable)
+
+
+sys.unraisablehook = _hide_finalizer_noise
+
+
+class Batch(NamedTuple):
+    """One batch, valid until the next one is asked for: its buffers are used again.
+
+    Attributes
+    ----------
+    images : uint8 tensor [B, 3, H, W], channels_last
+    labels, sample_ids : int64 tensor [B]
+    valid : int
+        How many samples count; the rest repeat the last one, to keep the shape of the batch.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    sample_ids: torch.Tensor
+    valid: int
+
+
+class Loader:
+    """Batches of one split of a DATASET, of any samples in any order.
+
+    Parameters
+    ----------
+    dataset : Artifact
+        A DATASET.
+    split : "train" or "val"
+    batch_size : int
+    input_px : int, optional
+        Side of the square that images are cropped and resized to. Default: as stored, which needs images of one size.
+    crop_ratio : float
+        Side of the centre crop over the shorter side of the image.
+    workers : int
+        Loader threads; 0: one per usable core.
+    os_cache : bool
+        Read through the system's page cache, rather than pages of FFCV's own.
+
+    Notes
+    -----
+    At most one epoch is live at a time: starting another ends the one before.
+    """
+
+    def __init__(
+        self,
+        dataset: Artifact,
+        split: str,
+        batch_size: int,
+        *,
+        input_px: int | None = None,
+        crop_ratio: float = 224 / 256,
+        workers: int = 0,
+        os_cache: bool = True,
+    ) -> None:
+        self.dataset = dataset
+        self.split = split
+        self.batch_size = batch_size
+        self.count: int = dataset.facts["counts"][split]
+        cores = min(usable_cores(), numba.config.NUMBA_NUM_THREADS)
+        if workers > cores:
+            raise InputError(
+                f"data.workers={workers}: this process may use {cores} cores; give at most that, or 0 for all"
+            )
+        path = dataset.file(f"{split}.beton")
+        fixed_size = dataset.facts["image"]["fixed_size"]
+        if input_px is None and fixed_size is None:
+            raise InputError(
+                f"{dataset.path}: its images vary in size: set data.input_px to the side that the nets see"
+            )
+        as_stored = fixed_size is not None and (input_px is None or fixed_size == [input_px, input_px])
+        self.image_hw: tuple[int, int] = tuple(fixed_size) if as_stored else (input_px, input_px)
+        decoder = SimpleRGBImageDecoder() if as_stored else CenterCropRGBImageDecoder(self.image_hw, crop_ratio)
+        try:
+            self._ffcv = FfcvLoader(
+                str(path),
+                batch_size=batch_size,
+                num_workers=workers or cores,
+                os_cache=os_cache,
+                batches_ahead=BATCHES_AHEAD,
+                drop_last=False,
+                pipelines={
+                    "image": [decoder, ToTensor()],
+                    "label": [IntDecoder(), ToTensor()],
+                    "sample_id": [IntDecoder(), ToTensor()],
+                },
+            )
+        except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"{path}: FFCV cannot read it ({error}); write the data set again") from error
+        if self._ffcv.reader.num_samples != self.count:
+            found = self._ffcv.reader.num_samples
+            raise ArtifactError(
+                f"{path}: holds {found} samples, the manifest says {self.count}; write the data set again"
+            )
+        self._epoch: _Epoch | None = None
+
+    def batches(self, sample_ids: np.ndarray, *, last: Literal["drop", "pad"]) -> Generator[Batch, None, None]:
+        """Iterate over samples in the order given.
+
+        Parameters
+        ----------
+        sample_ids : int64 [n]
+        last
+            A last batch that is not full is dropped, or padded by repeating its last sample: shapes never change.
+
+        Raises
+        ------
+        InputError
+            Ids that are not int64 or lie outside the split; none at all; fewer than a batch where the last is dropped.
+        LoaderError
+            A loader thread failed, or gave nothing for a long time.
+        """
+        ids = self._checked(sample_ids)
+        if last == "drop":
+            ids = ids[: self.full_batches(len(ids)) * self.batch_size]
+        count = len(ids)
+        padding = -count % self.batch_size
+        if padding:
+            ids = np.concatenate([ids, np.repeat(ids[-1:], padding)])
+        return self._run(ids, count)
+
+    def full_batches(self, count: int) -> int:
+        """Return how many full batches `count` samples make; none is an error."""
+        if count < self.batch_size:
+            raise InputError(
+                f"train.batch_size={self.batch_size}: larger than the {count} samples of {self.split} to train on"
+            )
+        return count // self.batch_size
+
+    def labels(self) -> np.ndarray:
+        """Return the labels of all samples of the split in the order of their ids (int64 [N])."""
+        reader = self._ffcv.reader
+        return reader.metadata[f"f{reader.field_names.index('label')}"].astype(np.int64)
+
+    def _checked(self, sample_ids: np.ndarray) -> np.ndarray:
+        """FFCV takes ids unseen: out of range it reads foreign memory, empty or not integers it hangs."""
+        ids = np.asarray(sample_ids)
+        if ids.dtype != np.int64 or ids.ndim != 1:
+            raise InputError(f"sample ids: expected int64 [n], got {ids.dtype} {list(ids.shape)}")
+        if len(ids) == 0:
+            raise InputError(f"no samples of {self.split} to load")
+        if ids.min() < 0 or ids.max() >= self.count:
+            raise InputError(
+                f"sample ids {ids.min()} … {ids.max()}: {self.dataset.path} has 0 … {self.count - 1} in {self.split}"
+            )
+        return np.ascontiguousarray(ids)
+
+    def _run(self, ids: np.ndarray, count: int) -> Generator[Batch, None, None]:
+        self.close()
+        epoch = self._epoch = _Epoch(self._ffcv, ids)
+        done = 0
+        try:
+            for image, label, sample_id in epoch:
+                asked = ids[done : done + self.batch_size]
+                if not np.array_equal(sample_id[:, 0].numpy(), asked):
+                    raise LoaderError(
+                        f"{self._ffcv.fname}: batch {done // self.batch_size} holds other samples than asked for"
+                    )
+                valid = min(self.batch_size, count - done)
+                done += valid
+                yield Batch(image.permute(0, 3, 1, 2), label[:, 0], sample_id[:, 0], valid)
+        finally:
+            epoch.stop()
+
+    def warm_up(self) -> None:
+        """Load one batch, so that compiling the pipeline falls here and not into the first epoch."""
+        first = self.batches(np.zeros(self.batch_size, np.int64), last="pad")
+        next(first)
+        self.close()
+
+    def close(self) -> None:
+        """End the live epoch, if there is one, with its threads."""
+        if self._epoch is not None:
+            self._epoch.stop()
+            self._epoch = None
+
+
+class _Epoch(EpochIterator):
+    """FFCV's epoch thread, whose failures reach its consumer."""
+
+    def __init__(self, loader: FfcvLoader, ids: np.ndarray) -> None:
+        self.closed: bool
+        self.failure: BaseException | None = None
+        self.at: tuple[int, np.ndarray] = (0, ids[: loader.batch_size])
+        Compiler.set_num_threads(loader.num_workers)
+        super().__init__(loader, ids)
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:
+            self.failure = error
+
+    def run_pipeline(self, batch: int, ids: Any, slot: int, event: Any) -> Any:
+        self.at = batch, np.asarray(ids)
+        return super().run_pipeline(batch, ids, slot, event)
+
+    def __next__(self) -> tuple[torch.Tensor, ...]:
+        give_up = time.monotonic() + STUCK_AFTER_S
+        waiting = self.output_queue
+        while not waiting.queue:  # a dead thread puts nothing: FFCV's own get() would wait for ever
+            if not self.is_alive() and not waiting.queue:
+                raise self._error(
+                    f"{type(self.failure).__name__}: {self.failure}" if self.failure else "it ended early"
+                )
+            if time.monotonic() > give_up:
+                raise self._error(f"it has given nothing for {STUCK_AFTER_S:.0f} s")
+            with waiting.not_empty:
+                waiting.not_empty.wait_for(lambda: waiting.queue, timeout=0.2)
+        return super().__next__()
+
+    def _error(self, what: str) -> LoaderError:
+        batch, ids = self.at
+        some = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
+        return LoaderError(
+            f"{self.loader.fname}: the loader thread failed at batch {batch} (sample_ids {some}): {what}"
+        )
+
+    def stop(self) -> None:
+        """End the thread and wait for it, whatever it is doing."""
+        self.terminate_event.set()
+        while self.is_alive():
+            with self.output_queue.mutex:  # it may be waiting to put its end mark into a full queue
+                self.output_queue.queue.clear()
+                self.output_queue.not_full.notify_all()
+            self.join(0.05)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the memory context once; FFCV's own version leaves it at every call."""
+        self.terminate_event.set()
+        if not self.closed:
+            self.closed = True
+            self.memory_context.__exit__(None, None, None)

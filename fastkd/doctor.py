@@ -1,0 +1,482 @@
+"""``python -m fastkd.doctor``: what this machine is, what it lacks, and the command that gets it.
+
+Needs the standard library alone, so that it runs where nothing is installed yet (``python3 fastkd/doctor.py``, from
+Python 3.8 on). Exit code: 0 nothing that is needed is missing, 2 something is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBE_TIMEOUT_S = 180  # importing torch and ffcv on a cold disk takes a while
+SHM_WANTED_BYTES = 256 << 20  # FFCV's writer hands samples to its workers there; docker gives 64 MiB
+
+OK, MISSING, NOTE, FACT = "ok", "missing", "note", ""
+KEY_PACKAGES = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "pydantic", "timm", "torch", "torchvision")
+FASHION_MNIST = tuple(
+    f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
+
+
+class Finding(NamedTuple):
+    """One line of the report; `mend` is the command that gets what is missing."""
+
+    mark: str
+    name: str
+    text: str
+    mend: str = ""
+
+
+class Requirement(NamedTuple):
+    """A distribution, the least version that will do, and the extra that asks for it (empty: always needed)."""
+
+    name: str
+    least: str = ""
+    extra: str = ""
+
+
+# --- the machine --------------------------------------------------------------------------------------------------
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def os_name(os_release: str) -> str:
+    """Return the distribution's own name for itself, or the kernel's."""
+    found = re.search(r'^PRETTY_NAME="?([^"\n]*)', os_release, re.MULTILINE)
+    kernel = f"{platform.system()} {platform.release()}"
+    return f"{found.group(1)}, {kernel}" if found else kernel
+
+
+def cpu_model(cpuinfo: str) -> str:
+    """Return the model's name as /proc/cpuinfo has it, or the architecture."""
+    found = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    return f"{found.group(1)} ({platform.machine()})" if found else platform.processor() or platform.machine()
+
+
+def bf16_from_flags(cpuinfo: str) -> dict[str, bool]:
+    """Return which of the CPU's instruction sets compute in bfloat16 (x86 "flags", ARM "Features")."""
+    lines = re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    flags = set(lines[0].split()) if lines else set()
+    return {name: name in flags for name in ("avx512_bf16", "amx_bf16", "bf16")}
+
+
+def cgroup_values(name: str, self_cgroup: str, mount: Path = Path("/sys/fs/cgroup")) -> list[str]:
+    """Return the contents of the file `name` in this process's cgroup (version 2) and all above it."""
+    found = re.search(r"^0::/?(.*)$", self_cgroup, re.MULTILINE)
+    folder = mount / (found.group(1) if found else "")
+    above = [folder, *folder.parents]
+    values = [_read(one / name).strip() for one in above if one == mount or mount in one.parents]
+    return [value for value in values if value]
+
+
+def cpu_quota(values: Sequence[str]) -> float | None:
+    """Return the cores that ``cpu.max`` files ("QUOTA PERIOD" or "max PERIOD") allow, or None for no limit."""
+    pairs = [value.split() for value in values]
+    limits = [int(pair[0]) / int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0].isdigit()]
+    return min(limits) if limits else None
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes(meminfo: str, limits: Sequence[str] = ()) -> tuple[int, int]:
+    """Return (total, available) bytes from /proc/meminfo, bounded by ``memory.max`` files; 0 where unknown."""
+    kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", meminfo, re.MULTILINE)}
+    bounds = [int(value) for value in limits if value.isdigit()]
+    total, available = (kib.get(name, 0) * 1024 for name in ("MemTotal", "MemAvailable"))
+    return min([total, *bounds]), min([available, *bounds])
+
+
+def machine() -> dict[str, Any]:
+    """Return the facts of this machine that need no package."""
+    cpuinfo, self_cgroup = _read("/proc/cpuinfo"), _read("/proc/self/cgroup")
+    total, available = memory_bytes(_read("/proc/meminfo"), cgroup_values("memory.max", self_cgroup))
+    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
+    return {
+        "os": os_name(_read("/etc/os-release")),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "cpu": cpu_model(cpuinfo),
+        "cores": usable_cores(),
+        "cpu_quota_cores": cpu_quota(cgroup_values("cpu.max", self_cgroup)),
+        "bf16": bf16_from_flags(cpuinfo),
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
+        "shm_bytes": shm.total if shm else 0,
+        "shm_free_bytes": shm.free if shm else 0,
+        "gpus": [],
+    }
+
+
+# --- probes: other programs and heavy imports, each in a process of its own that may hang or crash ------------------
+
+
+def run(command: Sequence[str], timeout_s: float = 20) -> tuple[int, str, str]:
+    """Run a command; return (exit code, stdout, stderr), with code 127 where it cannot be run, 124 where it hangs."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        return 124, "", f"no answer within {timeout_s:g} s"
+    except OSError as error:
+        return 127, "", str(error)
+    return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+
+
+def last_line(text: str) -> str:
+    """Return the last line that is not blank: of a traceback, the error itself."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "(no output)"
+
+
+TORCH_PROBE = """
+import json, torch
+ask = lambda name: bool(getattr(torch.cpu, name, lambda: False)())
+gpus = []
+if torch.cuda.is_available():
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        gpus.append({"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}",
+                     "bf16": p.major >= 8 or torch.version.hip is not None})
+bf16 = {"avx512_bf16": ask("_is_avx512_bf16_supported"), "amx_bf16": ask("_is_amx_tile_supported")}
+print(json.dumps({"gpus": gpus, "bf16": bf16}))
+"""
+
+
+def import_error(module: str, code: str = "") -> tuple[str | None, str]:
+    """Import a module in a fresh process; return (its last error line or None, what `code` printed).
+
+    A module that this interpreter cannot find is not tried.
+    """
+    if importlib.util.find_spec(module) is None:
+        return "not installed", ""
+    rc, out, err = run([sys.executable, "-c", code or f"import {module}"], PROBE_TIMEOUT_S)
+    if rc < 0:
+        return f"killed by signal {-rc} while importing", out
+    return (last_line(err) if rc else None), out
+
+
+def gpus_from_nvidia_smi(csv: str) -> list[dict[str, Any]]:
+    """Parse ``nvidia-smi --query-gpu=name,memory.total,compute_cap --format=csv,noheader,nounits`` (memory in MiB)."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in csv.splitlines()]
+    return [
+        {"name": name, "memory_bytes": int(mib) << 20, "capability": capability, "bf16": float(capability) >= 8}
+        for name, mib, capability in (row for row in rows if len(row) == 3)
+        if mib.isdigit() and re.fullmatch(r"\d+\.\d+", capability)
+    ]
+
+
+def driver_gpus() -> list[dict[str, Any]]:
+    """Return the GPUs that the NVIDIA driver knows."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    rc, out, _ = run(query)
+    return gpus_from_nvidia_smi(out) if rc == 0 else []
+
+
+# --- what is needed: libraries, packages, data ----------------------------------------------------------------------
+
+
+def install_command(*apt_packages: str, conda: str) -> str:
+    """Return the command that installs system packages here."""
+    if shutil.which("apt-get"):
+        sudo = "" if not hasattr(os, "geteuid") or os.geteuid() == 0 else "sudo "
+        return f"{sudo}apt-get update && {sudo}apt-get install -y {' '.join(apt_packages)}"
+    return f"conda install -c conda-forge {conda}"
+
+
+def pkg_config_version(*names: str) -> str:
+    """Return "NAME VERSION" of the first of these libraries that pkg-config knows, or nothing."""
+    for name in names:
+        rc, out, _ = run(["pkg-config", "--modversion", name])
+        if rc == 0:
+            return f"{name} {out.strip()}"
+    return ""
+
+
+def build_findings(ffcv_imports: bool) -> list[Finding]:
+    """Look for what compiling ffcv takes. Once ffcv imports, an absence is a note: nothing needs to be compiled."""
+    absent = NOTE if ffcv_imports else MISSING
+
+    def finding(name: str, found: str, why_not: str, mend: str) -> Finding:
+        if found:
+            return Finding(OK, name, found)
+        return Finding(absent, name, f"{why_not} (needed to build ffcv)", "" if ffcv_imports else mend)
+
+    pkg_config = shutil.which("pkg-config") or ""
+    unseen = "not found by pkg-config" if pkg_config else "unknown without pkg-config"
+    opencv, opencv_5 = pkg_config_version("opencv4", "opencv"), pkg_config_version("opencv5")
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    python_dev = f"python{sys.version_info[0]}.{sys.version_info[1]}-dev"
+    return [
+        finding(
+            "C++ compiler",
+            shutil.which("g++") or shutil.which("c++") or "",
+            "no g++ on PATH",
+            install_command("build-essential", conda="compilers"),
+        ),
+        finding("pkg-config", pkg_config, "not on PATH", install_command("pkg-config", conda="pkg-config")),
+        finding(
+            "OpenCV headers",
+            opencv,
+            f"{unseen} as opencv4" + (f"; ffcv cannot use {opencv_5}" if opencv_5 else ""),
+            install_command("libopencv-dev", conda="'opencv<5'"),
+        ),
+        finding(
+            "turbojpeg headers",
+            pkg_config_version("libturbojpeg"),
+            f"{unseen} as libturbojpeg",
+            install_command("libturbojpeg0-dev", conda="libjpeg-turbo"),
+        ),
+        finding(
+            "Python headers",
+            header if os.path.exists(header) else "",
+            f"no {header}",
+            install_command(python_dev, conda=f"python={sys.version_info[0]}.{sys.version_info[1]}"),
+        ),
+    ]
+
+
+def version_tuple(version: str) -> tuple[int, ...]:
+    """Return the numbers of a release, without what follows them: 2.14.1+cpu → (2, 14, 1)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in found.group().split(".")) if found else ()
+
+
+def parse_requirement(line: str) -> Requirement | None:
+    """Parse one dependency (PEP 508, as far as this project uses it); None where it is for another Python."""
+    spec, _, marker = line.partition(";")
+    found = re.match(r"\s*([A-Za-z0-9._-]+)", spec)
+    if not found:
+        return None
+    least_python = re.search(r"python_version\s*>=\s*['\"]([\d.]+)", marker)
+    if least_python and sys.version_info[:2] < version_tuple(least_python.group(1)):
+        return None
+    least = re.search(r">=\s*([\d.]+)", spec)
+    extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", marker)
+    return Requirement(found.group(1), least.group(1) if least else "", extra.group(1) if extra else "")
+
+
+def dependencies_in(pyproject: str) -> list[str]:
+    """Return ``project.dependencies`` of a pyproject.toml. No tomllib before Python 3.11: one string a line will do."""
+    block = re.search(r"^dependencies\s*=\s*\[(.*?)^\]", pyproject, re.MULTILINE | re.DOTALL)
+    return re.findall(r'^\s*"([^"]+)"', block.group(1), re.MULTILINE) if block else []
+
+
+def requirements() -> list[Requirement]:
+    """Return what fastkd needs: as installed, else from the pyproject.toml of this checkout."""
+    try:
+        lines = importlib.metadata.requires("fastkd") or []
+    except importlib.metadata.PackageNotFoundError:
+        lines = dependencies_in(_read(ROOT / "pyproject.toml"))
+    return [found for found in map(parse_requirement, lines) if found]
+
+
+def installed_version(name: str) -> str:
+    """Return the installed version of a distribution, or nothing."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def python_finding() -> Finding:
+    """Return whether this interpreter is new enough."""
+    text = f"{platform.python_version()} ({sys.executable})"
+    venv = ROOT / ".venv" / "bin" / "python"
+    own = venv.exists() and not sys.executable.startswith(str(venv.parent))
+    hint = f"; this checkout has its own: {venv} -m fastkd.doctor" if own else ""
+    if sys.version_info >= (3, 11):  # noqa: UP036 (this file also runs on what is too old for the rest)
+        return Finding(OK, "Python", text + hint)
+    mend = install_command("python3.11", "python3.11-venv", "python3.11-dev", conda="python=3.11")
+    return Finding(MISSING, "Python", f"{text}, but 3.11 is the oldest that will do{hint}", mend)
+
+
+def package_command(requirement: Requirement) -> str:
+    """Return what installs a package: the whole set-up in a checkout, pip elsewhere."""
+    if (ROOT / "setup.sh").exists():
+        return "make setup"
+    at_least = f"'{requirement.name}>={requirement.least}'" if requirement.least else requirement.name
+    return f"{sys.executable} -m pip install {at_least}"
+
+
+def package_findings(
+    wanted: Sequence[Requirement], version_of: Callable[[str], str] = installed_version
+) -> list[Finding]:
+    """Compare the needed packages with the installed ones. Of the extras only `timm` is for users, and optional."""
+    findings = []
+    for one in wanted:
+        if one.extra not in ("", "timm"):
+            continue
+        version = version_of(one.name)
+        least = f" >= {one.least}" if one.least else ""
+        if version and version_tuple(version) >= version_tuple(one.least):
+            findings.append(Finding(OK, one.name, version))
+        elif one.extra:
+            findings.append(Finding(NOTE, one.name, f"optional{least}: for models named {one.extra}/…"))
+        else:
+            text = f"{version}, but needs{least}" if version else f"not installed, needs{least}"
+            findings.append(Finding(MISSING, one.name, text, package_command(one)))
+    return findings
+
+
+def import_finding(module: str, error: str | None) -> Finding:
+    """Report whether a package that is compiled or large truly imports."""
+    if error is None:
+        return Finding(OK, f"import {module}", "works")
+    mend = package_command(Requirement(module))
+    if re.search(r"libGL|libgthread|libglib", error):  # opencv-python, which ffcv imports, links to them
+        mend = install_command("libgl1", "libglib2.0-0", conda="libgl glib")
+    elif error != "not installed":
+        mend = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {module}"
+    return Finding(MISSING, f"import {module}", error, mend)
+
+
+def data_finding(folders: Sequence[Path]) -> Finding:
+    """Look for the files of Fashion-MNIST. An absence is a note: other data may be meant, and its writer downloads."""
+    for folder in folders:
+        if all((folder / name).is_file() for name in FASHION_MNIST):
+            return Finding(OK, "Fashion-MNIST", str(folder))
+    how = "python -m fastkd.write fashion_mnist OUT_DIR  downloads it"
+    if shutil.which("apt-get"):
+        how += f"; or: {install_command('dataset-fashion-mnist', conda='')}"
+    return Finding(NOTE, "Fashion-MNIST", f"not here. {how}")
+
+
+def data_folders() -> list[Path]:
+    """Return where the Fashion-MNIST writer looks: Debian's package, then what torchvision has downloaded for it."""
+    downloaded = Path.home() / ".cache" / "fastkd" / "fashion_mnist" / "FashionMNIST" / "raw"
+    return [Path("/usr/share/datasets/fashion-mnist"), downloaded]
+
+
+# --- the report ---------------------------------------------------------------------------------------------------
+
+
+def gib(count: int) -> str:
+    """Return a number of bytes in GiB."""
+    return f"{count / 2**30:.1f} GiB" if count else "unknown"
+
+
+def gpu_finding(gpus: Sequence[dict[str, Any]], driver: Sequence[dict[str, Any]], torch_error: str | None) -> Finding:
+    """Report the GPUs that torch uses; a GPU that only the driver sees is worth a note."""
+    shown = "; ".join(
+        f"{gpu['name']}, {gib(gpu['memory_bytes'])}, capability {gpu['capability']}, {'' if gpu['bf16'] else 'no '}bf16"
+        for gpu in gpus or driver
+    )
+    if gpus:
+        return Finding(FACT, "GPU", shown)
+    if driver:
+        why = "torch does not import" if torch_error else "torch does not see it: a CPU build, or too old a driver?"
+        return Finding(NOTE, "GPU", f"{shown}, but {why}")
+    return Finding(FACT, "GPU", "none: training runs on the CPU")
+
+
+def machine_findings(facts: dict[str, Any]) -> list[Finding]:
+    """Turn the facts of the machine into lines."""
+    quota = facts["cpu_quota_cores"]
+    cores = f"{facts['cores']} usable" + (f", limited to {quota:g} by cgroup" if quota else "")
+    bf16 = ", ".join(name for name, there in facts["bf16"].items() if there)
+    shm = Finding(FACT, "/dev/shm", f"{gib(facts['shm_free_bytes'])} free of {gib(facts['shm_bytes'])}")
+    if 0 < facts["shm_bytes"] < SHM_WANTED_BYTES:
+        shm = Finding(NOTE, "/dev/shm", f"only {facts['shm_bytes'] >> 20} MiB; in docker: --shm-size=1g")
+    return [
+        Finding(FACT, "system", facts["os"]),
+        Finding(FACT, "CPU", facts["cpu"]),
+        Finding(FACT, "cores", cores),
+        Finding(FACT, "CPU bf16", bf16 or "none: on this CPU, precision auto means fp32"),
+        Finding(FACT, "memory", f"{gib(facts['memory_available_bytes'])} available of {gib(facts['memory_bytes'])}"),
+        Finding(FACT, "disk here", f"{gib(facts['disk_free_bytes'])} free"),
+        shm,
+    ]
+
+
+def examine() -> dict[str, Any]:
+    """Examine the machine; return the report that ``--json`` prints."""
+    facts = machine()
+    torch_error, answer = import_error("torch", TORCH_PROBE)
+    ffcv_error, _ = import_error("ffcv")
+    if torch_error is None:
+        probe = json.loads(last_line(answer))
+        facts["gpus"] = probe["gpus"]
+        # torch also asks the system for leave to use AMX, which the flags do not tell; of ARM it tells nothing.
+        facts["bf16"].update(probe["bf16"])
+    driver = [] if facts["gpus"] else driver_gpus()
+    sections = {
+        "machine": [*machine_findings(facts), gpu_finding(facts["gpus"], driver, torch_error)],
+        "packages": [
+            python_finding(),
+            *package_findings(requirements()),
+            import_finding("torch", torch_error),
+            import_finding("ffcv", ffcv_error),
+        ],
+        "building ffcv": build_findings(ffcv_imports=ffcv_error is None),
+        "data": [data_finding(data_folders())],
+    }
+    findings = [one for section in sections.values() for one in section]
+    return {
+        "ok": all(one.mark != MISSING for one in findings),
+        "machine": {**facts, "gpus": facts["gpus"] or driver},
+        "packages": {name: installed_version(name) for name in KEY_PACKAGES},
+        "ffcv_imports": ffcv_error is None,
+        "findings": {title: [one._asdict() for one in section] for title, section in sections.items()},
+        "mend": commands([one.mend for one in findings if one.mend]),
+    }
+
+
+def commands(mends: Sequence[str]) -> list[str]:
+    """Return the commands in the order to run them, each once: first the system's packages, joined into one command."""
+    merged: dict[str, list[str]] = {}
+    for mend in mends:
+        found = re.match(r"(.*apt-get install -y|conda install -c conda-forge) (.*)", mend)
+        head, tail = (found.group(1), found.group(2).split()) if found else (mend, [])
+        merged.setdefault(head, []).extend(word for word in tail if word not in merged.get(head, []))
+    by_system_first = sorted(merged, key=lambda head: not merged[head])
+    return [" ".join([head, *merged[head]]) for head in by_system_first]
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Lay the report out in aligned lines."""
+    rows = [one for section in report["findings"].values() for one in section]
+    width = max(len(one["name"]) for one in rows)
+    lines = []
+    for title, section in report["findings"].items():
+        lines += ["", title]
+        lines += [f"  {one['mark']:<7}  {one['name']:<{width}}  {one['text']}" for one in section]
+    if report["mend"]:
+        lines += ["", "To mend:", *(f"  {command}" for command in report["mend"])]
+    lines += ["", "Nothing needed is missing." if report["ok"] else "Something needed is missing."]
+    return "\n".join(lines[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fastkd.doctor", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    options = parser.parse_args(arguments)
+    report = examine()
+    print(json.dumps(report, indent=2) if options.json else as_text(report))
+    return 0 if report["ok"] else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

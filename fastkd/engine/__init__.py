@@ -1,0 +1,1 @@
+"""Training: losses, schedules, the step, the epoch, evaluation. It is handed loaders and models."""

@@ -1,0 +1,179 @@
+"""One update, one epoch, one look at a test set, one pass of a teacher."""
+
+import time
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from fastkd.engine.losses import LossFn
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import FastkdError
+
+
+class Batch(Protocol):
+    """What the loops need of a loader's batch: padded to its full size, of which `valid` samples count."""
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [B, 3, H, W], channels_last."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [B]."""
+
+    @property
+    def valid(self) -> int:
+        """How many samples count."""
+
+
+@dataclass
+class TrainState:
+    """A student in training."""
+
+    runtime: Runtime
+    forward: nn.Module
+    """The student, compiled or not: uint8 images → logits."""
+    loss: LossFn
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
+def train_step(state: TrainState, images: Tensor, labels_B: Tensor, teacher_BK: Tensor | None) -> Tensor:
+    """Make one update and return its loss, which stays on the device."""
+    with state.runtime.autocast():
+        student_BK = state.forward(images)
+    loss = state.loss(student_BK.float(), labels_B, teacher_BK)
+    state.scaler.scale(loss).backward()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+TeacherFn = Callable[[Tensor, Tensor, slice], Tensor | None]
+"""``teacher(images, labels, rows) -> logits_BK`` for the batch that is those rows of the epoch's order."""
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """What an epoch did.
+
+    Attributes
+    ----------
+    wall_s, data_wait_s : float
+        Seconds in all, and of those until batches had arrived (timed from before each was asked for).
+    """
+
+    loss: float
+    images: int
+    wall_s: float
+    data_wait_s: float
+
+    @property
+    def images_per_s(self) -> float:
+        """Throughput, data wait included."""
+        return self.images / self.wall_s
+
+
+def train_epoch(
+    state: TrainState,
+    batches: Generator[Batch, None, None],
+    teacher: TeacherFn,
+    lr_S: np.ndarray,
+    *,
+    log_every_steps: int,
+    on_log: Callable[[int, float, float], None],
+) -> EpochResult:
+    """Train on every batch once.
+
+    Parameters
+    ----------
+    lr_S : float64 [S]
+        Learning rate of each step.
+    on_log
+        Called as ``on_log(steps_done, mean_loss, data_wait_share)`` every `log_every_steps` and at the end; only then
+        does the host wait for the device.
+
+    Raises
+    ------
+    FastkdError
+        The loss is not finite; names the range of steps.
+    """
+    device = state.runtime.device
+    loss_sum = torch.zeros((), device=device)
+    epoch_loss = 0.0
+    images = steps = logged = 0
+    data_wait_s = 0.0
+    start = state.runtime.clock()
+    with closing(batches):
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                break
+            data_wait_s += time.perf_counter() - asked
+            rows = slice(images, images + len(batch.labels))
+            x, labels_B = state.runtime.images(batch.images), batch.labels.to(device)
+            for group in state.optimizer.param_groups:
+                group["lr"] = float(lr_S[steps])
+            loss_sum += train_step(state, x, labels_B, teacher(x, labels_B, rows))
+            images, steps = rows.stop, steps + 1
+            if steps - logged == log_every_steps or steps == len(lr_S):
+                loss = float(loss_sum) / (steps - logged)
+                if not np.isfinite(loss):
+                    raise FastkdError(
+                        f"the loss became {loss} in steps {logged} … {steps - 1} of this epoch; "
+                        "try a lower optim.lr, optim.warmup_epochs, or train.precision=fp32"
+                    )
+                epoch_loss += float(loss_sum)
+                loss_sum.zero_()
+                logged = steps
+                on_log(steps, loss, data_wait_s / (time.perf_counter() - start))
+    return EpochResult(epoch_loss / max(steps, 1), images, state.runtime.clock() - start, data_wait_s)
+
+
+@torch.inference_mode()
+def evaluate(runtime: Runtime, net: nn.Module, batches: Iterable[Batch], num_classes: int) -> float:
+    """Return the top-1 accuracy (0…1) of a net in eval mode on padded batches."""
+    top1 = MulticlassAccuracy(num_classes, average="micro").to(runtime.device)
+    for batch in batches:
+        with runtime.autocast():
+            logits_BK = net(runtime.images(batch.images))
+        top1.update(logits_BK[: batch.valid].float(), batch.labels[: batch.valid].to(runtime.device))
+    return float(top1.compute())
+
+
+@torch.inference_mode()
+def predict(
+    runtime: Runtime, net: nn.Module, batches: Iterable[Batch], logits_NK: np.ndarray, on_batch: Callable[[int], None]
+) -> None:
+    """Write a teacher's logits, in the order of the batches, into an array."""
+    done = 0
+    for batch in batches:
+        with runtime.autocast():
+            logits_BK = net(runtime.images(batch.images))
+        logits_NK[done : done + batch.valid] = logits_BK[: batch.valid].float().cpu().numpy()
+        done += batch.valid
+        on_batch(done)
+
+
+def warm_up(
+    state: TrainState, images: Tensor, labels_B: Tensor, teacher: Callable[[Tensor, Tensor], Tensor | None]
+) -> None:
+    """Run one forward and backward pass, to compile, and leave the student as it was."""
+    buffers = {name: b.clone() for name, b in state.forward.named_buffers()}
+    x, labels_B = state.runtime.images(images), labels_B.to(state.runtime.device)
+    teacher_BK = teacher(x, labels_B)
+    with state.runtime.autocast():
+        student_BK = state.forward(x)
+    state.loss(student_BK.float(), labels_B, teacher_BK).backward()
+    state.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, b in state.forward.named_buffers():
+            b.copy_(buffers[name])

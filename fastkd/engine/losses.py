@@ -1,0 +1,49 @@
+"""Losses as pure functions of logits."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``loss(student_logits_BK, labels_B, teacher_logits_BK) -> scalar``."""
+
+
+def kd_loss(
+    student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor, *, alpha: float, gamma: float, temperature: float
+) -> Tensor:
+    """Return γ·CE + α·T²·KL(softmax(teacher/T) ‖ softmax(student/T)), the mean over the batch.
+
+    Hinton, Vinyals & Dean, arXiv 1503.02531; weights as in MDSLR (ICLR 2025).
+
+    Parameters
+    ----------
+    student_BK, teacher_BK : float32 tensor [B, K]
+        Logits; the teacher's may lack a constant per row, which softmax does not see.
+    labels_B : int64 tensor [B]
+    alpha, gamma : float
+        Weights of the teacher's term and of the label's.
+    temperature : float
+        T, dividing both logits.
+    """
+    hard = F.cross_entropy(student_BK, labels_B)
+    log_p = F.log_softmax(teacher_BK / temperature, dim=1)
+    log_q = F.log_softmax(student_BK / temperature, dim=1)
+    soft = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    return gamma * hard + alpha * temperature**2 * soft
+
+
+def supervised_loss(student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor | None) -> Tensor:
+    """Cross-entropy with the labels; there is no teacher."""
+    return F.cross_entropy(student_BK, labels_B)
+
+
+def reshape_logits(z_BK: Tensor, labels_B: Tensor, class_std_K: Tensor) -> Tensor:
+    """Rescale a live teacher's rows to their class's σ: z / std(z) · σ_y (MDSLR); rows without spread stay as they are.
+
+    The counterpart, on the device, of `fastkd.kernels.reshape_rows` up to a constant per row.
+    """
+    std_B1 = z_BK.std(dim=1, keepdim=True)
+    scale_B1 = class_std_K[labels_B].unsqueeze(1) / std_B1
+    return z_BK * torch.where(std_B1 > 0, scale_B1, torch.ones_like(scale_B1))

@@ -1,0 +1,95 @@
+"""Where and in what precision nets run. All that is particular to CUDA stands here."""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.errors import InputError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A device and how to compute on it.
+
+    Attributes
+    ----------
+    device : torch.device
+    precision : "bf16" | "fp16" | "fp32"
+        Of autocast; weights and optimizer state stay float32.
+    """
+
+    device: torch.device
+    precision: Literal["bf16", "fp16", "fp32"]
+    channels_last: bool
+    compile: bool
+
+    @classmethod
+    def choose(cls, device: str, precision: str, *, channels_last: bool, compile: bool) -> "Runtime":
+        """Resolve `auto`, and refuse what the machine has not.
+
+        Raises
+        ------
+        InputError
+            An unknown device, CUDA where there is none, fp16 on a CPU.
+        """
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:
+            raise InputError(f"train.device={device!r}: unknown; expected auto, cpu, cuda or cuda:N") from None
+        if chosen.type not in ("cpu", "cuda"):
+            raise InputError(f"train.device={device!r}: only cpu and cuda are supported")
+        if chosen.type == "cuda":
+            if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
+                raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+            torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high")
+        if precision == "auto":
+            precision = "bf16" if has_bf16(chosen) else "fp16" if chosen.type == "cuda" else "fp32"
+        if precision == "fp16" and chosen.type == "cpu":
+            raise InputError("train.precision=fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
+        return cls(chosen, precision, channels_last, compile)  # type: ignore[arg-type]
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which nets compute."""
+        return torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32")
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Return the gradient scaler: at work for fp16 only."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def place(self, net: nn.Module) -> nn.Module:
+        """Move a net, in place, to the device and memory format; return it."""
+        net.to(self.device)
+        return net.to(memory_format=torch.channels_last) if self.channels_last else net
+
+    def compiled(self, net: nn.Module) -> nn.Module:
+        """Return the net compiled, if so chosen."""
+        return torch.compile(net, dynamic=False) if self.compile else net  # type: ignore[return-value]
+
+    def images(self, images: Tensor) -> Tensor:
+        """Bring a batch of images [B, 3, H, W] (channels_last, as loaded) to the device and memory format."""
+        images = images.to(self.device)
+        return images if self.channels_last else images.contiguous()
+
+    def clock(self) -> float:
+        """Return the wall time in seconds, once the device has done all that it was asked."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Tell whether the hardware computes in bfloat16; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return any(
+        getattr(torch.cpu, name, bool)()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    )

@@ -1,0 +1,25 @@
+"""The project's own errors: the only exceptions that a user is meant to see.
+
+Each says what is wrong, where, what was expected, and how to mend it. Commands print the message, without a
+traceback, and exit with the class's ``exit_code``. This module is a leaf: any other may import it.
+"""
+
+
+class FastkdError(Exception):
+    """Something failed that is not the user's input (exit code 1)."""
+
+    exit_code = 1
+
+
+class InputError(FastkdError):
+    """The user's input is wrong: a recipe, an argument, a data set, a checkpoint (exit code 2)."""
+
+    exit_code = 2
+
+
+class ArtifactError(InputError):
+    """An artifact on disk is missing, damaged, of another kind or made from something else (exit code 2)."""
+
+
+class LoaderError(FastkdError):
+    """A loader thread failed; raised in the thread that consumes its batches (exit code 1)."""

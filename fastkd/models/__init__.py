@@ -1,0 +1,24 @@
+"""Nets by name, their weights, and the normalisation that belongs to those weights.
+
+A net is named ``cifar/NAME`` (the small nets of the distillation literature, below), ``torchvision/NAME`` or
+``timm/NAME``. `build` makes it, `load_weights` fills it, `native_normalisation` says what pixels it wants, and
+`Normalised` puts that in front of it.
+"""
+
+from fastkd.models.head import Float32Linear, float32_head
+from fastkd.models.normalisation import Normalisation, Normalised, native_normalisation
+from fastkd.models.registry import build, names
+from fastkd.models.weights import load_weights, save_weights, weights_digest
+
+__all__ = [
+    "Float32Linear",
+    "Normalisation",
+    "Normalised",
+    "build",
+    "float32_head",
+    "load_weights",
+    "names",
+    "native_normalisation",
+    "save_weights",
+    "weights_digest",
+]

@@ -1,0 +1,133 @@
+"""Reading weights from the files that people have.
+
+Nothing that a file holds is ever run: a pickle is read by torch's restricted reader, which knows tensors and plain
+values, widened only by stand-ins that do nothing.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from fastkd import artifacts
+from fastkd.errors import InputError
+
+State = Mapping[str, torch.Tensor]
+
+PICKLES = (".pth", ".pt", ".tar", ".ckpt")
+STATE_KEYS = ("state_dict", "model", "model_state_dict", "net")  # where training scripts keep the weights
+
+
+def is_run(path: str | Path) -> bool:
+    """Tell whether an artifact lies at `path`; whether it is a RUN, and whole, `artifacts.load` says."""
+    return (Path(path) / artifacts.MANIFEST).is_file()
+
+
+def read_file(path: Path) -> State:
+    """Return the state_dict, on the CPU, that a file holds, bare or inside a training script's checkpoint.
+
+    Raises
+    ------
+    InputError
+        The file is damaged, holds anything that would have to be run, or holds no state_dict.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return unwrapped(safetensors.torch.load_file(path))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error}). Copy or download it again.") from None
+    if path.suffix not in PICKLES:
+        expected = f".safetensors, {', '.join(PICKLES)} or a RUN directory"
+        raise InputError(f"{path}: unknown kind of weights; expected {expected}")
+    return unwrapped(_state_dict(_unpickle(path), path))
+
+
+def unwrapped(state: State) -> State:
+    """Strip what DataParallel, DDP and ``torch.compile`` put before every name."""
+    prefixes = ("module.", "_orig_mod.")
+    while state and (prefix := next((p for p in prefixes if all(k.startswith(p) for k in state)), None)):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+    return state
+
+
+class _Beside:
+    """Stands in for a harmless object beside the weights: takes whatever it is given and keeps nothing of it."""
+
+    def __new__(cls, *args: Any) -> "_Beside":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _stand_in(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return type(name, (_Beside,), {"__module__": module})
+
+
+# What training scripts keep beside the weights: their arguments, their best accuracy. None of it is wanted, so not even
+# these classes' own code is run.
+BESIDE = [
+    _stand_in(path)
+    for path in (
+        "argparse.Namespace",
+        "pathlib.PosixPath",
+        "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "pathlib._local.WindowsPath",
+        "_codecs.encode",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy.core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy._core.multiarray._reconstruct",
+    )
+]
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(BESIDE):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes fail the reader in any way there is
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise InputError(
+                f"{path}: holds objects other than tensors ({foreign[1]}); loading those would run code from the file. "
+                "If you trust it, convert it once, where it was made: safetensors.torch.save_file(STATE_DICT, "
+                "'weights.safetensors'), with the state_dict out of torch.load(FILE, weights_only=False)."
+            ) from None
+        raise InputError(
+            f"{path}: not a whole torch checkpoint ({reason(error)}). Copy or download it again."
+        ) from None
+
+
+def _state_dict(checkpoint: Any, path: Path) -> State:
+    """Find the weights in what a file holds."""
+    inside = checkpoint if isinstance(checkpoint, dict) else {}
+    for state in (checkpoint, *(inside[key] for key in STATE_KEYS if key in inside)):
+        if isinstance(state, dict) and state and all(isinstance(k, str) and _is_plain(v) for k, v in state.items()):
+            return state
+    found = ", ".join(str(key) for key in list(inside)[:5]) or type(checkpoint).__name__
+    expected = f"one (entry name → tensor) bare or under {', '.join(STATE_KEYS)}"
+    raise InputError(f"{path}: holds no state_dict; expected {expected}, found {found}")
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"  # else it is a meta tensor, without values
+        and not value.is_quantized
+    )
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of what went wrong: torch adds pages of advice."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

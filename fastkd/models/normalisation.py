@@ -1,0 +1,72 @@
+"""What pixels a net wants: the mean and standard deviation that its weights were trained with."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastkd import artifacts
+from fastkd.models.checkpoint import is_run
+from fastkd.models.registry import import_timm, split, torchvision_weights
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of each channel (red, green, blue), of pixels scaled to 0…1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def native_normalisation(name: str, weights: str | Path | None) -> Normalisation | None:
+    """Return what `weights` of the net `name` were trained with, None if that is the data set's own.
+
+    A RUN knows it (``model.json``), and so do the weights that torchvision and timm publish; a local file for one of
+    their nets is taken to be those weights or tuned from them. CIFAR checkpoints say nothing: None.
+    """
+    if weights is None:
+        return None
+    library, net = split(name)
+    if is_run(weights):
+        described = json.loads(artifacts.load(weights, "RUN").file("model.json").read_bytes())
+        return Normalisation(tuple(described["mean"]), tuple(described["std"]))
+    if library == "torchvision":
+        # torchvision states ImageNet's mean and std for these two, and undoes that inside the net (transform_input).
+        if net in ("googlenet", "inception_v3"):
+            return Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+        published = torchvision_weights(net)
+        preset = published.get(str(weights), published["DEFAULT"]).transforms()
+        return Normalisation(tuple(preset.mean), tuple(preset.std))
+    if library == "timm":
+        config = import_timm().get_pretrained_cfg(net)
+        return Normalisation(tuple(config.mean), tuple(config.std))
+    return None
+
+
+class Normalised(nn.Module):
+    """A net with its normalisation in front: it takes pixels of 0…255.
+
+    Parameters
+    ----------
+    net
+        Takes normalised float32 images [B, 3, H, W]; kept as ``.net``.
+    normalisation
+        What it was, or is to be, trained with. Not part of the state_dict.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, net: nn.Module, normalisation: Normalisation) -> None:
+        super().__init__()
+        self.net = net
+        mean = torch.tensor(normalisation.mean, dtype=torch.float64).reshape(1, 3, 1, 1)
+        std = torch.tensor(normalisation.std, dtype=torch.float64).reshape(1, 3, 1, 1)
+        self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
+        self.register_buffer("shift", (-mean / std).float(), persistent=False)
+
+    def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        """Return the net's output on images [B, 3, H, W] of 0…255, uint8 or floating; their memory format is kept."""
+        return self.net(torch.addcmul(self.shift, images_B3HW.float(), self.scale))

@@ -1,0 +1,101 @@
+"""From a name to a net."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fastkd.errors import InputError
+from fastkd.models import mobilenet, resnet, shufflenet, vgg, wrn
+
+CIFAR = {**resnet.NETS, **wrn.NETS, **vgg.NETS, **mobilenet.NETS, **shufflenet.NETS}
+
+
+def names() -> list[str]:
+    """List every ``cifar/`` net and every ``torchvision/`` classification net."""
+    return [f"cifar/{net}" for net in CIFAR] + [f"torchvision/{net}" for net in _torchvision_nets()]
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    """Return a randomly initialised net that maps images [B, 3, H, W] to logits [B, `num_classes`].
+
+    Seeding is the caller's matter: put ``torch.manual_seed`` before it.
+
+    Raises
+    ------
+    InputError
+        The name is unknown (the message holds the nearest known one) or its library is not installed.
+    """
+    library, net = split(name)
+    if library == "cifar":
+        return CIFAR[net](num_classes)
+    if library == "timm":
+        return import_timm().create_model(net, pretrained=False, num_classes=num_classes)
+    import torchvision
+
+    # Two nets have auxiliary classifiers, which would make them return tuples in training.
+    single = {"aux_logits": False, "init_weights": True} if net in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(net, weights=None, num_classes=num_classes, **single)
+
+
+def split(name: str) -> tuple[str, str]:
+    """Return the library and the net's name in it, both known to exist."""
+    library, _, net = name.partition("/")
+    if library == "cifar":
+        known = list(CIFAR)
+    elif library == "torchvision":
+        known = _torchvision_nets()
+    elif library == "timm":
+        timm = import_timm()
+        if timm.is_model(net):  # true of NET.TAG too, whatever the tag
+            try:
+                timm.get_pretrained_cfg(net)
+            except RuntimeError as error:
+                raise InputError(f"model {name!r}: {error}") from None
+            return library, net
+        known = timm.list_models()
+    else:
+        raise _unknown(name, names())
+    if net not in known:
+        raise _unknown(name, [f"{library}/{k}" for k in known])
+    return library, net
+
+
+def torchvision_weights(net: str) -> Mapping[str, Any]:
+    """Return the weights that torchvision publishes for one of its nets, by every name they may be called.
+
+    ``DEFAULT``, ``IMAGENET1K_V1`` … and the same with their class before them: ``ResNet50_Weights.DEFAULT``.
+    """
+    import torchvision
+
+    published = torchvision.models.get_model_weights(net)
+    entries = dict(published.__members__)
+    return entries | {f"{published.__name__}.{entry}": value for entry, value in entries.items()}
+
+
+def import_timm() -> Any:
+    """Return the module timm, an optional dependency."""
+    try:
+        import timm
+    except ImportError:
+        raise InputError("models named timm/… need timm, which is not installed: pip install fastkd[timm]") from None
+    return timm
+
+
+def _torchvision_nets() -> list[str]:
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)  # this module's own: no detection, no video
+
+
+def _unknown(name: str, known: list[str]) -> InputError:
+    def bare(full: str) -> str:
+        return full.rpartition("/")[2]
+
+    [nearest] = difflib.get_close_matches(bare(name).lower(), map(bare, known), n=1, cutoff=0)
+    found = " or ".join(k for k in known if bare(k) == nearest)
+    return InputError(
+        f"model {name!r}: unknown. The nearest is {found}. "
+        "Expected cifar/NAME, torchvision/NAME or timm/NAME; fastkd.models.names() lists them."
+    )

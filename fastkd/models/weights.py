@@ -1,0 +1,152 @@
+"""Weights of a net: loading them, writing them, and naming them by a digest."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import xxhash
+from torch import nn
+
+from fastkd import artifacts
+from fastkd.errors import InputError
+from fastkd.models.checkpoint import State, is_run, read_file, reason, unwrapped
+from fastkd.models.registry import import_timm, split, torchvision_weights
+
+
+def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = None) -> None:
+    """Fill `module` with weights; on any error it is left as it was.
+
+    Parameters
+    ----------
+    weights
+        A ``.safetensors`` file; a ``.pth``, ``.pt``, ``.tar`` or ``.ckpt`` file that holds a state_dict, bare or under
+        ``model`` or ``state_dict``; a RUN; or, by `name`, published weights: torchvision's (``DEFAULT``,
+        ``IMAGENET1K_V1``, ``ResNet50_Weights.IMAGENET1K_V2``) or timm's (``pretrained``).
+    name
+        The name that `module` was built from. Needed for published weights.
+
+    Raises
+    ------
+    InputError
+        The weights are missing, damaged, unsafe to load, not to be fetched, or do not fit; then it lists what differs.
+    """
+    state = _read(weights, name)
+    own = unwrapped(module.state_dict())
+    if differs := _misfit(own, state):
+        raise InputError(f"{weights}: these weights do not fit the model{f' {name}' if name else ''}: {differs}")
+    with torch.no_grad():
+        for entry, tensor in own.items():
+            if entry in state:
+                tensor.copy_(state[entry])
+
+
+def save_weights(module: nn.Module, path: str | Path) -> None:
+    """Write the state_dict to a safetensors file; tensors that share memory are written each on its own."""
+    state = unwrapped(module.state_dict())
+    plain = {k: v.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
+    safetensors.torch.save_file(plain, path)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Return the xxh3-128 (32 hex digits) of all that determines a net's evaluation outputs.
+
+    It covers name, dtype, shape and bytes of each entry, in the order of their names. Device and memory format do not
+    matter, nor does wrapping by DDP or ``torch.compile``. BatchNorm's batch counters are left out.
+    """
+    digest = xxhash.xxh3_128()
+    for entry, tensor in sorted(unwrapped(module.state_dict()).items()):
+        if not _is_counter(entry):
+            digest.update(f"{entry}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(weights: str | Path, name: str | None) -> State:
+    if is_run(weights):
+        return read_file(artifacts.load(weights, "RUN").file("student.safetensors"))
+    library, net = split(name) if name else ("", "")
+    expected = "a file or a RUN"
+    if library == "torchvision":
+        published = torchvision_weights(net)
+        if entry := published.get(str(weights)):
+            return _torchvision_names(_fetch_torchvision(entry))
+        expected += (
+            f", or weights that torchvision publishes for {net}: {', '.join(e for e in published if '.' not in e)}"
+        )
+    if library == "timm":
+        if str(weights) == "pretrained":
+            return _fetch_timm(net)
+        expected += ", or 'pretrained', the weights that timm publishes"
+    if not Path(weights).is_file():
+        raise InputError(f"{weights}: no such weights; expected {expected}")
+    state = read_file(Path(weights))
+    return _torchvision_names(state) if library == "torchvision" else state
+
+
+def _fetch_torchvision(entry: Any) -> State:
+    try:
+        return entry.get_state_dict(progress=sys.stderr.isatty(), check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise _not_fetched(f"{entry} from {entry.url}", error) from None
+
+
+def _fetch_timm(net: str) -> State:
+    timm = import_timm()
+    try:
+        with torch.random.fork_rng(devices=[]):  # its random initialisation must not shift the caller's
+            return timm.create_model(net, pretrained=True).state_dict()
+    except Exception as error:  # the hub's client has errors of its own, and timm its RuntimeErrors
+        raise _not_fetched(f"timm's pretrained weights of {net}", error) from None
+
+
+def _not_fetched(what: str, error: Exception) -> InputError:
+    return InputError(
+        f"could not fetch {what}: {reason(error)}. A local file (.safetensors, .pth) may be given instead."
+    )
+
+
+def _torchvision_names(state: State) -> State:
+    """Rename the entries of torchvision's older files and drop auxiliary classifiers, as its own loaders do."""
+
+    def renamed(entry: str) -> str:
+        entry = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", entry)
+        entry = re.sub(r"\.mlp\.linear_1\.", ".mlp.0.", entry)
+        return re.sub(r"\.mlp\.linear_2\.", ".mlp.3.", entry)
+
+    auxiliary = ("aux1.", "aux2.", "AuxLogits.")
+    return {renamed(k): v for k, v in state.items() if not k.startswith(auxiliary)}
+
+
+def _is_counter(entry: str) -> bool:
+    """Tell BatchNorm's batch counters, which old checkpoints lack and evaluation does not read."""
+    return entry.endswith("num_batches_tracked")
+
+
+def _misfit(own: State, state: State) -> str:
+    """Say how a checkpoint differs from the model, nothing if it fits."""
+    missing = [k for k in own if k not in state and not _is_counter(k)]
+    foreign = [k for k in state if k not in own and not _is_counter(k)]
+    shaped = [k for k in own if k in state and own[k].shape != state[k].shape]
+    phrases, advice = [], "Check the model's name, or give weights that were trained with it."
+
+    # A head for other classes differs in its first dimension only; a net of another width in others too.
+    counts = {(state[k].shape[:1], own[k].shape[:1]) for k in shaped}
+    if len(counts) == 1 and all(state[k].shape[1:] == own[k].shape[1:] for k in shaped):
+        theirs, ours = (shape.numel() for shape in counts.pop())
+        phrases.append(f"the checkpoint's classifier has {theirs} classes, the model is built for {ours}")
+        advice = f"Build the model for {theirs} classes, or give weights trained on its {ours}."
+    if missing:
+        phrases.append(f"{len(missing)} missing: {_first(missing)}")
+    if foreign:
+        phrases.append(f"{len(foreign)} unknown to the model: {_first(foreign)}")
+    if shaped:
+        changes = [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}" for k in shaped]
+        phrases.append(f"{len(shaped)} of another shape: {_first(changes)}")
+    return f"{'; '.join(phrases)}. {advice}" if phrases else ""
+
+
+def _first(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (", …" if len(items) > 5 else "")

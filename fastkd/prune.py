@@ -1,0 +1,55 @@
+"""``python -m fastkd.prune RECIPE`` or ``--logits Z.npy --labels Y.npy``: what to keep → SUBSET."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from fastkd import cli, console, recipe
+from fastkd.errors import InputError
+from fastkd.validation import explain
+
+
+def main(
+    path: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's YAML file.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    logits: Annotated[Path | None, typer.Option(help="Logits [N, K] of your own, .npy; instead of a recipe.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Labels [N] in 0 … K−1, .npy.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the SUBSET of --logits goes.")] = None,
+    keep_ratio: Annotated[float, typer.Option(help="Share to keep, above 0 and at most 1.")] = 0.5,
+    method: Annotated[str, typer.Option(help="medium or random.")] = "medium",
+    quota: Annotated[str, typer.Option(help="proportional or uniform (as the reference).")] = "proportional",
+    seed: Annotated[int, typer.Option(help="Of random.")] = 0,
+    reshape: Annotated[bool, typer.Option(help="Rescale stored logits by σ of their class.")] = True,
+    force: Annotated[bool, typer.Option(help="Select again although this SUBSET is there.")] = False,
+) -> None:
+    """Select the samples to keep and store their reshaped logits.
+
+    Example: python -m fastkd.prune recipes/quickstart.yaml prune.keep_ratio=0.3
+
+    Example: python -m fastkd.prune --logits Z.npy --labels Y.npy --keep-ratio 0.5 --out subset
+    """
+    from fastkd import stages
+
+    if (path is None) == (logits is None):
+        raise InputError("give either a RECIPE, or --logits with --labels and --out")
+    if logits is not None:
+        if labels is None or out is None:
+            raise InputError("--logits goes with --labels and --out")
+        try:
+            settings = recipe.Prune(method=method, keep_ratio=keep_ratio, quota=quota, seed=seed)  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise InputError(f"wrong options:\n{explain(error, recipe.Prune)}") from None
+        artifact, built = stages.prune_arrays(logits, labels, out, settings, reshape=reshape, force=force)
+    else:
+        artifact, built = stages.prune(recipe.load(str(path), overrides or ()), force=force)
+    facts = artifact.facts
+    console.say(
+        f"SUBSET: {artifact.path} {'built' if built else 'was there'}: "
+        f"{facts['count']:,} of {facts['of']:,} samples ({facts['keep_ratio']:.2%})"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

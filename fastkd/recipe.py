@@ -1,0 +1,252 @@
+"""Recipes: YAML → OmegaConf (``a.b=c`` overrides) → a frozen, validated model. Unknown keys are errors."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastkd.errors import InputError
+from fastkd.validation import explain
+
+SHIPPED = Path(__file__).parent / "_recipes"
+MAX_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """A part of a recipe: its keys are fixed, its values do not change, its types are not guessed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Data(Section):
+    """Which DATASET, and how images reach the nets."""
+
+    path: str
+    """Where the DATASET is; written there if it is not and `writer` is given."""
+    writer: str | None = None
+    options: dict[str, Any] = {}
+    """The writer's own."""
+    artifacts_dir: str | None = None
+    """Where SCORES, SUBSETs and LABELS go; default: `<path>.artifacts`."""
+    holdout_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of train kept aside, for choosing anything; the same samples for every seed."""
+    input_px: int | None = Field(None, ge=1)
+    """Side that images are centre-cropped and resized to; default: as stored, where all have one size."""
+    crop_ratio: Ratio = 224 / 256
+    """Side of the centre crop over the shorter side of the image; used with `input_px`."""
+    workers: int = Field(0, ge=0)
+    """Loader threads; 0: one per usable core."""
+    os_cache: bool = True
+    """Let the system's page cache hold the data; turn off for data larger than memory."""
+
+
+class Teacher(Section):
+    """A checkpoint, or a recipe that trains one."""
+
+    model: str | None = None
+    weights: str | None = None
+    recipe: str | None = None
+    """Path of a recipe without a teacher, relative to this one; trained first, or reused: on the `data` of
+    this recipe, on its device and in its precision."""
+    overrides: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Further a.b=c for that recipe."""
+    mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
+    """Channel means of the teacher's input in 0…1; default: what its weights came with, else the data set's."""
+    std: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Teacher":
+        if (self.recipe is None) == (self.model is None):
+            raise ValueError("give either `recipe`, or `model` and `weights`")
+        if self.model is not None and self.weights is None:
+            raise ValueError(f"model {self.model!r} needs `weights`: a file, a RUN, or the name of public weights")
+        if self.recipe is not None and self.weights is not None:
+            raise ValueError("`weights` belongs to `model`; a `recipe` brings its own")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("`mean` and `std` go together")
+        return self
+
+
+class Score(Section):
+    """The teacher's one pass over all of train."""
+
+    batch_size: int = Field(256, ge=1)
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the stored logits."""
+
+
+class Prune(Section):
+    """Which samples are kept."""
+
+    method: Literal["medium", "random"] = "medium"
+    keep_ratio: Ratio = 1.0
+    quota: Literal["proportional", "uniform"] = "proportional"
+    """Exactly round(keep_ratio·N) by class share, or int(N/K·keep_ratio) for each class as the reference does."""
+    seed: Seed = 0
+
+
+class Labels(Section):
+    """Where the teacher's logits come from."""
+
+    mode: Literal["stored", "online"] = "stored"
+    """Read from the SUBSET, or computed by a live teacher at every step."""
+    reshape: bool = True
+    """Rescale each row by σ of its class (MDSLR)."""
+
+
+class Student(Section):
+    """What is trained."""
+
+    model: str
+    weights: str | None = None
+    """Start from these instead of from random ones."""
+
+
+class Loss(Section):
+    """γ·CE(student, label) + α·T²·KL(teacher/T ‖ student/T); without a teacher, cross-entropy."""
+
+    alpha: float = Field(0.9, ge=0)
+    gamma: float = Field(0.1, ge=0)
+    temperature: float = Field(4.0, gt=0)
+
+
+class Optim(Section):
+    """SGD with momentum, and its learning rate over the epochs."""
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["step", "cosine", "constant"] = "cosine"
+    milestones_epochs: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    decay_factor: float = Field(0.1, gt=0, le=1)
+    """What `lr` is multiplied by at each milestone (`step`)."""
+    warmup_epochs: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Optim":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` needs a momentum above 0")
+        if (self.schedule == "step") != bool(self.milestones_epochs):
+            raise ValueError("`milestones_epochs` goes with `schedule: step`, and that needs them")
+        return self
+
+
+class Train(Section):
+    """The loop."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the hardware computes in it, fp16 with a scaler on older GPUs, else fp32."""
+    channels_last: bool = True
+    compile: bool = True
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 …"""
+    eval_every_epochs: int = Field(0, ge=0)
+    """Looks at the hold-out; 0: none. The test set (val) is looked at once, at the end."""
+    runs_dir: str = "runs"
+
+
+class Log(Section):
+    """How much is written down."""
+
+    every_steps: int = Field(50, ge=1)
+
+
+class Recipe(Section):
+    """One experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Seed = 0
+    """Initialisation and order."""
+    data: Data
+    teacher: Teacher | None = None
+    score: Score = Score()
+    prune: Prune = Prune()
+    labels: Labels = Labels()
+    student: Student
+    loss: Loss = Loss()
+    optim: Optim
+    train: Train
+    log: Log = Log()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.teacher is None and self.prune.keep_ratio < 1:
+            raise ValueError("`prune.keep_ratio` below 1 needs a `teacher`, whose logits tell the difficulty")
+        if self.optim.warmup_epochs >= self.train.epochs:
+            raise ValueError(f"`optim.warmup_epochs` ({self.optim.warmup_epochs}) must be below `train.epochs`")
+        if self.train.eval_every_epochs and not self.data.holdout_ratio:
+            raise ValueError("`train.eval_every_epochs` looks at the hold-out: it needs `data.holdout_ratio` above 0")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply ``a.b=c`` overrides.
+
+    Parameters
+    ----------
+    path
+        A YAML file. ``recipes/NAME.yaml`` falls back to the recipe of that name that ships with fastkd. A teacher's
+        recipe and data paths stay relative to the working directory, `teacher.recipe` to this file.
+
+    Raises
+    ------
+    InputError
+        Missing or malformed file, unknown keys, wrong types, values out of range: all at once.
+    """
+    file = locate(path)
+    try:
+        given = OmegaConf.create(_plain_yaml(file))
+        for text in overrides:
+            name, sign, _ = text.partition("=")
+            if not sign or not name:
+                raise InputError(f"override {text!r}: expected a.b=value")
+        tree = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise InputError(f"{file}: {str(error).splitlines()[0]}") from None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"recipe {file} is wrong:\n{explain(error, Recipe)}") from None
+    if recipe.teacher and recipe.teacher.recipe:
+        teacher = file.parent / recipe.teacher.recipe
+        recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"recipe": str(teacher)})})
+    return recipe
+
+
+def locate(path: str | Path) -> Path:
+    """Return the file that a recipe's path means."""
+    path = Path(path)
+    for candidate in (path, SHIPPED / path.name):
+        if candidate.is_file():
+            return candidate
+    raise InputError(f"recipe {path}: no such file")
+
+
+def _plain_yaml(file: Path) -> dict[str, Any]:
+    """Parse without object tags, a mapping at the top, of a size that a person may have written."""
+    if file.stat().st_size > MAX_BYTES:
+        raise InputError(f"recipe {file}: {file.stat().st_size} bytes; a recipe has at most {MAX_BYTES}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"recipe {file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {file}: expected a mapping of sections, found {type(values).__name__}")
+    return values
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the whole recipe, defaults included, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,26 @@
+"""``python -m fastkd.score RECIPE``: the teacher over all of train → SCORES."""
+
+from typing import Annotated
+
+import typer
+
+from fastkd import cli, console, recipe
+
+
+def main(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    force: Annotated[bool, typer.Option(help="Score again although these SCORES are there.")] = False,
+) -> None:
+    """Run the teacher over all of train, in the plain view, and store its logits.
+
+    Example: python -m fastkd.score recipes/quickstart.yaml score.batch_size=512
+    """
+    from fastkd import stages
+
+    artifact, _ = stages.score(recipe.load(path, overrides or ()), force=force)
+    console.say(f"SCORES: {artifact.path} (teacher's top-1 on train {artifact.facts['top1']:.2%})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

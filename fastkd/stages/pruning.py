@@ -1,0 +1,191 @@
+"""prune: logits → the samples to keep and their reshaped logits → SUBSET."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.lib.format import open_memmap
+
+from fastkd import artifacts, console
+from fastkd.artifacts import Artifact, Built, file_digest
+from fastkd.errors import InputError
+from fastkd.kernels import (
+    class_std,
+    medium_ranks,
+    mix64,
+    proportional_quotas,
+    reshape_rows,
+    select_ranks,
+    uniform_quotas,
+)
+from fastkd.recipe import Prune
+from fastkd.stages.scoring import CHUNK_ROWS, score_chunks
+
+if TYPE_CHECKING:
+    from fastkd.stages.chain import Chain
+
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
+    """Build or find the SUBSET of a chain."""
+    scores, settings = chain.scores, chain.recipe.prune
+    inputs = {
+        "scores": scores.key,
+        "holdout_ratio": chain.recipe.data.holdout_ratio,
+        "reshape": chain.recipe.labels.reshape,
+        **_selection_inputs(settings),
+    }
+    return artifacts.build(
+        chain.place("SUBSET", inputs),
+        "SUBSET",
+        inputs,
+        lambda directory: _fill(
+            directory,
+            scores.array("logits.npy"),
+            np.asarray(scores.array("labels.npy")),
+            settings,
+            train_ids=chain.train_ids,
+            reshape=chain.recipe.labels.reshape,
+            class_names=chain.dataset.facts["classes"],
+        ),
+        parents={"DATASET": chain.dataset.key, "SCORES": scores.key},
+        force="prune" in chain.force,
+    )
+
+
+def prune_arrays(
+    logits: Path, labels: Path, out: Path, settings: Prune, *, reshape: bool = True, force: bool = False
+) -> tuple[Artifact, bool]:
+    """Publish at `out` the SUBSET of anybody's logits.
+
+    Parameters
+    ----------
+    logits, labels : Path
+        `.npy` files: floating point [N, K], K ≥ 2, and integers [N] in 0 … K−1.
+    """
+    z_NK, y_N = _open(logits), _open(labels)
+    if z_NK.ndim != 2 or z_NK.shape[1] < 2 or z_NK.dtype not in (np.float16, np.float32, np.float64):
+        raise InputError(
+            f"{logits}: expected floating-point logits [N, K] with K ≥ 2, got {z_NK.dtype} {list(z_NK.shape)}"
+        )
+    if y_N.ndim != 1 or y_N.dtype.kind not in "iu" or len(y_N) != len(z_NK) or not len(y_N):
+        raise InputError(f"{labels}: expected {len(z_NK)} integer labels [N], got {y_N.dtype} {list(y_N.shape)}")
+    y_N = y_N.astype(np.int64)
+    wrong = np.flatnonzero((y_N < 0) | (y_N >= z_NK.shape[1]))
+    if len(wrong):
+        raise InputError(
+            f"{labels}: label {y_N[wrong[0]]} at row {wrong[0]} is out of range 0 … {z_NK.shape[1] - 1}: "
+            f"{logits.name} has {z_NK.shape[1]} classes; {len(wrong)} such rows"
+        )
+    inputs = {
+        "logits": file_digest(logits),
+        "labels": file_digest(labels),
+        "reshape": reshape,
+        **_selection_inputs(settings),
+    }
+    if out.exists() and not (out / artifacts.MANIFEST).exists():
+        raise InputError(f"--out {out}: something else is there already; choose a new directory")
+    return artifacts.build(
+        out,
+        "SUBSET",
+        inputs,
+        lambda directory: _fill(directory, z_NK, y_N, settings, train_ids=np.arange(len(y_N)), reshape=reshape),
+        settings={"logits": str(logits), "labels": str(labels)},
+        force=force,
+    )
+
+
+def _open(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{path}: not a plain .npy array ({error})") from None
+
+
+def _selection_inputs(settings: Prune) -> dict[str, Any]:
+    """Return what determines a selection: the seed only where chance has a part in it."""
+    return settings.model_dump(exclude=set() if settings.method == "random" else {"seed"})
+
+
+def _fill(
+    directory: Path,
+    logits_NK: np.ndarray,
+    labels_N: np.ndarray,
+    settings: Prune,
+    *,
+    train_ids: np.ndarray,
+    reshape: bool,
+    class_names: list[str] | None = None,
+) -> Built:
+    """Select among `train_ids` and write the arrays of a SUBSET."""
+    K = logits_NK.shape[1]
+    ce_N, std_N, right_N = score_chunks(logits_NK, labels_N)
+    y_T = labels_N[train_ids]
+    count_K = np.bincount(y_T, minlength=K)
+    if not count_K.all():
+        empty = [class_names[c] if class_names else str(c) for c in np.flatnonzero(count_K == 0)]
+        raise InputError(f"{len(empty)} of {K} classes have no samples to train on: {', '.join(empty[:10])}")
+    sigma_K = class_std(std_N[train_ids], y_T, K)
+    kept = train_ids[select(ce_N[train_ids], y_T, train_ids, settings, K)]
+    if not len(kept):
+        raise InputError(f"prune.keep_ratio={settings.keep_ratio} of {len(train_ids)} samples keeps none; raise it")
+
+    stored_MK = open_memmap(directory / "logits.npy", mode="w+", dtype=np.float16, shape=(len(kept), K))
+    flat = 0
+    for start in range(0, len(kept), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        ids = kept[rows]
+        z = np.ascontiguousarray(logits_NK[ids], np.float32)
+        # σ of a row's own std leaves the row as it is, but for its mean.
+        out, flat_rows = reshape_rows(z, sigma_K[labels_N[ids]] if reshape else std_N[ids])
+        flat += flat_rows
+        if np.abs(out).max() > _FLOAT16_MAX:
+            raise InputError(
+                f"reshaped logits reach {np.abs(out).max():.3g}: beyond float16; the teacher's logits are too large"
+            )
+        stored_MK[rows] = out
+    stored_MK.flush()
+    np.save(directory / "indices.npy", kept)
+    np.save(directory / "class_std.npy", sigma_K)
+    np.save(directory / "difficulty.npy", ce_N)
+
+    actual = len(kept) / len(train_ids)
+    facts = {
+        "count": len(kept),
+        "of": len(train_ids),
+        "keep_ratio": actual,
+        "class_counts": np.bincount(labels_N[kept], minlength=K).tolist(),
+        "flat_rows": flat,
+        "teacher_top1_kept": float(right_N[kept].mean()),
+        "teacher_top1_all": float(right_N[train_ids].mean()),
+    }
+    console.say(
+        f"prune: {settings.method} keeps {len(kept):,} of {len(train_ids):,} samples ({actual:.2%}; asked "
+        f"{settings.keep_ratio:.2%}); the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
+        f"(of all: {facts['teacher_top1_all']:.2%}); σ {sigma_K.min():.3g} … {sigma_K.max():.3g}"
+    )
+    if flat:
+        console.warn(f"prune: {flat} rows of logits have no spread: their labels say nothing")
+    return Built(facts=facts)
+
+
+def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Prune, num_classes: int) -> np.ndarray:
+    """Return the positions to keep, ascending (int64 [M]).
+
+    Parameters
+    ----------
+    score_N : float32 [N]
+        Difficulty.
+    y_N, ids_N : int64 [N]
+        Labels and sample ids (which the random draw goes by).
+    """
+    count_K = np.bincount(y_N, minlength=num_classes)
+    quotas = proportional_quotas if settings.quota == "proportional" else uniform_quotas
+    quota_K = quotas(count_K, settings.keep_ratio)
+    if settings.method == "random":
+        draw_N = mix64(ids_N, settings.seed, "prune")
+        return select_ranks(draw_N, y_N, np.zeros_like(quota_K), quota_K)
+    return select_ranks(score_N, y_N, medium_ranks(count_K, quota_K), quota_K)

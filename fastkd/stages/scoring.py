@@ -1,0 +1,77 @@
+"""score: one pass of the teacher over all of train, in the plain view → SCORES."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastkd import artifacts, console
+from fastkd.artifacts import Artifact, Built
+from fastkd.engine.loop import predict
+from fastkd.errors import InputError
+from fastkd.kernels import score_rows
+
+if TYPE_CHECKING:
+    from fastkd.stages.chain import Chain
+
+CHUNK_ROWS = 65536
+"""Rows of logits that are looked at in one go, which bounds memory."""
+
+
+def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
+    """Build or find the SCORES of a chain."""
+    inputs = {
+        "data": chain.dataset.key,
+        "teacher": chain.teacher.inputs,
+        "view": chain.view,
+        "dtype": chain.recipe.score.dtype,
+    }
+
+    def fill(directory: Path) -> Built:
+        console.heading(f"score: {chain.teacher.inputs['model']} over train")
+        loader = chain.loader("train", chain.recipe.score.batch_size)
+        labels_N = loader.labels()
+        logits_NK = np.lib.format.open_memmap(
+            directory / "logits.npy", mode="w+", dtype=chain.recipe.score.dtype, shape=(loader.count, chain.num_classes)
+        )
+        with console.progress("score", loader.count) as update:
+            batches = loader.batches(np.arange(loader.count), last="pad")
+            predict(chain.runtime, chain.teacher.net, batches, logits_NK, lambda done: update(done, ""))
+        logits_NK.flush()
+        np.save(directory / "labels.npy", labels_N)
+        _, _, right_N = score_chunks(logits_NK, labels_N)
+        top1 = float(right_N.mean())
+        console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
+        return Built(facts={"model": chain.teacher.inputs["model"], "top1": top1, "count": loader.count})
+
+    return artifacts.build(
+        chain.place("SCORES", inputs),
+        "SCORES",
+        inputs,
+        fill,
+        parents={"DATASET": chain.dataset.key},
+        settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.score.batch_size},
+        force="score" in chain.force,
+    )
+
+
+def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Score memory-mapped logits chunk by chunk; see `fastkd.kernels.score_rows`.
+
+    Raises
+    ------
+    InputError
+        Logits that are not finite; names the first row.
+    """
+    parts = []
+    for start in range(0, len(labels_N), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        parts.append(score_rows(np.ascontiguousarray(logits_NK[rows], np.float32), labels_N[rows]))
+    ce_N, std_N, right_N = (np.concatenate(part) for part in zip(*parts, strict=True))
+    bad = np.flatnonzero(~(np.isfinite(ce_N) & np.isfinite(std_N)))
+    if len(bad):
+        raise InputError(
+            f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}: "
+            "check the teacher's weights, or score in train.precision=fp32"
+        )
+    return ce_N, std_N, right_N

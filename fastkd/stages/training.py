@@ -1,0 +1,372 @@
+"""train: the student, from whatever the chain provides → RUN."""
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastkd import artifacts, console, models
+from fastkd import recipe as recipes
+from fastkd.artifacts import Artifact, Built
+from fastkd.data.loader import Loader, usable_cores
+from fastkd.data.order import epoch_order
+from fastkd.engine.loop import TeacherFn, TrainState, evaluate, train_epoch, warm_up
+from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, supervised_loss
+from fastkd.engine.schedule import learning_rates
+from fastkd.kernels import mix64
+
+if TYPE_CHECKING:
+    from fastkd.stages.chain import Chain
+
+EVAL_BATCH_SIZE = 256
+VERSIONS = ("fastkd", "torch", "torchvision", "ffcv", "numba", "numpy", "timm")
+
+
+def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
+    """Train the student of a chain, or find its RUN.
+
+    Parameters
+    ----------
+    out
+        Where the RUN goes; default: under `train.runs_dir`, by name and key.
+    source
+        The recipe file, kept in the RUN as it was given.
+    """
+    recipe = chain.recipe
+    inputs = _inputs(chain)
+    path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
+    parents = {"DATASET": chain.dataset.key}
+    if uses_subset(recipe):
+        parents["SUBSET"] = chain.subset.key
+    return artifacts.build(
+        path,
+        "RUN",
+        inputs,
+        lambda directory: _train(chain, directory, source),
+        parents=parents,
+        settings={"precision": chain.runtime.precision, "device": chain.runtime.device.type},
+        force="train" in chain.force,
+    )
+
+
+def uses_subset(recipe: recipes.Recipe) -> bool:
+    """Tell whether a recipe needs the teacher's scores: not for plain KD on all data with a live teacher."""
+    return recipe.teacher is not None and (
+        recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.keep_ratio < 1
+    )
+
+
+def _inputs(chain: "Chain") -> dict[str, Any]:
+    """Return what determines the student; precision, device and versions are recorded, not keyed."""
+    recipe = chain.recipe
+    inputs: dict[str, Any] = {
+        "data": chain.dataset.key,
+        "holdout_ratio": recipe.data.holdout_ratio,
+        "view": chain.view,
+        "student": {"model": recipe.student.model, "weights": _student_weights(recipe)},
+        "optim": recipe.optim.model_dump(mode="json"),
+        "epochs": recipe.train.epochs,
+        "batch_size": recipe.train.batch_size,
+        "seed": recipe.seed,
+    }
+    if recipe.teacher is not None:
+        inputs |= {
+            "teacher": chain.teacher.inputs,
+            "loss": recipe.loss.model_dump(mode="json"),
+            "labels": recipe.labels.model_dump(mode="json"),
+        }
+    if uses_subset(recipe):
+        inputs["subset"] = chain.subset.key
+    return inputs
+
+
+def _student_weights(recipe: recipes.Recipe) -> str | None:
+    """Return what identifies the weights that a student starts from: a file's digest, a RUN's key, or their name."""
+    weights = recipe.student.weights
+    if weights is None:
+        return None
+    path = Path(weights)
+    if path.is_file():
+        return artifacts.file_digest(path)
+    return artifacts.load(path, "RUN").key if path.is_dir() else weights
+
+
+class Stopwatch:
+    """Wall seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Charge the time inside to `what`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+
+class Journal:
+    """metrics.jsonl: one JSON object a line, written as it happens."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("w", buffering=1)
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append an event."""
+        self._stream.write(json.dumps({"event": event, **values}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
+    """Train, evaluate once, and write everything that a RUN holds."""
+    recipe, runtime, K = chain.recipe, chain.runtime, chain.num_classes
+    console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
+    if source is not None:
+        shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
+    (directory / "resolved.yaml").write_text(recipes.dump(recipe))
+    _write_json(directory / "env.json", environment(chain))
+    journal = Journal(directory / "metrics.jsonl")
+    watch = Stopwatch()
+
+    loader, student, state, ids_M, teacher = prepare(chain, watch)
+    steps_per_epoch = loader.full_batches(len(ids_M))
+    lr = learning_rates(recipe.optim, recipe.train.epochs, steps_per_epoch)
+    epochs = []
+    total_steps = recipe.train.epochs * steps_per_epoch
+    with console.progress("train", total_steps * recipe.train.batch_size) as update:
+        for epoch in range(recipe.train.epochs):
+            first = epoch * steps_per_epoch
+            order = epoch_order(len(ids_M), recipe.seed, epoch)
+
+            def on_log(steps: int, loss: float, wait: float, first: int = first, epoch: int = epoch) -> None:
+                done = first + steps
+                journal.write("steps", epoch=epoch, step=done, loss=loss, lr=lr[done - 1], data_wait_share=wait)
+                update(done * recipe.train.batch_size, f"epoch {epoch + 1}, loss {loss:.3f}, data wait {wait:.1%}")
+
+            with watch.on("train"):
+                result = train_epoch(
+                    state,
+                    loader.batches(ids_M[order], last="drop"),
+                    teacher(order),
+                    lr[first : first + steps_per_epoch],
+                    log_every_steps=recipe.log.every_steps,
+                    on_log=on_log,
+                )
+            summary = {
+                "loss": result.loss,
+                "images": result.images,
+                "wall_s": result.wall_s,
+                "data_wait_s": result.data_wait_s,
+                "images_per_s": result.images_per_s,
+            }
+            epochs.append(summary)
+            journal.write("epoch", epoch=epoch, **summary)
+            every = recipe.train.eval_every_epochs
+            if every and (epoch + 1) % every == 0 and epoch + 1 < recipe.train.epochs:
+                with watch.on("evaluate"):
+                    _look(chain, student, journal, "train", chain.holdout_ids, "holdout", epoch)
+    accuracy = {}
+    with watch.on("evaluate"):
+        if len(chain.holdout_ids):
+            accuracy["holdout"] = _look(chain, student, journal, "train", chain.holdout_ids, "holdout", epoch)
+        val_ids = np.arange(chain.dataset.facts["counts"]["val"])
+        accuracy["val"] = _look(chain, student, journal, "val", val_ids, "val", epoch)
+    journal.close()
+
+    normalisation = chain.normalisation
+    models.save_weights(student.net, directory / "student.safetensors")
+    _write_json(
+        directory / "model.json",
+        {
+            "model": recipe.student.model,
+            "num_classes": K,
+            "classes": chain.dataset.facts["classes"],
+            "input_hw": list(loader.image_hw),
+            "mean": list(normalisation.mean),
+            "std": list(normalisation.std),
+            "ema": False,
+        },
+    )
+    timing = _timing(chain, watch, epochs)
+    _write_json(directory / "timing.json", timing)
+    facts = {"model": recipe.student.model, "top1": accuracy, "images_per_s": timing["images_per_s"]}
+    console.say(
+        f"train: top-1 {accuracy['val']:.2%} on val; {timing['images_per_s']:,.0f} images/s, "
+        f"data wait {timing['data_wait_share']:.1%}; this student took {timing['further_student_s']:.1f} s, "
+        f"with all before it {timing['first_student_s']:.1f} s"
+    )
+    return Built(facts=facts)
+
+
+def prepare(
+    chain: "Chain", watch: Stopwatch
+) -> tuple[Loader, models.Normalised, TrainState, np.ndarray, Callable[[np.ndarray], TeacherFn]]:
+    """Build all that the first step needs, and compile it.
+
+    Returns
+    -------
+    loader, student, state
+    ids_M : int64 [M]
+        Samples to train on, ascending.
+    teacher
+        For an epoch's order of those, where the logits of each batch come from.
+    """
+    recipe, runtime = chain.recipe, chain.runtime
+    batch_size = recipe.train.batch_size
+    with watch.on("setup"):
+        loader = chain.loader("train", batch_size)
+        ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(recipe) else chain.train_ids
+        loader.full_batches(len(ids_M))
+        student = _new_student(chain)
+        student.train()
+        optimizer = torch.optim.SGD(
+            student.parameters(),
+            lr=recipe.optim.lr,
+            momentum=recipe.optim.momentum,
+            nesterov=recipe.optim.nesterov,
+            weight_decay=recipe.optim.weight_decay,
+        )
+        state = TrainState(runtime, runtime.compiled(student), _loss(recipe), optimizer, runtime.scaler())
+        teacher = _teacher_feed(chain)
+    with watch.on("compile"):
+        loader.warm_up()
+        images = torch.full((batch_size, *loader.image_hw, 3), 128, dtype=torch.uint8).permute(0, 3, 1, 2)
+        labels_B = torch.zeros(batch_size, dtype=torch.int64)
+        first_rows = teacher(np.arange(batch_size))
+        warm_up(state, images, labels_B, lambda x, y: first_rows(x, y, slice(0, batch_size)))
+    return loader, student, state, ids_M, teacher
+
+
+def _new_student(chain: "Chain") -> models.Normalised:
+    """Build the student on the device, initialised from the recipe's seed alone."""
+    student = chain.recipe.student
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(mix64(np.array([0]), chain.recipe.seed, "init")[0] >> np.uint64(1)))
+        net = models.build(student.model, chain.num_classes)
+    if student.weights is not None:
+        models.load_weights(net, student.weights, name=student.model)
+    normalised = models.Normalised(net, chain.normalisation)
+    chain.runtime.place(normalised)
+    return normalised
+
+
+def _loss(recipe: recipes.Recipe) -> LossFn:
+    if recipe.teacher is None:
+        return supervised_loss
+    loss = recipe.loss
+    return partial(kd_loss, alpha=loss.alpha, gamma=loss.gamma, temperature=loss.temperature)
+
+
+def _teacher_feed(chain: "Chain") -> Callable[[np.ndarray], TeacherFn]:
+    """Return, for an epoch's order of the kept samples, where the teacher's logits of each batch come from."""
+    recipe, runtime = chain.recipe, chain.runtime
+    if recipe.teacher is None:
+        return lambda order: lambda images, labels, rows: None
+
+    if recipe.labels.mode == "stored":
+        logits_MK = chain.subset.array("logits.npy")
+
+        def stored(order: np.ndarray) -> TeacherFn:
+            return lambda images, labels, rows: torch.from_numpy(logits_MK[order[rows]]).to(runtime.device).float()
+
+        return stored
+
+    net = chain.teacher.net
+    sigma_K = None
+    if recipe.labels.reshape:
+        sigma_K = torch.tensor(chain.subset.array("class_std.npy"), dtype=torch.float32, device=runtime.device)
+
+    def online(images: Tensor, labels: Tensor, rows: slice) -> Tensor:
+        with torch.no_grad(), runtime.autocast():
+            logits_BK = net(images).float()
+            return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K)
+
+    return lambda order: online
+
+
+def _look(
+    chain: "Chain", student: nn.Module, journal: Journal, split: str, ids: np.ndarray, name: str, epoch: int
+) -> float:
+    """Evaluate on a split; uncompiled, since compiling another graph costs more than one look saves."""
+    loader: Loader = chain.loader(split, min(EVAL_BATCH_SIZE, len(ids)))
+    student.eval()
+    top1 = evaluate(chain.runtime, student, loader.batches(ids, last="pad"), chain.num_classes)
+    student.train()
+    journal.write("evaluate", epoch=epoch, split=name, top1=top1)
+    if name == "holdout":
+        console.say(f"epoch {epoch + 1}: top-1 {top1:.2%} on the hold-out")
+    return top1
+
+
+def _timing(chain: "Chain", watch: Stopwatch, epochs: list[dict[str, float]]) -> dict[str, Any]:
+    """Return what everything cost: first and further student, with the teacher's training on its own line."""
+    own = dict(watch.seconds)
+    before = {name: cost for name, cost in chain.costs.items() if name not in ("teacher", "train")}
+    further_s = sum(own.values())
+    wall_s = sum(e["wall_s"] for e in epochs)
+    wait_s = sum(e["data_wait_s"] for e in epochs)
+    return {
+        "stages": [
+            *({"stage": name, "seconds": c.seconds, "reused": c.reused} for name, c in before.items()),
+            *({"stage": name, "seconds": s, "reused": False} for name, s in own.items()),
+        ],
+        "first_student_s": sum(c.seconds for c in before.values()) + further_s,
+        "further_student_s": further_s,
+        "teacher_training_s": chain.costs["teacher"].seconds if "teacher" in chain.costs else None,
+        "data_wait_s": wait_s,
+        "step_s": wall_s - wait_s,
+        "data_wait_share": wait_s / wall_s,
+        "images_per_s": sum(e["images"] for e in epochs) / wall_s,
+        "epochs": epochs,
+    }
+
+
+def environment(chain: "Chain") -> dict[str, Any]:
+    """Return what a run was made with."""
+    versions = {}
+    for name in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    device = chain.runtime.device
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu_name(),
+        "usable_cores": usable_cores(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "precision": chain.runtime.precision,
+        "channels_last": chain.runtime.channels_last,
+        "compile": chain.runtime.compile,
+        "versions": versions,
+        "pid": os.getpid(),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,124 @@
+"""source ──write──▶ DATASET: read a source through its writer and publish it as .beton files."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+from fastkd.artifacts import MANIFEST, Artifact, Built, build, differences, file_digest, read_manifest
+from fastkd.data.beton import Progress, write_betons
+from fastkd.data.source import Writer, load_writer, shipped
+from fastkd.errors import ArtifactError, FastkdError, InputError
+
+
+def write(
+    writer: str,
+    out_dir: str | os.PathLike[str],
+    options: dict[str, Any],
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Artifact, bool]:
+    """Publish a DATASET: ``train.beton`` and ``val.beton``, and in the manifest all that was found out about them.
+
+    Parameters
+    ----------
+    writer
+        Name of a shipped writer (``fashion_mnist``) or path of a file (``my/writer.py``; see `fastkd.data.source`).
+    out_dir
+        Where the data set is published. A directory that holds something else is refused, `force` or not.
+    options
+        The writer's options.
+    force
+        Write again where the same or another data set was written before.
+    progress
+        Called with (split, done, total).
+
+    Returns
+    -------
+    artifact, written
+        `written` is False where `out_dir` held the data set already: same writer, same options.
+
+    Raises
+    ------
+    InputError
+        Unknown writer or option, a source that is missing or damaged, `out_dir` taken by something else.
+    FastkdError
+        The disk is full, or a process was killed.
+    """
+    out_dir = Path(os.path.abspath(Path(out_dir).expanduser()))
+    loaded = load_writer(writer)
+    resolved = loaded.options(options)
+    recorded = resolved.model_dump(mode="json")
+    settings = {**_identity(loaded), "options": recorded}
+
+    def builder(directory: Path) -> Built:
+        written = write_betons(loaded, resolved, directory, progress)
+        train, val = written.splits["train"], written.splits["val"]
+        facts = {
+            "classes": written.classes,
+            "counts": {"train": train.count, "val": val.count},
+            "class_counts": {"train": train.class_counts, "val": val.class_counts},
+            "mean": train.mean,
+            "std": train.std,
+            "image": {
+                "max_height": max(train.max_height, val.max_height),
+                "max_width": max(train.max_width, val.max_width),
+                "fixed_size": train.fixed_size if train.fixed_size == val.fixed_size else None,
+            },
+            "skipped": train.skipped + val.skipped,
+            "writer": writer,
+            "options": recorded,
+        }
+        inputs = {"train": train.content_hash, "val": val.content_hash, "classes": written.classes}
+        return Built(facts=facts, inputs=inputs)
+
+    _refuse_foreign(out_dir)
+    try:
+        artifact, built = build(out_dir, "DATASET", None, builder, settings=settings, force=force)
+    except OSError as error:  # from sealing and publishing; what writers and workers meet is told by write_betons
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise FastkdError(f"{out_dir}: no space left ({error.strerror}); free some or write elsewhere") from None
+    if not built and (phrases := differences(_content(settings), _content(artifact.manifest.settings))):
+        raise InputError(
+            f"{out_dir}: holds a data set that was written otherwise: {'; '.join(phrases)}. "
+            "Choose another directory, or replace it with --force"
+        )
+    return artifact, built
+
+
+def _identity(writer: Writer) -> dict[str, str]:
+    """Name a writer; one of the user's own also by its text, which may change from one write to the next."""
+    if writer.path.parent == shipped("writers"):
+        return {"writer": writer.name}
+    return {"writer": str(writer.path), "writer_xxh3_128": file_digest(writer.path)}
+
+
+def _content(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that bear on what is written: the number of workers does not."""
+    options = {key: value for key, value in settings.get("options", {}).items() if key != "workers"}
+    return settings | {"options": options}
+
+
+def _refuse_foreign(out_dir: Path) -> None:
+    """Let pass: nothing, an empty directory (removed, to be published over), or a data set of ours."""
+    if not os.path.lexists(out_dir):
+        return
+    elsewhere = "choose another directory; nothing was touched"
+    if not out_dir.is_dir():
+        raise InputError(f"{out_dir}: is not a directory; {elsewhere}")
+    try:
+        if not any(out_dir.iterdir()):
+            out_dir.rmdir()
+            return
+    except OSError as error:
+        raise InputError(f"{out_dir}: cannot be used ({error.strerror}); {elsewhere}") from None
+    if not (out_dir / MANIFEST).is_file():
+        raise InputError(f"{out_dir}: is not empty and holds no fastkd data set; {elsewhere}")
+    try:
+        kind = read_manifest(out_dir).kind
+    except ArtifactError as error:
+        raise InputError(f"{error} Writing to {out_dir} is refused: {elsewhere}") from None
+    if kind != "DATASET":
+        raise InputError(f"{out_dir}: holds a {kind}; {elsewhere}")

@@ -1,0 +1,32 @@
+"""``python -m fastkd.train RECIPE``: the whole way from a data set to a distilled student → RUN."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd import cli, console, recipe
+
+
+def main(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    force: Annotated[
+        list[str] | None, typer.Option(metavar="STAGE", help="Run write, teacher, score, prune or train again.")
+    ] = None,
+) -> None:
+    """Train a student; whatever it needs and is missing is built first, whatever is there is reused.
+
+    Example: python -m fastkd.train recipes/quickstart.yaml prune.keep_ratio=0.3 seed=1
+    """
+    from fastkd import stages
+
+    resolved = recipe.load(path, overrides or ())
+    run, built = stages.train(resolved, source=Path(path), force=frozenset(force or ()))
+    if not built:
+        console.say(f"this recipe has been trained: top-1 {run.facts['top1']['val']:.2%} (--force train: train again)")
+    console.say(f"RUN: {run.path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,40 @@
+"""Turns pydantic's errors into the project's: all at once, each with path, value, what was expected, nearest key."""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return one line per error of validating `model`, in the order of its fields."""
+    return "\n".join(f"  {line}" for line in _lines(error, model))
+
+
+def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    for e in error.errors():
+        path = [str(part) for part in e["loc"]]
+        where = ".".join(path) or "(the whole)"
+        if e["type"] == "extra_forbidden":
+            known = _fields_at(model, path[:-1])
+            near = difflib.get_close_matches(path[-1], known, 1)
+            yield f"{where}: unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+        elif e["type"] == "missing":
+            yield f"{where}: missing; it has no default"
+        elif e["type"] == "value_error":
+            yield f"{where}: {e['ctx']['error']}"
+        else:
+            yield f"{where}: {e['input']!r} is wrong: {e['msg'].removeprefix('Input ')}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Return the field names of the section at `path`, looking through `Section | None`."""
+    for name in path:
+        field = model.model_fields.get(name)
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        sections: list[Any] = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not sections:
+            return []
+        model = sections[0]
+    return list(model.model_fields)

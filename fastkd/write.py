@@ -1,0 +1,92 @@
+"""``python -m fastkd.write WRITER OUT_DIR [key=value …]``: turn a source of images into a data set."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from fastkd import cli, console
+from fastkd.data.source import load_writer, writer_names
+from fastkd.errors import InputError
+from fastkd.stages.write import Progress, write
+
+
+def command(
+    writer: Annotated[str, typer.Argument(help="Name of a writer (below) or path of a file of your own.")],
+    out_dir: Annotated[Path, typer.Argument(help="The data set: a new directory.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The writer's options.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a data set that was written there before.")] = False,
+) -> None:
+    """See _help()."""
+    console.heading(f"write {writer} → {out_dir}")
+    with _bars() as progress:
+        artifact, written = write(writer, out_dir, _key_values(options or []), force=force, progress=progress)
+    facts, counts = artifact.facts, artifact.facts["counts"]
+    for skipped in facts["skipped"][:10]:
+        console.warn(f"left out {skipped['split']} {skipped['description'] or skipped['index']}: {skipped['reason']}")
+    if len(facts["skipped"]) > 10:
+        console.warn(f"left out {len(facts['skipped'])} images in all; the manifest lists them")
+    size = sum(stamp.size for stamp in artifact.manifest.files.values())
+    done = f"written in {artifact.cost_s:.1f} s" if written else "reused: it was written before, with the same options"
+    console.say(
+        f"{artifact.path}: {counts['train']:,} train and {counts['val']:,} val images of {len(facts['classes'])} "
+        f"classes, {size / 1e6:,.1f} MB; {done}"
+    )
+
+
+def _key_values(words: list[str]) -> dict[str, Any]:
+    """Parse key=value words; values are YAML: 32 is an integer, true a boolean, null None."""
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise InputError(f"{word!r}: expected KEY=VALUE")
+        if key in options:
+            raise InputError(f"{word!r}: {key} is given twice")
+        try:
+            parsed = yaml.safe_load(value) if value else ""
+        except yaml.YAMLError:
+            parsed = value
+        # What YAML takes for a mapping or a date is a text, such as a path: no option is of these types.
+        options[key] = parsed if isinstance(parsed, str | bool | int | float | list | None) else value
+    return options
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Progress]:
+    """Show one bar after another, a split each."""
+    with contextlib.ExitStack() as stack:
+        updates: dict[str, console.Update] = {}
+
+        def progress(split: str, done: int, total: int) -> None:
+            if split not in updates:
+                stack.close()
+                updates[split] = stack.enter_context(console.progress(split, total))
+            updates[split](done, "")
+
+        yield progress
+
+
+def _help() -> str:
+    # "\n\n" keeps typer's markdown from joining the lines.
+    shipped = "\n\n".join(f"- `{name}`: {load_writer(name).doc.splitlines()[0]}" for name in writer_names())
+    return f"""Turn a source of images into a data set: train.beton, val.beton and a manifest.
+
+Example: `python -m fastkd.write fashion_mnist data/fashion_mnist`
+
+Example: `python -m fastkd.write image_folder data/pets root=~/pets max_resolution=256`
+
+Writers (the head of `writers/NAME.py` tells a writer's own options):
+
+{shipped}
+
+Options of every writer: `mode=raw|jpg|smart`, `max_resolution=PIXELS`, `jpeg_quality=90`,
+`smart_threshold_bytes=65536`, `on_error=fail|skip` (a corrupt image), `workers=0` (one a core)."""
+
+
+if __name__ == "__main__":
+    command.__doc__ = _help()
+    cli.run(command)

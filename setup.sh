@@ -1,0 +1,158 @@
+#!/bin/sh
+# From a bare machine to a working .venv: system libraries, Python environment, pinned packages. `make setup` runs this.
+#
+# Safe to run again: a finished set-up is recognised by its stamp and costs nothing, and only what is missing is installed.
+# PYTHON=/path/to/python3.12 chooses the interpreter (>= 3.11).
+set -eu
+cd "$(dirname "$0")"
+
+VENV=.venv
+STAMP=$VENV/.fastkd-setup # written last, so a half-made environment has none
+# ffcv has no wheels: it is compiled against OpenCV and libturbojpeg. The python3 packages are for the system's Python.
+APT_PACKAGES="build-essential pkg-config libopencv-dev libturbojpeg0-dev python3-dev python3-venv"
+APT_DATASET=dataset-fashion-mnist # wanted, not needed: its writer downloads the files where the package is absent
+
+say() { echo "setup: $*"; }
+die() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+# --- system libraries ---------------------------------------------------------------------------------------------
+
+not_installed() { # prints those of the given packages that dpkg does not know as installed
+    for package; do
+        [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || printf '%s ' "$package"
+    done
+}
+
+may_be_root() { # sudo may ask for a password only where somebody can type one
+    [ "$(id -u)" -eq 0 ] && return
+    command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }
+}
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+apt_get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -q "$@"; }
+
+libraries_found() { # what compiling ffcv takes, whoever installed it (ffcv itself asks for opencv4, then opencv)
+    command -v g++ >/dev/null && command -v pkg-config >/dev/null || return 1
+    pkg-config --exists libturbojpeg && { pkg-config --exists opencv4 || pkg-config --exists opencv; }
+}
+
+install_libraries_with_apt() {
+    # shellcheck disable=SC2086 # lists of package names are meant to be split
+    missing=$(not_installed $APT_PACKAGES)
+    dataset=$(not_installed $APT_DATASET)
+    [ -n "$missing$dataset" ] || return 0
+
+    if ! may_be_root; then
+        [ -z "$dataset" ] || say "note: $APT_DATASET is not installed; its writer will download Fashion-MNIST"
+        [ -n "$missing" ] || return 0
+        libraries_found || die "these packages are missing and need root or sudo: $missing
+  Run:  apt-get update && apt-get install -y $missing
+  and then 'make setup' again."
+        say "note: not installed by apt, but compiler and libraries are there, so going on: $missing"
+        return 0
+    fi
+    apt_get update || say "note: 'apt-get update' failed; going on with the package lists as they are"
+    if [ -n "$dataset" ] && ! apt-cache show $APT_DATASET >/dev/null 2>&1; then
+        say "note: apt has no $APT_DATASET here; its writer will download Fashion-MNIST"
+        dataset=
+    fi
+    [ -n "$missing$dataset" ] || return 0
+    say "apt installs: $missing$dataset"
+    # shellcheck disable=SC2086
+    apt_get install -y --no-install-recommends $missing $dataset || die "apt-get could not install: $missing$dataset"
+}
+
+install_libraries() {
+    if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then
+        install_libraries_with_apt
+    elif ! libraries_found; then
+        die "this system has no apt. Compiling ffcv takes g++, pkg-config, and the headers of OpenCV 4 and libturbojpeg,
+  which pkg-config must find as 'opencv4' and 'libturbojpeg'. Install them with the system's package manager or from
+  conda-forge (see README.md), then run 'make setup' again."
+    fi
+}
+
+# --- Python environment -------------------------------------------------------------------------------------------
+
+version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+find_python() { # prints the interpreter to use; each is run, since a name on PATH may be a shim with nothing behind it
+    if [ -n "${PYTHON:-}" ]; then
+        is_new_enough "$PYTHON" || die "PYTHON=$PYTHON does not run or is older than 3.11"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3.13 python3.12 python3.11 python3; do
+        if is_new_enough "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    die "no Python >= 3.11 found (python3 is: $(version_of python3 || echo missing)). Install one, then run:
+  PYTHON=/path/to/python3.12 make setup"
+}
+
+fingerprint() { # of all that decides what the finished environment holds; the path, since the install is editable
+    echo "$(pwd) $(version_of $VENV/bin/python) $(cat pyproject.toml constraints.txt setup.sh | cksum)"
+}
+
+venv_is_sound() { # it runs, has pip, and is of the version that was asked for
+    $VENV/bin/python -m pip --version >/dev/null 2>&1 && is_new_enough $VENV/bin/python || return 1
+    [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of $VENV/bin/python)" ]
+}
+
+is_finished() {
+    [ -f $STAMP ] && [ "$(cat $STAMP)" = "$(fingerprint)" ] || return 1
+    [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of $VENV/bin/python)" ]
+}
+
+make_venv() {
+    python=$(find_python)
+    version=$(version_of "$python")
+    "$python" -c '
+import ensurepip, os, sys, sysconfig, venv
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' 2>/dev/null || die \
+        "$python ($version) lacks venv or its C headers. On Debian or Ubuntu:  apt-get install python${version%.*}-venv python${version%.*}-dev"
+    say "making $VENV with $python ($version)"
+    rm -rf $VENV
+    "$python" -m venv $VENV
+}
+
+install_packages() {
+    say "installing the packages of constraints.txt (torch with CUDA is a download of some GB; ffcv is compiled)"
+    # First pip itself: those that come with Python differ in how they build an sdist.
+    { $VENV/bin/python -m pip install -c constraints.txt --upgrade pip &&
+        $VENV/bin/python -m pip install -c constraints.txt -e '.[dev,timm]'; } ||
+        die "pip failed (see above). If $VENV may be damaged:  rm -rf $VENV && make setup"
+}
+
+packages_import() {
+    $VENV/bin/python -c 'import fastkd, ffcv, numba, numpy, sklearn, timm, torch, torchmetrics, torchvision
+import hypothesis, mypy, pytest, xdist'
+}
+
+# --- all of it ----------------------------------------------------------------------------------------------------
+
+if is_finished; then
+    say "$VENV is up to date"
+    exit 0
+fi
+install_libraries
+rm -f $STAMP
+venv_is_sound || make_venv
+install_packages
+if ! packages_import; then # pip believes its records; an interrupted install may have left fewer files than they say
+    say "$VENV is damaged: making it anew"
+    make_venv
+    install_packages
+    packages_import || die "the packages are installed but do not import; 'python3 fastkd/doctor.py' may say why"
+fi
+fingerprint >$STAMP
+say "done. Next:  make demo, or  $VENV/bin/python -m fastkd.doctor"

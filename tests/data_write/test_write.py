@@ -1,0 +1,210 @@
+"""The stage and its command."""
+
+import errno
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd import artifacts
+from fastkd import write as command
+from fastkd.errors import ArtifactError, FastkdError, InputError
+from fastkd.stages import write
+
+pytestmark = pytest.mark.timeout(60)
+OPTIONS = {"n": 40, "sides": (9, 9), "workers": 1}
+
+
+@pytest.fixture
+def dataset(noise, tmp_path):
+    """A data set that was written, and where."""
+    return write(noise, tmp_path / "data" / "noise", OPTIONS)[0]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_manifest(noise, tmp_path):
+    reports = []
+    artifact, built = write(noise, tmp_path / "out", OPTIONS, progress=lambda *report: reports.append(report))
+    assert built
+    assert reports[-1] == ("val", 20, 20)
+    again = artifacts.load(tmp_path / "out", "DATASET")
+    assert again.manifest == artifact.manifest
+    facts = again.facts
+    assert facts["classes"] == [f"class {k}" for k in range(4)]
+    assert facts["counts"] == {"train": 40, "val": 20}
+    assert facts["class_counts"] == {"train": [10] * 4, "val": [5] * 4}
+    assert facts["image"] == {"max_height": 9, "max_width": 9, "fixed_size": [9, 9]}
+    assert facts["skipped"] == []
+    assert facts["writer"] == noise
+    assert facts["options"]["mode"] == "raw"  # defaults are recorded too
+    assert len(facts["mean"]) == len(facts["std"]) == 3
+    assert set(again.manifest.inputs) == {"train", "val", "classes"}
+    assert set(again.manifest.files) == {"train.beton", "val.beton"}
+    assert {p.name for p in tmp_path.iterdir()} <= {"out", ".out.lock"}
+
+
+def test_skipped_are_in_the_manifest(noise, tmp_path):
+    artifact, _ = write(noise, tmp_path / "out", OPTIONS | {"fault": "corrupt", "on_error": "skip"})
+    assert [(s["split"], s["index"]) for s in artifact.facts["skipped"]] == [("train", 37)]
+    assert artifact.facts["counts"]["train"] == 39
+
+
+def test_reuse_whatever_the_workers(noise, dataset):
+    before = snapshot(dataset.path)
+    artifact, built = write(noise, dataset.path, OPTIONS | {"workers": 2})
+    assert not built
+    assert artifact.key == dataset.key
+    assert snapshot(dataset.path) == before
+
+
+def test_key_is_the_content(noise, dataset, tmp_path):
+    assert write(noise, tmp_path / "twin", OPTIONS | {"workers": 2})[0].key == dataset.key
+    assert write(noise, tmp_path / "other", OPTIONS | {"n": 41})[0].key != dataset.key
+
+
+def test_other_options_are_refused_unless_forced(noise, dataset):
+    before = snapshot(dataset.path)
+    with pytest.raises(
+        InputError, match=r"options.n is 40, not 41. Choose another directory, or replace it with --force"
+    ):
+        write(noise, dataset.path, OPTIONS | {"n": 41})
+    assert snapshot(dataset.path) == before
+    artifact, built = write(noise, dataset.path, OPTIONS | {"n": 41}, force=True)
+    assert built
+    assert artifact.facts["counts"]["train"] == 41
+
+
+def test_a_writer_that_was_edited_is_another(noise, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(Path(noise).read_text())
+    write(str(own), tmp_path / "out", OPTIONS)
+    own.write_text(Path(noise).read_text() + "# edited\n")
+    with pytest.raises(InputError, match=r"writer_xxh3_128 is .* not "):
+        write(str(own), tmp_path / "out", OPTIONS)
+
+
+def test_a_forced_write_that_fails_keeps_the_old_one(noise, dataset):
+    before = snapshot(dataset.path)
+    with pytest.raises(FastkdError, match="boom"):
+        write(noise, dataset.path, OPTIONS | {"fault": "raise"}, force=True)
+    assert snapshot(dataset.path) == before
+    assert not dataset.path.with_name("noise.partial").exists()
+
+
+def test_empty_directory_will_do(noise, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert write(noise, tmp_path / "out", OPTIONS)[1]
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("photo.jpg", "mine", "is not empty and holds no fastkd data set"),
+        ("manifest.json", '{"name": "a web app"}', "not a fastkd manifest"),
+        ("manifest.json", "[]", "not a fastkd manifest"),
+    ],
+)
+def test_foreign_directory_is_never_touched(noise, tmp_path, force, name, text, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text(text)
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=f"{message}.*choose another directory; nothing was touched"):
+        write(noise, tmp_path / "mine", OPTIONS, force=force)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_foreign_file_and_other_artifacts_are_never_touched(noise, tmp_path, force):
+    (tmp_path / "file").write_text("mine")
+    artifacts.build(tmp_path / "run", "RUN", {"a": 1}, lambda directory: artifacts.Built())
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match="is not a directory"):
+        write(noise, tmp_path / "file", OPTIONS, force=force)
+    with pytest.raises(InputError, match="holds a RUN"):
+        write(noise, tmp_path / "run", OPTIONS, force=force)
+    assert snapshot(tmp_path) == before
+
+
+def test_damaged_data_set_is_not_reused(noise, dataset):
+    with (dataset.path / "train.beton").open("r+b") as stream:
+        stream.truncate(1000)
+    with pytest.raises(ArtifactError, match=r"train.beton: damaged: 1000 bytes"):
+        write(noise, dataset.path, OPTIONS)
+
+
+def test_full_disk_while_publishing(noise, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifacts, "_fsync", full)
+    with pytest.raises(FastkdError, match="out: no space left"):
+        write(noise, tmp_path / "out", OPTIONS)
+
+
+def test_wrong_options_are_told_before_anything_is_made(tmp_path):
+    with pytest.raises(InputError, match="rooot: unknown key; did you mean 'root'"):
+        write("fashion_mnist", tmp_path / "deep" / "out", {"rooot": "x"})
+    assert list(tmp_path.iterdir()) == []
+
+
+# The command
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["fastkd.write", *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "fastkd.write", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("fastkd.write", run_name="__main__")
+    return caught.value.code
+
+
+def test_command(noise, tmp_path, monkeypatch, capsys):
+    words = [noise, tmp_path / "out", "n=40", "fault=corrupt", "on_error=skip", "max_resolution=null"]
+    assert run(monkeypatch, *words) == 0
+    told = capsys.readouterr()
+    assert "39 train and 20 val images of 4 classes" in told.out
+    assert "written in" in told.out
+    assert "left out train noise-37.png: corrupt image" in told.err
+    assert run(monkeypatch, *words) == 0
+    assert "reused" in capsys.readouterr().out
+    assert run(monkeypatch, *words[:2], "n=41") == 2
+    assert "options.n is 40, not 41" in capsys.readouterr().err
+    assert run(monkeypatch, *words[:2], "n=41", "--force") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["fashion_mnits", "out"], "did you mean 'fashion_mnist'"),
+        (["digits", "out", "px=33"], "px: 33"),
+        (["digits", "out", "px"], "'px': expected KEY=VALUE"),
+        (["digits", "out", "px=8", "px=16"], "px is given twice"),
+        (["digits"], "OUT_DIR"),
+    ],
+)
+def test_command_explains_wrong_input(tmp_path, monkeypatch, capsys, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *arguments) == 2
+    assert text in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_writers(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    told = capsys.readouterr().out
+    assert "python -m fastkd.write fashion_mnist data/fashion_mnist" in told
+    for name in ("arrays", "cifar10", "cifar100", "digits", "fashion_mnist", "image_folder"):
+        assert name in told
+
+
+def test_values_are_yaml():
+    words = ["a=32", "b=true", "c=null", "d=0.5", "e=~/x", "f=C:\\x: y", "g=", "h=a=b", "i=[1, 2]", "j=2024-01-01"]
+    assert command._key_values(words) == {
+        "a": 32, "b": True, "c": None, "d": 0.5, "e": "~/x", "f": "C:\\x: y", "g": "", "h": "a=b", "i": [1, 2],
+        "j": "2024-01-01",
+    }  # fmt: skip

@@ -1,0 +1,62 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastkd.engine.losses import kd_loss, reshape_logits, supervised_loss
+from fastkd.kernels import reshape_rows
+
+
+@pytest.fixture
+def logits():
+    torch.manual_seed(0)
+    return torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64) * 3, torch.randint(0, 5, (6,))
+
+
+def test_kd_loss_is_the_formula_row_by_row(logits):
+    student, teacher, labels = logits
+    T, alpha, gamma = 4.0, 0.9, 0.1
+    total = 0.0
+    for s, t, y in zip(student.tolist(), teacher.tolist(), labels.tolist(), strict=True):
+        p = [math.exp(v / T) for v in t]
+        q = [math.exp(v / T) for v in s]
+        p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
+        kl = sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+        ce = math.log(sum(math.exp(v) for v in s)) - s[y]
+        total += gamma * ce + alpha * T * T * kl
+    found = kd_loss(student, labels, teacher, alpha=alpha, gamma=gamma, temperature=T)
+    assert found.item() == pytest.approx(total / 6, rel=1e-12)
+
+
+def test_a_constant_per_row_of_the_teacher_changes_nothing(logits):
+    student, teacher, labels = logits
+    arguments = {"alpha": 0.9, "gamma": 0.1, "temperature": 2.0}
+    shifted = teacher + torch.randn(6, 1, dtype=torch.float64)
+    torch.testing.assert_close(
+        kd_loss(student, labels, teacher, **arguments), kd_loss(student, labels, shifted, **arguments)
+    )
+
+
+def test_a_student_that_equals_its_teacher_has_no_soft_loss(logits):
+    _, teacher, labels = logits
+    assert kd_loss(teacher, labels, teacher, alpha=1.0, gamma=0.0, temperature=4.0).item() == pytest.approx(
+        0, abs=1e-12
+    )
+
+
+def test_the_supervised_loss_ignores_the_teacher(logits):
+    student, _, labels = logits
+    torch.testing.assert_close(supervised_loss(student, labels, None), F.cross_entropy(student, labels))
+
+
+def test_the_live_reshaping_is_the_kernels_up_to_a_constant(logits):
+    _, teacher, labels = logits
+    teacher = teacher.float()
+    teacher[2] = 1.5
+    sigma = torch.rand(5) + 0.5
+    live = reshape_logits(teacher, labels, sigma)
+    stored, flat = reshape_rows(teacher.numpy(), sigma[labels].double().numpy())
+    assert flat == 1
+    assert torch.isfinite(live).all()
+    torch.testing.assert_close(live - live.mean(1, keepdim=True), torch.from_numpy(stored), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastkd.engine.schedule import learning_rates
+from fastkd.recipe import Optim
+
+
+def test_step_decays_from_each_milestone_on():
+    lr = learning_rates(Optim(lr=0.05, schedule="step", milestones_epochs=(2, 3)), 4, 5)
+    np.testing.assert_allclose(lr, np.repeat([0.05, 0.05, 0.005, 0.0005], 5))
+
+
+def test_cosine_with_warm_up_rises_linearly_and_falls_to_nearly_nothing():
+    lr = learning_rates(Optim(lr=1.0, schedule="cosine", warmup_epochs=1), 10, 10)
+    np.testing.assert_allclose(lr[:10], np.arange(1, 11) / 10)
+    assert lr[10] == 1.0
+    assert np.all(np.diff(lr[10:]) < 0)
+    assert lr[55] == pytest.approx(0.5)
+    assert 0 < lr[-1] < 0.001
+
+
+@given(
+    st.sampled_from(["constant", "cosine"]),
+    st.integers(1, 9),
+    st.integers(1, 30),
+    st.floats(0.0, 0.99),
+    st.floats(0.01, 3),
+)
+def test_every_step_has_a_rate_within_bounds(schedule, epochs, steps, warmup, lr):
+    rates = learning_rates(Optim(lr=lr, schedule=schedule, warmup_epochs=warmup * epochs), epochs, steps)
+    assert rates.shape == (epochs * steps,)
+    assert np.all((rates > 0) & (rates <= lr * (1 + 1e-9)))

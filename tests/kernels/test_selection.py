@@ -1,0 +1,183 @@
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastkd.kernels import (
+    class_std,
+    medium_ranks,
+    mix64,
+    proportional_quotas,
+    reshape_rows,
+    score_rows,
+    select_ranks,
+    uniform_quotas,
+)
+
+PARITY = np.load(Path(__file__).parent.parent / "data" / "mdslr_parity.npz")
+counts = st.lists(st.integers(1, 60), min_size=2, max_size=12).map(lambda c: np.array(c, np.int64))
+ratios = st.floats(0.01, 1.0)
+
+
+def case(name: str) -> tuple[np.ndarray, np.ndarray]:
+    return PARITY[f"{name}_logits"], PARITY[f"{name}_labels"]
+
+
+@pytest.mark.parametrize("name", ["balanced", "imbalanced"])
+@pytest.mark.parametrize("percent", [30, 40, 50, 70])
+def test_uniform_medium_keeps_what_the_reference_keeps(name, percent):
+    z_NK, y_N = case(name)
+    count_K = np.bincount(y_N, minlength=z_NK.shape[1])
+    quota_K = uniform_quotas(count_K, percent / 100)
+    kept = select_ranks(score_rows(z_NK, y_N)[0], y_N, medium_ranks(count_K, quota_K), quota_K)
+    assert np.array_equal(kept, PARITY[f"{name}_keep{percent}"])
+
+
+@pytest.mark.parametrize("name", ["balanced", "imbalanced"])
+def test_sigma_and_reshaped_rows_are_the_references(name):
+    z_NK, y_N = case(name)
+    sigma_K = class_std(score_rows(z_NK, y_N)[1], y_N, z_NK.shape[1])
+    np.testing.assert_allclose(sigma_K, PARITY[f"{name}_class_std"], atol=1e-6)
+    ours, flat = reshape_rows(z_NK, sigma_K[y_N])
+    assert flat == 0
+    theirs = PARITY[f"{name}_reshaped"]
+    np.testing.assert_allclose(ours, theirs - theirs.mean(1, keepdims=True), atol=1e-5)
+
+
+@given(counts, ratios)
+def test_proportional_is_exact_and_within_each_class(count_K, ratio):
+    quota_K = proportional_quotas(count_K, ratio)
+    assert quota_K.sum() == round(ratio * count_K.sum())
+    assert np.all((quota_K >= 0) & (quota_K <= count_K))
+
+
+@given(counts, ratios, ratios)
+def test_proportional_is_nested(count_K, one, other):
+    low, high = sorted([one, other])
+    assert np.all(proportional_quotas(count_K, low) <= proportional_quotas(count_K, high))
+
+
+@given(counts, ratios)
+def test_proportional_fills_seats_by_webster(count_K, ratio):
+    """A slow oracle: all seats of all classes, sorted by priority."""
+    asked = round(ratio * int(count_K.sum()))
+    seats = [(-n / (2 * s + 1), c) for c, n in enumerate(count_K.tolist()) for s in range(n)]
+    expected = np.bincount([c for _, c in sorted(seats)[:asked]], minlength=len(count_K))
+    assert np.array_equal(proportional_quotas(count_K, ratio), expected)
+
+
+@given(counts, ratios)
+def test_uniform_gives_each_class_the_same_at_most_all_of_it(count_K, ratio):
+    quota = int(int(count_K.sum()) / len(count_K) * ratio)
+    assert np.array_equal(uniform_quotas(count_K, ratio), [min(n, quota) for n in count_K])
+
+
+def labels_of(count_K: np.ndarray, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(count_K)), count_K))
+
+
+@settings(deadline=None)
+@given(counts, ratios, ratios, st.integers(0, 5))
+def test_medium_is_unique_ascending_balanced_nested_and_the_papers_window(count_K, one, other, seed):
+    y_N = labels_of(count_K, seed)
+    score_N = np.random.default_rng(seed).integers(0, 9, len(y_N)).astype(np.float32)  # with ties
+    kept = {}
+    for ratio in sorted([one, other]):
+        quota_K = proportional_quotas(count_K, ratio)
+        kept[ratio] = select_ranks(score_N, y_N, medium_ranks(count_K, quota_K), quota_K)
+        assert np.all(np.diff(kept[ratio]) > 0)
+        assert np.array_equal(np.bincount(y_N[kept[ratio]], minlength=len(count_K)), quota_K)
+        for c, (n, q) in enumerate(zip(count_K, quota_K, strict=True)):
+            members = np.flatnonzero(y_N == c)
+            ranked = members[np.lexsort((members, score_N[members]))]
+            m = n // 2
+            window = ranked if q == n else ranked[m - (q - q // 2) : m + q // 2]
+            assert set(window) == set(kept[ratio][y_N[kept[ratio]] == c])
+    assert set(kept[min(one, other)]) <= set(kept[max(one, other)])
+
+
+def test_a_window_beyond_its_class_is_refused():
+    with pytest.raises(ValueError, match="beyond its class"):
+        select_ranks(np.zeros(4), np.zeros(4, np.int64), np.array([2]), np.array([3]))
+
+
+@settings(deadline=None)
+@given(st.integers(2, 7), st.integers(1, 40), st.sampled_from([1.0, 1e-3, 1e4]), st.integers(0, 99))
+def test_scores_are_those_of_a_float64_oracle(K, N, scale, seed):
+    rng = np.random.default_rng(seed)
+    z_NK = (rng.standard_normal((N, K)) * scale).astype(np.float32)
+    z_NK[0] = z_NK[0, 0]  # a constant row
+    y_N = rng.integers(0, K, N)
+    ce_N, std_N, right_N = score_rows(z_NK, y_N)
+    z = z_NK.astype(np.float64)
+    top = z.max(1)
+    oracle = top + np.log(np.exp(z - top[:, None]).sum(1)) - z[np.arange(N), y_N]
+    assert np.all(np.abs(ce_N - oracle) <= 1e-5 * np.maximum(1, np.abs(oracle)))
+    np.testing.assert_allclose(std_N, z.std(1, ddof=1), rtol=1e-6, atol=1e-12 * scale)
+    assert np.array_equal(right_N, z_NK.argmax(1) == y_N)
+
+
+def test_kernels_without_jit_give_the_same():
+    from fastkd.kernels import reshape, scores
+
+    z_NK, y_N = case("balanced")
+    z_NK, y_N = z_NK[:20], y_N[:20]
+    ce_N, std_N, right_N = np.empty(20, np.float32), np.empty(20), np.empty(20, bool)
+    scores._score_rows.py_func(z_NK, y_N, ce_N, std_N, right_N)
+    for ours, plain in zip(score_rows(z_NK, y_N), (ce_N, std_N, right_N), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-6)
+    out, flat = np.empty_like(z_NK), np.empty(20, bool)
+    reshape._reshape_rows.py_func(z_NK, std_N, out, flat)
+    np.testing.assert_allclose(reshape_rows(z_NK, std_N)[0], out, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_do_not_depend_on_threads(threads):
+    z_NK, y_N = case("imbalanced")
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    try:
+        ce_N, std_N, _ = score_rows(z_NK, y_N)
+    finally:
+        numba.set_num_threads(before)
+    again = score_rows(z_NK, y_N)
+    assert np.array_equal(ce_N, again[0])
+    assert np.array_equal(std_N, again[1])
+
+
+def test_one_class_and_labels_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        score_rows(np.zeros((3, 1), np.float32), np.zeros(3, np.int64))
+    with pytest.raises(ValueError, match=r"labels in 0 … 3"):
+        score_rows(np.zeros((3, 4), np.float32), np.array([0, 4, 1]))
+
+
+def test_rows_without_spread_come_back_as_zeros_and_are_counted():
+    z_MK = np.array([[5, 5, 5], [1, 2, 3]], np.float32)
+    out, flat = reshape_rows(z_MK, np.array([2.0, 4.0]))
+    assert flat == 1
+    np.testing.assert_allclose(out, [[0, 0, 0], [-4, 0, 4]])
+
+
+def test_an_empty_class_has_no_sigma():
+    assert np.isnan(class_std(np.ones(2), np.array([0, 0]), 2)[1])
+
+
+def test_the_mix_is_distinct_per_id_seed_purpose_and_step_and_never_changes():
+    ids = np.arange(1000)
+    draw = mix64(ids, 3, "order", 2)
+    assert len(np.unique(draw)) == 1000
+    assert np.array_equal(draw[100:200], mix64(ids[100:200], 3, "order", 2))
+    for other in (
+        mix64(ids, 4, "order", 2),
+        mix64(ids, 3, "prune", 2),
+        mix64(ids, 3, "order", 1),
+        mix64(ids, 2, "order", 3),
+    ):
+        assert not np.any(draw == other)
+    assert mix64(np.arange(3), 1, "x").tolist() == [7531549037582259690, 10315988366976624158, 5389438173705051556]
+    bits = np.unpackbits(mix64(np.arange(4096), 0, "bits").view(np.uint8).reshape(-1, 8), axis=1)
+    assert np.all(np.abs(bits.mean(0) - 0.5) < 0.05)

@@ -1,0 +1,185 @@
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd.data import loader as loader_module
+from fastkd.data.loader import Loader, usable_cores
+from fastkd.errors import ArtifactError, InputError, LoaderError
+
+
+@pytest.fixture(scope="module")
+def loader(tiny):
+    return Loader(tiny, "train", 16)
+
+
+def test_every_sample_has_its_own_image_and_label_in_the_order_asked_for(tiny, tiny_npz, loader):
+    source = np.load(tiny_npz)
+    ids = np.random.default_rng(0).permutation(150)[:77].astype(np.int64)
+    seen = []
+    for batch in loader.batches(ids, last="pad"):
+        assert batch.images.shape == (16, 3, 16, 16)
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        for image, label, sample_id in zip(batch.images, batch.labels, batch.sample_ids, strict=True):
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), source["images"][sample_id])
+            assert label == source["labels"][sample_id]
+        seen += batch.sample_ids[: batch.valid].tolist()
+    assert seen == ids.tolist()
+
+
+def test_the_last_batch_is_padded_or_dropped(loader):
+    ids = np.arange(40, dtype=np.int64)
+    assert [b.valid for b in loader.batches(ids, last="pad")] == [16, 16, 8]
+    assert [b.valid for b in loader.batches(ids, last="drop")] == [16, 16]
+    assert [b.valid for b in loader.batches(ids[:1], last="pad")] == [1]
+
+
+def test_an_epoch_may_be_longer_than_the_one_before(loader):
+    assert sum(b.valid for b in loader.batches(np.arange(16), last="pad")) == 16
+    assert sum(b.valid for b in loader.batches(np.arange(150), last="pad")) == 150
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (np.array([0, 150]), "sample ids 0 … 150: .* has 0 … 149 in train"),
+        (np.array([-1, 3]), "sample ids -1 … 3"),
+        (np.array([], np.int64), "no samples of train to load"),
+        (np.array([0.0, 1.0]), r"expected int64 \[n\], got float64 \[2\]"),
+        (np.array([True, False]), r"expected int64 \[n\], got bool"),
+        (np.zeros((2, 2), np.int64), r"got int64 \[2, 2\]"),
+    ],
+)
+def test_ids_are_checked_before_ffcv_sees_them(loader, ids, message):
+    with pytest.raises(InputError, match=message):
+        loader.batches(ids, last="pad")
+
+
+def test_a_batch_larger_than_the_data_is_refused_where_the_last_is_dropped(loader):
+    with pytest.raises(InputError, match="train.batch_size=16: larger than the 15 samples of train"):
+        loader.batches(np.arange(15), last="drop")
+
+
+def test_an_exception_in_the_loader_thread_surfaces_with_its_samples(loader, monkeypatch):
+    def throws(self, batch, ids, slot, event):
+        if batch == 2:
+            raise OSError("the disk is on fire")
+        return super(loader_module._Epoch, self).run_pipeline(batch, ids, slot, event)
+
+    monkeypatch.setattr(loader_module._Epoch, "run_pipeline", throws)
+    start = time.monotonic()
+    with pytest.raises(LoaderError, match=r"the loader thread failed at batch .*OSError: the disk is on fire"):
+        for _ in loader.batches(np.arange(150), last="pad"):
+            pass
+    assert time.monotonic() - start < 5
+    monkeypatch.undo()
+    assert len(list(loader.batches(np.arange(150), last="pad"))) == 10
+
+
+def test_the_failed_batch_is_named(loader):
+    real = loader._ffcv.code
+    calls = []
+
+    def stage(**arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("bad stage")
+        return real[0][0][0](**arguments)
+
+    loader._ffcv.code = ([(stage, real[0][0][1]), *real[0][1:]], real[1])
+    try:
+        with pytest.raises(LoaderError, match=r"batch 2 \(sample_ids 132, 133, .*\): ValueError: bad stage"):
+            list(loader.batches(np.arange(100, 150), last="pad"))
+    finally:
+        loader._ffcv.code = real
+
+
+def test_a_stuck_thread_is_given_up(loader, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(loader_module, "STUCK_AFTER_S", 0.5)
+    monkeypatch.setattr(loader_module._Epoch, "run_pipeline", lambda self, *a: release.wait(20))
+    epoch = loader.batches(np.arange(150), last="pad")
+    threading.Timer(1.5, release.set).start()
+    with pytest.raises(LoaderError, match="has given nothing for 0 s"):
+        next(epoch)
+
+
+def test_broken_off_epochs_leave_no_threads(loader):
+    list(loader.batches(np.arange(32), last="pad"))
+    before = threading.active_count()
+    for _ in range(20):
+        for _ in loader.batches(np.arange(150), last="pad"):
+            break
+    loader.close()
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_one_epoch_is_live_at_a_time(loader):
+    first = loader.batches(np.arange(150), last="pad")
+    next(first)
+    second = loader.batches(np.arange(32), last="pad")
+    next(second)
+    assert threading.active_count() <= 1 + sum(t.daemon for t in threading.enumerate())
+    assert loader._epoch.is_alive() or loader._epoch.output_queue.qsize() > 0
+    second.close()
+
+
+def test_loading_leaves_torchs_threads_alone(tiny):
+    before = torch.get_num_threads()
+    one = Loader(tiny, "val", 8, workers=1)
+    list(one.batches(np.arange(60), last="pad"))
+    assert torch.get_num_threads() == before
+
+
+def test_more_workers_than_cores_are_refused(tiny):
+    with pytest.raises(InputError, match=rf"data\.workers=999: this process may use {usable_cores()}"):
+        Loader(tiny, "train", 8, workers=999)
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_images_are_cropped_and_resized_where_asked(tiny, os_cache):
+    small = Loader(tiny, "val", 8, input_px=8, crop_ratio=1.0, os_cache=os_cache)
+    batches = list(b.images.clone() for b in small.batches(np.arange(20), last="pad"))
+    assert [tuple(b.shape) for b in batches] == [(8, 3, 8, 8)] * 3
+    big = Loader(tiny, "val", 8, os_cache=os_cache)
+    whole = next(big.batches(np.arange(8), last="pad")).images.float()
+    # Area resampling keeps the mean of an image.
+    assert torch.allclose(batches[0].float().mean((2, 3)), whole.mean((2, 3)), atol=2.0)
+
+
+def test_a_file_that_is_not_the_manifests_is_refused(tiny, tmp_path):
+    import shutil
+
+    from fastkd import artifacts
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny.path, copy)
+    (copy / "train.beton").write_bytes((copy / "val.beton").read_bytes())
+    with pytest.raises(ArtifactError, match=r"train\.beton: damaged"):
+        Loader(artifacts.load(copy), "train", 8)
+    # Even where somebody hands in an artifact unverified, the count and the fields are compared.
+    wrong = artifacts.Artifact(copy, tiny.manifest)
+    with pytest.raises(ArtifactError, match="holds 60 samples, the manifest says 150"):
+        Loader(wrong, "train", 8)
+    (copy / "train.beton").write_bytes(b"\0" * 4096)
+    with pytest.raises(ArtifactError, match="FFCV cannot read it"):
+        Loader(wrong, "train", 8)
+
+
+def test_images_of_varied_size_need_input_px(tiny):
+    from fastkd import artifacts
+
+    facts = tiny.facts | {"image": {"max_height": 16, "max_width": 16, "fixed_size": None}}
+    varied = artifacts.Artifact(tiny.path, tiny.manifest.model_copy(update={"facts": facts}))
+    with pytest.raises(InputError, match=r"images vary in size: set data\.input_px"):
+        Loader(varied, "train", 8)
+    assert next(Loader(varied, "train", 8, input_px=12).batches(np.arange(8), last="pad")).images.shape[-1] == 12
+
+
+def test_labels_come_in_the_order_of_the_ids(tiny, tiny_npz, loader):
+    assert np.array_equal(loader.labels(), np.load(tiny_npz)["labels"])

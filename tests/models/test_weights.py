@@ -1,0 +1,421 @@
+import argparse
+import copy
+import json
+import os
+import pathlib
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from fastkd import artifacts, models
+from fastkd.errors import ArtifactError, InputError
+
+
+def net(seed: int, num_classes: int = 10) -> nn.Module:
+    torch.manual_seed(seed)
+    made = models.build("cifar/resnet8", num_classes)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 1.5)
+    return made
+
+
+def make_run(path, module):
+    def fill(directory):
+        models.save_weights(module, directory / "student.safetensors")
+        (directory / "model.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}))
+        return artifacts.Built()
+
+    artifacts.build(path, "RUN", {"seed": 0}, fill)
+    return path
+
+
+def refused(weights, name=None, num_classes=10) -> str:
+    """Load what cannot be loaded; return the message after checking that the net stayed as it was."""
+    module = net(1, num_classes)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(InputError) as error:
+        models.load_weights(module, weights, name=name)
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+    return str(error.value)
+
+
+CHECKPOINTS = {
+    "bare": lambda sd: sd,
+    "model": lambda sd: {"epoch": 240, "model": sd, "best_acc": torch.tensor(72.3)},
+    "state_dict": lambda sd: {"state_dict": sd, "arch": "resnet8", "betas": (0.9, 0.99)},
+    "net": lambda sd: {"net": sd, "acc": 93.1},
+    "namespace": lambda sd: {
+        "opt": argparse.Namespace(lr=0.05, out=pathlib.Path("runs"), steps=[150, 180]),
+        "model": sd,
+    },
+    "numpy": lambda sd: {
+        "model": sd,
+        "best_acc": np.float64(72.3),
+        "top5": np.float32(91.0),
+        "epoch": np.int64(240),
+        "curve": np.arange(3.0),
+    },
+    "optimizer": lambda sd: {"model": sd, "optimizer": torch.optim.AdamW([nn.Parameter(torch.ones(2))]).state_dict()},
+    "module.": lambda sd: {f"module.{k}": v for k, v in sd.items()},
+    "_orig_mod.": lambda sd: {"model": {f"_orig_mod.{k}": v for k, v in sd.items()}},
+    "both": lambda sd: {f"module._orig_mod.{k}": v for k, v in sd.items()},
+    "no counters": lambda sd: {k: v for k, v in sd.items() if not k.endswith("num_batches_tracked")},
+    "parameters": lambda sd: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in sd.items()},
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("form", CHECKPOINTS)
+def test_torch_checkpoints(tmp_path, form, legacy):
+    source, target = net(0), net(1)
+    file = tmp_path / "weights.pth"
+    torch.save(CHECKPOINTS[form](source.state_dict()), file, _use_new_zipfile_serialization=not legacy)
+    assert models.weights_digest(source) != models.weights_digest(target)
+    models.load_weights(target, file)
+    assert models.weights_digest(source) == models.weights_digest(target)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".tar", ".ckpt"])
+def test_other_suffixes(tmp_path, suffix):
+    source, target = net(0), net(1)
+    torch.save(source.state_dict(), tmp_path / f"w{suffix}")
+    models.load_weights(target, str(tmp_path / f"w{suffix}"))
+    assert models.weights_digest(source) == models.weights_digest(target)
+
+
+def test_scalars_written_by_numpy_1(tmp_path):
+    source, target = net(0), net(1)
+    file = tmp_path / "old.pth"
+    torch.save({"model": source.state_dict(), "best_acc": np.float64(1)}, file, _use_new_zipfile_serialization=False)
+    assert b"cnumpy._core.multiarray\n" in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    models.load_weights(target, file)
+    assert models.weights_digest(source) == models.weights_digest(target)
+
+
+def test_safetensors_round_trip(tmp_path):
+    source, target = net(0).to(memory_format=torch.channels_last), net(1)
+    models.save_weights(source, tmp_path / "w.safetensors")
+    written = safetensors.torch.load_file(tmp_path / "w.safetensors")
+    assert written.keys() == source.state_dict().keys()
+    assert all(torch.equal(written[k], v) for k, v in source.state_dict().items())
+    models.load_weights(target, tmp_path / "w.safetensors")
+    assert models.weights_digest(source) == models.weights_digest(target)
+
+
+def test_shared_tensors_are_written_each(tmp_path):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    module[1].weight = module[0].weight
+    models.save_weights(module, tmp_path / "w.safetensors")
+    written = safetensors.torch.load_file(tmp_path / "w.safetensors")
+    assert torch.equal(written["0.weight"], module[0].weight)
+    assert torch.equal(written["1.weight"], module[0].weight)
+
+
+def test_a_compiled_net_is_saved_and_loaded_by_its_own_names(tmp_path):
+    source, target = net(0), net(1)
+    models.save_weights(torch.compile(source), tmp_path / "w.safetensors")
+    assert safetensors.torch.load_file(tmp_path / "w.safetensors").keys() == source.state_dict().keys()
+    models.load_weights(torch.compile(target), tmp_path / "w.safetensors")
+    assert models.weights_digest(target) == models.weights_digest(source)
+
+
+def test_run(tmp_path):
+    source, target = net(0), net(1)
+    run = make_run(tmp_path / "run", source)
+    models.load_weights(target, run)
+    assert models.weights_digest(source) == models.weights_digest(target)
+
+
+def test_damaged_run(tmp_path):
+    run = make_run(tmp_path / "run", net(0))
+    with (run / "student.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"oops")
+    with pytest.raises(ArtifactError, match="damaged"):
+        models.load_weights(net(1), run)
+    assert "damaged" in refused(run)
+
+
+def test_artifact_of_another_kind(tmp_path):
+    artifacts.build(tmp_path / "subset", "SUBSET", {}, lambda _: artifacts.Built())
+    assert "holds a SUBSET, where a RUN is expected" in refused(tmp_path / "subset")
+
+
+def test_missing(tmp_path):
+    missing = str(tmp_path / "nothing.pth")
+    assert refused(missing) == f"{missing}: no such weights; expected a file or a RUN"
+    assert str(tmp_path) in refused(tmp_path)
+    assert "unknown kind of weights; expected .safetensors, .pth" in refused(__file__)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 500, -100])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_truncated_pickle(tmp_path, keep, legacy):
+    file = tmp_path / "w.pth"
+    torch.save(net(0).state_dict(), file, _use_new_zipfile_serialization=not legacy)
+    file.write_bytes(file.read_bytes()[:keep])
+    message = refused(file)
+    assert f"{file}: not a whole torch checkpoint" in message
+    assert message.endswith("Copy or download it again.")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 500, -100])
+def test_truncated_safetensors(tmp_path, keep):
+    file = tmp_path / "w.safetensors"
+    models.save_weights(net(0), file)
+    file.write_bytes(file.read_bytes()[:keep])
+    message = refused(file)
+    assert f"{file}: not a whole safetensors file" in message
+    assert message.endswith("Copy or download it again.")
+
+
+def test_noise_is_no_checkpoint(tmp_path):
+    for seed in range(10):
+        (tmp_path / "w.pt").write_bytes(np.random.default_rng(seed).bytes(200))
+        assert "not a whole torch checkpoint" in refused(tmp_path / "w.pt")
+
+
+class Evil:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_pickle_is_not_run(tmp_path, legacy):
+    file, marker = tmp_path / "evil.pth", tmp_path / "marker"
+    checkpoint = {"model": net(0).state_dict(), "best_acc": Evil(marker)}
+    torch.save(checkpoint, file, _use_new_zipfile_serialization=not legacy)
+    message = refused(file)
+    assert not marker.exists()
+    assert f"{file}: holds objects other than tensors (posix.system)" in message
+    assert "safetensors.torch.save_file" in message
+    # The file is what it claims to be: an unsafe reader would have run it.
+    torch.load(file, weights_only=False)
+    assert marker.exists()
+
+
+def test_code_behind_an_allowed_name_is_not_run(tmp_path):
+    """The stand-ins keep nothing: what an allowed class holds cannot come back as something else."""
+    file = tmp_path / "w.pth"
+    torch.save({"model": np.float64(1), "opt": argparse.Namespace(model=net(0).state_dict())}, file)
+    assert "holds no state_dict" in refused(file)
+
+
+def test_whole_model_is_refused(tmp_path):
+    torch.save(net(0), tmp_path / "w.pt")
+    assert "holds objects other than tensors (fastkd.models.resnet.CifarResNet)" in refused(tmp_path / "w.pt")
+
+
+def test_reading_widens_nothing_for_others(tmp_path):
+    file = tmp_path / "w.pth"
+    torch.save({"model": net(0).state_dict(), "opt": argparse.Namespace(lr=1)}, file)
+    before = torch.serialization.get_safe_globals()
+    models.load_weights(net(1), file)
+    assert torch.serialization.get_safe_globals() == before
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "found"),
+    [
+        ({"epoch": 3, "weights": {}}, "found epoch, weights"),
+        ({}, "found dict"),
+        (torch.zeros(3), "found Tensor"),
+        ([1, 2], "found list"),
+        ({"model": {"fc.weight": np.zeros(3)}}, "found model"),
+        ({"fc.weight": torch.zeros(3, device="meta")}, "found fc.weight"),
+    ],
+)
+def test_no_state_dict(tmp_path, checkpoint, found):
+    torch.save(checkpoint, tmp_path / "w.pth")
+    message = refused(tmp_path / "w.pth")
+    assert "holds no state_dict; expected one (entry name → tensor) bare or under state_dict, model" in message
+    assert message.endswith(found)
+
+
+def test_other_class_count_is_said_in_words(tmp_path):
+    models.save_weights(net(0, num_classes=1000), tmp_path / "w.safetensors")
+    assert refused(tmp_path / "w.safetensors", name="cifar/resnet8") == (
+        f"{tmp_path / 'w.safetensors'}: these weights do not fit the model cifar/resnet8: "
+        "the checkpoint's classifier has 1000 classes, the model is built for 10; "
+        "2 of another shape: fc.weight is [1000, 64], expected [10, 64], fc.bias is [1000], expected [10]. "
+        "Build the model for 1000 classes, or give weights trained on its 10."
+    )
+
+
+def test_all_that_differs_is_listed_at_once(tmp_path):
+    state = {k: v for k, v in net(0).state_dict().items() if not k.startswith("layer3")}
+    state["conv1.weight"] = torch.zeros(8, 3, 3, 3)
+    state["fc.weight"] = torch.zeros(10, 32)
+    state["extra"] = torch.zeros(1)
+    torch.save(state, tmp_path / "w.pth")
+    message = refused(tmp_path / "w.pth")
+    listed = "layer3.0.conv1.weight, layer3.0.bn1.weight, layer3.0.bn1.bias, layer3.0.bn1.running_mean, "
+    assert f"15 missing: {listed}layer3.0.bn1.running_var, …" in message
+    assert "1 unknown to the model: extra" in message
+    assert "2 of another shape: conv1.weight is [8, 3, 3, 3], expected [16, 3, 3, 3], fc.weight" in message
+    assert "classes" not in message
+    assert message.endswith("Check the model's name, or give weights that were trained with it.")
+
+
+def test_half_precision_weights_are_widened(tmp_path):
+    source, target = net(0), net(1)
+    torch.save({k: v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}, tmp_path / "w.pt")
+    models.load_weights(target, tmp_path / "w.pt")
+    assert target.fc.weight.dtype == torch.float32
+    assert torch.equal(target.fc.weight, source.fc.weight.half().float())
+
+
+# Weights that torchvision and timm publish
+
+
+def small(num_classes: int) -> nn.Module:
+    torch.manual_seed(num_classes)
+    return models.build("torchvision/squeezenet1_1", num_classes)
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"])
+def test_published_torchvision_weights(monkeypatch, weights):
+    source, asked = small(1000), []
+
+    def fetch(entry, **options):
+        asked.append((entry, options["check_hash"]))
+        return source.state_dict()
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fetch)
+    torch.manual_seed(1)
+    target = models.build("torchvision/squeezenet1_1", 1000)
+    models.load_weights(target, weights, name="torchvision/squeezenet1_1")
+    assert models.weights_digest(target) == models.weights_digest(source)
+    assert asked == [(torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1, True)]
+    with pytest.raises(InputError, match="the checkpoint's classifier has 1000 classes, the model is built for 10"):
+        models.load_weights(small(10), weights, name="torchvision/squeezenet1_1")
+
+
+def test_published_weights_that_cannot_be_fetched(monkeypatch):
+    def fetch(entry, **_):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fetch)
+    message = refused("DEFAULT", name="torchvision/resnet18")
+    assert "could not fetch ResNet18_Weights.IMAGENET1K_V1 from https://" in message
+    assert "no route to host" in message
+    assert "A local file (.safetensors, .pth) may be given instead." in message
+
+
+@pytest.mark.parametrize("weights", ["IMAGENET1K_V9", "ResNet18_Weights.IMAGENET1K_V1"])
+def test_unknown_published_weights(weights):
+    message = refused(weights, name="torchvision/resnet50")
+    assert f"{weights}: no such weights" in message
+    assert "torchvision publishes for resnet50: IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT" in message
+
+
+def test_published_names_mean_nothing_to_cifar_nets():
+    assert refused("DEFAULT", name="cifar/resnet8") == "DEFAULT: no such weights; expected a file or a RUN"
+
+
+def test_old_names_in_torchvision_files(tmp_path):
+    """Files of DenseNet and of vision transformers bear names that torchvision's loaders translate; so do we."""
+    dense = torchvision.models.DenseNet(4, (2, 2), 8, num_classes=3)
+    old = {k.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for k, v in dense.state_dict().items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    torch.save(old, tmp_path / "dense.pth")
+    target = torchvision.models.DenseNet(4, (2, 2), 8, num_classes=3)
+    models.load_weights(target, tmp_path / "dense.pth", name="torchvision/densenet121")
+    assert models.weights_digest(target) == models.weights_digest(dense)
+
+    vit = torchvision.models.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=3)
+    old = {
+        k.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): v
+        for k, v in vit.state_dict().items()
+    }
+    assert "encoder.layers.encoder_layer_0.mlp.linear_2.bias" in old
+    torch.save(old, tmp_path / "vit.pth")
+    target = torchvision.models.VisionTransformer(32, 16, 2, 2, 8, 16, num_classes=3)
+    models.load_weights(target, tmp_path / "vit.pth", name="torchvision/vit_b_16")
+    assert models.weights_digest(target) == models.weights_digest(vit)
+
+
+def test_auxiliary_classifiers_in_torchvision_files_are_dropped(tmp_path):
+    source = torchvision.models.googlenet(weights=None, num_classes=3, aux_logits=True, init_weights=False)
+    torch.save(source.state_dict(), tmp_path / "googlenet.pth")
+    target = models.build("torchvision/googlenet", 3)
+    models.load_weights(target, tmp_path / "googlenet.pth", name="torchvision/googlenet")
+    assert torch.equal(target.fc.weight, source.fc.weight)
+    assert torch.equal(target.conv1.conv.weight, source.conv1.conv.weight)
+
+
+def test_timm_pretrained(monkeypatch):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    source, target = (models.build("timm/resnet10t", 1000) for _ in range(2))
+
+    def pretrained(net, pretrained):
+        assert (net, pretrained) == ("resnet10t", True)
+        torch.rand(3)
+        return source
+
+    monkeypatch.setattr(timm, "create_model", pretrained)
+    state = torch.get_rng_state()
+    models.load_weights(target, "pretrained", name="timm/resnet10t")
+    assert models.weights_digest(target) == models.weights_digest(source)
+    assert torch.equal(torch.get_rng_state(), state)
+
+    def offline(*_, **__):
+        raise FileNotFoundError("cannot reach the hub\nand much more")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    message = refused("pretrained", name="timm/resnet10t")
+    assert message.startswith(
+        "could not fetch timm's pretrained weights of resnet10t: cannot reach the hub. A local file"
+    )
+    assert "or 'pretrained'" in refused("pretraind", name="timm/resnet10t")
+
+
+# The digest
+
+
+def test_digest_ignores_memory_format_counters_wrapping_and_order():
+    module = net(0)
+    digest = models.weights_digest(module)
+    assert len(digest) == 32
+    assert int(digest, 16) > 0
+    assert models.weights_digest(copy.deepcopy(module).to(memory_format=torch.channels_last)) == digest
+    assert models.weights_digest(nn.DataParallel(module)) == digest
+    assert models.weights_digest(torch.compile(module)) == digest
+    module.bn1.num_batches_tracked += 5
+    assert models.weights_digest(module) == digest
+    swapped = nn.Module()
+    for child in reversed(list(dict(module.named_children()))):
+        swapped.add_module(child, module.get_submodule(child))
+    assert list(swapped.state_dict()) != list(module.state_dict())
+    assert models.weights_digest(swapped) == digest
+
+
+def test_digest_sees_every_value_name_shape_and_dtype():
+    module = nn.Sequential(nn.Linear(2, 8, bias=False), nn.BatchNorm1d(8))
+    digests = {models.weights_digest(module)}
+    for entry, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.view(-1)[-1] += 1e-3
+            digests.add(models.weights_digest(module))
+            assert len(digests) > 1, entry
+    assert len(digests) == 6  # weight, weight, bias, mean, variance, and the first one
+    zeros = nn.Linear(2, 8, bias=False)
+    nn.init.zeros_(zeros.weight)
+    reshaped = nn.Linear(8, 2, bias=False)
+    nn.init.zeros_(reshaped.weight)
+    renamed = nn.Sequential(zeros)
+    wide = copy.deepcopy(zeros)
+    wide.weight.data = torch.zeros(2, 8, dtype=torch.bfloat16)
+    assert len({models.weights_digest(m) for m in (zeros, reshaped, renamed, wide)}) == 4

@@ -1,0 +1,296 @@
+"""The way from a data set to a student, and what is built again when something changes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd import artifacts, models, recipe, stages
+from fastkd.data.order import epoch_order, split_holdout
+from fastkd.errors import ArtifactError, InputError
+from fastkd.stages import Chain
+from fastkd.stages.training import Stopwatch, _teacher_feed, prepare
+
+
+def metrics(run, event):
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def losses(run):
+    return [line["loss"] for line in metrics(run, "steps")]
+
+
+def test_the_whole_way_leaves_a_run_that_tells_its_story(tiny_recipe, tiny):
+    loaded = tiny_recipe()
+    run, built = stages.train(loaded, source=tiny_recipe.path)
+    assert built
+    assert set(run.manifest.files) == {
+        "recipe.yaml",
+        "resolved.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "timing.json",
+        "student.safetensors",
+        "model.json",
+    }
+    assert (run.path / "recipe.yaml").read_text() == tiny_recipe.path.read_text()
+    assert recipe.load(run.path / "resolved.yaml") == loaded
+    assert run.manifest.parents["DATASET"] == tiny.key
+    assert run.facts["top1"]["val"] > 0.5
+    assert [line["step"] for line in metrics(run, "steps")] == [1, 2, 3, 4, 5, 6]  # 75 kept, batches of 25, 2 epochs
+    assert metrics(run, "evaluate")[-1]["top1"] == run.facts["top1"]["val"]
+
+    timing = json.loads((run.path / "timing.json").read_text())
+    names = [s["stage"] for s in timing["stages"]]
+    assert names == ["write", "score", "prune", "setup", "compile", "train", "evaluate"]
+    seconds = {s["stage"]: s["seconds"] for s in timing["stages"]}
+    own = sum(seconds[n] for n in ("setup", "compile", "train", "evaluate"))
+    assert timing["further_student_s"] == pytest.approx(own)
+    assert timing["first_student_s"] == pytest.approx(sum(seconds.values()))
+    assert timing["teacher_training_s"] > 0
+    assert run.cost_s >= own * 0.99
+    assert timing["images_per_s"] > 0
+
+    described = json.loads((run.path / "model.json").read_text())
+    assert described["model"] == "cifar/resnet8"
+    assert described["num_classes"] == 3
+    assert described["input_hw"] == [16, 16]
+    assert described["mean"] == tiny.facts["mean"]
+    student = models.build(described["model"], 3)
+    models.load_weights(student, run.path)
+    assert not torch.equal(next(student.parameters()), next(models.build("cifar/resnet8", 3).parameters()))
+
+
+def test_a_second_student_pays_for_nothing_but_itself(tiny_recipe):
+    stages.train(tiny_recipe())
+    chain = Chain(tiny_recipe("seed=1", "student.model=cifar/resnet14", "train.batch_size=15"))
+    run, built = chain.train()
+    assert built
+    assert {name: cost.reused for name, cost in chain.costs.items()} == {
+        "write": True,
+        "teacher": True,
+        "score": True,
+        "prune": True,
+        "train": False,
+    }
+    again, built = stages.train(tiny_recipe("seed=1", "student.model=cifar/resnet14", "train.batch_size=15"))
+    assert not built
+    assert again.path == run.path
+
+
+@pytest.mark.parametrize(
+    ("override", "rebuilt"),
+    [
+        ("prune.keep_ratio=0.4", {"prune", "train"}),
+        ("prune.method=random", {"prune", "train"}),
+        ("prune.quota=uniform", {"prune", "train"}),
+        ("prune.seed=3", set()),  # medium leaves nothing to chance
+        ("data.holdout_ratio=0.2", {"teacher", "score", "prune", "train"}),
+        ("score.dtype=float16", {"score", "prune", "train"}),
+        ("teacher.overrides=[seed=9]", {"teacher", "score", "prune", "train"}),
+        ("data.input_px=12", {"teacher", "score", "prune", "train"}),
+        ("loss.temperature=2", {"train"}),
+        ("train.channels_last=false", set()),
+        ("log.every_steps=7", set()),
+    ],
+)
+def test_what_changes_is_built_again_and_nothing_else(tiny_recipe, override, rebuilt):
+    stages.train(tiny_recipe())
+    override = override.replace("=2", "=2.0") if "temperature" in override else override
+    chain = Chain(tiny_recipe(override))
+    chain.train()
+    assert {name for name, cost in chain.costs.items() if not cost.reused} == rebuilt
+
+
+def test_force_runs_a_stage_again(tiny_recipe):
+    stages.train(tiny_recipe())
+    chain = Chain(tiny_recipe(), {"train"})
+    _, built = chain.train()
+    assert built
+    assert chain.costs["prune"].reused
+    with pytest.raises(InputError, match="--force nothing: unknown stage; known: write, teacher"):
+        Chain(tiny_recipe(), {"nothing"})
+
+
+def test_the_same_seed_gives_the_same_student_and_another_does_not(tiny_recipe, tmp_path):
+    runs = [stages.train(tiny_recipe(f"seed={seed}"), out=tmp_path / name)[0] for seed, name in ((0, "a"), (0, "b"), (1, "c"))]
+    assert losses(runs[0]) == losses(runs[1])
+    assert losses(runs[0]) != losses(runs[2])
+    a, b, c = ((r.path / "student.safetensors").read_bytes() for r in runs)
+    assert a == b != c
+
+
+def test_stored_labels_train_as_a_live_teacher_does(tiny_recipe):
+    """In the plain view the stored rows are those that the live teacher gives, but for float16."""
+    stored, _ = stages.train(tiny_recipe("labels.mode=stored"))
+    online, _ = stages.train(tiny_recipe("labels.mode=online"))
+    np.testing.assert_allclose(losses(stored), losses(online), rtol=5e-3)
+
+
+def test_a_live_teacher_on_all_data_needs_no_scores(tiny_recipe):
+    chain = Chain(tiny_recipe("labels.mode=online", "labels.reshape=false", "prune.keep_ratio=1.0"))
+    run, _ = chain.train()
+    assert set(chain.costs) == {"write", "teacher", "train"}
+    assert len(losses(run)) == 12
+
+
+def test_each_step_reads_the_logits_of_the_samples_it_sees(tiny_recipe):
+    chain = Chain(tiny_recipe())
+    loader, _, _, ids_M, teacher = prepare(chain, Stopwatch())
+    order = epoch_order(len(ids_M), 5, 3)
+    feed, stored = teacher(order), chain.subset.array("logits.npy")
+    start = 0
+    for batch in loader.batches(ids_M[order], last="drop"):
+        rows = slice(start, start := start + 25)
+        position = np.searchsorted(chain.subset.array("indices.npy"), batch.sample_ids.numpy())
+        found = feed(batch.images, batch.labels, rows)
+        assert found.dtype == torch.float32
+        assert np.array_equal(found.numpy(), stored[position].astype(np.float32))
+    assert start == 75
+
+
+def test_the_subset_is_what_the_design_says(tiny_recipe, tiny, tiny_npz):
+    chain = Chain(tiny_recipe("data.holdout_ratio=0.2"))
+    subset, scores = chain.subset, chain.scores
+    indices = subset.array("indices.npy")
+    logits = subset.array("logits.npy")
+    assert (indices.dtype, logits.dtype) == (np.int64, np.float16)
+    assert np.all(np.diff(indices) > 0)
+    assert logits.shape == (60, 3)  # half of the 120 that are not kept aside
+    assert not set(indices) & set(split_holdout(150, 0.2)[1])
+    assert np.abs(logits.astype(np.float32).mean(1)).max() < 1e-2
+    assert subset.array("class_std.npy").shape == (3,)
+    assert subset.array("difficulty.npy").shape == (150,)
+    labels = np.load(tiny_npz)["labels"]
+    assert np.array_equal(scores.array("labels.npy"), labels)
+    sigma = subset.array("class_std.npy")[labels[indices]]
+    np.testing.assert_allclose(logits.astype(np.float64).std(1, ddof=1), sigma, rtol=2e-3)
+    assert subset.facts["keep_ratio"] == 0.5
+
+
+def test_without_reshaping_rows_keep_their_spread(tiny_recipe):
+    chain = Chain(tiny_recipe("labels.reshape=false"))
+    indices = chain.subset.array("indices.npy")
+    own = chain.scores.array("logits.npy")[indices]
+    np.testing.assert_allclose(
+        chain.subset.array("logits.npy").astype(np.float32), own - own.mean(1, keepdims=True), atol=2e-3, rtol=2e-3
+    )
+
+
+def test_the_holdout_is_looked_at_and_never_trained_on(tiny_recipe):
+    run, _ = stages.train(tiny_recipe("data.holdout_ratio=0.2", "train.eval_every_epochs=1", "train.batch_size=20"))
+    looks = metrics(run, "evaluate")
+    assert [(e["split"], e["epoch"]) for e in looks] == [("holdout", 0), ("holdout", 1), ("val", 1)]
+    assert set(run.facts["top1"]) == {"holdout", "val"}
+
+
+def test_supervised_training_needs_no_teacher(tiny, tmp_path):
+    loaded = recipe.Recipe(
+        name="plain",
+        data=recipe.Data(path=str(tiny.path)),
+        student=recipe.Student(model="cifar/resnet8"),
+        optim=recipe.Optim(lr=0.05),
+        train=recipe.Train(epochs=2, batch_size=30, compile=False, runs_dir=str(tmp_path)),
+    )
+    chain = Chain(loaded)
+    run, _ = chain.train()
+    assert set(chain.costs) == {"write", "train"}
+    assert run.facts["top1"]["val"] > 0.5
+    timing = json.loads((run.path / "timing.json").read_text())
+    assert timing["teacher_training_s"] is None
+    with pytest.raises(InputError, match="this recipe has no `teacher`"):
+        _ = chain.scores
+    assert _teacher_feed(chain)(np.arange(3))(torch.zeros(1), torch.zeros(1), slice(0, 1)) is None
+
+
+def test_a_student_may_start_from_weights(tiny_recipe, tmp_path):
+    first, _ = stages.train(tiny_recipe())
+    again, _ = stages.train(tiny_recipe(f"student.weights={first.path}"))
+    assert losses(again)[0] < losses(first)[0]
+    assert again.manifest.inputs["student"]["weights"] == first.key
+
+
+def test_the_message_names_the_nearest_artifact_and_what_differs(tiny_recipe, capsys):
+    stages.prune(tiny_recipe())
+    capsys.readouterr()
+    stages.prune(tiny_recipe("prune.keep_ratio=0.4"))
+    assert "no SUBSET for this recipe yet; the nearest is subset-" in (said := capsys.readouterr().out)
+    assert "keep_ratio is 0.5, not 0.4" in said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.path=/nowhere/at/all",), r"data\.path=/nowhere/at/all: no data set there\. Write one \(python -m fastkd"),
+        (("student.model=cifar/resnet9",), "resnet8"),
+        (("train.batch_size=76",), r"train\.batch_size=76: larger than the 75 samples of train"),
+        (("train.device=cuda:77",), "CUDA devices"),
+        (("prune.keep_ratio=0.001",), r"prune\.keep_ratio=0\.001 of 150 samples keeps none"),
+        (("data.workers=512",), r"data\.workers=512: this process may use"),
+    ],
+)
+def test_bad_input_has_one_clear_error_and_leaves_nothing(tiny_recipe, tmp_path, overrides, message):
+    loaded = tiny_recipe(*overrides)
+    with pytest.raises(InputError, match=message):
+        stages.train(loaded)
+    left = [p for p in (tmp_path / "runs").glob("student-*")] if (tmp_path / "runs").exists() else []
+    assert left == []
+
+
+def test_a_teacher_with_another_number_of_classes_is_refused(tiny_recipe, tmp_path):
+    models.save_weights(models.build("cifar/resnet8", 5), tmp_path / "five.safetensors")
+    path = tmp_path / "five.yaml"
+    path.write_text(
+        tiny_recipe.path.read_text().replace(
+            "{recipe: teacher.yaml}", f"{{model: cifar/resnet8, weights: {tmp_path / 'five.safetensors'}}}"
+        )
+    )
+    with pytest.raises(InputError, match=r"5 classes.*3"):
+        stages.score(recipe.load(path))
+
+
+def test_a_teacher_whose_logits_are_not_finite_is_refused(tiny_recipe, tmp_path):
+    net = models.build("cifar/resnet8", 3)
+    with torch.no_grad():
+        net.fc.bias.fill_(float("nan"))
+    models.save_weights(net, tmp_path / "nan.safetensors")
+    path = tmp_path / "nan.yaml"
+    path.write_text(
+        tiny_recipe.path.read_text().replace(
+            "{recipe: teacher.yaml}", f"{{model: cifar/resnet8, weights: {tmp_path / 'nan.safetensors'}}}"
+        )
+    )
+    with pytest.raises(InputError, match="150 rows of the teacher's logits are not finite, first row 0"):
+        stages.score(recipe.load(path))
+    assert not list((tmp_path / "artifacts").glob("scores-*"))
+
+
+def test_a_teacher_with_a_teacher_is_refused(tiny_recipe, tmp_path):
+    path = tmp_path / "chained.yaml"
+    path.write_text(tiny_recipe.path.read_text().replace("teacher.yaml", "student.yaml"))
+    with pytest.raises(InputError, match="it has a teacher itself"):
+        stages.train(recipe.load(path))
+
+
+def test_damaged_and_foreign_artifacts_are_refused(tiny_recipe):
+    chain = Chain(tiny_recipe())
+    logits = chain.subset.path / "logits.npy"
+    data = bytearray(logits.read_bytes())
+    data[-1] ^= 1
+    logits.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"logits\.npy: damaged"):
+        stages.train(tiny_recipe())
+    with pytest.raises(ArtifactError, match="holds a SUBSET, where a DATASET is expected"):
+        stages.train(tiny_recipe(f"data.path={chain.subset.path}"))
+    artifacts.load(chain.scores.path, "SCORES")
+
+
+def test_a_loss_that_explodes_stops_and_leaves_its_story(tiny_recipe, tmp_path):
+    from fastkd.errors import FastkdError
+
+    with pytest.raises(FastkdError, match=r"the loss became (nan|inf) in steps"):
+        stages.train(tiny_recipe("optim.lr=1e30"))
+    partial = next((tmp_path / "runs").glob("student-*.partial"))
+    assert (partial / "metrics.jsonl").exists()

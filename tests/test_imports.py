@@ -1,0 +1,199 @@
+"""Who may import whom: the layers of the design, checked over the syntax trees of all of fastkd."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fastkd
+
+PACKAGE = Path(fastkd.__file__).parent
+ROOT = PACKAGE.parent
+
+# A unit is a module or a package right under fastkd; "" is fastkd itself. A dotted name allows that module alone. All
+# may import themselves and fastkd (for its __version__), but those with an empty set import nothing of fastkd.
+LEAVES = {"errors", "validation", "console"}
+ARRAYS_AND_FILES = {"recipe", "artifacts", "kernels"}
+PARTS = {"data", "models", "engine"}  # never each other: stages put them together
+COMMANDS = {"write", "score", "prune", "train", "bench", "check", "export", "report", "cli"}
+
+ALLOWED: dict[str, set[str]] = {
+    "": {"errors"},
+    "errors": set(),
+    "validation": {"errors"},
+    "console": {"errors"},
+    **{unit: {"errors", "validation"} for unit in ARRAYS_AND_FILES},
+    **dict.fromkeys(PARTS, LEAVES | ARRAYS_AND_FILES),
+    "stages": LEAVES | ARRAYS_AND_FILES | PARTS,
+    "benchmarks": LEAVES | ARRAYS_AND_FILES | PARTS | {"stages"},
+    **{unit: LEAVES | {"recipe", "artifacts", "stages", "benchmarks", "cli", "data.source"} for unit in COMMANDS},
+    "doctor": set(),  # runs where nothing is installed
+}
+HEAVY = {"torch", "torchvision", "numba", "ffcv"}
+
+
+def imported(source: str, module: str, is_package: bool = False) -> Iterator[str]:
+    """Yield the absolute dotted names that a module imports, lazily or not; of ``from a import b``, a.b."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def unit_of(module: str) -> str:
+    """Return the unit of a module of fastkd: fastkd.data.source → data."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Return what the module imports against the rules."""
+    unit = unit_of(module)
+    if unit not in ALLOWED:
+        return [f"{module}: say in ALLOWED ({Path(__file__).name}) what {unit!r} may import"]
+    wrong = []
+    for name in imported(source, module, is_package):
+        top, _, rest = name.partition(".")
+        if top == "fastkd":
+            # What is no unit is fastkd itself or an attribute of it, as __version__ is: for all but the strictest.
+            is_unit = rest.partition(".")[0] in ALLOWED.keys() - {""}
+            permitted = any(f"{rest}.".startswith(f"{one}.") for one in {unit, *ALLOWED[unit]} - {""})
+            if (is_unit and not permitted) or not ALLOWED[unit]:
+                wrong.append(f"{module} imports {name}")
+        elif (top == "ffcv" and unit != "data") or (top in HEAVY and unit == "kernels" and top != "numba"):
+            wrong.append(f"{module} imports {name}")
+    return wrong
+
+
+def modules() -> list[tuple[Path, str, bool]]:
+    """Return (file, dotted name, is a package) of every module of fastkd."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        found.append((path, ".".join(parts[:-1] if is_package else parts), is_package))
+    return found
+
+
+# --- the rules hold -----------------------------------------------------------------------------------------------
+
+
+def test_imports_follow_the_layers():
+    wrong = [line for path, name, is_package in modules() for line in violations(path.read_text(), name, is_package)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_shadows_the_standard_library():
+    """``python fastkd/train.py`` puts fastkd/ first on the path: a ``select.py`` there would break ``subprocess``."""
+    assert {path.stem for path in PACKAGE.glob("*.py")}.isdisjoint(sys.stdlib_module_names)
+    assert not list(PACKAGE.rglob("select.py"))
+
+
+# --- the checker sees what it should --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fastkd.errors", "import fastkd.console"),
+        ("fastkd.recipe", "from fastkd import artifacts"),
+        ("fastkd.artifacts", "from .recipe import load"),
+        ("fastkd.console", "from fastkd.artifacts import load"),
+        ("fastkd.kernels.scores", "import torch.nn.functional as F"),
+        ("fastkd.kernels.scores", "from fastkd.data import source"),
+        ("fastkd.data.loader", "from fastkd.models import build"),
+        ("fastkd.data.loader", "from ..engine.step import step"),
+        ("fastkd.engine.step", "def f():\n    from fastkd.data.loader import Loader"),
+        ("fastkd.engine.step", "import ffcv.loader"),
+        ("fastkd.models.cifar", "if True:\n    import fastkd.stages.train as t"),
+        ("fastkd.stages.train", "from fastkd.benchmarks import savings"),
+        ("fastkd.stages.train", "from ffcv.fields import IntField"),
+        ("fastkd.train", "from fastkd.engine import losses"),
+        ("fastkd.write", "from fastkd.data import loader"),
+        ("fastkd.write", "from fastkd import data"),
+        ("fastkd.write", "from fastkd.data.source_code import x"),
+        ("fastkd.doctor", "from fastkd.errors import InputError"),
+        ("fastkd.doctor", "from fastkd import __version__"),
+        ("fastkd.newcomer", ""),
+    ],
+)
+def test_a_broken_rule_is_seen(module, source):
+    assert violations(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fastkd.errors", "import os"),
+        ("fastkd.recipe", "from fastkd import __version__\nfrom fastkd.errors import InputError"),
+        ("fastkd.kernels.scores", "import numba\nfrom fastkd.kernels import convert\nfrom .convert import f"),
+        ("fastkd.data.loader", "import ffcv, torch\nimport fastkd\nfrom . import view\nfrom fastkd import recipe"),
+        ("fastkd.stages.train", "from fastkd.stages import label\nfrom fastkd.data.loader import Loader"),
+        ("fastkd.benchmarks.savings", "from fastkd import engine, stages"),
+        ("fastkd.train", "from fastkd import cli, console, recipe, stages"),
+        (
+            "fastkd.write",
+            "from fastkd.data.source import load\nimport fastkd.data.source\nfrom fastkd.data import source",
+        ),
+        ("fastkd.doctor", "import json"),
+    ],
+)
+def test_a_kept_rule_is_not_reported(module, source):
+    assert violations(source, module) == []
+
+
+def test_relative_imports_in_a_package_start_at_itself():
+    assert list(imported("from . import step\nfrom .step import f", "fastkd.engine", True)) == [
+        "fastkd.engine.step",
+        "fastkd.engine.step.f",
+    ]
+    assert list(imported("from ..data import x\nfrom .. import data", "fastkd.engine.step")) == [
+        "fastkd.data.x",
+        "fastkd.data",
+    ]
+
+
+# --- what importing does -------------------------------------------------------------------------------------------
+
+
+def run_elsewhere(code: str, cwd: Path) -> str:
+    """Run Python with nothing but what is installed on its path: from another folder, without PYTHONPATH."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", ["fastkd", "fastkd.errors", "fastkd.artifacts", "fastkd.recipe"])
+def test_light_modules_import_nothing_heavy(module, tmp_path):
+    out = run_elsewhere(f"import sys, {module}\nprint(*sorted(sys.modules))", tmp_path)
+    assert module in out.split()
+    assert HEAVY.isdisjoint(out.split())
+
+
+def test_installing_puts_nothing_but_fastkd_on_the_path(tmp_path):
+    names = ["fastkd", *(path.name for path in ROOT.iterdir() if path.is_dir() and path.name.isidentifier())]
+    code = f"""
+import importlib.util
+for name in {sorted({*names, "writers", "recipes", "tests", "setup"})}:
+    spec = importlib.util.find_spec(name)
+    for place in [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]:
+        print(name, place)
+"""
+    found = [line.split(" ", 1) for line in run_elsewhere(code, tmp_path).splitlines()]
+    # Another distribution may well bring a package named "tests"; only this checkout's own must not be found.
+    ours = {
+        name
+        for name, place in found
+        if Path(place).is_relative_to(ROOT) and "site-packages" not in Path(place).relative_to(ROOT).parts
+    }
+    assert ours == {"fastkd"}

@@ -1,0 +1,137 @@
+import contextlib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastkd import recipe
+from fastkd.errors import InputError
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+MINIMAL = {
+    "name": "x",
+    "data": {"path": "d"},
+    "student": {"model": "cifar/resnet8"},
+    "optim": {"lr": 0.1},
+    "train": {"epochs": 2, "batch_size": 8},
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(**sections):
+        path = tmp_path / "r.yaml"
+        path.write_text(yaml.safe_dump(MINIMAL | sections))
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_loads_and_says_whether_it_was_measured(path):
+    loaded = recipe.load(path)
+    assert loaded.name.replace("-", "_") == path.stem
+    head = path.read_text().partition("\nname:")[0].lower()
+    assert "python -m fastkd." in head
+    assert "not yet measured" in head or "measured on" in head
+
+
+def test_shipped_recipes_are_there():
+    assert {p.stem for p in RECIPES} >= {
+        "quickstart",
+        "rn50_r18",
+        "cifar100_resnet50_mobilenetv2",
+        "cifar100_resnet32x4_resnet8x4",
+        "cifar100_wrn40_2_wrn16_2",
+    }
+
+
+def test_overrides_and_defaults(write):
+    loaded = recipe.load(write(), ["optim.lr=0.5", "prune.seed=7", "name=y", "optim.schedule=constant"])
+    assert (loaded.optim.lr, loaded.prune.seed, loaded.name, loaded.optim.schedule) == (0.5, 7, "y", "constant")
+    assert loaded.loss.temperature == 4.0
+
+
+def test_a_resolved_recipe_loads_again(write, tmp_path):
+    loaded = recipe.load(write())
+    (tmp_path / "resolved.yaml").write_text(recipe.dump(loaded))
+    assert recipe.load(tmp_path / "resolved.yaml") == loaded
+
+
+def test_a_teacher_recipe_is_relative_to_its_file(write, tmp_path):
+    loaded = recipe.load(write(teacher={"recipe": "sub/t.yaml"}))
+    assert loaded.teacher.recipe == str(tmp_path / "sub/t.yaml")
+
+
+def test_all_errors_come_at_once_with_the_nearest_key(write):
+    path = write(data={"path": "d", "holdot_ratio": 3}, trin=1)
+    with pytest.raises(InputError) as error:
+        recipe.load(path, ["prune.keep_ratio=0", "train.epochs=ten", "optim.lr=-1"])
+    lines = str(error.value).splitlines()[1:]
+    assert [line.strip() for line in lines] == [
+        "data.holdot_ratio: unknown key; did you mean 'holdout_ratio'?",
+        "prune.keep_ratio: 0 is wrong: should be greater than 0",
+        "optim.lr: -1 is wrong: should be greater than 0",
+        "train.epochs: 'ten' is wrong: should be a valid integer",
+        "trin: unknown key; did you mean 'train'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.keep_ratio=1.01", "prune.keep_ratio: 1.01 is wrong: should be less than or equal to 1"),
+        ("prune.keep_ratio=.nan", "prune.keep_ratio"),
+        ("train.batch_size=0", "train.batch_size: 0 is wrong"),
+        ("train.compile=1", "train.compile: 1 is wrong: should be a valid boolean"),
+        ("train.precision=fp8", "train.precision: 'fp8' is wrong: should be 'auto', 'bf16', 'fp16' or 'fp32'"),
+        ("optim.schedule=step", "`milestones_epochs` goes with `schedule: step`"),
+        ("optim.warmup_epochs=2", "`optim.warmup_epochs` (2.0) must be below `train.epochs`"),
+        ("train.eval_every_epochs=1", "needs `data.holdout_ratio` above 0"),
+        ("prune.keep_ratio=0.5", "needs a `teacher`"),
+        ("teacher.model=cifar/resnet8", "needs `weights`"),
+        ("teacher.mean=[0,0,0]", "give either `recipe`, or `model` and `weights`"),
+        ("name=../x", "name: '../x' is wrong"),
+        ("nonsense", "override 'nonsense': expected a.b=value"),
+        ("=3", "override '=3': expected a.b=value"),
+        ("data=3", "data: 3 is wrong"),
+    ],
+)
+def test_each_wrong_value_has_its_message(write, override, message):
+    with pytest.raises(InputError) as error:
+        recipe.load(write(), [override])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "a: [", "a: !!python/object/apply:os.system ['touch /tmp/owned']", "\t"])
+def test_what_is_not_a_recipe_is_refused(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"recipe .*r\.yaml"):
+        recipe.load(path)
+
+
+def test_a_missing_and_a_huge_file_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        recipe.load(tmp_path / "none.yaml")
+    big = tmp_path / "big.yaml"
+    big.write_bytes(b"#" * (recipe.MAX_BYTES + 1))
+    with pytest.raises(InputError, match="a recipe has at most"):
+        recipe.load(big)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(section=st.sampled_from([*recipe.Recipe.model_fields, "other"]), value=values)
+def test_nothing_but_our_own_errors_comes_out(tmp_path_factory, section, value):
+    path = tmp_path_factory.mktemp("fuzz") / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {section: value}))
+    with contextlib.suppress(InputError):
+        assert recipe.load(path).name

@@ -1,0 +1,307 @@
+"""What each shipped writer reads, in this process; the writing is tested in tests/data_write."""
+
+import gzip
+import io
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastkd.data.beton import write_here
+from fastkd.data.source import load_writer
+from fastkd.errors import InputError
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def read(name, **options):
+    writer = load_writer(name)
+    return writer.read(writer.options(options))
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+# Fashion-MNIST
+
+
+def idx(values: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """A tiny Fashion-MNIST: folder, and its arrays by prefix."""
+    arrays = {}
+    for prefix, n in (("train", 30), ("t10k", 20)):
+        arrays[prefix] = noise(n, 6, 5), (np.arange(n) % 10).astype(np.uint8)
+        for values, kind in zip(arrays[prefix], ("images-idx3", "labels-idx1"), strict=True):
+            (tmp_path / f"{prefix}-{kind}-ubyte.gz").write_bytes(gzip.compress(idx(values)))
+    return tmp_path, arrays
+
+
+def test_fashion_mnist(fashion):
+    root, arrays = fashion
+    splits, classes = read("fashion_mnist", root=str(root))
+    assert classes[0] == "T-shirt/top"
+    assert len(classes) == 10
+    for split, prefix in (("train", "train"), ("val", "t10k")):
+        assert len(splits[split]) == len(arrays[prefix][0])
+        for i in range(len(splits[split])):
+            image, label = splits[split][i]
+            assert (image == arrays[prefix][0][i]).all()
+            assert label == arrays[prefix][1][i]
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the package dataset-fashion-mnist")
+def test_fashion_mnist_as_debian_ships_it():
+    splits, _ = read("fashion_mnist")
+    assert {k: len(v) for k, v in splits.items()} == {"train": 60000, "val": 10000}
+    image, label = splits["train"][0]
+    assert (image.shape, image.dtype, label) == ((28, 28), np.uint8, 9)
+    assert np.bincount(splits["train"].labels).tolist() == [6000] * 10
+
+
+LABELS = "train-labels-idx1-ubyte.gz"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "train-labels-idx1-ubyte.gz: missing; root= must hold.*apt-get install dataset-fashion-mnist"),
+        (b"plain", "damaged gzip"),
+        (gzip.compress(bytes(100))[:-9], "damaged gzip"),
+        (gzip.compress(b""), "begins with"),
+        (gzip.compress(idx(noise(3, 3))), "begins with 00 00 08 02; an idx file of 1-d bytes with 00 00 08 01"),
+        (gzip.compress(idx(noise(30))[:-1]), r"damaged: 29 values, where its header \[30\] says 30"),
+        (gzip.compress(idx(noise(29))), "30 train images, but 29 labels"),
+    ],
+)
+def test_fashion_mnist_missing_or_damaged(fashion, content, text):
+    root, _ = fashion
+    (root / LABELS).unlink()
+    if content is not None:
+        (root / LABELS).write_bytes(content)
+    with pytest.raises(InputError, match=text):
+        read("fashion_mnist", root=str(root))
+
+
+# Through torchvision
+
+
+def torchvision_with(monkeypatch, **datasets):
+    """Put a stand-in for torchvision.datasets in place."""
+    module = types.SimpleNamespace(**datasets)
+    monkeypatch.setitem(sys.modules, "torchvision", types.SimpleNamespace(datasets=module))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", module)
+
+
+def test_fashion_mnist_download(fashion, monkeypatch, tmp_path):
+    root, arrays = fashion
+
+    def download(folder, train, download):
+        raw = Path(folder) / "FashionMNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        for file in root.glob("*.gz"):
+            (raw / file.name).write_bytes(file.read_bytes())
+
+    torchvision_with(monkeypatch, FashionMNIST=download)
+    writer = load_writer("fashion_mnist")
+    monkeypatch.setitem(writer.read.__globals__, "DEBIAN", tmp_path / "nowhere")
+    splits, _ = writer.read(writer.options({"download_root": str(tmp_path / "cache")}))
+    assert (splits["train"].images == arrays["train"][0]).all()
+
+
+def test_fashion_mnist_cannot_be_downloaded(monkeypatch, tmp_path):
+    def download(folder, train, download):
+        raise RuntimeError("no network")
+
+    torchvision_with(monkeypatch, FashionMNIST=download)
+    writer = load_writer("fashion_mnist")
+    monkeypatch.setitem(writer.read.__globals__, "DEBIAN", tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"cannot be downloaded to .*no network.*apt-get install.*root=FOLDER"):
+        writer.read(writer.options({"download_root": str(tmp_path / "cache")}))
+
+
+@pytest.mark.parametrize("k", [10, 100])
+def test_cifar(monkeypatch, tmp_path, k):
+    class Cifar:
+        classes = tuple(f"class {i}" for i in range(k))
+
+        def __init__(self, root, train, download):
+            assert Path(root) == tmp_path
+            assert download
+            self.data = noise(2 * k if train else k, 32, 32, 3, seed=train)
+            self.targets = [i % k for i in range(len(self.data))]
+
+    torchvision_with(monkeypatch, **{f"CIFAR{k}": Cifar})
+    splits, classes = read(f"cifar{k}", root=str(tmp_path))
+    assert len(classes) == k
+    assert {name: len(split) for name, split in splits.items()} == {"train": 2 * k, "val": k}
+    image, label = splits["train"][k + 3]
+    assert (image == noise(2 * k, 32, 32, 3, seed=1)[k + 3]).all()
+    assert label == 3
+
+
+@pytest.mark.parametrize("k", [10, 100])
+def test_cifar_cannot_be_downloaded(monkeypatch, tmp_path, k):
+    def download(root, train, download):
+        raise OSError("no network")
+
+    torchvision_with(monkeypatch, **{f"CIFAR{k}": download})
+    with pytest.raises(
+        InputError, match=f"CIFAR-{k} is not in {tmp_path} and cannot be downloaded .no network.*root=FOLDER"
+    ):
+        read(f"cifar{k}", root=str(tmp_path))
+
+
+# Digits
+
+
+def test_digits():
+    splits, classes = read("digits")
+    assert classes == list("0123456789")
+    assert len(splits["train"]) + len(splits["val"]) == 1797
+    assert np.bincount(splits["val"].labels).min() >= 34
+    image, _ = splits["train"][0]
+    assert (image.shape, image.dtype, splits["train"].images.max()) == ((32, 32), np.uint8, 255)
+    assert (image.reshape(8, 4, 8, 4) == image[::4, ::4].reshape(8, 1, 8, 1)).all()
+
+
+def test_digits_options():
+    small, again, other = (read("digits", px=8, seed=seed, val_ratio=0.5)[0]["val"] for seed in (1, 1, 2))
+    assert small[0][0].shape == (8, 8)
+    assert (small.images == again.images).all()
+    assert small.images.shape[0] == other.images.shape[0]
+    assert (small.images != other.images).any()
+
+
+# Image folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, with files in deeper folders, odd extensions and files that are no images."""
+    files = {
+        "train/dog/b.jpg": "JPEG",
+        "train/dog/deep/er/a.JPEG": "JPEG",
+        "train/cat/c.png": "PNG",
+        "train/cat/d.webp": "WEBP",
+        "val/cat/x.jpg": "JPEG",
+        "val/dog/y.bmp": "BMP",
+    }
+    for number, (name, kind) in enumerate(files.items()):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise(12 + number, 10, 3, seed=number)).save(file, kind)
+    (tmp_path / "train/dog/notes.txt").write_text("no image")
+    (tmp_path / "train/dog/._b.jpg").write_text("macOS leaves these")
+    (tmp_path / "train/.cache").mkdir()
+    return tmp_path
+
+
+def test_image_folder(folder):
+    splits, classes = read("image_folder", root=str(folder))
+    assert classes == ["cat", "dog"]
+    train = splits["train"]
+    names = [str(Path(train.describe(i)).relative_to(folder)) for i in range(len(train))]
+    assert names == ["train/cat/c.png", "train/cat/d.webp", "train/dog/b.jpg", "train/dog/deep/er/a.JPEG"]
+    assert [train[i][1] for i in range(4)] == [0, 0, 1, 1]
+    assert train[2][0] == (folder / "train/dog/b.jpg").read_bytes()
+    assert Image.open(io.BytesIO(train[0][0])).size == (10, 14)
+
+
+def test_image_folder_is_written(folder, tmp_path):
+    written = write_here(("image_folder", {"root": str(folder)}, str(tmp_path)), lambda report: None)
+    assert written.splits["train"].class_counts == [2, 2]
+    assert (folder / "train/dog/b.jpg").read_bytes() in (tmp_path / "train.beton").read_bytes()
+
+
+def test_image_folder_names_the_corrupt_file(folder, tmp_path):
+    file = folder / "train/dog/b.jpg"
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(InputError, match=f"train sample 2 .{file}.: corrupt image"):
+        write_here(("image_folder", {"root": str(folder)}, str(tmp_path)), lambda report: None)
+
+
+def test_image_folder_with_an_empty_class(folder, tmp_path):
+    (folder / "train/emu").mkdir()
+    with pytest.raises(InputError, match="no sample in train of 'emu'"):
+        write_here(("image_folder", {"root": str(folder)}, str(tmp_path)), lambda report: None)
+
+
+def test_image_folder_wrong(folder, tmp_path):
+    with pytest.raises(InputError, match="root: missing"):
+        read("image_folder")
+    with pytest.raises(InputError, match=r"nowhere/train: no such folder; expected ROOT/train/CLASS/x.jpg"):
+        read("image_folder", root=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"test: no such folder"):
+        read("image_folder", root=str(folder), val_dir="test")
+    with pytest.raises(InputError, match="cat: holds no folder, so no class"):
+        read("image_folder", root=str(folder), train_dir="train/cat")
+    (folder / "val/emu").mkdir()
+    with pytest.raises(InputError, match=r"val: the classes \['emu'\] are not in .*train"):
+        read("image_folder", root=str(folder))
+
+
+# Arrays
+
+
+@pytest.mark.parametrize("shape", [(30, 6, 5), (30, 6, 5, 1), (30, 6, 5, 3)])
+def test_arrays(tmp_path, shape):
+    arrays = {"images": noise(*shape), "labels": np.arange(30) % 3}
+    np.savez(tmp_path / "a.npz", **arrays)
+    splits, classes = read("arrays", file=str(tmp_path / "a.npz"))
+    assert classes == ["0", "1", "2"]
+    assert {k: len(v) for k, v in splits.items()} == {"train": 27, "val": 3}
+    assert sorted(splits["val"].labels.tolist()) == [0, 1, 2]
+    written = write_here(("arrays", {"file": str(tmp_path / "a.npz")}, str(tmp_path)), lambda report: None)
+    assert written.splits["train"].fixed_size == (6, 5)
+
+
+def test_arrays_with_val_and_classes(tmp_path):
+    arrays = {"images": noise(8, 6, 5), "labels": np.arange(8) % 2, "classes": np.array(["cat", "dog"])}
+    np.savez(tmp_path / "a.npz", **arrays, val_images=noise(3, 6, 5, seed=1), val_labels=np.array([0, 1, 1], np.uint8))
+    splits, classes = read("arrays", file=str(tmp_path / "a.npz"))
+    assert classes == ["cat", "dog"]
+    assert (splits["train"].images == arrays["images"]).all()
+    assert splits["val"].labels.tolist() == [0, 1, 1]
+
+
+GOOD = {"images": noise(8, 6, 5), "labels": np.arange(8) % 2}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"labels": GOOD["labels"]}, r"holds \['labels'\], but no images"),
+        ({"x": GOOD["labels"]}, "but no images, labels"),
+        (GOOD | {"val_images": GOOD["images"]}, "but no val_labels"),
+        (GOOD | {"images": np.zeros((8, 6, 5))}, r"images is float64 \[8, 6, 5\]; expected uint8"),
+        (GOOD | {"images": noise(8, 6, 5, 4)}, r"images is uint8 \[8, 6, 5, 4\]"),
+        (GOOD | {"labels": np.arange(7)}, r"labels is int64 \[7\]; expected integers \[8\]"),
+        (GOOD | {"labels": np.zeros(8)}, "labels is float64"),
+        ({"images": noise(0, 6, 5), "labels": np.arange(0)}, "images is empty"),
+        (GOOD | {"labels": np.array([{}] * 8, object)}, "not an .npz of plain arrays .Object arrays cannot be loaded"),
+    ],
+)
+def test_arrays_wrong(tmp_path, arrays, text):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=text):
+        read("arrays", file=str(tmp_path / "a.npz"))
+
+
+def test_arrays_without_a_file(tmp_path):
+    with pytest.raises(InputError, match=r"no such file; file= names an .npz"):
+        read("arrays", file=str(tmp_path / "a.npz"))
+    for name, content in (("text.npz", b"hello"), ("cut.npz", b"PK\x03\x04hello")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"not an .npz of plain arrays"):
+            read("arrays", file=str(tmp_path / name))
+    np.save(tmp_path / "one.npy", np.arange(3))
+    with pytest.raises(InputError, match=r"not an .npz of plain arrays"):
+        read("arrays", file=str(tmp_path / "one.npy"))

@@ -1,0 +1,31 @@
+"""CIFAR-10: 50,000 + 10,000 images, 32×32, 10 classes.
+
+    python -m fastkd.write cifar10 data/cifar10
+
+torchvision reads it from `root`, and downloads it there (170 MB) where it is missing. The files are Python pickles; it
+unpickles them only after checking their md5.
+"""
+
+from pathlib import Path
+
+from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions
+from fastkd.errors import InputError
+
+
+class Options(WriterOptions):
+    root: LocalPath = Path.home() / ".cache/fastkd/cifar10"
+
+
+def read(options: Options) -> Source:
+    """Read both splits."""
+    from torchvision.datasets import CIFAR10
+
+    try:
+        train, val = (CIFAR10(str(options.root), train=t, download=True) for t in (True, False))
+    except Exception as error:
+        raise InputError(
+            f"CIFAR-10 is not in {options.root} and cannot be downloaded ({error}); unpack "
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz there, or give root=FOLDER that holds it"
+        ) from error
+    splits = {split: ArrayDataset(d.data, d.targets) for split, d in (("train", train), ("val", val))}
+    return splits, train.classes

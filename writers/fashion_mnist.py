@@ -1,0 +1,72 @@
+"""Fashion-MNIST: 60,000 + 10,000 grey images of clothes, 28×28, 10 classes.
+
+    python -m fastkd.write fashion_mnist data/fashion_mnist
+
+Reads the four idx .gz files from `root`; without it, from Debian's package dataset-fashion-mnist if that is installed;
+else torchvision downloads them (30 MB) into `download_root`.
+"""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions
+from fastkd.errors import InputError
+
+CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Options(WriterOptions):
+    root: LocalPath | None = None
+    download_root: LocalPath = Path.home() / ".cache/fastkd/fashion_mnist"
+
+
+def read(options: Options) -> Source:
+    """Read both splits."""
+    root = options.root or (DEBIAN if DEBIAN.is_dir() else _download(options.download_root))
+    splits = {}
+    for split, prefix in (("train", "train"), ("val", "t10k")):
+        images = _read_idx(root / f"{prefix}-images-idx3-ubyte.gz", ndim=3)
+        labels = _read_idx(root / f"{prefix}-labels-idx1-ubyte.gz", ndim=1)
+        if len(images) != len(labels):
+            raise InputError(f"{root}: {len(images)} {prefix} images, but {len(labels)} labels; get the files again")
+        splits[split] = ArrayDataset(images, labels)
+    return splits, CLASSES
+
+
+def _download(folder: Path) -> Path:
+    from torchvision.datasets import FashionMNIST
+
+    try:
+        for train in (True, False):
+            FashionMNIST(str(folder), train=train, download=True)
+    except Exception as error:
+        raise InputError(
+            f"Fashion-MNIST cannot be downloaded to {folder} ({error}); `apt-get install dataset-fashion-mnist`, or "
+            "fetch the four .gz files from https://github.com/zalandoresearch/fashion-mnist and give root=FOLDER"
+        ) from error
+    return folder / "FashionMNIST" / "raw"
+
+
+def _read_idx(file: Path, ndim: int) -> np.ndarray:
+    """Read a gzipped idx file of bytes: a magic number (0, 0, 8, ndim), big-endian dimensions, then the values."""
+    if not file.is_file():
+        raise InputError(
+            f"{file}: missing; root= must hold train- and t10k-images-idx3-ubyte.gz and -labels-idx1-ubyte.gz "
+            "(`apt-get install dataset-fashion-mnist` puts them where they are found without root=)"
+        )
+    try:
+        raw = gzip.decompress(file.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{file}: damaged gzip ({error}); get it again") from None
+    if raw[:4] != bytes([0, 0, 8, ndim]) or len(raw) < 4 + 4 * ndim:
+        raise InputError(f"{file}: begins with {raw[:4].hex(' ')}; an idx file of {ndim}-d bytes with 00 00 08 0{ndim}")
+    shape = [int(n) for n in np.frombuffer(raw, ">u4", ndim, offset=4)]
+    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim)
+    if values.size != math.prod(shape):
+        raise InputError(f"{file}: damaged: {values.size} values, where its header {shape} says {math.prod(shape)}")
+    return values.reshape(shape)
