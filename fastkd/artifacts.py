@@ -1,7 +1,7 @@
 """Artifacts: directories that appear whole or not at all, know what they were made from, and are verified before use.
 
-An artifact is built in ``NAME.partial`` beside its final place and published by one rename, under a lock, so that of
-several processes one builds and the others wait. Its ``manifest.json`` holds the *inputs* that determine its content
+An artifact is built in ``NAME.fastkd-partial`` beside its final place and published by one rename, under a lock, so
+that of several processes one builds and the others wait. Its ``manifest.json`` holds the *inputs* that determine its content
 (hashed into its ``key``), the keys of its parents, the seconds it cost, and size and xxh3-128 of every file.
 """
 
@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20  # read before anything is allocated for it
 _VERDICT = ".verified.json"
+PARTIAL = ".fastkd-partial"  # names that no one else would give to a directory: what bears them may be deleted
+_OLD = ".fastkd-old"
 
 log = logging.getLogger("fastkd")
 
@@ -131,8 +133,8 @@ def read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     if not file.is_file():
         hint = (
-            f" ({path.name}.partial beside it was not finished)"
-            if path.with_name(path.name + ".partial").exists()
+            f" ({path.name}{PARTIAL} beside it was not finished)"
+            if path.with_name(path.name + PARTIAL).exists()
             else ""
         )
         raise ArtifactError(f"{path}: no artifact here: {MANIFEST} is missing{hint}")
@@ -247,7 +249,7 @@ def build(
     Parameters
     ----------
     path
-        Where it is published. It is built in ``path.partial``.
+        Where it is published. It is built beside it, in ``NAME.fastkd-partial``.
     inputs
         What determines its content. None if the builder reports them (a DATASET, known only by its content); then an
         artifact that is there already is returned whatever it holds.
@@ -272,7 +274,7 @@ def build(
     with _lock(path):
         if artifact := existing():  # another process published it while this one waited
             return artifact, False
-        partial = path.with_name(path.name + ".partial")
+        partial = path.with_name(path.name + PARTIAL)
         if partial.exists():  # the lock is ours, so whoever left it is dead
             shutil.rmtree(partial)
         partial.mkdir()
@@ -345,7 +347,7 @@ def _seal(
 
 
 def _publish(partial: Path, path: Path) -> None:
-    old = path.with_name(path.name + ".old")
+    old = path.with_name(path.name + _OLD)
     if old.exists():
         shutil.rmtree(old)
     if path.exists():

@@ -18,9 +18,9 @@ def savings(
 
     Example: python -m fastkd.bench savings recipes/quickstart.yaml --seeds 3
     """
+    resolved = recipe.load(path, overrides or ())
     from fastkd.benchmarks import savings as benchmark
 
-    resolved = recipe.load(path, overrides or ())
     out = out or Path(resolved.train.runs_dir) / f"savings-{resolved.name}"
     report = benchmark.measure(resolved, out, seeds=seeds, source=Path(path))
     console.show(benchmark.table(report))

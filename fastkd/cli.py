@@ -1,11 +1,11 @@
 """What every command shares: parsing by typer, and one place where errors become messages and exit codes."""
 
+import functools
 import logging
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import click
 import typer
 from rich.logging import RichHandler
 
@@ -13,32 +13,36 @@ from fastkd import console
 from fastkd.errors import FastkdError
 
 
-def run(*commands: Callable[..., Any], named: bool = False) -> NoReturn:
+def run(*commands: Callable[..., None], named: bool = False) -> None:
     """Run a command, or of several (`named`) the one that the first argument names, and exit.
 
-    Exit codes: 0 done; 2 the user's input is wrong; 130 interrupted; 1 anything else (a traceback is then shown only
-    for what is not one of the project's own errors: those explain themselves).
+    Exit codes: 0 done; 2 the user's input is wrong; 130 interrupted; 1 anything else. A traceback is shown only for
+    what is not one of the project's own errors: those explain themselves.
     """
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console.err, show_path=False)]
     )
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in commands:
-        app.command(no_args_is_help=True)(command)
+        app.command(no_args_is_help=True)(_explained(command))
     if named:
         app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
-    try:
-        code = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        _stop("interrupted", 130)
-    except KeyboardInterrupt:
-        _stop("interrupted", 130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except FastkdError as error:
-        _stop(str(error), error.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)
+    app()
+
+
+def _explained(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a command raises into a message and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _stop("interrupted", 130)
+        except FastkdError as error:
+            _stop(str(error), error.exit_code)
+
+    return guarded
 
 
 def _stop(message: str, code: int) -> NoReturn:

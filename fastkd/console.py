@@ -87,3 +87,18 @@ def progress(label: str, total: int, unit: str = "images") -> Iterator[Update]:
             sys.stdout.flush()
 
     yield line
+
+
+@contextlib.contextmanager
+def bars(unit: str = "images") -> Iterator[Callable[[str, int, int], None]]:
+    """Show one bar after another: yields ``progress(label, done, total)``, where a new label begins a new bar."""
+    with contextlib.ExitStack() as stack:
+        updates: dict[str, Update] = {}
+
+        def show_progress(label: str, done: int, total: int) -> None:
+            if label not in updates:
+                stack.close()
+                updates[label] = stack.enter_context(progress(label, total, unit))
+            updates[label](done, "")
+
+        yield show_progress

@@ -1,7 +1,5 @@
 """``python -m fastkd.write WRITER OUT_DIR [key=value …]``: turn a source of images into a data set."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ import yaml
 from fastkd import cli, console
 from fastkd.data.source import load_writer, writer_names
 from fastkd.errors import InputError
-from fastkd.stages.write import Progress, write
+from fastkd.stages.writing import write
 
 
 def command(
@@ -22,7 +20,7 @@ def command(
 ) -> None:
     """See _help()."""
     console.heading(f"write {writer} → {out_dir}")
-    with _bars() as progress:
+    with console.bars() as progress:
         artifact, written = write(writer, out_dir, _key_values(options or []), force=force, progress=progress)
     facts, counts = artifact.facts, artifact.facts["counts"]
     for skipped in facts["skipped"][:10]:
@@ -53,21 +51,6 @@ def _key_values(words: list[str]) -> dict[str, Any]:
         # What YAML takes for a mapping or a date is a text, such as a path: no option is of these types.
         options[key] = parsed if isinstance(parsed, str | bool | int | float | list | None) else value
     return options
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Progress]:
-    """Show one bar after another, a split each."""
-    with contextlib.ExitStack() as stack:
-        updates: dict[str, console.Update] = {}
-
-        def progress(split: str, done: int, total: int) -> None:
-            if split not in updates:
-                stack.close()
-                updates[split] = stack.enter_context(console.progress(split, total))
-            updates[split](done, "")
-
-        yield progress
 
 
 def _help() -> str:

@@ -32,7 +32,7 @@ def test_a_published_artifact_loads_as_it_was_built(subset):
     assert again.manifest.parents == {"SCORES": "p"}
     assert again.cost_s >= 0
     assert np.array_equal(again.array("indices.npy"), np.arange(1000))
-    assert not list(subset.path.parent.glob("*.partial"))
+    assert not list(subset.path.parent.glob("*.fastkd-partial"))
 
 
 def test_the_key_depends_on_every_input_and_on_the_kind_but_not_on_order():
@@ -59,7 +59,7 @@ def test_force_builds_again_and_a_failure_keeps_the_old_one(subset):
     with pytest.raises(OSError, match="no"):
         artifacts.build(subset.path, "SUBSET", INPUTS, broken, force=True)
     assert artifacts.load(subset.path).manifest == subset.manifest
-    assert not list(subset.path.parent.glob("*.partial"))
+    assert not list(subset.path.parent.glob("*.fastkd-partial"))
 
     again, built = artifacts.build(subset.path, "SUBSET", INPUTS, fill, force=True)
     assert built
@@ -68,7 +68,7 @@ def test_force_builds_again_and_a_failure_keeps_the_old_one(subset):
 
 
 def test_what_a_killed_builder_left_is_cleared(tmp_path):
-    partial = tmp_path / "subset.partial"
+    partial = tmp_path / "subset.fastkd-partial"
     partial.mkdir()
     (partial / "foreign").write_text("left over")
     artifact, _ = artifacts.build(tmp_path / "subset", "SUBSET", INPUTS, fill)
@@ -207,6 +207,6 @@ def test_a_failed_run_keeps_its_folder_for_reading(tmp_path):
 
     with pytest.raises(RuntimeError):
         artifacts.build(tmp_path / "run", "RUN", INPUTS, fails)
-    assert (tmp_path / "run.partial" / "metrics.jsonl").read_text() == "{}\n"
-    with pytest.raises(ArtifactError, match=r"run\.partial beside it was not finished"):
+    assert (tmp_path / "run.fastkd-partial" / "metrics.jsonl").read_text() == "{}\n"
+    with pytest.raises(ArtifactError, match=r"run\.fastkd-partial beside it was not finished"):
         artifacts.load(tmp_path / "run")

@@ -31,7 +31,7 @@ import numpy as np
 import xxhash
 from PIL import ImageFile, UnidentifiedImageError
 
-from fastkd.data import watched
+from fastkd.data import usable_cores, watched
 from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode
 from fastkd.data.source import MapDataset, Writer, WriterOptions, load_writer
 from fastkd.errors import FastkdError, InputError
@@ -237,7 +237,7 @@ def _write_split(
     file: Path, split: str, dataset: MapDataset, num_classes: int, options: WriterOptions, report: watched.Report
 ) -> Split:
     total = len(dataset)
-    num_workers = min(options.workers or _usable_cores(), total)
+    num_workers = min(options.workers or usable_cores(), total)
     context = mp.get_context("fork")  # data sets need not be picklable
     job = _Job(
         file,
@@ -303,10 +303,6 @@ def _messages(channel: Connection) -> Iterator[tuple[str, Any]]:
     with contextlib.suppress(EOFError, ConnectionError):
         while channel.poll():
             yield channel.recv()
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _shared_array(dtype: np.dtype, length: int) -> np.ndarray:

@@ -5,7 +5,6 @@ an id out of range reads foreign memory; a broken-off epoch leaks threads; `num_
 batch buffers are reused while one may still look at them.
 """
 
-import os
 import sys
 import time
 from collections.abc import Generator
@@ -20,20 +19,19 @@ from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRG
 from ffcv.loader import Loader as FfcvLoader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.pipeline.graph import Node  # noqa: E402
 from ffcv.transforms import ToTensor  # noqa: E402
 
 from fastkd.artifacts import Artifact  # noqa: E402
+from fastkd.data import usable_cores  # noqa: E402
 from fastkd.errors import ArtifactError, InputError, LoaderError  # noqa: E402
 
 torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
 
 BATCHES_AHEAD = 2
+_compiled: dict[Any, Any] = {}
+"""Code of pipelines that this process has compiled: 1 to 3 s each, the same for every file and batch size."""
 STUCK_AFTER_S = 300.0  # more than compiling any pipeline takes
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _set_loader_threads(n: int) -> None:
@@ -126,6 +124,7 @@ class Loader:
         as_stored = fixed_size is not None and (input_px is None or fixed_size == [input_px, input_px])
         self.image_hw: tuple[int, int] = tuple(fixed_size) if as_stored else (input_px, input_px)
         decoder = SimpleRGBImageDecoder() if as_stored else CenterCropRGBImageDecoder(self.image_hw, crop_ratio)
+        Node.last_node_id = 0  # names within compiled code: equal pipelines get equal code, which can then be shared
         try:
             self._ffcv = FfcvLoader(
                 str(path),
@@ -147,6 +146,9 @@ class Loader:
             raise ArtifactError(
                 f"{path}: holds {found} samples, the manifest says {self.count}; write the data set again"
             )
+        if os_cache:  # FFCV's own cache compiles the file's page size in
+            pipeline = (type(decoder), self.image_hw, crop_ratio, self._ffcv.num_workers > 1)
+            self._ffcv.code = _compiled.setdefault(pipeline, self._ffcv.code)
         self._epoch: _Epoch | None = None
 
     def batches(self, sample_ids: np.ndarray, *, last: Literal["drop", "pad"]) -> Generator[Batch, None, None]:

@@ -22,6 +22,6 @@ def learning_rates(optim: Optim, epochs: int, steps_per_epoch: int) -> np.ndarra
     else:
         lr = np.full(len(step), optim.lr)
     if optim.warmup_epochs:
-        risen = np.minimum((step + 1) / (optim.warmup_epochs * steps_per_epoch), 1.0)
+        risen = np.minimum((step + 1) / max(optim.warmup_epochs * steps_per_epoch, 1.0), 1.0)
         lr = np.where(epoch < optim.warmup_epochs, optim.lr * risen, lr)
     return lr

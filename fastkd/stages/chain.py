@@ -19,7 +19,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.recipe import Recipe
 from fastkd.stages import pruning, scoring, training
-from fastkd.stages.write import write
+from fastkd.stages.writing import write
 
 STAGES = ("write", "teacher", "score", "prune", "train")
 
@@ -90,7 +90,9 @@ class Chain:
                     "or name the writer in data.writer"
                 )
             return self.note("write", artifacts.load(path, "DATASET"), built=False)
-        return self.note("write", *write(data.writer, path, dict(data.options), force="write" in self.force))
+        with console.bars() as progress:
+            written = write(data.writer, path, dict(data.options), force="write" in self.force, progress=progress)
+        return self.note("write", *written)
 
     @property
     def num_classes(self) -> int:
@@ -200,3 +202,36 @@ class Chain:
         run, built = training.build_run(self, out=out, source=source)
         self.note("train", run, built)
         return run, built
+
+
+def score(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
+    """Run the teacher over all of train → SCORES."""
+    chain = Chain(recipe, {"score"} if force else frozenset())
+    return chain.scores, not chain.costs["score"].reused
+
+
+def prune(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
+    """Select what to keep and reshape its logits → SUBSET."""
+    chain = Chain(recipe, {"prune"} if force else frozenset())
+    return chain.subset, not chain.costs["prune"].reused
+
+
+def train(
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    source: Path | None = None,
+    force: frozenset[str] | set[str] = frozenset(),
+) -> tuple[Artifact, bool]:
+    """Go the whole way → RUN.
+
+    Parameters
+    ----------
+    out
+        Where the RUN goes; default: under `train.runs_dir`, by name and key.
+    source
+        The recipe's file, to be kept in the RUN as it was given.
+    force
+        Stages to run again although their artifact is there; see `STAGES`.
+    """
+    return Chain(recipe, force).train(out=out, source=source)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fastkd import artifacts, console, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
-from fastkd.data.loader import Loader, usable_cores
+from fastkd.data import usable_cores
+from fastkd.data.loader import Loader
 from fastkd.data.order import epoch_order
 from fastkd.engine.loop import TeacherFn, TrainState, evaluate, train_epoch, warm_up
 from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, supervised_loss

@@ -354,11 +354,11 @@ def test_a_killed_caller_leaves_no_processes_and_the_next_write_succeeds(noise, 
         process.kill()
     assert traces.gone()
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out.partial").is_dir()
+    assert (tmp_path / "out.fastkd-partial").is_dir()
 
     subprocess.run(parent("0"), check=True, stdout=subprocess.DEVNULL, timeout=40)
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"train.beton", "val.beton", "manifest.json"}
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out.fastkd-partial").exists()
 
 
 # A full disk

@@ -92,7 +92,7 @@ def test_a_forced_write_that_fails_keeps_the_old_one(noise, dataset):
     with pytest.raises(FastkdError, match="boom"):
         write(noise, dataset.path, OPTIONS | {"fault": "raise"}, force=True)
     assert snapshot(dataset.path) == before
-    assert not dataset.path.with_name("noise.partial").exists()
+    assert not dataset.path.with_name("noise.fastkd-partial").exists()
 
 
 def test_empty_directory_will_do(noise, tmp_path):

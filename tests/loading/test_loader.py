@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastkd.data import loader as loader_module
-from fastkd.data.loader import Loader, usable_cores
+from fastkd.data import usable_cores
+from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, InputError, LoaderError
 
 
@@ -60,7 +61,7 @@ def test_ids_are_checked_before_ffcv_sees_them(loader, ids, message):
 
 
 def test_a_batch_larger_than_the_data_is_refused_where_the_last_is_dropped(loader):
-    with pytest.raises(InputError, match="train.batch_size=16: larger than the 15 samples of train"):
+    with pytest.raises(InputError, match=r"train\.batch_size=16: larger than the 15 samples of train"):
         loader.batches(np.arange(15), last="drop")
 
 
@@ -144,7 +145,7 @@ def test_more_workers_than_cores_are_refused(tiny):
 @pytest.mark.parametrize("os_cache", [True, False])
 def test_images_are_cropped_and_resized_where_asked(tiny, os_cache):
     small = Loader(tiny, "val", 8, input_px=8, crop_ratio=1.0, os_cache=os_cache)
-    batches = list(b.images.clone() for b in small.batches(np.arange(20), last="pad"))
+    batches = [b.images.clone() for b in small.batches(np.arange(20), last="pad")]
     assert [tuple(b.shape) for b in batches] == [(8, 3, 8, 8)] * 3
     big = Loader(tiny, "val", 8, os_cache=os_cache)
     whole = next(big.batches(np.arange(8), last="pad")).images.float()

@@ -115,7 +115,10 @@ def test_force_runs_a_stage_again(tiny_recipe):
 
 
 def test_the_same_seed_gives_the_same_student_and_another_does_not(tiny_recipe, tmp_path):
-    runs = [stages.train(tiny_recipe(f"seed={seed}"), out=tmp_path / name)[0] for seed, name in ((0, "a"), (0, "b"), (1, "c"))]
+    runs = [
+        stages.train(tiny_recipe(f"seed={seed}"), out=tmp_path / name)[0]
+        for seed, name in ((0, "a"), (0, "b"), (1, "c"))
+    ]
     assert losses(runs[0]) == losses(runs[1])
     assert losses(runs[0]) != losses(runs[2])
     a, b, c = ((r.path / "student.safetensors").read_bytes() for r in runs)
@@ -223,7 +226,10 @@ def test_the_message_names_the_nearest_artifact_and_what_differs(tiny_recipe, ca
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("data.path=/nowhere/at/all",), r"data\.path=/nowhere/at/all: no data set there\. Write one \(python -m fastkd"),
+        (
+            ("data.path=/nowhere/at/all",),
+            r"data\.path=/nowhere/at/all: no data set there\. Write one \(python -m fastkd",
+        ),
         (("student.model=cifar/resnet9",), "resnet8"),
         (("train.batch_size=76",), r"train\.batch_size=76: larger than the 75 samples of train"),
         (("train.device=cuda:77",), "CUDA devices"),
@@ -235,7 +241,7 @@ def test_bad_input_has_one_clear_error_and_leaves_nothing(tiny_recipe, tmp_path,
     loaded = tiny_recipe(*overrides)
     with pytest.raises(InputError, match=message):
         stages.train(loaded)
-    left = [p for p in (tmp_path / "runs").glob("student-*")] if (tmp_path / "runs").exists() else []
+    left = list((tmp_path / "runs").glob("student-*")) if (tmp_path / "runs").exists() else []
     assert left == []
 
 
@@ -292,5 +298,5 @@ def test_a_loss_that_explodes_stops_and_leaves_its_story(tiny_recipe, tmp_path):
 
     with pytest.raises(FastkdError, match=r"the loss became (nan|inf) in steps"):
         stages.train(tiny_recipe("optim.lr=1e30"))
-    partial = next((tmp_path / "runs").glob("student-*.partial"))
+    partial = next((tmp_path / "runs").glob("student-*.fastkd-partial"))
     assert (partial / "metrics.jsonl").exists()
