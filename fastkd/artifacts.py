@@ -1,8 +1,8 @@
 """Artifacts: directories that appear whole or not at all, know what they were made from, and are verified before use.
 
 An artifact is built in ``NAME.fastkd-partial`` beside its final place and published by one rename, under a lock, so
-that of several processes one builds and the others wait. Its ``manifest.json`` holds the *inputs* that determine its content
-(hashed into its ``key``), the keys of its parents, the seconds it cost, and size and xxh3-128 of every file.
+that of several processes one builds and the others wait. Its ``manifest.json`` holds the *inputs* that determine its
+content (hashed into its ``key``), the keys of its parents, the seconds it cost, and size and xxh3-128 of every file.
 """
 
 import contextlib

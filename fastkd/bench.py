@@ -32,8 +32,8 @@ def savings(
     console.say(
         f"outside the table: filling the compilers' caches took {report['cold_compile_s']:.1f} s, once per machine"
     )
-    env = report["environment"]
-    console.say(f"machine: {env['cpu']}, {env['usable_cores']} cores, {env['gpu'] or 'no GPU'}, {env['precision']}")
+    env, cpu = report["environment"], report["environment"]["machine"]
+    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, {env['gpu'] or 'no GPU'}, {env['precision']}")
     console.say(report["conclusion"])
     console.say(f"written: {out / 'savings.json'}")
 

@@ -36,8 +36,8 @@ def heading(message: str) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table."""
-    out.print(table, soft_wrap=False)
+    """Print a table; into a file it is as wide as it needs to be."""
+    (out if out.is_terminal else Console(highlight=False, width=200)).print(table)
 
 
 def warn(message: str) -> None:

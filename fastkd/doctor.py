@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE_TIMEOUT_S = 180  # importing torch and ffcv on a cold disk takes a while
-SHM_WANTED_BYTES = 256 << 20  # FFCV's writer hands samples to its workers there; docker gives 64 MiB
 
 OK, MISSING, NOTE, FACT = "ok", "missing", "note", ""
 KEY_PACKAGES = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "pydantic", "timm", "torch", "torchvision")
@@ -112,7 +111,6 @@ def machine() -> dict[str, Any]:
     """Return the facts of this machine that need no package."""
     cpuinfo, self_cgroup = _read("/proc/cpuinfo"), _read("/proc/self/cgroup")
     total, available = memory_bytes(_read("/proc/meminfo"), cgroup_values("memory.max", self_cgroup))
-    shm = shutil.disk_usage("/dev/shm") if os.path.isdir("/dev/shm") else None
     return {
         "os": os_name(_read("/etc/os-release")),
         "python": platform.python_version(),
@@ -124,8 +122,6 @@ def machine() -> dict[str, Any]:
         "memory_bytes": total,
         "memory_available_bytes": available,
         "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
-        "shm_bytes": shm.total if shm else 0,
-        "shm_free_bytes": shm.free if shm else 0,
         "gpus": [],
     }
 
@@ -396,9 +392,6 @@ def machine_findings(facts: dict[str, Any]) -> list[Finding]:
     quota = facts["cpu_quota_cores"]
     cores = f"{facts['cores']} usable" + (f", limited to {quota:g} by cgroup" if quota else "")
     bf16 = ", ".join(name for name, there in facts["bf16"].items() if there)
-    shm = Finding(FACT, "/dev/shm", f"{gib(facts['shm_free_bytes'])} free of {gib(facts['shm_bytes'])}")
-    if 0 < facts["shm_bytes"] < SHM_WANTED_BYTES:
-        shm = Finding(NOTE, "/dev/shm", f"only {facts['shm_bytes'] >> 20} MiB; in docker: --shm-size=1g")
     return [
         Finding(FACT, "system", facts["os"]),
         Finding(FACT, "CPU", facts["cpu"]),
@@ -406,7 +399,6 @@ def machine_findings(facts: dict[str, Any]) -> list[Finding]:
         Finding(FACT, "CPU bf16", bf16 or "none: on this CPU, precision auto means fp32"),
         Finding(FACT, "memory", f"{gib(facts['memory_available_bytes'])} available of {gib(facts['memory_bytes'])}"),
         Finding(FACT, "disk here", f"{gib(facts['disk_free_bytes'])} free"),
-        shm,
     ]
 
 
@@ -470,7 +462,11 @@ def as_text(report: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the report; return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fastkd.doctor", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastkd.doctor",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Example: python -m fastkd.doctor --json > machine.json",
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     report = examine()

@@ -12,9 +12,11 @@ from fastkd.errors import InputError
 from fastkd.stages.writing import write
 
 
-def command(
-    writer: Annotated[str, typer.Argument(help="Name of a writer (below) or path of a file of your own.")],
-    out_dir: Annotated[Path, typer.Argument(help="The data set: a new directory.")],
+def main(
+    writer: Annotated[
+        str, typer.Argument(metavar="WRITER", help="Name of a writer (below) or path of a file of your own.")
+    ],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The data set: a new directory.")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The writer's options.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a data set that was written there before.")] = False,
 ) -> None:
@@ -71,5 +73,5 @@ Options of every writer: `mode=raw|jpg|smart`, `max_resolution=PIXELS`, `jpeg_qu
 
 
 if __name__ == "__main__":
-    command.__doc__ = _help()
-    cli.run(command)
+    main.__doc__ = _help()
+    cli.run(main)

@@ -71,7 +71,7 @@ teacher: {{recipe: teacher.yaml}}
 prune: {{keep_ratio: 0.5}}
 student: {{model: cifar/resnet8}}
 optim: {{lr: 0.05}}
-train: {{epochs: 2, batch_size: 25, compile: false, runs_dir: {tmp_path / "runs"}}}
+train: {{epochs: 6, batch_size: 25, compile: false, runs_dir: {tmp_path / "runs"}}}
 log: {{every_steps: 1}}
 """
     )

@@ -251,13 +251,6 @@ def test_gpus_of_the_driver():
     assert doctor.gpu_finding(gpus, [], None).text.startswith("NVIDIA H100, 79.6 GiB, capability 9.0, bf16")
 
 
-def test_small_shared_memory_is_noted():
-    facts = {**doctor.machine(), "shm_bytes": 64 << 20}
-    shm = next(one for one in doctor.machine_findings(facts) if one.name == "/dev/shm")
-    assert shm.mark == "note"
-    assert "--shm-size" in shm.text
-
-
 # --- data ---------------------------------------------------------------------------------------------------------
 
 

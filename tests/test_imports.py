@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "console": {"errors"},
     **{unit: {"errors", "validation"} for unit in ARRAYS_AND_FILES},
     **dict.fromkeys(PARTS, LEAVES | ARRAYS_AND_FILES),
-    "stages": LEAVES | ARRAYS_AND_FILES | PARTS,
+    "stages": LEAVES | ARRAYS_AND_FILES | PARTS | {"doctor"},  # which tells a run's machine, and is a leaf itself
     "benchmarks": LEAVES | ARRAYS_AND_FILES | PARTS | {"stages"},
     **{unit: LEAVES | {"recipe", "artifacts", "stages", "benchmarks", "cli", "data.source"} for unit in COMMANDS},
     "doctor": set(),  # runs where nothing is installed

@@ -22,6 +22,8 @@ from fastkd.stages import pruning, scoring, training
 from fastkd.stages.writing import write
 
 STAGES = ("write", "teacher", "score", "prune", "train")
+_announced: set[Path] = set()
+"""Artifacts whose reuse need not be said again in this process."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,11 @@ class Chain:
     def note(self, stage: str, artifact: Artifact, built: bool) -> Artifact:
         """Charge a stage with what its artifact cost, and say whether it was built or reused."""
         self.costs[stage] = Cost(artifact.cost_s, reused=not built)
-        verb = "built" if built else "reused"
-        console.say(f"{stage}: {verb} {artifact.path} ({artifact.cost_s:.1f} s{'' if built else ' when it was built'})")
+        if built:
+            console.say(f"{stage}: built {artifact.path} ({artifact.cost_s:.1f} s)")
+        elif artifact.path not in _announced:
+            console.say(f"{stage}: reused {artifact.path} ({artifact.cost_s:.1f} s when it was built)")
+        _announced.add(artifact.path)
         return artifact
 
     @cached_property
@@ -155,6 +160,7 @@ class Chain:
         )
         own = own.model_copy(update={"data": self.recipe.data, "train": train})
         chain = Chain(own, {"train"} if "teacher" in self.force else set())
+        chain.dataset, chain.costs["write"] = self.dataset, self.costs["write"]
         return self.note("teacher", *training.build_run(chain, source=Path(teacher.recipe)))
 
     @cached_property

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastkd import artifacts, console, models
+from fastkd import artifacts, console, doctor, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
-from fastkd.data import usable_cores
 from fastkd.data.loader import Loader
 from fastkd.data.order import epoch_order
 from fastkd.engine.loop import TeacherFn, TrainState, evaluate, train_epoch, warm_up
@@ -344,29 +341,17 @@ def environment(chain: "Chain") -> dict[str, Any]:
     for name in VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    device = chain.runtime.device
+    runtime = chain.runtime
     return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": _cpu_name(),
-        "usable_cores": usable_cores(),
+        "machine": doctor.machine(),
         "torch_threads": torch.get_num_threads(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "precision": chain.runtime.precision,
-        "channels_last": chain.runtime.channels_last,
-        "compile": chain.runtime.compile,
+        "device": str(runtime.device),
+        "gpu": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None,
+        "precision": runtime.precision,
+        "channels_last": runtime.channels_last,
+        "compile": runtime.compile,
         "versions": versions,
-        "pid": os.getpid(),
     }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _write_json(path: Path, value: Any) -> None:

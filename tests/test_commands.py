@@ -1,0 +1,228 @@
+"""The commands as a user meets them: what they print, where they stop, with which exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastkd import artifacts, bench, prune, score, train
+from fastkd.errors import FastkdError
+
+PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
+
+
+@pytest.mark.parametrize("name", ["write", "score", "prune", "train", "bench", "doctor"])
+def test_help_has_an_example(name):
+    arguments = ["savings"] if name == "bench" else []
+    done = subprocess.run(
+        [sys.executable, "-m", f"fastkd.{name}", *arguments, "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert "Example" in done.stdout
+    assert f"python -m fastkd.{name}" in " ".join(done.stdout.split())
+
+
+def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_recipe):
+    code, text = command(train.main, tiny_recipe.path)
+    assert code == 0
+    assert text.index("teacher: built") < text.index("score: built") < text.index("prune: built")
+    run = Path(text.splitlines()[-1].partition("RUN: ")[2])
+    assert artifacts.load(run, "RUN").facts["top1"]["val"] > 0
+    code, text = command(train.main, tiny_recipe.path)
+    assert code == 0
+    assert "this recipe has been trained" in text
+    assert text.splitlines()[-1].endswith(f"RUN: {run}")
+    code, text = command(train.main, tiny_recipe.path, "--force", "train")
+    assert "train: built" in text
+
+
+def test_score_and_prune_print_what_they_made(command, tiny_recipe):
+    code, text = command(score.main, tiny_recipe.path)
+    assert code == 0
+    assert "SCORES:" in text
+    assert "top-1 on train" in text
+    code, text = command(prune.main, tiny_recipe.path, "prune.keep_ratio=0.3")
+    assert code == 0
+    assert "45 of 150 samples (30.00%)" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.yaml"], "recipe none.yaml: no such file"),
+        (["{recipe}", "trian.epochs=3"], "trian: unknown key; did you mean 'train'?"),
+        (["{recipe}", "prune.keep_ratio=0"], "prune.keep_ratio: 0 is wrong"),
+        (["{recipe}", "prune.keep_ratio=1.5"], "prune.keep_ratio: 1.5 is wrong"),
+        (["{recipe}", "--force", "prone"], "--force prone: unknown stage"),
+        (["{recipe}", "student.model=cifar/resnet9"], "cifar/resnet8"),
+        (["{recipe}", "train.batch_size=1000"], "larger than the 75 samples"),
+        (["{recipe}", "--nonsense"], "No such option"),
+    ],
+)
+def test_wrong_input_is_exit_code_2_and_one_message(command, tiny_recipe, arguments, message):
+    code, text = command(train.main, *(a.format(recipe=tiny_recipe.path) for a in arguments))
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_ctrl_c_is_130_and_our_other_errors_are_1(command, monkeypatch, tiny_recipe):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastkd.recipe.load", interrupted)
+    assert command(train.main, tiny_recipe.path) == (130, "error: interrupted\n")
+
+    def failed(*args, **kwargs):
+        raise FastkdError("the disk is full")
+
+    monkeypatch.setattr("fastkd.recipe.load", failed)
+    assert command(train.main, tiny_recipe.path) == (1, "error: the disk is full\n")
+
+
+# Anybody's logits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    parity = np.load(PARITY)
+    np.save(tmp_path / "z.npy", parity["imbalanced_logits"])
+    np.save(tmp_path / "y.npy", parity["imbalanced_labels"])
+    return tmp_path
+
+
+def own(folder: Path, *more: str) -> list[str]:
+    return ["--logits", str(folder / "z.npy"), "--labels", str(folder / "y.npy"), "--out", str(folder / "out"), *more]
+
+
+@pytest.mark.parametrize("percent", [30, 40, 50, 70])
+@pytest.mark.parametrize("case", ["balanced", "imbalanced"])
+def test_prune_on_own_arrays_is_the_reference(command, tmp_path, case, percent):
+    parity = np.load(PARITY)
+    np.save(tmp_path / "z.npy", parity[f"{case}_logits"])
+    np.save(tmp_path / "y.npy", parity[f"{case}_labels"])
+    code, _ = command(prune.main, *own(tmp_path, "--keep-ratio", str(percent / 100), "--quota", "uniform"))
+    assert code == 0
+    subset = artifacts.load(tmp_path / "out", "SUBSET")
+    kept = subset.array("indices.npy")
+    assert set(kept) == set(parity[f"{case}_keep{percent}"])
+    np.testing.assert_allclose(subset.array("class_std.npy"), parity[f"{case}_class_std"], atol=1e-6)
+    theirs = parity[f"{case}_reshaped"][kept]
+    theirs = theirs - theirs.mean(1, keepdims=True)
+    np.testing.assert_allclose(subset.array("logits.npy").astype(np.float32), theirs, rtol=1e-3, atol=2e-3)
+
+
+def test_proportional_is_exact_and_random_is_balanced(command, arrays):
+    labels = np.load(arrays / "y.npy")
+    for method in ("medium", "random"):
+        out = str(arrays / method)
+        code, _ = command(prune.main, *own(arrays, "--keep-ratio", "0.7", "--method", method, "--out", out))
+        assert code == 0
+        subset = artifacts.load(out, "SUBSET")
+        kept = subset.array("indices.npy")
+        assert len(kept) == round(0.7 * len(labels))
+        share = np.bincount(labels[kept]) / np.bincount(labels)
+        assert np.all(np.abs(share - 0.7) < 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keep": "0"}, "keep_ratio: 0.0 is wrong"),
+        ({"keep": "1.2"}, "keep_ratio: 1.2 is wrong"),
+        ({"method": "mdium"}, "method: 'mdium' is wrong"),
+        ({"z": np.full((10, 3), np.nan, np.float32)}, "10 rows of the teacher's logits are not finite, first row 0"),
+        ({"z": np.zeros((10, 1), np.float32)}, "expected floating-point logits [N, K] with K ≥ 2"),
+        ({"z": np.zeros((10, 3), np.int64)}, "expected floating-point logits [N, K]"),
+        ({"z": np.full((10, 3), 1e8, np.float32) * np.array([0, 1, 2], np.float32)}, "beyond float16"),
+        ({"y": np.array([0, 1, 2, 3, 0, 1, 2, 0, 1, 2])}, "label 3 at row 3 is out of range 0 … 2"),
+        ({"y": np.array([0, -1, 2, 1, 0, 1, 2, 0, 1, 2])}, "label -1 at row 1 is out of range"),
+        ({"y": np.zeros(10, np.int64)}, "2 of 3 classes have no samples to train on: 1, 2"),
+        ({"y": np.zeros(9, np.int64)}, "expected 10 integer labels [N], got int64 [9]"),
+        ({"y": np.zeros(10, np.float32)}, "expected 10 integer labels"),
+        ({"y": np.array([{}] * 10, dtype=object)}, "not a plain .npy array"),
+        ({"y": None}, "no such file"),
+    ],
+)
+def test_wrong_arrays_are_refused(command, tmp_path, change, message):
+    rng = np.random.default_rng(0)
+    z = change.get("z", rng.standard_normal((10, 3)).astype(np.float32))
+    y = change.get("y", np.arange(10) % 3)
+    np.save(tmp_path / "z.npy", z)
+    if y is not None:
+        np.save(tmp_path / "y.npy", y, allow_pickle=True)
+    code, text = command(
+        prune.main,
+        *own(tmp_path, "--keep-ratio", change.get("keep", "0.5"), "--method", change.get("method", "medium")),
+    )
+    assert code == 2
+    assert message in text
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*.fastkd-partial"))
+
+
+def test_an_out_directory_of_somebody_else_is_left_alone(command, arrays):
+    (arrays / "out").mkdir()
+    (arrays / "out" / "thesis.tex").write_text("years of work")
+    for more in ([], ["--force"]):
+        code, text = command(prune.main, *own(arrays, *more))
+        assert code == 2
+        assert "something else is there already" in text
+    assert (arrays / "out" / "thesis.tex").read_text() == "years of work"
+
+
+def test_prune_wants_a_recipe_or_arrays(command, arrays):
+    assert command(prune.main, "--keep-ratio", "0.5")[0] == 2
+    code, text = command(prune.main, "--logits", str(arrays / "z.npy"))
+    assert code == 2
+    assert "--logits goes with --labels and --out" in text
+
+
+# Savings --------------------------------------------------------------------------------------------------------------
+
+
+def test_savings_compares_four_ways_and_writes_them_down(command, tiny_recipe, tmp_path):
+    out = tmp_path / "savings"
+    code, text = command(bench.savings, "savings", tiny_recipe.path, "--out", str(out), "--seeds", "2", named=True)
+    assert code == 0
+    report = json.loads((out / "savings.json").read_text())
+    assert list(report["ways"]) == ["vanilla", "recipe", "random", "same_compute"]
+    assert report["seeds"] == [0, 1]
+    for name, way in report["ways"].items():
+        assert len(way["runs"]) == 2
+        for run in way["runs"]:
+            assert artifacts.load(run["run"], "RUN").facts["top1"]["val"] == run["top1"]
+        assert way["further_student_s"] == pytest.approx(np.median([r["further_student_s"] for r in way["runs"]]))
+        assert ("score" in way["stages"]) == (name != "vanilla")
+        assert way["top1_std"] >= 0
+        assert way["speedup_further_student_s"] == pytest.approx(
+            report["ways"]["vanilla"]["further_student_s"] / way["further_student_s"]
+        )
+    images = {n: [sum(e["images"] for e in r["epochs"]) for r in w["runs"]] for n, w in report["ways"].items()}
+    assert images == {"vanilla": [900] * 2, "recipe": [450] * 2, "random": [450] * 2, "same_compute": [450] * 2}
+    for words in (
+        "vanilla KD",
+        "medium",
+        "random",
+        "all data",
+        "speed-up, further",
+        "test top-1",
+        "2 seeds",
+        "machine:",
+    ):
+        assert words in text
+    assert report["conclusion"] in text
+
+
+def test_savings_needs_a_teacher(command, tiny, tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        f"name: p\ndata: {{path: {tiny.path}}}\nstudent: {{model: cifar/resnet8}}\noptim: {{lr: 0.1}}\n"
+        "train: {epochs: 1, batch_size: 10}\n"
+    )
+    code, text = command(bench.savings, "savings", path, named=True)
+    assert code == 2
+    assert "has no teacher" in text
