@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fastkd import shipped
 from fastkd.errors import InputError
 from fastkd.validation import explain
 
-SHIPPED = Path(__file__).parent / "_recipes"
 MAX_BYTES = 1 << 20
 
 
@@ -228,7 +228,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
 def locate(path: str | Path) -> Path:
     """Return the file that a recipe's path means."""
     path = Path(path)
-    for candidate in (path, SHIPPED / path.name):
+    for candidate in (path, shipped("recipes") / path.name):
         if candidate.is_file():
             return candidate
     raise InputError(f"recipe {path}: no such file")

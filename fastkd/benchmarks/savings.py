@@ -13,7 +13,7 @@ from fastkd.artifacts import Artifact
 from fastkd.errors import InputError
 from fastkd.recipe import Recipe
 from fastkd.stages import Chain
-from fastkd.stages.training import Stopwatch, prepare
+from fastkd.stages.training import prepare, run_inputs
 
 NOISE_POINTS = 0.3
 """Differences of top-1 below this many points mean nothing with one seed."""
@@ -79,11 +79,13 @@ def measure(recipe: Recipe, out: Path, *, seeds: int = 1, source: Path | None = 
     """
     columns = ways(recipe)
     chain = Chain(recipe)
-    _ = chain.subset  # teacher, scores and subset, once, before anything is timed side by side
+    run_inputs(chain)  # teacher, scores and subset are built once, before anything is timed side by side
     console.heading("warming up the compilers' caches")
-    warm = Stopwatch()
+    cold_compile_s = 0.0
     for way in columns[:2]:
-        prepare(Chain(way.recipe), warm)
+        warm = Chain(way.recipe)
+        prepare(warm)
+        cold_compile_s += warm.watch.seconds["compile"]
 
     results: dict[str, Any] = {}
     for seed in range(recipe.seed, recipe.seed + seeds):  # seeds outside, ways inside: a slow spell hits all ways
@@ -102,7 +104,7 @@ def measure(recipe: Recipe, out: Path, *, seeds: int = 1, source: Path | None = 
         "seeds": list(range(recipe.seed, recipe.seed + seeds)),
         "keep_ratio": recipe.prune.keep_ratio,
         "environment": json.loads((out / f"vanilla-seed{recipe.seed}" / "env.json").read_text()),
-        "cold_compile_s": sum(warm.seconds.values()),
+        "cold_compile_s": cold_compile_s,
         "teacher_training_s": chain.costs["teacher"].seconds if "teacher" in chain.costs else None,
         "teacher_top1": chain.teacher_run.facts["top1"]["val"] if chain.teacher_run else None,
         "ways": results,

@@ -29,7 +29,7 @@ import numpy as np
 import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-import fastkd
+from fastkd import shipped
 from fastkd.errors import InputError
 from fastkd.validation import explain
 
@@ -125,13 +125,6 @@ class Writer:
             return self.options_model.model_validate(values)
         except ValidationError as error:
             raise InputError(f"writer {self.name}: wrong options\n{explain(error, self.options_model)}") from None
-
-
-def shipped(folder: str) -> Path:
-    """Return where a folder that ships with fastkd lies: `writers` or `recipes`, in a wheel or in a checkout."""
-    package = Path(fastkd.__file__).parent
-    inside = package / f"_{folder}"
-    return inside if inside.is_dir() else package.parent / folder
 
 
 def writer_names() -> list[str]:

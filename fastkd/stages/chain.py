@@ -17,7 +17,7 @@ from fastkd.data.loader import Loader
 from fastkd.data.order import split_holdout
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
-from fastkd.recipe import Recipe
+from fastkd.recipe import Recipe, Teacher
 from fastkd.stages import pruning, scoring, training
 from fastkd.stages.writing import write
 
@@ -57,6 +57,8 @@ class Chain:
     ----------
     costs : dict of str to Cost
         Of the stages that were needed so far, in their order. `teacher` is the training of the teacher.
+    watch : Stopwatch
+        What the student itself takes, loading the teacher included (its weights are part of every key).
     """
 
     def __init__(self, recipe: Recipe, force: frozenset[str] | set[str] = frozenset()) -> None:
@@ -65,6 +67,7 @@ class Chain:
         self.recipe = recipe
         self.force = frozenset(force)
         self.costs: dict[str, Cost] = {}
+        self.watch = training.Stopwatch()
         self.runtime = Runtime.choose(
             recipe.train.device,
             recipe.train.precision,
@@ -170,10 +173,12 @@ class Chain:
         if teacher is None:
             raise InputError("this recipe has no `teacher`, and scoring and distilling need one")
         run = self.teacher_run
-        if run is not None:
-            name, weights = run.facts["model"], str(run.path)
-        else:
-            name, weights = str(teacher.model), str(teacher.weights)
+        with self.watch.on("setup"):
+            if run is not None:
+                return self._load_teacher(teacher, run.facts["model"], str(run.path))
+            return self._load_teacher(teacher, str(teacher.model), str(teacher.weights))
+
+    def _load_teacher(self, teacher: Teacher, name: str, weights: str) -> LoadedTeacher:
         net = models.build(name, self.num_classes)
         models.load_weights(net, weights, name=name)
         normalisation = models.native_normalisation(name, weights) or self.normalisation

@@ -42,7 +42,7 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
         The recipe file, kept in the RUN as it was given.
     """
     recipe = chain.recipe
-    inputs = _inputs(chain)
+    inputs = run_inputs(chain)
     path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
     parents = {"DATASET": chain.dataset.key}
     if uses_subset(recipe):
@@ -65,8 +65,11 @@ def uses_subset(recipe: recipes.Recipe) -> bool:
     )
 
 
-def _inputs(chain: "Chain") -> dict[str, Any]:
-    """Return what determines the student; precision, device and versions are recorded, not keyed."""
+def run_inputs(chain: "Chain") -> dict[str, Any]:
+    """Return what determines the student, building whatever comes before it.
+
+    Precision, device and versions are recorded, not keyed.
+    """
     recipe = chain.recipe
     inputs: dict[str, Any] = {
         "data": chain.dataset.key,
@@ -133,16 +136,16 @@ class Journal:
 
 def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     """Train, evaluate once, and write everything that a RUN holds."""
-    recipe, runtime, K = chain.recipe, chain.runtime, chain.num_classes
+    recipe, runtime = chain.recipe, chain.runtime
     console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
     if source is not None:
         shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
     (directory / "resolved.yaml").write_text(recipes.dump(recipe))
     _write_json(directory / "env.json", environment(chain))
     journal = Journal(directory / "metrics.jsonl")
-    watch = Stopwatch()
+    watch = chain.watch
 
-    loader, student, state, ids_M, teacher = prepare(chain, watch)
+    loader, student, state, ids_M, teacher = prepare(chain)
     steps_per_epoch = loader.full_batches(len(ids_M))
     lr = learning_rates(recipe.optim, recipe.train.epochs, steps_per_epoch)
     epochs = []
@@ -187,21 +190,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
         accuracy["val"] = _look(chain, student, journal, "val", val_ids, "val", epoch)
     journal.close()
 
-    normalisation = chain.normalisation
-    models.save_weights(student.net, directory / "student.safetensors")
-    _write_json(
-        directory / "model.json",
-        {
-            "model": recipe.student.model,
-            "num_classes": K,
-            "classes": chain.dataset.facts["classes"],
-            "input_hw": list(loader.image_hw),
-            "mean": list(normalisation.mean),
-            "std": list(normalisation.std),
-            "ema": False,
-        },
-    )
-    timing = _timing(chain, watch, epochs)
+    _save_student(chain, student, loader.image_hw, directory)
+    timing = _timing(chain, epochs)
     _write_json(directory / "timing.json", timing)
     facts = {"model": recipe.student.model, "top1": accuracy, "images_per_s": timing["images_per_s"]}
     console.say(
@@ -213,7 +203,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
 
 
 def prepare(
-    chain: "Chain", watch: Stopwatch
+    chain: "Chain",
 ) -> tuple[Loader, models.Normalised, TrainState, np.ndarray, Callable[[np.ndarray], TeacherFn]]:
     """Build all that the first step needs, and compile it.
 
@@ -227,6 +217,7 @@ def prepare(
     """
     recipe, runtime = chain.recipe, chain.runtime
     batch_size = recipe.train.batch_size
+    watch = chain.watch
     with watch.on("setup"):
         loader = chain.loader("train", batch_size)
         ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(recipe) else chain.train_ids
@@ -312,9 +303,25 @@ def _look(
     return top1
 
 
-def _timing(chain: "Chain", watch: Stopwatch, epochs: list[dict[str, float]]) -> dict[str, Any]:
+def _save_student(chain: "Chain", student: models.Normalised, image_hw: tuple[int, int], directory: Path) -> None:
+    """Write the weights, and what one must know to use them."""
+    models.save_weights(student.net, directory / "student.safetensors")
+    normalisation = chain.normalisation
+    described = {
+        "model": chain.recipe.student.model,
+        "num_classes": chain.num_classes,
+        "classes": chain.dataset.facts["classes"],
+        "input_hw": list(image_hw),
+        "mean": list(normalisation.mean),
+        "std": list(normalisation.std),
+        "ema": False,
+    }
+    _write_json(directory / "model.json", described)
+
+
+def _timing(chain: "Chain", epochs: list[dict[str, float]]) -> dict[str, Any]:
     """Return what everything cost: first and further student, with the teacher's training on its own line."""
-    own = dict(watch.seconds)
+    own = chain.watch.seconds
     before = {name: cost for name, cost in chain.costs.items() if name not in ("teacher", "train")}
     further_s = sum(own.values())
     wall_s = sum(e["wall_s"] for e in epochs)

@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastkd import shipped
 from fastkd.artifacts import MANIFEST, Artifact, Built, build, differences, file_digest, read_manifest
 from fastkd.data.beton import Progress, write_betons
-from fastkd.data.source import Writer, load_writer, shipped
+from fastkd.data.source import Writer, load_writer
 from fastkd.errors import ArtifactError, FastkdError, InputError
 
 

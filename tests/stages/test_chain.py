@@ -10,7 +10,7 @@ from fastkd import artifacts, models, recipe, stages
 from fastkd.data.order import epoch_order, split_holdout
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import Chain
-from fastkd.stages.training import Stopwatch, _teacher_feed, prepare
+from fastkd.stages.training import _teacher_feed, prepare
 
 
 def metrics(run, event):
@@ -141,7 +141,7 @@ def test_a_live_teacher_on_all_data_needs_no_scores(tiny_recipe):
 
 def test_each_step_reads_the_logits_of_the_samples_it_sees(tiny_recipe):
     chain = Chain(tiny_recipe())
-    loader, _, _, ids_M, teacher = prepare(chain, Stopwatch())
+    loader, _, _, ids_M, teacher = prepare(chain)
     order = epoch_order(len(ids_M), 5, 3)
     feed, stored = teacher(order), chain.subset.array("logits.npy")
     start = 0

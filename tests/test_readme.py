@@ -1,0 +1,40 @@
+"""What the README tells people to type works."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+from fastkd import recipe, stages
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def block(language: str, containing: str) -> str:
+    found = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if containing in b]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_the_ten_line_writer_writes(tmp_path):
+    text = block("python", "class Options(WriterOptions)")
+    assert len([line for line in text.splitlines() if line.strip()]) <= 12
+    (tmp_path / "my_writer.py").write_text(text)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        np.save(tmp_path / f"{split}_images.npy", rng.integers(0, 256, (count, 9, 9), dtype=np.uint8))
+        np.save(tmp_path / f"{split}_labels.npy", np.arange(count) % 2)
+    dataset, _ = stages.write(str(tmp_path / "my_writer.py"), tmp_path / "mine", {"root": str(tmp_path)})
+    assert dataset.facts["counts"] == {"train": 12, "val": 4}
+    assert dataset.facts["classes"] == ["no", "yes"]
+
+
+def test_the_recipe_of_the_tour_is_valid(tmp_path):
+    (tmp_path / "mine.yaml").write_text(block("yaml", "name: mine"))
+    assert recipe.load(tmp_path / "mine.yaml", ["train.epochs=10", "prune.method=random"]).train.epochs == 10
+
+
+def test_the_readme_names_every_recipe_and_no_placeholder_is_left():
+    for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml"):
+        assert f"`{path.stem}`" in README or path.stem == "quickstart_teacher"
+    assert "DEMO_" not in README
