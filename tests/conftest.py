@@ -4,10 +4,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
 from fastkd import artifacts, cli, recipe
+
+hypothesis.settings.register_profile("fastkd", deadline=None)  # the first call of a kernel compiles it
+hypothesis.settings.load_profile("fastkd")
 
 CLASSES = 3
 TRAIN = 150

@@ -1,6 +1,6 @@
 """Numba kernels: arrays in, arrays out. They know no files, recipes or torch."""
 
-from fastkd.kernels.mix import mix64, purpose
+from fastkd.kernels.mix import mix64
 from fastkd.kernels.reshape import class_std, reshape_rows
 from fastkd.kernels.scores import score_rows
 from fastkd.kernels.selection import (
@@ -15,7 +15,6 @@ __all__ = [
     "medium_ranks",
     "mix64",
     "proportional_quotas",
-    "purpose",
     "reshape_rows",
     "score_rows",
     "select_ranks",

@@ -23,11 +23,6 @@ def _mix_ids(stream: np.uint64, ids: np.ndarray) -> np.ndarray:
     return out
 
 
-def purpose(name: str) -> int:
-    """Return the number of a named use of randomness, so that two uses of one seed never share their draws."""
-    return zlib.crc32(name.encode())
-
-
 def mix64(ids: np.ndarray, seed: int, name: str, step: int = 0) -> np.ndarray:
     """Draw one 64-bit word per id.
 
@@ -35,14 +30,14 @@ def mix64(ids: np.ndarray, seed: int, name: str, step: int = 0) -> np.ndarray:
     ----------
     ids : int64 [N]
     seed, name, step
-        Whose randomness, what for, and at which epoch or view.
+        Whose randomness, what for (so that two uses of one seed never share their draws), at which epoch or view.
 
     Returns
     -------
     uint64 [N]
         Distinct for distinct ids: the mix is a bijection of the id.
     """
-    words = np.array([step, purpose(name), seed], dtype=np.int64)
+    words = np.array([step, zlib.crc32(name.encode()), seed], dtype=np.int64)
     stream = np.uint64(0)
     for word in words:
         stream = _mix_ids(stream, np.array([word]))[0]

@@ -234,6 +234,8 @@ def prepare(
         state = TrainState(runtime, runtime.compiled(student), _loss(recipe), optimizer, runtime.scaler())
         teacher = _teacher_feed(chain)
     with watch.on("compile"):
+        if runtime.compile:
+            console.say("train: compiling; the first time on a machine this takes up to a minute")
         loader.warm_up()
         images = torch.full((batch_size, *loader.image_hw, 3), 128, dtype=torch.uint8).permute(0, 3, 1, 2)
         labels_B = torch.zeros(batch_size, dtype=torch.int64)

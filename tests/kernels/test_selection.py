@@ -3,7 +3,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastkd.kernels import (
@@ -79,7 +79,6 @@ def labels_of(count_K: np.ndarray, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(count_K)), count_K))
 
 
-@settings(deadline=None)
 @given(counts, ratios, ratios, st.integers(0, 5))
 def test_medium_is_unique_ascending_balanced_nested_and_the_papers_window(count_K, one, other, seed):
     y_N = labels_of(count_K, seed)
@@ -104,7 +103,6 @@ def test_a_window_beyond_its_class_is_refused():
         select_ranks(np.zeros(4), np.zeros(4, np.int64), np.array([2]), np.array([3]))
 
 
-@settings(deadline=None)
 @given(st.integers(2, 7), st.integers(1, 40), st.sampled_from([1.0, 1e-3, 1e4]), st.integers(0, 99))
 def test_scores_are_those_of_a_float64_oracle(K, N, scale, seed):
     rng = np.random.default_rng(seed)
