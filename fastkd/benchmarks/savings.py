@@ -168,8 +168,8 @@ def conclusion(report: dict[str, Any]) -> str:
             sentences.append(f"So which samples are kept cost accuracy here: '{title}' took as long and got further.")
         else:
             sentences.append(
-                f"So the selection is not told apart from '{title}' here: what saves time is that labels are stored and "
-                "steps are fewer, not which samples are kept."
+                f"So the selection is not told apart from '{title}' here: stored labels and fewer steps save the time, "
+                "not which samples are kept."
             )
     sentences.append("One seed; --seeds 3 tells more." if seeds == 1 else f"{seeds} seeds.")
     return " ".join(sentences)

@@ -39,6 +39,15 @@ def test_the_last_batch_is_padded_or_dropped(loader):
     assert [b.valid for b in loader.batches(ids[:1], last="pad")] == [1]
 
 
+def test_a_batch_stays_as_it_is_until_the_next_is_asked_for(loader):
+    """FFCV's threads work ahead meanwhile, into other buffers."""
+    for batch in loader.batches(np.arange(150), last="pad"):
+        images, labels = batch.images.clone(), batch.labels.clone()
+        time.sleep(0.02)
+        assert torch.equal(batch.images, images)
+        assert torch.equal(batch.labels, labels)
+
+
 def test_an_epoch_may_be_longer_than_the_one_before(loader):
     assert sum(b.valid for b in loader.batches(np.arange(16), last="pad")) == 16
     assert sum(b.valid for b in loader.batches(np.arange(150), last="pad")) == 150
