@@ -45,15 +45,15 @@ def ways(recipe: Recipe) -> list[Way]:
     columns = [
         Way(
             "vanilla",
-            "vanilla KD\nall data",
+            "vanilla KD (all data)",
             change(prune={"keep_ratio": 1.0}, labels={"mode": "online", "reshape": False}),
         ),
-        Way("recipe", f"{recipe.prune.method}\nkeep {ratio:g}", recipe),
+        Way("recipe", f"{recipe.prune.method} (keep {ratio:g})", recipe),
     ]
     if recipe.prune.method != "random" and ratio < 1:
-        columns.append(Way("random", f"random\nkeep {ratio:g}", change(prune={"method": "random"})))
+        columns.append(Way("random", f"random (keep {ratio:g})", change(prune={"method": "random"})))
     if ratio < 1 and (fewer := round(epochs * ratio)) >= 1:
-        title = f"all data\n{fewer} of {epochs} epochs"
+        title = f"all data ({fewer} of {epochs} epochs)"
         same = change(
             prune={"keep_ratio": 1.0},
             train={"epochs": fewer},
@@ -94,7 +94,7 @@ def measure(recipe: Recipe, out: Path, *, seeds: int = 1, source: Path | None = 
         for way in columns:
             own = Chain(way.recipe.model_copy(update={"seed": seed}), {"train"})
             run, _ = own.train(out=out / f"{way.name}-seed{seed}", source=source)
-            entry = results.setdefault(way.name, {"title": way.title.replace("\n", ", "), "runs": []})
+            entry = results.setdefault(way.name, {"title": way.title, "runs": []})
             entry["runs"].append(_outcome(run, seed))
     vanilla = results["vanilla"]
     for entry in results.values():
@@ -181,7 +181,7 @@ def table(report: dict[str, Any]) -> Table:
     grid = Table(title=f"savings: {report['recipe']}", title_justify="left")
     grid.add_column("")
     for entry in columns:
-        grid.add_column(entry["title"].replace(", ", "\n"), justify="right")
+        grid.add_column(entry["title"].replace(" (", "\n("), justify="right")
     for stage in STAGE_LINES:
         grid.add_row(f"{stage} (s)", *(f"{e['stages'][stage]:.1f}" if stage in e["stages"] else "–" for e in columns))
     grid.add_section()
