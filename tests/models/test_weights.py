@@ -220,9 +220,10 @@ def test_whole_model_is_refused(tmp_path):
 def test_reading_widens_nothing_for_others(tmp_path):
     file = tmp_path / "w.pth"
     torch.save({"model": net(0).state_dict(), "opt": argparse.Namespace(lr=1)}, file)
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     models.load_weights(net(1), file)
-    assert torch.serialization.get_safe_globals() == before
+    added = set(torch.serialization.get_safe_globals()) - before
+    assert {one.__module__.partition(".")[0] for one in added} <= {"torch"}  # its own lazily imported parts
 
 
 @pytest.mark.parametrize(
