@@ -58,8 +58,8 @@ def ways(recipe: Recipe) -> list[Way]:
             prune={"keep_ratio": 1.0},
             train={"epochs": fewer},
             optim={
-                "milestones_epochs": tuple(m * ratio for m in recipe.optim.milestones_epochs),
-                "warmup_epochs": recipe.optim.warmup_epochs * ratio,
+                "milestones_epochs": tuple(m * fewer / epochs for m in recipe.optim.milestones_epochs),
+                "warmup_epochs": recipe.optim.warmup_epochs * fewer / epochs,
             },
         )
         columns.append(Way("same_compute", title, same))

@@ -32,6 +32,7 @@ BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}
 """Code of pipelines that this process has compiled: 1 to 3 s each, the same for every file and batch size."""
 STUCK_AFTER_S = 300.0  # more than compiling any pipeline takes
+STOP_WITHIN_S = 5.0  # more than any batch takes that is being loaded
 
 
 def _set_loader_threads(n: int) -> None:
@@ -274,14 +275,16 @@ class _Epoch(EpochIterator):
         )
 
     def stop(self) -> None:
-        """End the thread and wait for it, whatever it is doing."""
+        """End the thread and wait for it; one that is stuck, a daemon, is left behind with what it holds."""
         self.terminate_event.set()
-        while self.is_alive():
+        give_up = time.monotonic() + STOP_WITHIN_S
+        while self.is_alive() and time.monotonic() < give_up:
             with self.output_queue.mutex:  # it may be waiting to put its end mark into a full queue
                 self.output_queue.queue.clear()
                 self.output_queue.not_full.notify_all()
             self.join(0.05)
-        self.close()
+        if not self.is_alive():
+            self.close()
 
     def close(self) -> None:
         """Leave the memory context once; FFCV's own version leaves it at every call."""

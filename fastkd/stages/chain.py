@@ -173,10 +173,9 @@ class Chain:
         if teacher is None:
             raise InputError("this recipe has no `teacher`, and scoring and distilling need one")
         run = self.teacher_run
+        name, weights = (run.facts["model"], run.path) if run else (teacher.model, teacher.weights)
         with self.watch.on("setup"):
-            if run is not None:
-                return self._load_teacher(teacher, run.facts["model"], str(run.path))
-            return self._load_teacher(teacher, str(teacher.model), str(teacher.weights))
+            return self._load_teacher(teacher, str(name), str(weights))
 
     def _load_teacher(self, teacher: Teacher, name: str, weights: str) -> LoadedTeacher:
         net = models.build(name, self.num_classes)

@@ -118,6 +118,25 @@ def test_a_stuck_thread_is_given_up(loader, monkeypatch):
         next(epoch)
 
 
+def test_a_thread_that_never_comes_back_does_not_hold_its_consumer(loader, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(loader_module, "STUCK_AFTER_S", 0.3)
+    monkeypatch.setattr(loader_module, "STOP_WITHIN_S", 0.3)
+    monkeypatch.setattr(loader_module._Epoch, "run_pipeline", lambda self, *a: release.wait(60))
+    start = time.monotonic()
+    try:
+        with pytest.raises(LoaderError, match="has given nothing"):
+            next(loader.batches(np.arange(150), last="pad"))
+        stuck = loader._epoch
+        loader.close()
+        assert time.monotonic() - start < 10
+        assert stuck.is_alive()
+    finally:
+        release.set()
+    stuck.join(10)
+    assert not stuck.is_alive()
+
+
 def test_broken_off_epochs_leave_no_threads(loader):
     list(loader.batches(np.arange(32), last="pad"))
     before = threading.active_count()
