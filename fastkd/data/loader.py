@@ -7,7 +7,7 @@ batch buffers are reused while one may still look at them.
 
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numba
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 _torch_threads = torch.get_num_threads()
-from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, SimpleRGBImageDecoder  # noqa: E402
+from ffcv.fields.decoders import IntDecoder  # noqa: E402
 from ffcv.loader import Loader as FfcvLoader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
@@ -24,13 +24,15 @@ from ffcv.transforms import ToTensor  # noqa: E402
 
 from fastkd.artifacts import Artifact  # noqa: E402
 from fastkd.data import usable_cores  # noqa: E402
+from fastkd.data.stored import StoredRows  # noqa: E402
+from fastkd.data.views import ViewDecoder, Views  # noqa: E402
 from fastkd.errors import ArtifactError, InputError, LoaderError  # noqa: E402
 
 torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
 
 BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}
-"""Code of pipelines that this process has compiled: 1 to 3 s each, the same for every file and batch size."""
+"""Code of the pipeline, with and without threads: some seconds to compile, the same for all files, sizes and views."""
 STUCK_AFTER_S = 300.0  # more than compiling any pipeline takes
 STOP_WITHIN_S = 5.0  # more than any batch takes that is being loaded
 
@@ -62,19 +64,23 @@ class Batch(NamedTuple):
     Attributes
     ----------
     images : uint8 tensor [B, 3, H, W], channels_last
+        Where V views are asked for, [B·V, 3, H, W]: those of one sample stand together.
     labels, sample_ids : int64 tensor [B]
     valid : int
         How many samples count; the rest repeat the last one, to keep the shape of the batch.
+    stored : tuple of tensor [B, k]
+        The samples' stored rows, where such were asked for.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     sample_ids: torch.Tensor
     valid: int
+    stored: tuple[torch.Tensor, ...] = ()
 
 
 class Loader:
-    """Batches of one split of a DATASET, of any samples in any order.
+    """Batches of one split of a DATASET, of any samples in any order, in any view, with their stored rows.
 
     Parameters
     ----------
@@ -86,6 +92,8 @@ class Loader:
         Side of the square that images are cropped and resized to. Default: as stored, which needs images of one size.
     crop_ratio : float
         Side of the centre crop over the shorter side of the image.
+    views : Views
+        The family that numbered views are drawn from.
     workers : int
         Loader threads; 0: one per usable core.
     os_cache : bool
@@ -104,6 +112,7 @@ class Loader:
         *,
         input_px: int | None = None,
         crop_ratio: float = 224 / 256,
+        views: Views | None = None,
         workers: int = 0,
         os_cache: bool = True,
     ) -> None:
@@ -122,9 +131,11 @@ class Loader:
             raise InputError(
                 f"{dataset.path}: its images vary in size: set data.input_px to the side that the nets see"
             )
-        as_stored = fixed_size is not None and (input_px is None or fixed_size == [input_px, input_px])
-        self.image_hw: tuple[int, int] = tuple(fixed_size) if as_stored else (input_px, input_px)
-        decoder = SimpleRGBImageDecoder() if as_stored else CenterCropRGBImageDecoder(self.image_hw, crop_ratio)
+        self.image_hw: tuple[int, int] = (input_px, input_px) if input_px else tuple(fixed_size)
+        self.views = views or Views()
+        self._fixed_size, self._crop_ratio = fixed_size, crop_ratio
+        self._cover = np.rint(255 * np.array(dataset.facts["mean"])).astype(np.int32)
+        self._decoder = ViewDecoder(self.image_hw)
         Node.last_node_id = 0  # names within compiled code: equal pipelines get equal code, which can then be shared
         try:
             self._ffcv = FfcvLoader(
@@ -135,7 +146,7 @@ class Loader:
                 batches_ahead=BATCHES_AHEAD,
                 drop_last=False,
                 pipelines={
-                    "image": [decoder, ToTensor()],
+                    "image": [self._decoder, ToTensor()],
                     "label": [IntDecoder(), ToTensor()],
                     "sample_id": [IntDecoder(), ToTensor()],
                 },
@@ -148,11 +159,25 @@ class Loader:
                 f"{path}: holds {found} samples, the manifest says {self.count}; write the data set again"
             )
         if os_cache:  # FFCV's own cache compiles the file's page size in
-            pipeline = (type(decoder), self.image_hw, crop_ratio, self._ffcv.num_workers > 1)
-            self._ffcv.code = _compiled.setdefault(pipeline, self._ffcv.code)
+            self._ffcv.code = _compiled.setdefault(self._ffcv.num_workers > 1, self._ffcv.code)
+        metadata = self._column("image")
+        self._heights, self._widths = metadata["height"], metadata["width"]
+        ids = self._column("sample_id").astype(np.int64)
+        # An exported data set keeps the ids of the samples it was made from; else an id is a position.
+        self._ids = None if np.array_equal(ids, np.arange(self.count)) else ids
+        if self._ids is not None and not (np.diff(ids) > 0).all():
+            raise ArtifactError(f"{path}: its sample ids do not ascend; write the data set again")
         self._epoch: _Epoch | None = None
 
-    def batches(self, sample_ids: np.ndarray, *, last: Literal["drop", "pad"]) -> Generator[Batch, None, None]:
+    def batches(
+        self,
+        sample_ids: np.ndarray,
+        *,
+        last: Literal["drop", "pad"],
+        view: int | Sequence[int] | None = None,
+        stored: StoredRows | None = None,
+        input_px: int | None = None,
+    ) -> Generator[Batch, None, None]:
         """Iterate over samples in the order given.
 
         Parameters
@@ -160,6 +185,12 @@ class Loader:
         sample_ids : int64 [n]
         last
             A last batch that is not full is dropped, or padded by repeating its last sample: shapes never change.
+        view
+            Number of the view of each sample, or several of them, cut from one decoded image; None: the plain view.
+        stored
+            Rows to bring along.
+        input_px
+            Another side than the loader's, for this epoch: the same relative boxes are cut.
 
         Raises
         ------
@@ -175,7 +206,8 @@ class Loader:
         padding = -count % self.batch_size
         if padding:
             ids = np.concatenate([ids, np.repeat(ids[-1:], padding)])
-        return self._run(ids, count)
+        numbers = (view,) if view is None or isinstance(view, int) else tuple(view)
+        return self._run(ids, count, numbers, stored, (input_px, input_px) if input_px else self.image_hw)
 
     def full_batches(self, count: int) -> int:
         """Return how many full batches `count` samples make; none is an error."""
@@ -187,8 +219,15 @@ class Loader:
 
     def labels(self) -> np.ndarray:
         """Return the labels of all samples of the split in the order of their ids (int64 [N])."""
+        return self._column("label").astype(np.int64)
+
+    def _column(self, name: str) -> np.ndarray:
+        """Return what the file's table holds of one field, by position."""
         reader = self._ffcv.reader
-        return reader.metadata[f"f{reader.field_names.index('label')}"].astype(np.int64)
+        return reader.metadata[f"f{reader.field_names.index(name)}"]
+
+    def _positions(self, ids: np.ndarray) -> np.ndarray:
+        return ids if self._ids is None else np.searchsorted(self._ids, ids)
 
     def _checked(self, sample_ids: np.ndarray) -> np.ndarray:
         """FFCV takes ids unseen: out of range it reads foreign memory, empty or not integers it hangs."""
@@ -197,18 +236,39 @@ class Loader:
             raise InputError(f"sample ids: expected int64 [n], got {ids.dtype} {list(ids.shape)}")
         if len(ids) == 0:
             raise InputError(f"no samples of {self.split} to load")
-        if ids.min() < 0 or ids.max() >= self.count:
+        low, high = (0, self.count - 1) if self._ids is None else (self._ids[0], self._ids[-1])
+        if ids.min() < low or ids.max() > high:
             raise InputError(
-                f"sample ids {ids.min()} … {ids.max()}: {self.dataset.path} has 0 … {self.count - 1} in {self.split}"
+                f"sample ids {ids.min()} … {ids.max()}: {self.dataset.path} has {low} … {high} in {self.split}"
             )
+        if self._ids is not None and len(strangers := ids[self._ids[self._positions(ids)] != ids]):
+            raise InputError(f"sample id {strangers[0]}: {self.dataset.path} has no such sample in {self.split}")
         return np.ascontiguousarray(ids)
 
-    def _run(self, ids: np.ndarray, count: int) -> Generator[Batch, None, None]:
+    def _run(
+        self,
+        ids: np.ndarray,
+        count: int,
+        views: tuple[int | None, ...],
+        stored: StoredRows | None,
+        hw: tuple[int, int],
+    ) -> Generator[Batch, None, None]:
         self.close()
-        epoch = self._epoch = _Epoch(self._ffcv, ids)
+        as_stored = self._fixed_size is not None and tuple(self._fixed_size) == hw
+        crop_ratio = None if as_stored else self._crop_ratio
+        sizes = self._heights, self._widths
+
+        def draw(positions_B: np.ndarray, ids_B: np.ndarray, rows_BVP: np.ndarray, cover_BC: np.ndarray) -> None:
+            for number, rows_BP in zip(views, rows_BVP.swapaxes(0, 1), strict=True):
+                heights_B, widths_B = (size[positions_B] for size in sizes)
+                self.views.draw(ids_B, heights_B, widths_B, hw, crop_ratio=crop_ratio, view=number, out=rows_BP)
+            cover_BC[:] = self._cover
+
+        self._decoder.hw, self._decoder.views = hw, len(views)  # for the buffers that the epoch is about to ask for
+        epoch = self._epoch = _Epoch(self._ffcv, self._positions(ids), ids, draw, stored)
         done = 0
         try:
-            for image, label, sample_id in epoch:
+            for image, label, sample_id, *rows in epoch:
                 asked = ids[done : done + self.batch_size]
                 if not np.array_equal(sample_id[:, 0].numpy(), asked):
                     raise LoaderError(
@@ -216,13 +276,14 @@ class Loader:
                     )
                 valid = min(self.batch_size, count - done)
                 done += valid
-                yield Batch(image.permute(0, 3, 1, 2), label[:, 0], sample_id[:, 0], valid)
+                yield Batch(image.flatten(0, 1).permute(0, 3, 1, 2), label[:, 0], sample_id[:, 0], valid, tuple(rows))
         finally:
             epoch.stop()
 
     def warm_up(self) -> None:
         """Load one batch, so that compiling the pipeline falls here and not into the first epoch."""
-        first = self.batches(np.zeros(self.batch_size, np.int64), last="pad")
+        some = 0 if self._ids is None else self._ids[0]
+        first = self.batches(np.full(self.batch_size, some, np.int64), last="pad")
         next(first)
         self.close()
 
@@ -234,14 +295,25 @@ class Loader:
 
 
 class _Epoch(EpochIterator):
-    """FFCV's epoch thread, whose failures reach its consumer."""
+    """FFCV's epoch thread: draws views and gathers stored rows for each batch; its failures reach its consumer."""
 
-    def __init__(self, loader: FfcvLoader, ids: np.ndarray) -> None:
+    def __init__(
+        self,
+        loader: FfcvLoader,
+        positions: np.ndarray,
+        sample_ids: np.ndarray,
+        draw: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None],
+        stored: StoredRows | None,
+    ) -> None:
         self.closed: bool
         self.failure: BaseException | None = None
-        self.at: tuple[int, np.ndarray] = (0, ids[: loader.batch_size])
+        self.at: tuple[int, np.ndarray] = (0, sample_ids[: loader.batch_size])
+        self.sample_ids, self.draw, self.stored = sample_ids, draw, stored
+        slots = loader.batches_ahead + 2
+        self.rows = [stored.buffers(loader.batch_size) for _ in range(slots)] if stored else []
+        (self.decoder,) = (node.id for node in loader.graph.root_nodes if isinstance(node.decoder, ViewDecoder))
         Compiler.set_num_threads(loader.num_workers)
-        super().__init__(loader, ids)
+        super().__init__(loader, positions)  # starts the thread
 
     def run(self) -> None:
         try:
@@ -249,9 +321,17 @@ class _Epoch(EpochIterator):
         except BaseException as error:
             self.failure = error
 
-    def run_pipeline(self, batch: int, ids: Any, slot: int, event: Any) -> Any:
-        self.at = batch, np.asarray(ids)
-        return super().run_pipeline(batch, ids, slot, event)
+    def run_pipeline(self, batch: int, positions_B: Any, slot: int, event: Any) -> Any:
+        start = batch * self.loader.batch_size
+        ids_B = self.sample_ids[start : start + len(positions_B)]
+        self.at = batch, ids_B
+        _, rows_BVP, cover_BC = (buffer[slot] for buffer in self.memory_allocations["operation"][self.decoder])
+        self.draw(positions_B, ids_B, rows_BVP, cover_BC)
+        result = super().run_pipeline(batch, positions_B, slot, event)
+        if self.stored is None:
+            return result
+        self.stored.gather(ids_B, self.rows[slot])
+        return (*result, *(torch.from_numpy(buffer) for buffer in self.rows[slot]))
 
     def __next__(self) -> tuple[torch.Tensor, ...]:
         give_up = time.monotonic() + STUCK_AFTER_S

@@ -1,5 +1,6 @@
 """Numba kernels: arrays in, arrays out. They know no files, recipes or torch."""
 
+from fastkd.kernels.gather import gather_rows
 from fastkd.kernels.mix import mix64
 from fastkd.kernels.reshape import class_std, reshape_rows
 from fastkd.kernels.scores import score_rows
@@ -9,9 +10,13 @@ from fastkd.kernels.selection import (
     select_ranks,
     uniform_quotas,
 )
+from fastkd.kernels.views import FAMILIES, draw_views
 
 __all__ = [
+    "FAMILIES",
     "class_std",
+    "draw_views",
+    "gather_rows",
     "medium_ranks",
     "mix64",
     "proportional_quotas",

@@ -75,10 +75,12 @@ def test_a_batch_larger_than_the_data_is_refused_where_the_last_is_dropped(loade
 
 
 def test_an_exception_in_the_loader_thread_surfaces_with_its_samples(loader, monkeypatch):
+    real = loader_module._Epoch.run_pipeline
+
     def throws(self, batch, ids, slot, event):
         if batch == 2:
             raise OSError("the disk is on fire")
-        return super(loader_module._Epoch, self).run_pipeline(batch, ids, slot, event)
+        return real(self, batch, ids, slot, event)
 
     monkeypatch.setattr(loader_module._Epoch, "run_pipeline", throws)
     start = time.monotonic()

@@ -1,0 +1,49 @@
+"""What a teacher said, stored by sample: read in the loader's threads, beside the images."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastkd.errors import InputError, LoaderError
+from fastkd.kernels import gather_rows
+
+
+class StoredRows:
+    """Arrays with a row per kept sample, found by sample_id.
+
+    Parameters
+    ----------
+    sample_ids : int64 [M]
+        Ascending, unique.
+    arrays : sequence of [M, k]
+        Memory-mapped: only rows that are asked for are read, and files may be larger than memory.
+    """
+
+    def __init__(self, sample_ids: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
+        self.sample_ids = np.asarray(sample_ids)
+        self.arrays = tuple(arrays)
+        for array in self.arrays:
+            if array.ndim != 2 or len(array) != len(self.sample_ids) or array.dtype.itemsize not in (2, 4):
+                raise InputError(
+                    f"stored rows: expected [{len(self.sample_ids)}, k] of 2 or 4 bytes a number, "
+                    f"got {array.dtype} {list(array.shape)}"
+                )
+
+    def buffers(self, batch_size: int) -> tuple[np.ndarray, ...]:
+        """Return empty arrays that hold the rows of one batch."""
+        return tuple(np.empty((batch_size, array.shape[1]), array.dtype) for array in self.arrays)
+
+    def gather(self, sample_ids_B: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """Copy the rows of some samples into `buffers`.
+
+        Raises
+        ------
+        LoaderError
+            A sample has no row.
+        """
+        rows_B = np.minimum(np.searchsorted(self.sample_ids, sample_ids_B), len(self.sample_ids) - 1)
+        strangers = sample_ids_B[self.sample_ids[rows_B] != sample_ids_B]
+        if len(strangers):
+            raise LoaderError(f"sample_id {strangers[0]} has no stored row; {len(strangers)} such samples")
+        for array, buffer in zip(self.arrays, out, strict=True):
+            gather_rows(array, rows_B, buffer[: len(rows_B)])

@@ -1,0 +1,196 @@
+"""Views inside FFCV's pipeline: one op that decodes an image once and cuts any number of views from it.
+
+Where to cut, drawn per batch by `fastkd.kernels.draw_views`, reaches the compiled code as one of FFCV's own buffers for
+operations, of which every iterator and every batch in flight has its own: nothing is compiled anew from view to view,
+and iterators that overlap cannot see each other's view. (A view number that the compiled code reads from a shared
+address would do neither.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numba
+import numpy as np
+from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+from ffcv.libffcv import ctypes_memcopy, ctypes_resize, imdecode
+from ffcv.pipeline.allocation_query import AllocationQuery
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.state import State
+
+from fastkd.kernels import draw_views
+from fastkd.kernels.views import (
+    COLUMNS,
+    COVER_BOTTOM,
+    COVER_LEFT,
+    COVER_RIGHT,
+    COVER_TOP,
+    DOWN,
+    HEIGHT,
+    LEFT,
+    MIRRORED,
+    RIGHT,
+    TOP,
+    WIDTH,
+)
+
+DECODE_PATH = "turbojpeg, area"
+"""How stored bytes become pixels; part of the keys of what is computed from them."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """A family of views; see `fastkd.kernels.draw_views`."""
+
+    family: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "none"
+    pad_ratio: float = 0.0
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    cutout_ratio: float = 0.0
+    seed: int = 0
+
+    def draw(
+        self,
+        sample_ids: np.ndarray,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        hw: tuple[int, int],
+        *,
+        crop_ratio: float | None,
+        view: int | None,
+        out: np.ndarray,
+    ) -> None:
+        """Draw a view of each sample into `out` [B, 11]; None: the plain view, neither moved nor mirrored."""
+        if view is None:
+            draw_views(sample_ids, heights, widths, hw, crop_ratio=crop_ratio, out=out)
+            return
+        draw_views(
+            sample_ids,
+            heights,
+            widths,
+            hw,
+            family=self.family,
+            seed=self.seed,
+            view=view,
+            crop_ratio=crop_ratio,
+            pad_ratio=self.pad_ratio,
+            scale=self.scale,
+            ratio=self.ratio,
+            cutout_ratio=self.cutout_ratio,
+            out=out,
+        )
+
+
+@numba.njit(nogil=True)
+def _resize(source_HWC: np.ndarray, top: int, left: int, height: int, width: int, out_HWC: np.ndarray) -> None:
+    """Resize a box of an image, by OpenCV's area interpolation."""
+    ctypes_resize(
+        0,
+        source_HWC.ctypes.data,
+        source_HWC.shape[0],
+        source_HWC.shape[1],
+        top,
+        top + height,
+        left,
+        left + width,
+        out_HWC.ctypes.data,
+        out_HWC.shape[0],
+        out_HWC.shape[1],
+    )
+
+
+@numba.njit(nogil=True)
+def _place(
+    source_HWC: np.ndarray, top: int, left: int, down: int, right: int, mirrored: bool, out_HWC: np.ndarray
+) -> None:
+    """Copy a box of the output's size, shifted, black where it leaves the box, and mirrored."""
+    H, W = out_HWC.shape[0], out_HWC.shape[1]
+    begin, end = max(0, -right), min(W, W - right)  # columns, before mirroring, that lie within the box
+    for y in range(H):
+        from_y = top + y + down
+        if not 0 <= y + down < H or begin >= end:
+            out_HWC[y] = 0
+        elif mirrored:
+            out_HWC[y, : W - end] = 0
+            out_HWC[y, W - begin :] = 0
+            for x in range(begin, end):
+                for c in range(3):
+                    out_HWC[y, W - 1 - x, c] = source_HWC[from_y, left + right + x, c]
+        else:
+            out_HWC[y, :begin] = 0
+            out_HWC[y, end:] = 0
+            source = source_HWC.ctypes.data + 3 * (from_y * source_HWC.shape[1] + left + right + begin)
+            ctypes_memcopy(source, out_HWC.ctypes.data + 3 * (y * W + begin), 3 * (end - begin))
+
+
+@numba.njit(nogil=True)
+def cut(image_HWC: np.ndarray, row_P: np.ndarray, cover_C: np.ndarray, out_HWC: np.ndarray) -> None:
+    """Cut one view (a row of `fastkd.kernels.draw_views`) from a stored image: uint8 → uint8."""
+    top, left, height, width = row_P[TOP], row_P[LEFT], row_P[HEIGHT], row_P[WIDTH]
+    down, right, mirrored = row_P[DOWN], row_P[RIGHT], row_P[MIRRORED] != 0
+    if height == out_HWC.shape[0] and width == out_HWC.shape[1]:
+        _place(image_HWC, top, left, down, right, mirrored, out_HWC)
+    elif down == 0 and right == 0 and not mirrored:
+        _resize(image_HWC, top, left, height, width, out_HWC)
+    else:
+        resized = np.empty(out_HWC.shape, np.uint8)
+        _resize(image_HWC, top, left, height, width, resized)
+        _place(resized, 0, 0, down, right, mirrored, out_HWC)
+    for y in range(row_P[COVER_TOP], row_P[COVER_BOTTOM]):
+        for x in range(row_P[COVER_LEFT], row_P[COVER_RIGHT]):
+            for c in range(3):
+                out_HWC[y, x, c] = cover_C[c]
+
+
+class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own decoder before it
+    """Decode each image once and cut the views of its batch's rows.
+
+    Attributes
+    ----------
+    hw, views
+        Size of the output and number of views per image: of the next epoch that begins, at no compiling.
+    """
+
+    def __init__(self, hw: tuple[int, int]) -> None:
+        super().__init__()
+        self.hw = hw
+        self.views = 1
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
+        """Ask for the pixels, for the rows that say where to cut, and for the colour of covers."""
+        shape = (self.views, *self.hw, 3)
+        # No uint8 arrays of one or two dimensions: FFCV marks numba's types of those as read-only, for the whole process.
+        pixels, rows = np.dtype("u1"), np.dtype("i4")
+        return (
+            replace(previous_state, jit_mode=True, shape=shape, dtype=pixels),
+            (
+                AllocationQuery(shape, pixels),
+                AllocationQuery((self.views, len(COLUMNS)), rows),
+                AllocationQuery((3,), rows),
+            ),
+        )
+
+    def generate_code(self) -> Callable[..., Any]:
+        """Return what FFCV compiles into the pipeline."""
+        mem_read = self.memory_read
+        decode_jpeg = Compiler.compile(imdecode)
+        over_batch = Compiler.get_iterator()
+        jpg = IMAGE_MODES["jpg"]
+
+        def decode(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
+            out_BVHWC, rows_BVP, cover_BC = memory
+            for b in over_batch(len(batch_indices)):
+                field = metadata[batch_indices[b]]
+                data = mem_read(field["data_ptr"], storage_state)
+                height, width = np.uint32(field["height"]), np.uint32(field["width"])
+                if field["mode"] == jpg:
+                    image = np.empty((np.int64(height), np.int64(width), 3), np.uint8)
+                    decode_jpeg(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
+                else:
+                    image = data.reshape(np.int64(height), np.int64(width), 3)
+                for v in range(out_BVHWC.shape[1]):
+                    cut(image, rows_BVP[b, v], cover_BC[b], out_BVHWC[b, v])
+            return out_BVHWC[: len(batch_indices)]
+
+        decode.is_parallel = True  # type: ignore[attr-defined]
+        return decode

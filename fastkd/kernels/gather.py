@@ -1,0 +1,26 @@
+"""Gathering rows of stored arrays, by all threads: those that must be read from disk first then wait side by side."""
+
+import numba
+import numpy as np
+
+
+@numba.njit(parallel=True, cache=True, nogil=True)
+def _gather(source_M: np.ndarray, rows_B: np.ndarray, out_B: np.ndarray) -> None:
+    for b in numba.prange(len(rows_B)):
+        row = rows_B[b]
+        for k in range(source_M.shape[1]):
+            out_B[b, k] = source_M[row, k]
+
+
+def gather_rows(source: np.ndarray, rows_B: np.ndarray, out: np.ndarray) -> None:
+    """Copy rows of a (memory-mapped) array into a buffer.
+
+    Parameters
+    ----------
+    source : [M, k], of 2 or 4 bytes a number
+    rows_B : int64 [B]
+        In 0 … M−1, which is not checked here.
+    out : [B, k], of the source's type
+    """
+    words = np.uint16 if source.itemsize == 2 else np.uint32  # numba has no float16
+    _gather(source.view(words), rows_B, out.view(words))
