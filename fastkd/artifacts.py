@@ -65,10 +65,24 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Built:
-    """What a builder reports: facts for the manifest and, where they are known only now, the key's inputs."""
+    """What a builder reports.
+
+    Attributes
+    ----------
+    facts
+        For the manifest.
+    inputs
+        The key's, where they are known only now.
+    earlier_s : float
+        Wall seconds that went into it before this call: of a build that is gone on with, or an artifact that grew.
+    stamps
+        Of files that were verified already.
+    """
 
     facts: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] | None = None
+    earlier_s: float = 0.0
+    stamps: Mapping[str, FileStamp] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,6 +257,8 @@ def build(
     parents: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
     force: bool = False,
+    enough: Callable[[Artifact], bool] = lambda artifact: True,
+    resumable: bool = False,
 ) -> tuple[Artifact, bool]:
     """Return the artifact at `path`, building and publishing it if it is not there.
 
@@ -257,6 +273,10 @@ def build(
         Fills the directory that it is handed and returns a `Built`.
     force
         Build again; the old one is replaced only once the new one is whole.
+    enough
+        Whether an artifact that is there holds all that is asked for; else the builder is called to make it grow.
+    resumable
+        What a broken-off build left is handed to the builder, which goes on from there.
 
     Returns
     -------
@@ -267,7 +287,8 @@ def build(
     def existing() -> Artifact | None:
         if force or not path.exists():
             return None
-        return load(path, kind) if inputs is None else find(path, kind, inputs)
+        artifact = load(path, kind) if inputs is None else find(path, kind, inputs)
+        return artifact if artifact is not None and enough(artifact) else None
 
     if artifact := existing():
         return artifact, False
@@ -275,9 +296,9 @@ def build(
         if artifact := existing():  # another process published it while this one waited
             return artifact, False
         partial = path.with_name(path.name + PARTIAL)
-        if partial.exists():  # the lock is ours, so whoever left it is dead
+        if partial.exists() and (force or not resumable):  # the lock is ours, so whoever left it is dead
             shutil.rmtree(partial)
-        partial.mkdir()
+        partial.mkdir(exist_ok=resumable)
         start = time.perf_counter()
         try:
             built = builder(partial)
@@ -288,11 +309,12 @@ def build(
                 parents=dict(parents or {}),
                 settings=dict(settings or {}),
                 facts=built.facts,
-                cost_s=time.perf_counter() - start,
+                cost_s=built.earlier_s + time.perf_counter() - start,
+                known=built.stamps,
             )
         except BaseException as error:
-            # A RUN that began tells what happened until it failed; anything else is of no use half done.
-            if kind != "RUN" or isinstance(error, InputError):
+            # A RUN that began tells what happened until it failed; what cannot be gone on with is of no use half done.
+            if not (kind == "RUN" or resumable) or isinstance(error, InputError):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         _publish(partial, path)
@@ -320,10 +342,18 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _seal(
-    partial: Path, *, kind: Kind, inputs: dict, parents: dict, settings: dict, facts: dict, cost_s: float
+    partial: Path,
+    *,
+    kind: Kind,
+    inputs: dict,
+    parents: dict,
+    settings: dict,
+    facts: dict,
+    cost_s: float,
+    known: Mapping[str, FileStamp],
 ) -> Manifest:
     """Stamp every file, write the manifest and flush all of it to disk."""
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
     manifest = Manifest(
         kind=kind,
         format_version=FORMAT_VERSION,
@@ -337,11 +367,13 @@ def _seal(
         facts=json.loads(canonical(facts)),
         cost_s=round(cost_s, 3),
         files={
-            p.relative_to(partial).as_posix(): FileStamp(size=p.stat().st_size, xxh3_128=file_digest(p)) for p in files
+            name: known.get(name) or FileStamp(size=p.stat().st_size, xxh3_128=file_digest(p))
+            for name, p in files.items()
         },
     )
     (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-    for p in [*files, partial / MANIFEST, partial]:
+    folders = [p for p in partial.rglob("*") if p.is_dir()]
+    for p in [*files.values(), partial / MANIFEST, *folders, partial]:
         _fsync(p)
     return manifest
 

@@ -38,5 +38,29 @@ def savings(
     console.say(f"written: {out / 'savings.json'}")
 
 
+def loader(
+    out: Annotated[Path, typer.Option(help="Where loader.json goes.")] = Path("runs/bench-loader"),
+    data: Annotated[
+        Path | None, typer.Option(help="Keep the data sets here, or find them; default: made anew.")
+    ] = None,
+    small: Annotated[int, typer.Option(help="How many images of 32×32.")] = 20_000,
+    photos: Annotated[int, typer.Option(help="How many JPEGs with sides of 200 … 600 px.")] = 600,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="How often each pipeline is timed, after an epoch that is not.")
+    ] = 5,
+) -> None:
+    """Load the same files by fastkd's pipeline, with views and without, and by FFCV's own; print images/s.
+
+    Example: python -m fastkd.bench loader --data data/bench
+    """
+    from fastkd.benchmarks import loader as benchmark
+
+    report = benchmark.measure(out, data=data, small=small, photos=photos, repeats=repeats)
+    console.show(benchmark.table(report))
+    cpu, versions = report["machine"], report["versions"]
+    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, no GPU used, ffcv {versions['ffcv']}")
+    console.say(f"written: {out / 'loader.json'}")
+
+
 if __name__ == "__main__":
-    cli.run(savings, named=True)
+    cli.run(savings, loader, named=True)

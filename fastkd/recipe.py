@@ -25,6 +25,36 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class View(Section):
+    """How training images are varied: a pure function of (labels.view_seed, sample, number of the view)."""
+
+    family: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "none"
+    pad_ratio: float = Field(0.125, ge=0, le=0.5)
+    """Furthest shift over the size (`pad_crop_flip`): 0.125 is 4 pixels of 32."""
+    scale: Range = (0.08, 1.0)
+    """Least and largest area of a box over the image's (`random_resized_crop_flip`)."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Least and largest width over height of a box."""
+    cutout_ratio: float = Field(0.0, ge=0, le=1)
+    """Side of a square, over the size, that is covered with the data's mean colour; 0: none. On top of any family."""
+
+    @property
+    def varies(self) -> bool:
+        """Tell whether a view differs from the plain one."""
+        return self.family != "none" or self.cutout_ratio > 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "View":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"`scale` {list(self.scale)}: expected 0 < least ≤ largest ≤ 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"`ratio` {list(self.ratio)}: expected 0 < least ≤ largest")
+        return self
+
+
 class Data(Section):
     """Which DATASET, and how images reach the nets."""
 
@@ -41,6 +71,7 @@ class Data(Section):
     """Side that images are centre-cropped and resized to; default: as stored, where all have one size."""
     crop_ratio: Ratio = 224 / 256
     """Side of the centre crop over the shorter side of the image; used with `input_px`."""
+    view: View = View()
     workers: int = Field(0, ge=0)
     """Loader threads; 0: one per usable core."""
     os_cache: bool = True
@@ -55,6 +86,9 @@ class Teacher(Section):
     recipe: str | None = None
     """Path of a recipe without a teacher, relative to this one; trained first, or reused: on the `data` of
     this recipe, on its device and in its precision."""
+    input_px: int | None = Field(None, ge=1)
+    """Side of the images that it scores and labels; default: `data.input_px`. A student at another sees the same boxes.
+    """
     overrides: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Further a.b=c for that recipe."""
     mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
@@ -96,9 +130,17 @@ class Labels(Section):
     """Where the teacher's logits come from."""
 
     mode: Literal["stored", "online"] = "stored"
-    """Read from the SUBSET, or computed by a live teacher at every step."""
+    """Read from disk, or computed by a live teacher at every step."""
     reshape: bool = True
     """Rescale each row by σ of its class (MDSLR)."""
+    views: Literal["plain", "epochs"] | Annotated[int, Field(ge=1)] = "epochs"
+    """How many views of each sample are trained on: epoch e sees view e mod V. `epochs`: a new one each epoch, as where
+    nothing is stored; `plain`: the plain view alone, whatever `data.view` says."""
+    view_seed: Seed = 0
+    topk: int | None = Field(None, ge=1)
+    """Store the k largest logits and the mass of the others at `loss.temperature`; default: all logits, float16."""
+    batch_size: int = Field(256, ge=1)
+    """Images per forward pass while labelling."""
 
 
 class Student(Section):
@@ -185,9 +227,29 @@ class Recipe(Section):
             raise ValueError("`prune.keep_ratio` below 1 needs a `teacher`, whose logits tell the difficulty")
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(f"`optim.warmup_epochs` ({self.optim.warmup_epochs}) must be below `train.epochs`")
+        if isinstance(self.labels.views, int) and not self.data.view.varies:
+            raise ValueError(
+                f"`labels.views` {self.labels.views}: all views are the same without a `data.view.family`; give one"
+            )
+        if self.labels.topk is not None and (self.labels.mode == "online" or self.num_views is None):
+            raise ValueError("`labels.topk` is for stored labels of numbered views: it needs a `data.view.family`")
+        teacher_px = self.teacher.input_px if self.teacher else None
+        if self.labels.mode == "online" and teacher_px not in (None, self.data.input_px):
+            raise ValueError(f"`teacher.input_px` {teacher_px}: a live teacher sees the student's images")
         if self.train.eval_every_epochs and not self.data.holdout_ratio:
             raise ValueError("`train.eval_every_epochs` looks at the hold-out: it needs `data.holdout_ratio` above 0")
         return self
+
+    @property
+    def num_views(self) -> int | None:
+        """V, the number of views that training goes through; None: the plain view alone."""
+        if self.labels.views == "plain" or not self.data.view.varies:
+            return None
+        return self.train.epochs if self.labels.views == "epochs" else min(self.labels.views, self.train.epochs)
+
+    def view_of(self, epoch: int) -> int | None:
+        """Return the number of the view that an epoch sees; None: the plain view."""
+        return None if self.num_views is None else epoch % self.num_views
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -62,7 +62,7 @@ PAGE_BYTES = 8 << 20
 MAX_PAGE_BYTES = 1 << 31  # the largest power of two that fits the header's uint32
 
 # What workers find out, in shared memory: one row per sample of the source.
-_RECORD = np.dtype(
+RECORD = np.dtype(
     [
         ("state", "u1"),
         ("mode", "u1"),
@@ -75,11 +75,11 @@ _RECORD = np.dtype(
     ]
 )
 _CONTENT = np.dtype([("sample_id", "<i8"), ("label", "<i8"), ("digest", "u1", (16,))])
-_STORED, _SKIPPED = 1, 2
+STORED, _SKIPPED = 1, 2
 _NEXT, _END, _CURRENT = 0, 1, 2  # shared integers: next sample, end of the file, then what each worker is at
 _CHUNK = 64
 _REPORT_EVERY_S = 0.1
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class _Job:
     dataset: MapDataset
     num_classes: int
     options: WriterOptions
-    records: np.ndarray  # _RECORD [N]
+    records: np.ndarray  # RECORD [N]
     shared: np.ndarray  # int64 [2 + workers]
     lock: Any
 
@@ -218,6 +218,17 @@ class _Job:
         """Name a sample of the source."""
         describe = getattr(self.dataset, "describe", None)
         return f"{self.split} sample {index}" + (f" ({describe(index)})" if callable(describe) else "")
+
+    def book(self, size: int) -> int:
+        """Book a page of `size` bytes at the end of the file; return its position."""
+        with self.lock:
+            start = aligned(int(self.shared[_END]), size)
+            self.shared[_END] = start + size
+        return start
+
+    def storage_errors(self) -> contextlib.AbstractContextManager[None]:
+        """See `storage_errors`."""
+        return storage_errors(self.file, self.records)
 
 
 @dataclass
@@ -245,12 +256,12 @@ def _write_split(
         dataset,
         num_classes,
         options,
-        _shared_array(_RECORD, total),
+        _shared_array(RECORD, total),
         _shared_array(np.dtype(np.int64), _CURRENT + num_workers),
         context.Lock(),
     )
-    job.shared[_END] = _data_start(total)
-    with _storage_errors(job):
+    job.shared[_END] = data_start(total)
+    with job.storage_errors():
         file.touch(exist_ok=False)
 
     workers: list[_Worker] = []
@@ -332,8 +343,8 @@ def _write_chunks(job: _Job, number: int, channel: Connection) -> tuple[int, ...
     total = len(job.records)
     chunk = max(1, min(_CHUNK, total // (8 * (len(job.shared) - _CURRENT))))
     moments = [0] * 6
-    with _storage_errors(job):
-        pages = _Pages(job)
+    with job.storage_errors():
+        pages = Pages(os.open(job.file, os.O_WRONLY), job.book)
     while True:
         with job.lock:
             start = int(job.shared[_NEXT])
@@ -351,17 +362,14 @@ def _write_chunks(job: _Job, number: int, channel: Connection) -> tuple[int, ...
                 job.records[index]["state"] = _SKIPPED
                 channel.send(("skipped", _skipped(job, index, error)))
                 continue
-            with _storage_errors(job):
+            with job.storage_errors():
                 ptr = pages.put(stored.data)
-            shape = stored.height, stored.width
-            digest = xxhash.xxh3_128(struct.pack("<BHH", stored.mode, *shape))
-            digest.update(stored.data.data)
-            raw_digest = np.frombuffer(digest.digest(), np.uint8)
-            record = (_STORED, stored.mode, stored.width, stored.height, ptr, stored.data.size, label, raw_digest)
+            digest = image_digest(stored.mode, stored.height, stored.width, stored.data)
+            record = (STORED, stored.mode, stored.width, stored.height, ptr, stored.data.size, label, digest)
             job.records[index] = record
             moments = [a + b for a, b in zip(moments, stored.moments, strict=True)]
         channel.send(("done", stop - start))
-    with _storage_errors(job):
+    with job.storage_errors():
         pages.flush()
     return tuple(moments)
 
@@ -401,17 +409,24 @@ def _skipped(job: _Job, index: int, error: Exception) -> dict[str, Any]:
     return {"split": job.split, "index": index, "description": name, "reason": str(error)}
 
 
-class _Pages:
-    """Where a worker puts image bytes: one page at a time, booked at the end of the file that all share.
+class Pages:
+    """Where image bytes are put: one page at a time, booked at the end of the file, which workers share.
 
     FFCV reads whole pages of one size, a power of two, and no image may cross a page's border. An image that is larger
     than `PAGE_BYTES` gets a page of the next power of two to itself, aligned to it: the file's page size then is that
     of its largest image, which is known when all are written, and smaller pages lie within larger ones.
+
+    Parameters
+    ----------
+    descriptor : int
+        Of the file, open for writing.
+    book
+        ``book(size)`` returns the position of a new page of `size` bytes, `aligned` to its size.
     """
 
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-        self.descriptor = os.open(job.file, os.O_WRONLY)
+    def __init__(self, descriptor: int, book: Callable[[int], int]) -> None:
+        self.descriptor = descriptor
+        self.book = book
         self.page = np.empty(PAGE_BYTES, np.uint8)
         self.start = -1
         self.used = PAGE_BYTES  # no page yet
@@ -419,12 +434,12 @@ class _Pages:
     def put(self, data: np.ndarray) -> int:
         """Store bytes; return their position in the file."""
         if data.size > PAGE_BYTES:
-            ptr = self._book(_page_bytes(data.size))
+            ptr = self.book(_page_bytes(data.size))
             _write_at(self.descriptor, data, ptr)
             return ptr
         if self.used + data.size > PAGE_BYTES:
             self.flush()
-            self.start, self.used = self._book(PAGE_BYTES), 0
+            self.start, self.used = self.book(PAGE_BYTES), 0
         ptr = self.start + self.used
         self.page[self.used : self.used + data.size] = data
         self.used += data.size
@@ -435,11 +450,17 @@ class _Pages:
         if self.start >= 0:
             _write_at(self.descriptor, self.page[: self.used], self.start)
 
-    def _book(self, size: int) -> int:
-        with self.job.lock:
-            start = -(-int(self.job.shared[_END]) // size) * size
-            self.job.shared[_END] = start + size
-        return start
+
+def aligned(position: int, size: int) -> int:
+    """Return the first multiple of `size` from `position` on."""
+    return -(-position // size) * size
+
+
+def image_digest(mode: int, height: int, width: int, data: np.ndarray) -> np.ndarray:
+    """Return the xxh3-128 of an image's mode, shape and bytes (uint8 [16])."""
+    digest = xxhash.xxh3_128(struct.pack("<BHH", mode, height, width))
+    digest.update(data.data)
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def _page_bytes(largest: int) -> int:
@@ -454,19 +475,20 @@ def _write_at(descriptor: int, data: np.ndarray, offset: int) -> None:
 
 
 @contextlib.contextmanager
-def _storage_errors(job: _Job) -> Iterator[None]:
+def storage_errors(file: Path, records: np.ndarray) -> Iterator[None]:
+    """Explain a failure to write `file`; of a full disk, how much is missing, going by its RECORDs so far [N]."""
     try:
         yield
     except OSError as error:
-        folder = job.file.parent
-        if error.errno not in _FULL:
-            raise FastkdError(f"{job.file}: cannot be written: {error.strerror}") from None
-        stored = job.records["state"] == _STORED
-        so_far = int(job.records["size"][stored].sum())
-        needed = so_far * len(stored) // max(1, int(stored.sum())) + _data_start(len(stored))
+        folder = file.parent
+        if error.errno not in FULL:
+            raise FastkdError(f"{file}: cannot be written: {error.strerror}") from None
+        stored = records["state"] == STORED
+        so_far = int(records["size"][stored].sum())
+        needed = so_far * len(stored) // max(1, int(stored.sum())) + data_start(len(stored))
         free = shutil.disk_usage(folder).free
         raise FastkdError(
-            f"{folder}: no space left ({error.strerror}): {job.split} needs about {needed / 1e6:,.1f} MB, of which "
+            f"{folder}: no space left ({error.strerror}): {file.stem} needs about {needed / 1e6:,.1f} MB, of which "
             f"{so_far / 1e6:,.1f} MB were made; {free / 1e6:,.1f} MB are free now. Free some or write elsewhere"
         ) from None
 
@@ -474,13 +496,14 @@ def _storage_errors(job: _Job) -> Iterator[None]:
 # The whole file ------------------------------------------------------------------------------------------------------
 
 
-def _data_start(num_samples: int) -> int:
+def data_start(num_samples: int) -> int:
+    """Return the bytes that header, fields and metadata take: where pages may begin."""
     return HEADER.itemsize + len(FIELDS) * FIELD.itemsize + num_samples * METADATA.itemsize
 
 
 def _finish(job: _Job, moments: Sequence[int], skipped: list[dict[str, Any]]) -> Split:
     """Write everything but the images, look at the file once more, and sum up the split."""
-    rows = job.records[job.records["state"] == _STORED]
+    rows = job.records[job.records["state"] == STORED]
     if len(rows) == 0:
         first = skipped[0]
         raise InputError(
@@ -488,7 +511,36 @@ def _finish(job: _Job, moments: Sequence[int], skipped: list[dict[str, Any]]) ->
             f"the first, {first['description'] or 'sample 0'}: {first['reason']}"
         )
     ids = np.arange(len(rows))
+    with job.storage_errors():
+        write_tables(job.file, rows, ids, int(job.shared[_END]))
+    heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+    mean, std = _mean_std(moments, int((heights * widths).sum()))
+    height, width = int(heights.max()), int(widths.max())
+    return Split(
+        count=len(rows),
+        content_hash=content_hash(rows, ids),
+        class_counts=np.bincount(rows["label"], minlength=job.num_classes).tolist(),
+        max_height=height,
+        max_width=width,
+        fixed_size=(height, width) if heights.min() == height and widths.min() == width else None,
+        mean=mean,
+        std=std,
+        skipped=skipped,
+    )
 
+
+def write_tables(file: Path, rows: np.ndarray, ids: np.ndarray, end: int) -> None:
+    """Write everything but the images into a file that holds those, and look at it once more.
+
+    Parameters
+    ----------
+    rows : RECORD [N]
+        The images, in the order of their positions.
+    ids : int64 [N]
+        Their sample ids.
+    end : int
+        Where the last page ends.
+    """
     fields = np.zeros(len(FIELDS), FIELD)
     for row, (name, type_id) in zip(fields, FIELDS, strict=True):
         row["type_id"] = type_id
@@ -500,36 +552,26 @@ def _finish(job: _Job, moments: Sequence[int], skipped: list[dict[str, Any]]) ->
     metadata["f1"] = rows["label"]
     metadata["f2"] = ids
     table = np.zeros(len(rows), ALLOCATION)
-    for key, values in (("sample_id", ids), ("ptr", rows["ptr"]), ("size", rows["size"])):
+    # FFCV finds a sample's page by its position, whatever its id.
+    for key, values in (("sample_id", np.arange(len(rows))), ("ptr", rows["ptr"]), ("size", rows["size"])):
         table[key] = values
     header = np.zeros(1, HEADER)
-    end = int(job.shared[_END])
     header[0] = (VERSION, len(FIELDS), _page_bytes(int(rows["size"].max())), len(rows), end)
 
-    with _storage_errors(job), job.file.open("r+b") as stream:
+    with file.open("r+b") as stream:
         for block in (header, fields, metadata):
             stream.write(block.tobytes())
         stream.seek(end)
         stream.write(table.tobytes())
-    _look_again(job.file, header, metadata, table, rows)
+    _look_again(file, header, metadata, table, rows)
 
+
+def content_hash(rows: np.ndarray, ids: np.ndarray) -> str:
+    """Return the xxh3-128 over (sample_id, label, digest) of RECORDs [N], in their order."""
     content = np.zeros(len(rows), _CONTENT)
     for key, values in (("sample_id", ids), ("label", rows["label"]), ("digest", rows["digest"])):
         content[key] = values
-    heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-    mean, std = _mean_std(moments, int((heights * widths).sum()))
-    height, width = int(heights.max()), int(widths.max())
-    return Split(
-        count=len(rows),
-        content_hash=xxhash.xxh3_128_hexdigest(content.tobytes()),
-        class_counts=np.bincount(rows["label"], minlength=job.num_classes).tolist(),
-        max_height=height,
-        max_width=width,
-        fixed_size=(height, width) if heights.min() == height and widths.min() == width else None,
-        mean=mean,
-        std=std,
-        skipped=skipped,
-    )
+    return xxhash.xxh3_128_hexdigest(content.tobytes())
 
 
 def _look_again(file: Path, header: np.ndarray, metadata: np.ndarray, table: np.ndarray, rows: np.ndarray) -> None:
@@ -539,16 +581,16 @@ def _look_again(file: Path, header: np.ndarray, metadata: np.ndarray, table: np.
         right = (
             file.stat().st_size == end + table.nbytes
             and stream.read(HEADER.itemsize) == header.tobytes()
-            and bool(stream.seek(_data_start(0)))
+            and bool(stream.seek(data_start(0)))
             and stream.read(metadata.nbytes) == metadata.tobytes()
             and bool(stream.seek(end))
             and stream.read() == table.tobytes()
         )
         for row in rows[:: -(-len(rows) // 64)]:
             stream.seek(int(row["ptr"]))
-            digest = xxhash.xxh3_128(struct.pack("<BHH", *(int(row[k]) for k in ("mode", "height", "width"))))
-            digest.update(stream.read(int(row["size"])))
-            right = right and digest.digest() == row["digest"].tobytes()
+            data = np.frombuffer(stream.read(int(row["size"])), np.uint8)
+            digest = image_digest(int(row["mode"]), int(row["height"]), int(row["width"]), data)
+            right = right and np.array_equal(digest, row["digest"])
     if not right:
         raise FastkdError(f"{file}: reads back otherwise than it was written; is the disk all right?")
 

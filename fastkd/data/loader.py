@@ -8,6 +8,7 @@ batch buffers are reused while one may still look at them.
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numba
@@ -27,6 +28,7 @@ from fastkd.data import usable_cores  # noqa: E402
 from fastkd.data.stored import StoredRows  # noqa: E402
 from fastkd.data.views import ViewDecoder, Views  # noqa: E402
 from fastkd.errors import ArtifactError, InputError, LoaderError  # noqa: E402
+from fastkd.kernels.views import COLUMNS  # noqa: E402
 
 torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
 
@@ -206,7 +208,7 @@ class Loader:
         padding = -count % self.batch_size
         if padding:
             ids = np.concatenate([ids, np.repeat(ids[-1:], padding)])
-        numbers = (view,) if view is None or isinstance(view, int) else tuple(view)
+        numbers = tuple(view) if isinstance(view, Sequence) else (view,)
         return self._run(ids, count, numbers, stored, (input_px, input_px) if input_px else self.image_hw)
 
     def full_batches(self, count: int) -> int:
@@ -256,16 +258,19 @@ class Loader:
         self.close()
         as_stored = self._fixed_size is not None and tuple(self._fixed_size) == hw
         crop_ratio = None if as_stored else self._crop_ratio
-        sizes = self._heights, self._widths
 
-        def draw(positions_B: np.ndarray, ids_B: np.ndarray, rows_BVP: np.ndarray, cover_BC: np.ndarray) -> None:
+        def draw(positions_B: np.ndarray, ids_B: np.ndarray, rows_BVP: np.ndarray) -> None:
+            heights_B, widths_B = self._heights[positions_B], self._widths[positions_B]
             for number, rows_BP in zip(views, rows_BVP.swapaxes(0, 1), strict=True):
-                heights_B, widths_B = (size[positions_B] for size in sizes)
                 self.views.draw(ids_B, heights_B, widths_B, hw, crop_ratio=crop_ratio, view=number, out=rows_BP)
-            cover_BC[:] = self._cover
+
+        if self._fixed_size is not None and set(views) == {None}:  # the plain view of all of them is cut alike
+            rows_1VP = np.empty((1, len(views), len(COLUMNS)), np.int32)
+            draw(np.zeros(1, np.int64), ids[:1], rows_1VP)
+            draw = partial(_repeat, rows_1VP)
 
         self._decoder.hw, self._decoder.views = hw, len(views)  # for the buffers that the epoch is about to ask for
-        epoch = self._epoch = _Epoch(self._ffcv, self._positions(ids), ids, draw, stored)
+        epoch = self._epoch = _Epoch(self._ffcv, self._positions(ids), ids, draw, self._cover, stored)
         done = 0
         try:
             for image, label, sample_id, *rows in epoch:
@@ -294,6 +299,10 @@ class Loader:
             self._epoch = None
 
 
+def _repeat(rows_1VP: np.ndarray, positions_B: np.ndarray, ids_B: np.ndarray, rows_BVP: np.ndarray) -> None:
+    rows_BVP[:] = rows_1VP
+
+
 class _Epoch(EpochIterator):
     """FFCV's epoch thread: draws views and gathers stored rows for each batch; its failures reach its consumer."""
 
@@ -302,13 +311,14 @@ class _Epoch(EpochIterator):
         loader: FfcvLoader,
         positions: np.ndarray,
         sample_ids: np.ndarray,
-        draw: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None],
+        draw: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
+        cover_C: np.ndarray,
         stored: StoredRows | None,
     ) -> None:
         self.closed: bool
         self.failure: BaseException | None = None
         self.at: tuple[int, np.ndarray] = (0, sample_ids[: loader.batch_size])
-        self.sample_ids, self.draw, self.stored = sample_ids, draw, stored
+        self.sample_ids, self.draw, self.cover_C, self.stored = sample_ids, draw, cover_C, stored
         slots = loader.batches_ahead + 2
         self.rows = [stored.buffers(loader.batch_size) for _ in range(slots)] if stored else []
         (self.decoder,) = (node.id for node in loader.graph.root_nodes if isinstance(node.decoder, ViewDecoder))
@@ -326,7 +336,8 @@ class _Epoch(EpochIterator):
         ids_B = self.sample_ids[start : start + len(positions_B)]
         self.at = batch, ids_B
         _, rows_BVP, cover_BC = (buffer[slot] for buffer in self.memory_allocations["operation"][self.decoder])
-        self.draw(positions_B, ids_B, rows_BVP, cover_BC)
+        self.draw(positions_B, ids_B, rows_BVP)
+        cover_BC[:] = self.cover_C
         result = super().run_pipeline(batch, positions_B, slot, event)
         if self.stored is None:
             return result

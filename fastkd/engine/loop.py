@@ -1,7 +1,7 @@
 """One update, one epoch, one look at a test set, one pass of a teacher."""
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,6 +31,10 @@ class Batch(Protocol):
     def valid(self) -> int:
         """How many samples count."""
 
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """Rows [B, k] stored for the samples, if any."""
+
 
 @dataclass
 class TrainState:
@@ -56,8 +60,8 @@ def train_step(state: TrainState, images: Tensor, labels_B: Tensor, teacher_BK: 
     return loss.detach()
 
 
-TeacherFn = Callable[[Tensor, Tensor, slice], Tensor | None]
-"""``teacher(images, labels, rows) -> logits_BK`` for the batch that is those rows of the epoch's order."""
+TeacherFn = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor | None]
+"""``teacher(images, labels, stored) -> logits_BK``: from what is stored for the samples, or from what they show."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +122,12 @@ def train_epoch(
             if batch is None:
                 break
             data_wait_s += time.perf_counter() - asked
-            rows = slice(images, images + len(batch.labels))
             x, labels_B = state.runtime.images(batch.images), batch.labels.to(device)
+            stored = tuple(rows.to(device) for rows in batch.stored)
             for group in state.optimizer.param_groups:
                 group["lr"] = float(lr_S[steps])
-            loss_sum += train_step(state, x, labels_B, teacher(x, labels_B, rows))
-            images, steps = rows.stop, steps + 1
+            loss_sum += train_step(state, x, labels_B, teacher(x, labels_B, stored))
+            images, steps = images + len(labels_B), steps + 1
             if steps - logged == log_every_steps or steps == len(lr_S):
                 loss = float(loss_sum) / (steps - logged)
                 if not np.isfinite(loss):
@@ -150,26 +154,21 @@ def evaluate(runtime: Runtime, net: nn.Module, batches: Iterable[Batch], num_cla
 
 
 @torch.inference_mode()
-def predict(
-    runtime: Runtime, net: nn.Module, batches: Iterable[Batch], logits_NK: np.ndarray, on_batch: Callable[[int], None]
-) -> None:
-    """Write a teacher's logits, in the order of the batches, into an array."""
-    done = 0
+def predict(runtime: Runtime, net: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield each batch with a teacher's logits for it: float32 [n, K], of its n images that count, in their order."""
     for batch in batches:
         with runtime.autocast():
             logits_BK = net(runtime.images(batch.images))
-        logits_NK[done : done + batch.valid] = logits_BK[: batch.valid].float().cpu().numpy()
-        done += batch.valid
-        on_batch(done)
+        count = batch.valid * (len(batch.images) // len(batch.labels))
+        yield batch, logits_BK[:count].float().cpu().numpy()
 
 
-def warm_up(
-    state: TrainState, images: Tensor, labels_B: Tensor, teacher: Callable[[Tensor, Tensor], Tensor | None]
-) -> None:
+def warm_up(state: TrainState, batch: Batch, teacher: TeacherFn) -> None:
     """Run one forward and backward pass, to compile, and leave the student as it was."""
     buffers = {name: b.clone() for name, b in state.forward.named_buffers()}
-    x, labels_B = state.runtime.images(images), labels_B.to(state.runtime.device)
-    teacher_BK = teacher(x, labels_B)
+    device = state.runtime.device
+    x, labels_B = state.runtime.images(batch.images), batch.labels.to(device)
+    teacher_BK = teacher(x, labels_B, tuple(rows.to(device) for rows in batch.stored))
     with state.runtime.autocast():
         student_BK = state.forward(x)
     state.loss(student_BK.float(), labels_B, teacher_BK).backward()

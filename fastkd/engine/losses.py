@@ -1,6 +1,6 @@
 """Losses as pure functions of logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,27 @@ def kd_loss(
 def supervised_loss(student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor | None) -> Tensor:
     """Cross-entropy with the labels; there is no teacher."""
     return F.cross_entropy(student_BK, labels_B)
+
+
+def stored_logits(stored: Sequence[Tensor], num_classes: int, temperature: float) -> Tensor:
+    """Return the teacher's logits that stored rows stand for, up to a constant per row (float32 [B, K]).
+
+    Parameters
+    ----------
+    stored : (logits_BK,) or (indices_Bk, logits_Bk, tail_B1)
+        All logits; or the k largest, with their classes and the mass of the others at `temperature`, which is spread
+        evenly over them, as FKD does (Shen & Xing, ECCV 2022).
+    temperature : float
+        T at which the tail was taken: softmax(· / T) of what is returned has exactly that mass outside of the k.
+    """
+    if len(stored) == 1:
+        return stored[0].float()
+    indices_Bk, logits_Bk, tail_B1 = stored
+    others = max(num_classes - indices_Bk.shape[1], 1)
+    tail_B1 = tail_B1.float().clamp(1e-30, 1.0)
+    log_p_Bk = F.log_softmax(logits_Bk.float() / temperature, dim=1) + torch.log1p(-tail_B1)
+    log_p_BK = (tail_B1 / others).log().expand(-1, num_classes)
+    return temperature * log_p_BK.scatter(1, indices_Bk.to(torch.int64), log_p_Bk)
 
 
 def reshape_logits(z_BK: Tensor, labels_B: Tensor, class_std_K: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from fastkd.kernels.selection import (
     select_ranks,
     uniform_quotas,
 )
+from fastkd.kernels.topk import topk_rows
 from fastkd.kernels.views import FAMILIES, draw_views
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "reshape_rows",
     "score_rows",
     "select_ranks",
+    "topk_rows",
     "uniform_quotas",
 ]

@@ -47,9 +47,9 @@ def _resized_crop_box(
             return top, left, h, w
     h, w = height, width
     if width / height < ratio[0]:
-        h = int(np.rint(width / ratio[0]))
+        h = max(1, int(np.rint(width / ratio[0])))
     elif width / height > ratio[1]:
-        w = int(np.rint(height * ratio[1]))
+        w = max(1, int(np.rint(height * ratio[1])))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -136,6 +136,8 @@ def draw_views(
     int32 [B, 11]
         `COLUMNS`.
     """
+    if family not in FAMILIES:
+        raise ValueError(f"family {family!r}: expected one of {', '.join(FAMILIES)}")
     if out is None:
         out = np.empty((len(sample_ids), len(COLUMNS)), np.int32)
     words_B = mix64(sample_ids, seed, "view", view)

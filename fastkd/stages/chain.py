@@ -15,13 +15,14 @@ from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Kind
 from fastkd.data.loader import Loader
 from fastkd.data.order import split_holdout
+from fastkd.data.views import DECODE_PATH, Views
 from fastkd.engine.runtime import Runtime
-from fastkd.errors import InputError
+from fastkd.errors import ArtifactError, InputError
 from fastkd.recipe import Recipe, Teacher
-from fastkd.stages import pruning, scoring, training
+from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.writing import write
 
-STAGES = ("write", "teacher", "score", "prune", "train")
+STAGES = ("write", "teacher", "score", "prune", "label", "train")
 _announced: set[Path] = set()
 """Artifacts whose reuse need not be said again in this process."""
 
@@ -52,6 +53,8 @@ class Chain:
     recipe : Recipe
     force : set of str
         Stages (`STAGES`) that are run again although their artifact is there.
+    build : bool
+        Whether what is missing is built; else it is an error.
 
     Attributes
     ----------
@@ -61,11 +64,12 @@ class Chain:
         What the student itself takes, loading the teacher included (its weights are part of every key).
     """
 
-    def __init__(self, recipe: Recipe, force: frozenset[str] | set[str] = frozenset()) -> None:
+    def __init__(self, recipe: Recipe, force: frozenset[str] | set[str] = frozenset(), *, build: bool = True) -> None:
         if unknown := set(force) - set(STAGES):
             raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
         self.recipe = recipe
         self.force = frozenset(force)
+        self.build = build
         self.costs: dict[str, Cost] = {}
         self.watch = training.Stopwatch()
         self.runtime = Runtime.choose(
@@ -91,7 +95,10 @@ class Chain:
     def dataset(self) -> Artifact:
         """The DATASET, written first if the recipe names a writer and it is not there."""
         data, path = self.recipe.data, Path(self.recipe.data.path)
-        if data.writer is None:
+        if (path / artifacts.MANIFEST).exists() and "export" in artifacts.read_manifest(path).facts:
+            console.say(f"{path} is an export: which samples are kept, and what the teacher says, come with it")
+            return self.note("write", artifacts.load(path, "DATASET"), built=False)
+        if data.writer is None or not self.build:
             if not path.exists():
                 raise InputError(
                     f"data.path={data.path}: no data set there. Write one (python -m fastkd.write WRITER {data.path}), "
@@ -103,6 +110,16 @@ class Chain:
         return self.note("write", *written)
 
     @property
+    def export(self) -> dict[str, Any] | None:
+        """What an exported DATASET tells of where it comes from; None: it is none."""
+        return self.dataset.facts.get("export")
+
+    @property
+    def original_key(self) -> str:
+        """Key of the DATASET, of an exported one that of the DATASET it was made from."""
+        return self.export["dataset"] if self.export else self.dataset.key
+
+    @property
     def num_classes(self) -> int:
         """K of the data set."""
         return len(self.dataset.facts["classes"])
@@ -110,29 +127,52 @@ class Chain:
     @cached_property
     def train_ids(self) -> np.ndarray:
         """Ids of the samples of train that are not kept aside, ascending (int64)."""
+        if self.export:
+            return np.asarray(self.subset.array("indices.npy"))
         return split_holdout(self.dataset.facts["counts"]["train"], self.recipe.data.holdout_ratio)[0]
 
     @cached_property
     def holdout_ids(self) -> np.ndarray:
-        """Ids of the samples of train that are kept aside, ascending (int64)."""
+        """Ids of the samples of train that are kept aside, ascending (int64); an export has none of them."""
+        if self.export:
+            return np.empty(0, np.int64)
         return split_holdout(self.dataset.facts["counts"]["train"], self.recipe.data.holdout_ratio)[1]
 
     @property
-    def view(self) -> dict[str, Any]:
-        """What determines the pixels that nets see, as keys have it."""
-        data = self.recipe.data
-        crop = {"input_px": data.input_px, "crop_ratio": data.crop_ratio} if data.input_px else {}
-        return {"family": "none", **crop}
+    def teacher_px(self) -> int | None:
+        """Side of the images that are scored and labelled."""
+        own = self.recipe.teacher.input_px if self.recipe.teacher else None
+        return own or self.recipe.data.input_px
 
-    def loader(self, split: str, batch_size: int) -> Loader:
-        """Open a split as the recipe says."""
+    def view_inputs(self, input_px: int | None, *, varied: bool = False) -> dict[str, Any]:
+        """Return what determines the pixels that nets see, as keys have it: of the plain view, or of the numbered."""
+        data, view = self.recipe.data, self.recipe.data.view
+        inputs: dict[str, Any] = {"decode": DECODE_PATH, "family": "none"}
+        if input_px:
+            inputs |= {"input_px": input_px, "crop_ratio": data.crop_ratio}
+        if varied:
+            inputs |= {"family": view.family, "seed": self.recipe.labels.view_seed}
+            if view.family == "pad_crop_flip":
+                inputs["pad_ratio"] = view.pad_ratio
+            if view.family == "random_resized_crop_flip":
+                inputs |= {"scale": list(view.scale), "ratio": list(view.ratio)}
+            if view.cutout_ratio:
+                inputs["cutout_ratio"] = view.cutout_ratio
+        return inputs
+
+    def loader(self, split: str, batch_size: int, *, input_px: int | None = None) -> Loader:
+        """Open a split as the recipe says, at the student's resolution unless another is given."""
         data = self.recipe.data
+        view = data.view
         return Loader(
             self.dataset,
             split,
             batch_size,
-            input_px=data.input_px,
+            input_px=input_px or data.input_px,
             crop_ratio=data.crop_ratio,
+            views=Views(
+                view.family, view.pad_ratio, view.scale, view.ratio, view.cutout_ratio, self.recipe.labels.view_seed
+            ),
             workers=data.workers,
             os_cache=data.os_cache,
         )
@@ -144,7 +184,13 @@ class Chain:
         path = directory / f"{kind.lower()}-{artifacts.key_of(kind, inputs)[:12]}"
         if not path.exists() and (near := artifacts.nearest(directory, kind, inputs)):
             console.say(f"no {kind} for this recipe yet; the nearest is {near}")
+        if not self.build and not path.exists():
+            raise self.missing(kind, path)
         return path
+
+    def missing(self, kind: Kind, path: Path) -> InputError:
+        """Return the error for what is not there and is not to be built."""
+        return InputError(f"{path}: no {kind} for this recipe yet: python -m fastkd.train RECIPE builds it")
 
     @cached_property
     def teacher_run(self) -> Artifact | None:
@@ -161,8 +207,9 @@ class Chain:
         train = own.train.model_copy(
             update={k: getattr(mine, k) for k in ("device", "precision", "channels_last", "compile", "runs_dir")}
         )
-        own = own.model_copy(update={"data": self.recipe.data, "train": train})
-        chain = Chain(own, {"train"} if "teacher" in self.force else set())
+        data = self.recipe.data.model_copy(update={"view": own.data.view, "input_px": self.teacher_px})
+        own = own.model_copy(update={"data": data, "train": train})
+        chain = Chain(own, {"train"} if "teacher" in self.force else set(), build=self.build)
         chain.dataset, chain.costs["write"] = self.dataset, self.costs["write"]
         return self.note("teacher", *training.build_run(chain, source=Path(teacher.recipe)))
 
@@ -175,7 +222,12 @@ class Chain:
         run = self.teacher_run
         name, weights = (run.facts["model"], run.path) if run else (teacher.model, teacher.weights)
         with self.watch.on("setup"):
-            return self._load_teacher(teacher, str(name), str(weights))
+            loaded = self._load_teacher(teacher, str(name), str(weights))
+        if self.export and (phrases := artifacts.differences(loaded.inputs, self.teacher_inputs)):
+            raise ArtifactError(
+                f"{self.dataset.path}: was labelled by another teacher than the recipe's: {'; '.join(phrases)}"
+            )
+        return loaded
 
     def _load_teacher(self, teacher: Teacher, name: str, weights: str) -> LoadedTeacher:
         net = models.build(name, self.num_classes)
@@ -193,6 +245,11 @@ class Chain:
         return LoadedTeacher(self.runtime.compiled(self.runtime.place(net.eval().requires_grad_(False))), inputs)
 
     @property
+    def teacher_inputs(self) -> dict[str, Any]:
+        """What identifies the teacher: an export knows it without having it."""
+        return self.subset.manifest.settings.get("teacher", {}) if self.export else self.teacher.inputs
+
+    @property
     def normalisation(self) -> models.Normalisation:
         """The data set's own channel means and standard deviations."""
         return models.Normalisation(tuple(self.dataset.facts["mean"]), tuple(self.dataset.facts["std"]))
@@ -204,8 +261,17 @@ class Chain:
 
     @cached_property
     def subset(self) -> Artifact:
-        """The SUBSET."""
+        """The SUBSET: which samples are kept, and what the teacher says of their plain views."""
+        if self.export:
+            return self.note("prune", pruning.exported_subset(self), built=False)
         return self.note("prune", *pruning.build_subset(self))
+
+    @cached_property
+    def labels(self) -> Artifact:
+        """The LABELS: what the teacher says of the numbered views."""
+        if self.export:
+            return self.note("label", labelling.exported_labels(self), built=False)
+        return self.note("label", *labelling.build_labels(self))
 
     def train(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
         """Train the student, or find its RUN; see `fastkd.stages.train`."""
@@ -224,6 +290,22 @@ def prune(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
     """Select what to keep and reshape its logits → SUBSET."""
     chain = Chain(recipe, {"prune"} if force else frozenset())
     return chain.subset, not chain.costs["prune"].reused
+
+
+def label(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
+    """Run the teacher over the views of the kept samples that students will see → LABELS.
+
+    Raises
+    ------
+    InputError
+        The recipe has no numbered views: what the plain view needs is in the SUBSET.
+    """
+    if recipe.num_views is None:
+        raise InputError(
+            f"recipe {recipe.name} trains on the plain view, whose labels the SUBSET holds: give a data.view.family"
+        )
+    chain = Chain(recipe, {"label"} if force else frozenset())
+    return chain.labels, not chain.costs["label"].reused
 
 
 def train(

@@ -30,6 +30,7 @@ _FLOAT16_MAX = float(np.finfo(np.float16).max)
 def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
     """Build or find the SUBSET of a chain."""
     scores, settings = chain.scores, chain.recipe.prune
+    precision = scores.manifest.settings["precision"]
     inputs = {
         "scores": scores.key,
         "holdout_ratio": chain.recipe.data.holdout_ratio,
@@ -50,8 +51,35 @@ def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
             class_names=chain.dataset.facts["classes"],
         ),
         parents={"DATASET": chain.dataset.key, "SCORES": scores.key},
+        settings={"data": str(chain.dataset.path.absolute()), "teacher": chain.teacher_inputs, "precision": precision},
         force="prune" in chain.force,
     )
+
+
+def exported_subset(chain: "Chain") -> Artifact:
+    """Open the SUBSET within an exported DATASET, if it was made as a recipe with a teacher says.
+
+    Raises
+    ------
+    InputError
+        The recipe's settings would keep other samples; names those that differ.
+    """
+    subset = artifacts.load(chain.dataset.path / "subset", "SUBSET")
+    recipe, made = chain.recipe, subset.manifest.inputs
+    if recipe.teacher is None:
+        return subset
+    asked = {
+        "holdout_ratio": recipe.data.holdout_ratio,
+        "reshape": recipe.labels.reshape,
+        **_selection_inputs(recipe.prune),
+    }
+    # Of a subset of somebody's own logits the split is not known.
+    if phrases := artifacts.differences(asked, {name: made.get(name, asked[name]) for name in asked}):
+        raise InputError(
+            f"{chain.dataset.path}: was exported from samples chosen otherwise than the recipe says: "
+            f"{'; '.join(phrases)}. Change the recipe, or export again"
+        )
+    return subset
 
 
 def prune_arrays(

@@ -10,6 +10,7 @@ from fastkd.artifacts import Artifact, Built
 from fastkd.engine.loop import predict
 from fastkd.errors import InputError
 from fastkd.kernels import score_rows
+from fastkd.stages.rows import RowFile, full_disk_explained, need_space
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -23,23 +24,28 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
     inputs = {
         "data": chain.dataset.key,
         "teacher": chain.teacher.inputs,
-        "view": chain.view,
+        "view": chain.view_inputs(chain.teacher_px),
         "dtype": chain.recipe.score.dtype,
     }
 
     def fill(directory: Path) -> Built:
         console.heading(f"score: {chain.teacher.inputs['model']} over train")
-        loader = chain.loader("train", chain.recipe.score.batch_size)
+        loader = chain.loader("train", chain.recipe.score.batch_size, input_px=chain.teacher_px)
         labels_N = loader.labels()
-        logits_NK = np.lib.format.open_memmap(
-            directory / "logits.npy", mode="w+", dtype=chain.recipe.score.dtype, shape=(loader.count, chain.num_classes)
-        )
-        with console.progress("score", loader.count) as update:
+        dtype, file = np.dtype(chain.recipe.score.dtype), directory / "logits.npy"
+        needed = loader.count * chain.num_classes * dtype.itemsize
+        need_space(directory, needed, f"storing {loader.count:,} rows of logits")
+        with (
+            full_disk_explained(directory),
+            RowFile(file, dtype, loader.count, chain.num_classes) as rows,
+            console.progress("score", loader.count) as update,
+        ):
             batches = loader.batches(np.arange(loader.count), last="pad")
-            predict(chain.runtime, chain.teacher.net, batches, logits_NK, lambda done: update(done, ""))
-        logits_NK.flush()
+            for _, logits_BK in predict(chain.runtime, chain.teacher.net, batches):
+                rows.append(logits_BK)
+                update(rows.done, "")
         np.save(directory / "labels.npy", labels_N)
-        _, _, right_N = score_chunks(logits_NK, labels_N)
+        _, _, right_N = score_chunks(np.load(file, mmap_mode="r"), labels_N)
         top1 = float(right_N.mean())
         console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
         return Built(facts={"model": chain.teacher.inputs["model"], "top1": top1, "count": loader.count})

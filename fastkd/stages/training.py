@@ -5,6 +5,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +21,12 @@ from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
 from fastkd.data.loader import Loader
 from fastkd.data.order import epoch_order
+from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import TeacherFn, TrainState, evaluate, train_epoch, warm_up
-from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, supervised_loss
+from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
 from fastkd.engine.schedule import learning_rates
 from fastkd.kernels import mix64
+from fastkd.stages import labelling
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -44,9 +48,13 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
     recipe = chain.recipe
     inputs = run_inputs(chain)
     path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
+    if not chain.build and not path.exists():
+        raise chain.missing("RUN", path)
     parents = {"DATASET": chain.dataset.key}
-    if uses_subset(recipe):
+    if uses_subset(chain):
         parents["SUBSET"] = chain.subset.key
+    if uses_labels(recipe):
+        parents["LABELS"] = chain.labels.key
     return artifacts.build(
         path,
         "RUN",
@@ -58,11 +66,16 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
     )
 
 
-def uses_subset(recipe: recipes.Recipe) -> bool:
+def uses_subset(chain: "Chain") -> bool:
     """Tell whether a recipe needs the teacher's scores: not for plain KD on all data with a live teacher."""
-    return recipe.teacher is not None and (
-        recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.keep_ratio < 1
-    )
+    recipe = chain.recipe
+    needed = recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.keep_ratio < 1
+    return recipe.teacher is not None and (needed or chain.export is not None)
+
+
+def uses_labels(recipe: recipes.Recipe) -> bool:
+    """Tell whether a recipe reads stored logits of numbered views."""
+    return recipe.teacher is not None and recipe.labels.mode == "stored" and recipe.num_views is not None
 
 
 def run_inputs(chain: "Chain") -> dict[str, Any]:
@@ -74,7 +87,8 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
     inputs: dict[str, Any] = {
         "data": chain.dataset.key,
         "holdout_ratio": recipe.data.holdout_ratio,
-        "view": chain.view,
+        "view": chain.view_inputs(recipe.data.input_px, varied=recipe.num_views is not None),
+        "views": recipe.num_views,
         "student": {"model": recipe.student.model, "weights": _student_weights(recipe)},
         "optim": recipe.optim.model_dump(mode="json"),
         "epochs": recipe.train.epochs,
@@ -83,12 +97,14 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
     }
     if recipe.teacher is not None:
         inputs |= {
-            "teacher": chain.teacher.inputs,
+            "teacher": chain.teacher_inputs,
             "loss": recipe.loss.model_dump(mode="json"),
-            "labels": recipe.labels.model_dump(mode="json"),
+            "labels": recipe.labels.model_dump(mode="json", include={"mode", "reshape", "topk"}),
         }
-    if uses_subset(recipe):
+    if uses_subset(chain):
         inputs["subset"] = chain.subset.key
+    if uses_labels(recipe):
+        inputs["labels"]["key"] = chain.labels.key
     return inputs
 
 
@@ -145,7 +161,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     journal = Journal(directory / "metrics.jsonl")
     watch = chain.watch
 
-    loader, student, state, ids_M, teacher = prepare(chain)
+    loader, student, state, ids_M, feed = prepare(chain)
     steps_per_epoch = loader.full_batches(len(ids_M))
     lr = learning_rates(recipe.optim, recipe.train.epochs, steps_per_epoch)
     epochs = []
@@ -163,8 +179,10 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             with watch.on("train"):
                 result = train_epoch(
                     state,
-                    loader.batches(ids_M[order], last="drop"),
-                    teacher(order),
+                    loader.batches(
+                        ids_M[order], last="drop", view=recipe.view_of(epoch), stored=feed.stored(recipe.view_of(epoch))
+                    ),
+                    feed.teacher,
                     lr[first : first + steps_per_epoch],
                     log_every_steps=recipe.log.every_steps,
                     on_log=on_log,
@@ -179,7 +197,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             epochs.append(summary)
             journal.write("epoch", epoch=epoch, **summary)
             every = recipe.train.eval_every_epochs
-            if every and (epoch + 1) % every == 0 and epoch + 1 < recipe.train.epochs:
+            look = every and (epoch + 1) % every == 0 and epoch + 1 < recipe.train.epochs
+            if look and len(chain.holdout_ids):
                 with watch.on("evaluate"):
                     _look(chain, student, journal, "train", chain.holdout_ids, "holdout", epoch)
     accuracy = {}
@@ -202,9 +221,16 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     return Built(facts=facts)
 
 
-def prepare(
-    chain: "Chain",
-) -> tuple[Loader, models.Normalised, TrainState, np.ndarray, Callable[[np.ndarray], TeacherFn]]:
+@dataclass(frozen=True)
+class Feed:
+    """Where the teacher's logits of each batch come from."""
+
+    stored: Callable[[int | None], StoredRows | None]
+    """For a view's number (None: the plain view), the rows that the loader brings along."""
+    teacher: TeacherFn
+
+
+def prepare(chain: "Chain") -> tuple[Loader, models.Normalised, TrainState, np.ndarray, Feed]:
     """Build all that the first step needs, and compile it.
 
     Returns
@@ -212,15 +238,14 @@ def prepare(
     loader, student, state
     ids_M : int64 [M]
         Samples to train on, ascending.
-    teacher
-        For an epoch's order of those, where the logits of each batch come from.
+    feed
     """
     recipe, runtime = chain.recipe, chain.runtime
     batch_size = recipe.train.batch_size
     watch = chain.watch
     with watch.on("setup"):
         loader = chain.loader("train", batch_size)
-        ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(recipe) else chain.train_ids
+        ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
         loader.full_batches(len(ids_M))
         student = _new_student(chain)
         student.train()
@@ -232,16 +257,14 @@ def prepare(
             weight_decay=recipe.optim.weight_decay,
         )
         state = TrainState(runtime, runtime.compiled(student), _loss(recipe), optimizer, runtime.scaler())
-        teacher = _teacher_feed(chain)
+        feed = teacher_feed(chain)
     with watch.on("compile"):
         if runtime.compile:
             console.say("train: compiling; the first time on a machine this takes up to a minute")
-        loader.warm_up()
-        images = torch.full((batch_size, *loader.image_hw, 3), 128, dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels_B = torch.zeros(batch_size, dtype=torch.int64)
-        first_rows = teacher(np.arange(batch_size))
-        warm_up(state, images, labels_B, lambda x, y: first_rows(x, y, slice(0, batch_size)))
-    return loader, student, state, ids_M, teacher
+        view = recipe.view_of(0)
+        with closing(loader.batches(ids_M[:batch_size], last="drop", view=view, stored=feed.stored(view))) as batches:
+            warm_up(state, next(batches), feed.teacher)
+    return loader, student, state, ids_M, feed
 
 
 def _new_student(chain: "Chain") -> models.Normalised:
@@ -264,31 +287,35 @@ def _loss(recipe: recipes.Recipe) -> LossFn:
     return partial(kd_loss, alpha=loss.alpha, gamma=loss.gamma, temperature=loss.temperature)
 
 
-def _teacher_feed(chain: "Chain") -> Callable[[np.ndarray], TeacherFn]:
-    """Return, for an epoch's order of the kept samples, where the teacher's logits of each batch come from."""
+def teacher_feed(chain: "Chain") -> Feed:
+    """Return where the teacher's logits come from, as the recipe says."""
     recipe, runtime = chain.recipe, chain.runtime
     if recipe.teacher is None:
-        return lambda order: lambda images, labels, rows: None
+        return Feed(lambda view: None, lambda images, labels, stored: None)
 
     if recipe.labels.mode == "stored":
-        logits_MK = chain.subset.array("logits.npy")
+        ids_M = np.asarray(chain.subset.array("indices.npy"))
+        plain = StoredRows(ids_M, [chain.subset.array("logits.npy")])
 
-        def stored(order: np.ndarray) -> TeacherFn:
-            return lambda images, labels, rows: torch.from_numpy(logits_MK[order[rows]]).to(runtime.device).float()
+        def read(images: Tensor, labels: Tensor, stored: tuple[Tensor, ...]) -> Tensor:
+            return stored_logits(stored, chain.num_classes, recipe.loss.temperature)
 
-        return stored
+        return Feed(
+            lambda view: plain if view is None else labelling.open_view(chain.labels, ids_M, view),
+            read,
+        )
 
     net = chain.teacher.net
     sigma_K = None
     if recipe.labels.reshape:
         sigma_K = torch.tensor(chain.subset.array("class_std.npy"), dtype=torch.float32, device=runtime.device)
 
-    def online(images: Tensor, labels: Tensor, rows: slice) -> Tensor:
+    def online(images: Tensor, labels: Tensor, stored: tuple[Tensor, ...]) -> Tensor:
         with torch.no_grad(), runtime.autocast():
             logits_BK = net(images).float()
             return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K)
 
-    return lambda order: online
+    return Feed(lambda view: None, online)
 
 
 def _look(

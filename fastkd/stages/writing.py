@@ -74,7 +74,7 @@ def write(
         inputs = {"train": train.content_hash, "val": val.content_hash, "classes": written.classes}
         return Built(facts=facts, inputs=inputs)
 
-    _refuse_foreign(out_dir)
+    refuse_foreign(out_dir)
     try:
         artifact, built = build(out_dir, "DATASET", None, builder, settings=settings, force=force)
     except OSError as error:  # from sealing and publishing; what writers and workers meet is told by write_betons
@@ -102,7 +102,7 @@ def _content(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"options": options}
 
 
-def _refuse_foreign(out_dir: Path) -> None:
+def refuse_foreign(out_dir: Path) -> None:
     """Let pass: nothing, an empty directory (removed, to be published over), or a data set of ours."""
     if not os.path.lexists(out_dir):
         return

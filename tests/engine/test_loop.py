@@ -17,6 +17,7 @@ class Batch(NamedTuple):
     images: torch.Tensor
     labels: torch.Tensor
     valid: int
+    stored: tuple[torch.Tensor, ...] = ()
 
 
 CPU = Runtime.choose("cpu", "fp32", channels_last=True, compile=False)
@@ -26,7 +27,8 @@ def batches(count: int, size: int = 4, valid: int | None = None) -> Generator[Ba
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         images = torch.randint(0, 256, (size, 4, 4, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
-        yield Batch(images, torch.arange(size) % 3, size if valid is None else valid)
+        stored = (torch.rand(size, 3, generator=generator).half(),)
+        yield Batch(images, torch.arange(size) % 3, size if valid is None else valid, stored)
 
 
 class Net(nn.Module):
@@ -60,7 +62,7 @@ def test_a_step_is_one_sgd_update_of_the_loss():
     assert all(p.grad is None for p in state.forward.parameters())
 
 
-def test_an_epoch_takes_each_rate_logs_and_hands_rows_to_the_teacher():
+def test_an_epoch_takes_each_rate_logs_and_hands_stored_rows_to_the_teacher():
     rows, logged = [], []
     lr_S = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
     state = make_state(partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0))
@@ -78,7 +80,8 @@ def test_an_epoch_takes_each_rate_logs_and_hands_rows_to_the_teacher():
         log_every_steps=2,
         on_log=lambda steps, loss, wait: logged.append((steps, loss)),
     )
-    assert rows == [slice(4 * i, 4 * i + 4) for i in range(5)]
+    for (found,), batch in zip(rows, batches(5), strict=True):
+        assert torch.equal(found, batch.stored[0])
     assert [steps for steps, _ in logged] == [2, 4, 5]
     assert result.images == 20
     assert result.loss == pytest.approx((2 * logged[0][1] + 2 * logged[1][1] + logged[2][1]) / 5)
@@ -115,21 +118,25 @@ def test_evaluation_counts_valid_samples_only():
     assert evaluate(CPU, Right(), batches(2, valid=3), 3) == pytest.approx(2 / 3)
 
 
-def test_prediction_fills_rows_in_order_without_padding():
-    out = np.full((6, 3), np.nan, np.float32)
-    seen = []
+def test_prediction_comes_in_order_without_padding():
     net = Net().eval()
-    predict(CPU, net, batches(2, valid=3), out, seen.append)
-    assert seen == [3, 6]
+    parts = [logits for _, logits in predict(CPU, net, batches(2, valid=3))]
+    assert [part.shape for part in parts] == [(3, 3), (3, 3)]
     expected = torch.cat([net(b.images)[:3] for b in batches(2)]).detach().numpy()
-    np.testing.assert_allclose(out, expected, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-5)
+
+
+def test_prediction_counts_all_views_of_a_sample_that_counts():
+    net = Net().eval()
+    two_views = [b._replace(labels=b.labels[:2], valid=1) for b in batches(2)]
+    assert [len(logits) for _, logits in predict(CPU, net, two_views)] == [2, 2]
 
 
 def test_warming_up_leaves_the_student_as_it_was():
     state = make_state()
     before = {name: t.clone() for name, t in state.forward.state_dict().items()}
     batch = next(batches(1))
-    warm_up(state, batch.images, batch.labels, lambda x, y: None)
+    warm_up(state, batch, lambda x, y, stored: None)
     for name, tensor in state.forward.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
     assert all(p.grad is None for p in state.forward.parameters())

@@ -10,7 +10,7 @@ from fastkd import artifacts, models, recipe, stages
 from fastkd.data.order import epoch_order, split_holdout
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import Chain
-from fastkd.stages.training import _teacher_feed, prepare
+from fastkd.stages.training import prepare, teacher_feed
 
 
 def metrics(run, event):
@@ -141,17 +141,17 @@ def test_a_live_teacher_on_all_data_needs_no_scores(tiny_recipe):
 
 def test_each_step_reads_the_logits_of_the_samples_it_sees(tiny_recipe):
     chain = Chain(tiny_recipe())
-    loader, _, _, ids_M, teacher = prepare(chain)
+    loader, _, _, ids_M, feed = prepare(chain)
     order = epoch_order(len(ids_M), 5, 3)
-    feed, stored = teacher(order), chain.subset.array("logits.npy")
-    start = 0
-    for batch in loader.batches(ids_M[order], last="drop"):
-        rows = slice(start, start := start + 25)
+    stored = chain.subset.array("logits.npy")
+    count = 0
+    for batch in loader.batches(ids_M[order], last="drop", stored=feed.stored(None)):
         position = np.searchsorted(chain.subset.array("indices.npy"), batch.sample_ids.numpy())
-        found = feed(batch.images, batch.labels, rows)
+        found = feed.teacher(batch.images, batch.labels, batch.stored)
         assert found.dtype == torch.float32
         assert np.array_equal(found.numpy(), stored[position].astype(np.float32))
-    assert start == 75
+        count += len(position)
+    assert count == 75
 
 
 def test_the_subset_is_what_the_design_says(tiny_recipe, tiny, tiny_npz):
@@ -205,7 +205,7 @@ def test_supervised_training_needs_no_teacher(tiny, tmp_path):
     assert timing["teacher_training_s"] is None
     with pytest.raises(InputError, match="this recipe has no `teacher`"):
         _ = chain.scores
-    assert _teacher_feed(chain)(np.arange(3))(torch.zeros(1), torch.zeros(1), slice(0, 1)) is None
+    assert teacher_feed(chain).teacher(torch.zeros(1), torch.zeros(1), ()) is None
 
 
 def test_a_student_may_start_from_weights(tiny_recipe, tmp_path):

@@ -1,0 +1,211 @@
+"""Copying samples from one .beton file to another, byte for byte: nothing is decoded."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastkd.data import beton
+from fastkd.errors import ArtifactError, InputError
+
+_REPORT_EVERY_S = 0.1
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a .beton file says of its samples, by position.
+
+    Attributes
+    ----------
+    metadata : beton.METADATA [N]
+    sizes : int64 [N]
+        Bytes of each image.
+    """
+
+    file: Path
+    metadata: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """The sample ids (int64 [N])."""
+        return self.metadata["f2"]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels (int64 [N])."""
+        return self.metadata["f1"]
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The largest height and the largest width, in pixels."""
+        return int(self.metadata["f0"]["height"].max()), int(self.metadata["f0"]["width"].max())
+
+    def positions(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Return where samples stand (int64 [M]).
+
+        Raises
+        ------
+        InputError
+            The file has no sample of one of the ids (int64 [M]).
+        """
+        order = np.argsort(self.sample_ids, kind="stable")
+        places = np.minimum(np.searchsorted(self.sample_ids, sample_ids, sorter=order), len(order) - 1)
+        found = order[places]
+        missing = np.flatnonzero(self.sample_ids[found] != sample_ids)
+        if len(missing):
+            raise InputError(
+                f"{self.file}: lacks {len(missing):,} of the {len(sample_ids):,} samples asked for; the first has "
+                f"the id {sample_ids[missing[0]]}"
+            )
+        return found
+
+    def bytes_needed(self, positions: np.ndarray) -> int:
+        """Return the bytes on the disk of a file of some of these samples (int64 [M]); its holes take none."""
+        count = len(positions)
+        return int(self.sizes[positions].sum()) + beton.data_start(count) + count * beton.ALLOCATION.itemsize
+
+
+@dataclass(frozen=True)
+class Extract:
+    """What `extract` wrote.
+
+    Attributes
+    ----------
+    content_hash : str
+        As of `fastkd.data.beton.Split`, over the samples that were copied.
+    image_bytes : int
+    max_height, max_width : int
+        Of the largest image, in pixels.
+    """
+
+    content_hash: str
+    image_bytes: int
+    max_height: int
+    max_width: int
+
+
+def read_table(file: Path) -> Table:
+    """Read the tables of a .beton file that fastkd wrote.
+
+    Raises
+    ------
+    ArtifactError
+        The file cannot be read, is not such a file, or its tables say what cannot be.
+    """
+
+    def wrong(what: str) -> ArtifactError:
+        return ArtifactError(f"{file}: {what}; write the data set again")
+
+    try:
+        with file.open("rb") as stream:
+            total = os.fstat(stream.fileno()).st_size
+            if total < beton.data_start(0):
+                raise wrong(f"is no .beton file: {total} bytes")
+            header = np.frombuffer(stream.read(beton.HEADER.itemsize), beton.HEADER)[0]
+            count, end = int(header["num_samples"]), int(header["alloc_table_ptr"])
+            if int(header["version"]) != beton.VERSION or int(header["num_fields"]) != len(beton.FIELDS):
+                raise wrong(f"is no .beton file of format {beton.VERSION} with {len(beton.FIELDS)} fields")
+            fields = np.frombuffer(stream.read(len(beton.FIELDS) * beton.FIELD.itemsize), beton.FIELD)
+            found = tuple((bytes(row["name"]).rstrip(b"\0").decode("latin-1"), int(row["type_id"])) for row in fields)
+            if found != beton.FIELDS:
+                raise wrong(f"holds the fields {found}; expected {beton.FIELDS}")
+            # Compared with the size before anything is allocated.
+            if not count or end < beton.data_start(count) or end + count * beton.ALLOCATION.itemsize != total:
+                raise wrong(f"its tables of {count} samples do not fit its {total} bytes")
+            metadata = np.frombuffer(stream.read(count * beton.METADATA.itemsize), beton.METADATA)
+            stream.seek(end)
+            table = np.frombuffer(stream.read(), beton.ALLOCATION)
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
+    order = np.argsort(table["ptr"], kind="stable")
+    starts = metadata["f0"]["data_ptr"]
+    rows = order[np.minimum(np.searchsorted(table["ptr"], starts, sorter=order), count - 1)]
+    sizes = table["size"][rows]
+    # Unsigned: sizes are compared on their own first, so that no sum wraps.
+    if (table["ptr"][rows] != starts).any() or (sizes > end).any() or (starts > end - sizes).any() or not sizes.all():
+        raise wrong("its tables point outside of it")
+    return Table(file, metadata, sizes.astype(np.int64))
+
+
+def extract(
+    table: Table, positions: np.ndarray, file: Path, progress: Callable[[int, int], None] | None = None
+) -> Extract:
+    """Write a .beton file of some samples of another: their ids and labels, and the bytes of their images.
+
+    Images are read and stored in the order in which they lie in the other file, so that a disk reads it once from its
+    beginning to its end; memory holds one page (8 MiB), or one image where that is larger.
+
+    Parameters
+    ----------
+    table : Table
+        Of the file to copy from.
+    positions : int64 [M]
+        Where the samples stand there, in the order of the new positions.
+    file : Path
+        The new file.
+    progress
+        Called with (images copied, M).
+
+    Raises
+    ------
+    ArtifactError
+        The other file cannot be read, or ends too early.
+    FastkdError
+        The disk is full, or gives back otherwise than was written.
+    """
+    count = len(positions)
+    metadata, sizes = table.metadata[positions], table.sizes[positions]
+    rows = np.zeros(count, beton.RECORD)
+    for key in ("mode", "width", "height"):
+        rows[key] = metadata["f0"][key]
+    rows["size"], rows["label"] = sizes, metadata["f1"]
+    starts = metadata["f0"]["data_ptr"]
+    end = beton.data_start(count)
+
+    def book(size: int) -> int:
+        nonlocal end
+        start = beton.aligned(end, size)
+        end = start + size
+        return start
+
+    reported = 0.0
+    with table.file.open("rb") as source, beton.storage_errors(file, rows), file.open("xb") as target:
+        pages = beton.Pages(target.fileno(), book)
+        for done, row in enumerate(np.argsort(starts, kind="stable").tolist()):
+            data = _read(source.fileno(), table.file, int(starts[row]), int(sizes[row]))
+            rows["ptr"][row] = pages.put(data)
+            rows["digest"][row] = beton.image_digest(
+                int(rows["mode"][row]), int(rows["height"][row]), int(rows["width"][row]), data
+            )
+            rows["state"][row] = beton.STORED
+            if progress and time.monotonic() - reported > _REPORT_EVERY_S:
+                reported = time.monotonic()
+                progress(done, count)
+        pages.flush()
+    with beton.storage_errors(file, rows):
+        beton.write_tables(file, rows, metadata["f2"], end)
+    if progress:
+        progress(count, count)
+    return Extract(
+        content_hash=beton.content_hash(rows, metadata["f2"]),
+        image_bytes=int(sizes.sum()),
+        max_height=int(rows["height"].max()),
+        max_width=int(rows["width"].max()),
+    )
+
+
+def _read(descriptor: int, file: Path, start: int, size: int) -> np.ndarray:
+    """Read `size` bytes (uint8 [size]); the kernel may give fewer at a time: always above 2 GiB."""
+    try:
+        data = os.pread(descriptor, size, start)
+        while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
+            data += more
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
+    if len(data) < size:
+        raise ArtifactError(f"{file}: ends before byte {start + size}; it was cut while it was read")
+    return np.frombuffer(data, np.uint8)

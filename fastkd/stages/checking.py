@@ -1,0 +1,165 @@
+"""check: whether the artifacts of a recipe are whole, and its teacher still says what is stored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastkd import artifacts, console
+from fastkd.artifacts import Artifact
+from fastkd.data.stored import StoredRows
+from fastkd.engine.loop import predict
+from fastkd.errors import ArtifactError
+from fastkd.kernels import mix64
+from fastkd.recipe import Recipe
+from fastkd.stages import labelling
+from fastkd.stages.chain import Chain
+
+TOLERANCE = {"fp32": 2.0**-10, "fp16": 2.0**-6, "bf16": 2.0**-3}
+"""How far a number of a row may be off, over the row's largest. float16 alone makes 2⁻¹¹ at most; in lower precision
+the net's own rounding adds to it (bf16: up to 2⁻⁵ for a ResNet-8; fp16 not measured)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What comparing stored rows with the teacher found.
+
+    Attributes
+    ----------
+    pairs, wrong : int
+        Rows compared, and those that are too far off.
+    worst_error, allowed : float
+        Over the row's largest logit.
+    worst_sample_id, worst_view
+        Where; the plain view is None.
+    """
+
+    pairs: int
+    wrong: int
+    worst_error: float
+    allowed: float
+    worst_sample_id: int
+    worst_view: int | None
+
+
+def check_artifact(path: Path) -> Artifact:
+    """Verify the checksum of every file of an artifact, whatever was found before.
+
+    Raises
+    ------
+    ArtifactError
+        Something is missing, damaged or foreign; names the file.
+    """
+    artifact = artifacts.load(path)
+    artifacts.verify(artifact)
+    size = sum(stamp.size for stamp in artifact.manifest.files.values())
+    console.say(f"{artifact.manifest.kind} {path}: {len(artifact.manifest.files)} files, {size / 1e6:,.1f} MB: whole")
+    return artifact
+
+
+def check(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Comparison]:
+    """Verify every artifact of a recipe, and compare stored rows with what the teacher says of those very views.
+
+    Parameters
+    ----------
+    pairs : int
+        How many (sample, view) are drawn from the SUBSET's plain rows, and as many from the LABELS.
+    seed : int
+        Of the draw.
+
+    Raises
+    ------
+    InputError
+        An artifact has not been built yet.
+    ArtifactError
+        One is damaged, or rows are not the teacher's; names the worst.
+    """
+    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
+    chain = Chain(recipe, build=False)
+    check_artifact(chain.dataset.path)
+    if recipe.teacher is None:
+        return []
+    if chain.teacher_run:
+        check_artifact(chain.teacher_run.path)
+    if not chain.export:
+        check_artifact(chain.scores.path)
+    subset = check_artifact(chain.subset.path)
+
+    ids_M = np.asarray(subset.array("indices.npy"))
+    plain = StoredRows(ids_M, [subset.array("logits.npy")])
+    found = [_compare(chain, subset, ids_M, [None], lambda view: plain, pairs, seed)]
+    if recipe.num_views is not None:
+        labels = check_artifact(chain.labels.path)
+        views: list[int | None] = list(range(labels.facts["views"]))
+        found.append(
+            _compare(
+                chain, labels, ids_M, views, lambda view: labelling.open_view(labels, ids_M, view or 0), pairs, seed
+            )
+        )
+    return found
+
+
+def _compare(
+    chain: Chain,
+    artifact: Artifact,
+    ids_M: np.ndarray,
+    views: list[int | None],
+    open_view: Callable[[int | None], StoredRows],
+    pairs: int,
+    seed: int,
+) -> Comparison:
+    """Draw pairs, run the teacher on them, and compare."""
+    total = len(ids_M) * len(views)
+    drawn = np.unique(mix64(np.arange(min(pairs, total)), seed, f"check {artifact.key}") % np.uint64(total))
+    number_P, row_P = np.divmod(drawn.astype(np.int64), len(ids_M))
+    precisions = {chain.runtime.precision, artifact.manifest.settings.get("precision", "fp32")}
+    allowed = max(TOLERANCE[precision] for precision in precisions)
+    loader = chain.loader("train", min(64, len(drawn)), input_px=chain.teacher_px)
+    sigma_K = np.asarray(chain.subset.array("class_std.npy"))
+    errors, samples, numbers = [], [], []
+    with console.progress("check", len(drawn)) as update:
+        for number in np.unique(number_P):
+            view = views[number]
+            ids = ids_M[row_P[number_P == number]]
+            samples.append(ids)
+            batches = loader.batches(ids, last="pad", view=view, stored=open_view(view))
+            for batch, z_BK in predict(chain.runtime, chain.teacher.net, batches):
+                y_B = batch.labels[: batch.valid].numpy()
+                live_BK = labelling.centred_rows(z_BK, y_B, sigma_K, reshape=chain.recipe.labels.reshape)
+                stored = [rows[: batch.valid].numpy() for rows in batch.stored]
+                errors.append(_errors(stored, live_BK, chain.recipe.loss.temperature))
+                numbers += [view] * batch.valid
+                update(len(numbers), "")
+    error_P, sample_P = np.concatenate(errors), np.concatenate(samples)
+    worst = int(np.argmax(error_P))
+    wrong = int((error_P > allowed).sum())
+    result = Comparison(len(error_P), wrong, float(error_P[worst]), allowed, int(sample_P[worst]), numbers[worst])
+    where = "the plain view" if result.worst_view is None else f"view {result.worst_view}"
+    worst_text = (
+        f"the worst, sample_id {result.worst_sample_id} in {where}, is off by {result.worst_error:.2g} of its largest "
+        f"logit, where {allowed:.2g} is allowed"
+    )
+    if wrong:
+        raise ArtifactError(
+            f"{artifact.path}: {wrong} of {result.pairs} rows drawn are not what the teacher says: {worst_text}. "
+            f"Delete {artifact.path} and build it again."
+        )
+    console.say(f"{artifact.manifest.kind} {artifact.path}: {result.pairs} rows are the teacher's: {worst_text}")
+    return result
+
+
+def _errors(stored: list[np.ndarray], live_BK: np.ndarray, temperature: float) -> np.ndarray:
+    """Return how far each stored row is from the teacher's, over the latter's largest logit (float64 [B])."""
+    largest_B = np.maximum(np.abs(live_BK).max(axis=1), np.finfo(np.float32).tiny)
+    if len(stored) == 1:
+        return np.abs(stored[0].astype(np.float64) - live_BK).max(axis=1) / largest_B
+    indices_Bk, logits_Bk, tail_B1 = stored
+    found_Bk = np.take_along_axis(live_BK, indices_Bk.astype(np.int64), axis=1)
+    off_B = np.abs(logits_Bk.astype(np.float64) - found_Bk).max(axis=1)
+    others_BK = live_BK.copy()
+    np.put_along_axis(others_BK, indices_Bk.astype(np.int64), -np.inf, axis=1)
+    above_B = np.maximum(others_BK.max(axis=1) - found_Bk.min(axis=1), 0)  # a larger logit that was left out
+    p_BK = np.exp((live_BK - live_BK.max(axis=1, keepdims=True)) / temperature, dtype=np.float64)
+    tail_B = 1 - np.take_along_axis(p_BK, indices_Bk.astype(np.int64), axis=1).sum(axis=1) / p_BK.sum(axis=1)
+    return np.maximum(np.maximum(off_B, above_B) / largest_B, np.abs(tail_B - tail_B1[:, 0]))

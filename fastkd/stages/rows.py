@@ -1,0 +1,115 @@
+"""Arrays that are written row by row, and can be gone on with."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import xxhash
+
+from fastkd.errors import FastkdError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_READ_BYTES = 4 << 20
+
+
+class RowFile:
+    """An .npy file [count, width] that rows are appended to.
+
+    By plain writes: on a full disk they raise, where writing through a memory map kills the process.
+
+    Parameters
+    ----------
+    path : Path
+    dtype, count, width
+        Of the whole array.
+    done : int
+        Rows that are there already and stay; what follows them is written over.
+
+    Attributes
+    ----------
+    done : int
+        Rows written so far.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype | str, count: int, width: int, *, done: int = 0) -> None:
+        self.dtype = np.dtype(dtype)
+        self.width = width
+        self.done = done
+        self._digest = xxhash.xxh3_128()
+        if not done:
+            path.unlink(missing_ok=True)  # it may be a second name of a file that is not to be changed
+        self._stream = path.open("r+b" if done else "w+b")
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (count, width)}
+        np.lib.format.write_array_header_1_0(self._stream, header)
+        left = done * self.dtype.itemsize * width
+        while left:
+            block = self._stream.read(min(left, _READ_BYTES))
+            if not block:  # shorter than it should be: the digest will tell
+                break
+            self._digest.update(block)
+            left -= len(block)
+
+    @property
+    def digest(self) -> str:
+        """The xxh3-128 (hex) of all rows so far."""
+        return self._digest.hexdigest()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write rows [n, width], converted to the file's type."""
+        data = np.ascontiguousarray(rows, self.dtype)
+        self._stream.write(data.data)
+        self._digest.update(data.data)
+        self.done += len(rows)
+
+    def sync(self) -> None:
+        """Return once all rows are on the disk."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._stream.close()
+        except OSError:  # what is buffered does not fit on the disk
+            if error is None:
+                raise
+
+
+def need_space(directory: Path, needed: int, what: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises
+    ------
+    FastkdError
+        Names both figures.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise FastkdError(
+            f"{directory.parent}: {what} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free: free some, "
+            "or put artifacts elsewhere with data.artifacts_dir"
+        )
+
+
+@contextlib.contextmanager
+def full_disk_explained(directory: Path) -> Iterator[None]:
+    """Turn a full disk into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        free = shutil.disk_usage(directory).free
+        raise FastkdError(
+            f"{directory.parent}: no space left ({error.strerror}; {free / 1e6:,.1f} MB free): free some, or put "
+            "artifacts elsewhere with data.artifacts_dir; the next run goes on from here"
+        ) from None

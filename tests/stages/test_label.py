@@ -1,0 +1,474 @@
+"""Stored labels of numbered views: exact, found again, grown, gone on with, refused when not what they say they are."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd import artifacts, check, label, recipe, stages
+from fastkd.data.loader import Loader
+from fastkd.errors import ArtifactError, FastkdError, InputError
+from fastkd.stages import Chain, checking, labelling
+from fastkd.stages.rows import RowFile
+from fastkd.stages.training import prepare
+
+VIEWS = ("data.view.family=pad_crop_flip", "labels.batch_size=32")
+
+
+@pytest.fixture
+def labelled(tiny_recipe):
+    """A recipe with three views, and its LABELS."""
+    loaded = tiny_recipe(*VIEWS, "labels.views=3")
+    return loaded, stages.label(loaded)[0]
+
+
+def live_rows(chain: Chain, view: int | None) -> np.ndarray:
+    """Return what the teacher says of all kept samples in a view, sample by sample (float32 [M, K])."""
+    ids = np.asarray(chain.subset.array("indices.npy"))
+    sigma = torch.tensor(chain.subset.array("class_std.npy"))
+    rows = []
+    for batch in chain.loader("train", 1).batches(ids, last="pad", view=view):
+        with torch.no_grad():
+            z = chain.teacher.net(batch.images)[0].double()
+        rows.append(((z - z.mean()) / z.std() * sigma[batch.labels[0]]).numpy())
+    return np.array(rows, np.float32)
+
+
+def allowed(row: np.ndarray) -> np.ndarray:
+    return 2.0**-10 * np.abs(row).max(axis=1, keepdims=True)
+
+
+def test_labels_are_what_the_design_says(labelled):
+    loaded, labels = labelled
+    assert set(labels.manifest.files) == {"views/v0000.npy", "views/v0001.npy", "views/v0002.npy"}
+    chain = Chain(loaded)
+    assert set(labels.manifest.parents) == {"DATASET", "SUBSET"}
+    assert labels.manifest.parents["SUBSET"] == chain.subset.key
+    for v in range(3):
+        rows = labels.array(f"views/v{v:04}.npy")
+        assert rows.dtype == np.float16
+        assert rows.shape == (75, 3)
+        np.testing.assert_allclose(rows.astype(np.float32).mean(axis=1), 0, atol=2e-3)
+        live = live_rows(chain, v)
+        assert (np.abs(rows - live) <= allowed(live)).all()
+    assert not np.array_equal(labels.array("views/v0000.npy"), labels.array("views/v0001.npy"))
+    assert labels.facts["bytes"] == 3 * 75 * 3 * 2
+    assert labels.cost_s > 0
+
+
+def test_views_made_in_one_pass_are_those_made_one_by_one(labelled, tiny_recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(labelling, "VIEWS_PER_PASS", 1)
+    single, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=3", f"data.artifacts_dir={tmp_path / 'single'}"))
+    for v in range(3):
+        a, b = (found.array(f"views/v{v:04}.npy").astype(np.float32) for found in (labelled[1], single))
+        assert (np.abs(a - b) <= allowed(a)).all()
+
+
+def test_each_step_reads_the_rows_of_the_views_it_sees(labelled):
+    loaded, labels = labelled
+    chain = Chain(loaded)
+    loader, _, _, ids, feed = prepare(chain)
+    for epoch in range(5):
+        view = loaded.view_of(epoch)
+        assert view == epoch % 3
+        stored = labels.array(f"views/v{view:04}.npy")
+        order = np.random.default_rng(epoch).permutation(len(ids))
+        for batch in loader.batches(ids[order], last="drop", view=view, stored=feed.stored(view)):
+            position = np.searchsorted(ids, batch.sample_ids.numpy())
+            found = feed.teacher(batch.images, batch.labels, batch.stored)
+            assert np.array_equal(found.numpy(), stored[position].astype(np.float32))
+
+
+@pytest.mark.parametrize("family", ["flip", "random_resized_crop_flip"])
+def test_every_family_is_labelled_and_trained_on(tiny_recipe, family):
+    loaded = tiny_recipe(f"data.view.family={family}", "data.view.cutout_ratio=0.25", "train.epochs=2")
+    chain = Chain(loaded)
+    run, _ = chain.train()
+    assert chain.labels.facts["views"] == 2
+    assert run.manifest.parents["LABELS"] == chain.labels.key
+    live = live_rows(chain, 1)
+    assert (np.abs(chain.labels.array("views/v0001.npy") - live) <= allowed(live)).all()
+
+
+# --- found again, or not ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=3",
+        "student.model=cifar/resnet14",
+        "train.batch_size=15",
+        "train.precision=bf16",
+        "train.epochs=3",
+        "loss.temperature=2.0",
+        "labels.batch_size=7",
+        "data.view.scale=[0.5, 1.0]",  # not of this family
+        "labels.views=2",
+    ],
+)
+def test_what_does_not_bear_on_labels_reuses_them(labelled, tiny_recipe, override):
+    again, built = stages.label(tiny_recipe(*VIEWS, "labels.views=3", override))
+    assert not built
+    assert again.path == labelled[1].path
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("teacher.overrides=[seed=9]", "teacher.weights is"),
+        ("data.view.family=flip", "view.family is 'pad_crop_flip', not 'flip'"),
+        ("data.view.pad_ratio=0.25", "view.pad_ratio is 0.125, not 0.25"),
+        ("data.view.cutout_ratio=0.25", "view.cutout_ratio is None, not 0.25"),
+        ("labels.view_seed=1", "view.seed is 0, not 1"),
+        ("teacher.input_px=12", "view.input_px is None, not 12"),
+        ("labels.topk=2", "topk is None, not 2"),
+        ("prune.keep_ratio=0.4", "subset is"),
+    ],
+)
+def test_what_bears_on_labels_makes_new_ones_and_says_why(labelled, tiny_recipe, capfd, override, part):
+    capfd.readouterr()
+    other, built = stages.label(tiny_recipe(*VIEWS, "labels.views=3", override))
+    assert built
+    assert other.path != labelled[1].path
+    said = capfd.readouterr().out
+    assert f"no LABELS for this recipe yet; the nearest is {labelled[1].path.name}: " in said
+    assert part in said
+
+
+def test_other_data_is_named(labelled, tiny_npz, tiny_recipe, tmp_path, capfd):
+    arrays = dict(np.load(tiny_npz))
+    arrays["images"][0] ^= 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    stages.write("arrays", tmp_path / "other", {"file": str(tmp_path / "other.npz"), "workers": 1})
+    capfd.readouterr()
+    _, built = stages.label(tiny_recipe(*VIEWS, "labels.views=3", f"data.path={tmp_path / 'other'}"))
+    assert built
+    assert "data is " in capfd.readouterr().out
+
+
+def test_views_are_added_without_labelling_those_that_are_there(labelled, tiny_recipe, monkeypatch):
+    old = labelled[1]
+    before = {name: (old.path / name).stat().st_ino for name in old.manifest.files}
+    seen = []
+    real = Loader.batches
+    monkeypatch.setattr(
+        Loader, "batches", lambda self, ids, **how: seen.append(how.get("view")) or real(self, ids, **how)
+    )
+    grown, built = stages.label(tiny_recipe(*VIEWS, "labels.views=5"))
+    assert built
+    assert grown.path == old.path
+    assert seen == [[3, 4]]
+    assert grown.facts["views"] == 5
+    assert {name: (grown.path / name).stat().st_ino for name in before} == before
+    assert grown.cost_s > old.cost_s
+    artifacts.verify(grown)
+    assert not stages.label(tiny_recipe(*VIEWS, "labels.views=2"))[1]
+
+
+def test_a_plain_recipe_has_nothing_to_label(tiny_recipe, command):
+    with pytest.raises(InputError, match=r"trains on the plain view.*give a data\.view\.family"):
+        stages.label(tiny_recipe())
+    code, said = command(label.main, tiny_recipe.path)
+    assert code == 2
+    assert "data.view.family" in said
+
+
+def test_the_label_command(tiny_recipe, command):
+    code, said = command(label.main, tiny_recipe.path, *VIEWS, "labels.views=2")
+    assert code == 0
+    assert "75 samples × 2 views" in said
+    assert "in 2 views: 0.0 MB (6 bytes an image and view)" in said  # what it will need is said before
+
+
+def test_a_teacher_may_see_the_same_boxes_at_another_resolution(tiny_recipe):
+    loaded = tiny_recipe(*VIEWS, "labels.views=1", "teacher.input_px=24", "train.epochs=1")
+    chain = Chain(loaded)
+    run, _ = chain.train()
+    assert chain.labels.manifest.inputs["view"]["input_px"] == 24
+    assert json.loads((run.path / "model.json").read_text())["input_hw"] == [16, 16]
+
+
+# --- top-k -----------------------------------------------------------------------------------------------------------
+
+
+def test_topk_keeps_the_largest_and_the_mass_of_the_others(labelled, tiny_recipe):
+    dense = labelled[1]
+    topk, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=3", "labels.topk=2", "loss.temperature=2.0"))
+    assert topk.facts["row_bytes"] == 2 * 2 + 2 * 2 + 4
+    assert topk.manifest.inputs["temperature"] == 2.0
+    rows = dense.array("views/v0001.npy").astype(np.float64)
+    indices, logits, tail = (topk.array(f"views/v0001.{n}.npy") for n in ("indices", "logits", "tail"))
+    assert (indices.dtype, logits.dtype, tail.dtype) == (np.uint16, np.float16, np.float32)
+    np.testing.assert_array_equal(np.take_along_axis(rows, indices.astype(int), 1), logits)
+    p = np.exp(rows / 2) / np.exp(rows / 2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(tail[:, 0], 1 - np.take_along_axis(p, indices.astype(int), 1).sum(axis=1), atol=1e-3)
+
+
+def test_another_temperature_makes_other_topk_labels(tiny_recipe):
+    first, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=1", "labels.topk=2"))
+    other, built = stages.label(tiny_recipe(*VIEWS, "labels.views=1", "labels.topk=2", "loss.temperature=2.0"))
+    assert built
+    assert other.path != first.path
+
+
+def test_topk_of_two_of_three_classes_trains_as_all_logits_do(tiny_recipe):
+    """With one class left out nothing is spread: the rows are the same but for rounding."""
+
+    def losses(*overrides: str) -> list[float]:
+        run, _ = stages.train(tiny_recipe(*VIEWS, "train.epochs=2", *overrides))
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if line["event"] == "steps"]
+
+    np.testing.assert_allclose(losses("labels.topk=2"), losses(), rtol=5e-3)
+
+
+def test_topk_of_all_classes_is_refused(tiny_recipe):
+    with pytest.raises(InputError, match=r"labels\.topk=3: expected fewer than the 3 classes"):
+        stages.label(tiny_recipe(*VIEWS, "labels.topk=3"))
+
+
+# --- broken off ------------------------------------------------------------------------------------------------------
+
+SLOW = """
+import sys, time
+from fastkd import cli, label
+from fastkd.stages import labelling
+labelling.SAVE_EVERY_S = 0.0
+real = labelling.predict
+def slow(*a):
+    for item in real(*a):
+        yield item
+        time.sleep(0.3)
+labelling.predict = slow
+sys.argv = ["fastkd.label", *sys.argv[1:]]
+cli.run(label.main)
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, sent):
+    overrides = (*VIEWS, "labels.views=2")
+    chain = Chain(tiny_recipe(*overrides))
+    _ = chain.subset
+    place = chain.place("LABELS", labelling.label_inputs(chain))
+    partial = place.with_name(place.name + artifacts.PARTIAL)
+    child = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(tiny_recipe.path), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    rows = 0
+    while rows < 32 and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.05)
+        if (partial / "progress.json").exists():
+            rows = json.loads((partial / "progress.json").read_text())["views"]["0"]["rows"]
+    os.kill(child.pid, sent)
+    output = child.communicate(timeout=60)[0].decode()
+    assert child.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), output
+    assert 32 <= rows < 75, output
+    assert not place.exists()
+    spent = json.loads((partial / "progress.json").read_text())["cost_s"]
+    capfd.readouterr()
+
+    labels, built = stages.label(tiny_recipe(*overrides))
+    assert built
+    assert "going on with what was begun: " in capfd.readouterr().out
+    assert labels.cost_s > spent
+    assert set(labels.manifest.files) == {"views/v0000.npy", "views/v0001.npy"}
+    whole, _ = stages.label(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
+    for v in range(2):
+        assert np.array_equal(labels.array(f"views/v{v:04}.npy"), whole.array(f"views/v{v:04}.npy"))
+
+
+def stop_after(monkeypatch, rows: int, error: BaseException) -> None:
+    """Make writing fail once a file has that many rows; save after every batch."""
+    real = RowFile.append
+
+    def append(self: RowFile, data: np.ndarray) -> None:
+        if self.done >= rows:
+            raise error
+        real(self, data)
+
+    monkeypatch.setattr(labelling, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(RowFile, "append", append)
+
+
+def test_a_full_disk_says_so_and_the_next_run_goes_on(tiny_recipe, monkeypatch, capfd):
+    loaded = tiny_recipe(*VIEWS, "labels.views=2")
+    subset = Chain(loaded).subset
+    with monkeypatch.context() as patch:
+        stop_after(patch, 48, OSError(28, "No space left on device"))
+        with pytest.raises(FastkdError, match=r"no space left .* MB free\): free some.*goes on from here"):
+            stages.label(loaded)
+    assert artifacts.load(subset.path, "SUBSET").key == subset.key
+    capfd.readouterr()
+    labels, _ = stages.label(loaded)
+    assert "96 of 150 rows are there" in capfd.readouterr().out
+    live = live_rows(Chain(loaded), 1)
+    assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
+
+
+def test_what_the_disk_has_no_room_for_is_not_begun(tiny_recipe, monkeypatch):
+    loaded = tiny_recipe(*VIEWS, "labels.views=2")
+    _ = Chain(loaded).subset
+    usage = shutil.disk_usage("/")._replace(free=899)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(FastkdError, match=r"labelling 150 rows needs 0\.0 MB, and 0\.0 MB are free"):
+        stages.label(loaded)
+
+
+def test_a_damaged_half_is_labelled_anew(tiny_recipe, monkeypatch, capfd, tmp_path):
+    loaded = tiny_recipe(*VIEWS, "labels.views=2")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 48, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            stages.label(loaded)
+    (partial,) = (tmp_path / "artifacts").glob(f"*{artifacts.PARTIAL}")
+    flip_last_byte(partial / "views" / "v0001.npy", at=140)
+    capfd.readouterr()
+    labels, _ = stages.label(loaded)
+    assert "damaged; labelling them anew" in capfd.readouterr().err
+    live = live_rows(Chain(loaded), 1)
+    assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
+
+
+def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(labelled, tiny_recipe, monkeypatch):
+    old = labelled[1]
+    more = tiny_recipe(*VIEWS, "labels.views=5")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 48, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            stages.label(more)
+    assert artifacts.load(old.path).facts["views"] == 3
+    grown, _ = stages.label(more)
+    assert grown.facts["views"] == 5
+    for v in range(3):
+        assert grown.manifest.files[f"views/v{v:04}.npy"] == old.manifest.files[f"views/v{v:04}.npy"]
+
+
+# --- damaged, or not the teacher's -----------------------------------------------------------------------------------
+
+
+def flip_last_byte(file: Path, at: int = -1) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 0x80
+    file.write_bytes(data)
+
+
+def reseal(artifact: artifacts.Artifact) -> None:
+    """Give changed files right checksums, as somebody would who replaced them on purpose."""
+    manifest = json.loads((artifact.path / "manifest.json").read_text())
+    for name, stamp in manifest["files"].items():
+        stamp["xxh3_128"] = artifacts.file_digest(artifact.path / name)
+    (artifact.path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_damaged_label_file_is_refused(labelled, tiny_recipe, command):
+    flip_last_byte(labelled[1].path / "views" / "v0001.npy")
+    with pytest.raises(ArtifactError, match=r"v0001\.npy: damaged: .*Delete .* and build it again"):
+        stages.train(labelled[0])
+    code, said = command(check.main, labelled[1].path)
+    assert code == 2
+    assert "v0001.npy: damaged" in said
+
+
+def test_check_finds_all_well(labelled, tiny_recipe, command):
+    found = checking.check(labelled[0], pairs=60, seed=1)
+    assert [f.wrong for f in found] == [0, 0]
+    assert all(0 < f.worst_error <= 2.0**-10 for f in found)
+    code, said = command(check.main, tiny_recipe.path, *VIEWS, "labels.views=3", "--pairs", "40", "--seed", "5")
+    assert code == 0
+    assert "all is as it should be" in said
+    assert command(check.main, labelled[1].path)[0] == 0
+
+
+@pytest.mark.parametrize("topk", [None, 2])
+def test_check_names_the_worst_row_that_is_not_the_teachers(tiny_recipe, command, topk):
+    overrides = [*VIEWS, "labels.views=3", *([f"labels.topk={topk}"] if topk else [])]
+    labels, _ = stages.label(tiny_recipe(*overrides))
+    name = "views/v0002.logits.npy" if topk else "views/v0002.npy"
+    rows = np.load(labels.path / name)
+    np.save(labels.path / name, np.roll(rows, 1, axis=0))
+    reseal(labels)
+    code, said = command(check.main, tiny_recipe.path, *overrides, "--pairs", "500", "--seed", "0")
+    assert code == 2
+    assert "are not what the teacher says: the worst, sample_id " in said
+    assert " in view 2, is off by " in said
+
+
+def test_check_builds_nothing(tiny_recipe, command, tmp_path):
+    code, said = command(check.main, tiny_recipe.path, *VIEWS)
+    assert code == 2
+    assert "for this recipe yet: python -m fastkd.train RECIPE builds it" in said
+    assert not (tmp_path / "artifacts").exists()
+
+
+# --- exactness on real data ------------------------------------------------------------------------------------------
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.mark.skipif(not FASHION.exists(), reason="needs Debian's dataset-fashion-mnist")
+def test_on_fashion_mnist_stored_labels_are_the_live_teachers(tmp_path):
+    """In fp32: rows within 2⁻¹⁰ of the largest logit, the loss within 1e-3, twenty steps of training alike."""
+    from fastkd.data.source import load_writer
+
+    writer = load_writer("fashion_mnist")
+    splits, _ = writer.read(writer.options({"root": str(FASHION)}))
+    arrays = {}
+    for split, count, prefix in (("train", 1600, ""), ("val", 200, "val_")):
+        samples = [splits[split][i] for i in range(count)]
+        arrays[f"{prefix}images"] = np.stack([np.asarray(image) for image, _ in samples])
+        arrays[f"{prefix}labels"] = np.array([y for _, y in samples])
+    np.savez(tmp_path / "fashion.npz", **arrays)
+    common = f"data: {{path: {tmp_path / 'data'}, writer: arrays, options: {{file: {tmp_path / 'fashion.npz'}}}"
+    (tmp_path / "teacher.yaml").write_text(
+        f"name: teacher\n{common}}}\nstudent: {{model: cifar/resnet14}}\noptim: {{lr: 0.05}}\n"
+        "train: {epochs: 2, batch_size: 64, compile: false}\n"
+    )
+    (tmp_path / "student.yaml").write_text(
+        f"name: student\n{common}, view: {{family: pad_crop_flip, cutout_ratio: 0.25}}}}\n"
+        "teacher: {recipe: teacher.yaml}\nprune: {keep_ratio: 0.5}\nstudent: {model: cifar/resnet8}\n"
+        f"optim: {{lr: 0.05}}\nlog: {{every_steps: 1}}\n"
+        f"train: {{epochs: 2, batch_size: 80, compile: false, runs_dir: {tmp_path / 'runs'}}}\n"
+    )
+
+    def load(*overrides: str) -> recipe.Recipe:
+        return recipe.load(tmp_path / "student.yaml", ["train.precision=fp32", *overrides])
+
+    stored, online = Chain(load()), Chain(load("labels.mode=online"))
+    for view in (0, 1):
+        live = live_rows(stored, view)
+        rows = stored.labels.array(f"views/v{view:04}.npy").astype(np.float32)
+        assert (np.abs(rows - live) <= allowed(live)).all()
+
+    loader, student, state, ids, feed = prepare(stored)
+    live_feed = prepare(online)[-1]
+    student.eval()
+    for batch in loader.batches(ids, last="drop", view=1, stored=feed.stored(1)):
+        with torch.no_grad():
+            z = student(batch.images).float()
+            teachers = [f.teacher(batch.images, batch.labels, batch.stored) for f in (feed, live_feed)]
+            a, b = (state.loss(z, batch.labels, teacher).item() for teacher in teachers)
+        assert a == pytest.approx(b, abs=1e-3)
+
+    def losses(chain: Chain) -> list[float]:
+        run, _ = chain.train()
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in lines if line["event"] == "steps"]
+
+    traces = losses(Chain(load())), losses(Chain(load("labels.mode=online")))
+    assert len(traces[0]) == 20
+    np.testing.assert_allclose(*traces, rtol=1e-2)
+    np.testing.assert_allclose(traces[0][:5], traces[1][:5], rtol=1e-3)
