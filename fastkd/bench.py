@@ -62,5 +62,28 @@ def loader(
     console.say(f"written: {out / 'loader.json'}")
 
 
+def labels(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where labels.json goes.")] = None,
+) -> None:
+    """Print what each way to store the teacher's logits takes on disk, and what it changes in the KD loss.
+
+    Example: python -m fastkd.bench labels recipes/quickstart.yaml
+    """
+    resolved = recipe.load(path, overrides or ())
+    from fastkd.benchmarks import labels as benchmark
+
+    out = out or Path(resolved.train.runs_dir) / f"labels-{resolved.name}"
+    report = benchmark.measure(resolved, out)
+    console.show(benchmark.table(report))
+    console.say(
+        f"{report['rows']:,} kept rows, against float32; the loss without its weight alpha. At the start: for a "
+        "student that gives all classes alike; at the end: for one that gives the teacher's own softmax. Gradient: "
+        "the share of a student's first one."
+    )
+    console.say(f"written: {out / 'labels.json'}")
+
+
 if __name__ == "__main__":
-    cli.run(savings, loader, named=True)
+    cli.run(savings, loader, labels, named=True)

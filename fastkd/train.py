@@ -12,7 +12,7 @@ def main(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     force: Annotated[
-        list[str] | None, typer.Option(metavar="STAGE", help="Run write, teacher, score, prune or train again.")
+        list[str] | None, typer.Option(metavar="STAGE", help="Run write, teacher, score, prune, label or train again.")
     ] = None,
 ) -> None:
     """Train a student; whatever it needs and is missing is built first, whatever is there is reused.

@@ -91,6 +91,14 @@ def test_all_errors_come_at_once_with_the_nearest_key(write):
         ("optim.warmup_epochs=2", "`optim.warmup_epochs` (2.0) must be below `train.epochs`"),
         ("train.eval_every_epochs=1", "needs `data.holdout_ratio` above 0"),
         ("prune.keep_ratio=0.5", "needs a `teacher`"),
+        ("data.view.family=jitter", "data.view.family: 'jitter' is wrong: should be 'none', 'flip'"),
+        ("data.view.scale=[0.5,0.2]", "`scale` [0.5, 0.2]: expected 0 < least ≤ largest ≤ 1"),
+        ("data.view.ratio=[0,1]", "`ratio` [0.0, 1.0]: expected 0 < least ≤ largest"),
+        ("data.view.pad_ratio=0.6", "data.view.pad_ratio: 0.6 is wrong"),
+        ("labels.views=0", "labels.views"),
+        ("labels.views=some", "labels.views"),
+        ("labels.views=4", "all views are the same without a `data.view.family`"),
+        ("labels.topk=4", "needs a `data.view.family`"),
         ("teacher.model=cifar/resnet8", "needs `weights`"),
         ("teacher.mean=[0,0,0]", "give either `recipe`, or `model` and `weights`"),
         ("name=../x", "name: '../x' is wrong"),
@@ -103,6 +111,30 @@ def test_each_wrong_value_has_its_message(write, override, message):
     with pytest.raises(InputError) as error:
         recipe.load(write(), [override])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "views", "seen"),
+    [
+        ([], None, [None, None, None]),
+        (["data.view.family=flip"], 3, [0, 1, 2]),
+        (["data.view.cutout_ratio=0.5"], 3, [0, 1, 2]),
+        (["data.view.family=flip", "labels.views=2"], 2, [0, 1, 0]),
+        (["data.view.family=flip", "labels.views=9"], 3, [0, 1, 2]),
+        (["data.view.family=flip", "labels.views=plain"], None, [None, None, None]),
+    ],
+)
+def test_which_view_an_epoch_sees(write, overrides, views, seen):
+    loaded = recipe.load(write(), ["train.epochs=3", *overrides])
+    assert loaded.num_views == views
+    assert [loaded.view_of(epoch) for epoch in range(3)] == seen
+
+
+def test_a_live_teacher_sees_the_students_resolution(write):
+    given = write(teacher={"model": "cifar/resnet8", "weights": "w", "input_px": 24})
+    assert recipe.load(given).teacher.input_px == 24
+    with pytest.raises(InputError, match=r"`teacher.input_px` 24: a live teacher sees the student's images"):
+        recipe.load(given, ["labels.mode=online"])
 
 
 @pytest.mark.parametrize("text", ["", "- 1\n", "a: [", "a: !!python/object/apply:os.system ['touch /tmp/owned']", "\t"])

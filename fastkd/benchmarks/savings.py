@@ -19,7 +19,7 @@ from fastkd.stages.training import prepare, run_inputs
 
 SEED_NOISE_POINTS = 0.3
 """Differences of top-1 that the seed alone is known to make."""
-STAGE_LINES = ("write", "score", "prune", "setup", "compile", "train", "evaluate")
+STAGE_LINES = ("write", "score", "prune", "label", "setup", "compile", "train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,17 @@ class Way:
 
 
 def ways(recipe: Recipe) -> list[Way]:
-    """Return what is compared: vanilla KD, the recipe, random in place of its method, all data for as many steps."""
+    """Return what is compared: vanilla KD, the recipe, random in place of its method, all data for as many steps.
+
+    Vanilla KD sees a new view in each epoch, as it does where nothing is stored.
+    """
     if recipe.teacher is None:
         raise InputError(f"recipe {recipe.name} has no teacher: there is no distillation to save time on")
+    if recipe.teacher.input_px not in (None, recipe.data.input_px):
+        raise InputError(
+            f"teacher.input_px={recipe.teacher.input_px}: vanilla KD's live teacher sees the student's images; "
+            "savings are measured where both have one resolution"
+        )
     ratio, epochs = recipe.prune.keep_ratio, recipe.train.epochs
 
     def change(**sections: dict[str, Any]) -> Recipe:
@@ -46,7 +54,10 @@ def ways(recipe: Recipe) -> list[Way]:
         Way(
             "vanilla",
             "vanilla KD (all data)",
-            change(prune={"keep_ratio": 1.0}, labels={"mode": "online", "reshape": False}),
+            change(
+                prune={"keep_ratio": 1.0},
+                labels={"mode": "online", "reshape": False, "views": "epochs", "topk": None},
+            ),
         ),
         Way("recipe", f"{recipe.prune.method} (keep {ratio:g})", recipe),
     ]
@@ -101,6 +112,7 @@ def measure(recipe: Recipe, out: Path, *, seeds: int = 1, source: Path | None = 
         entry |= _summary(entry["runs"])
         for which in ("first_student_s", "further_student_s"):
             entry[f"speedup_{which}"] = vanilla[which] / entry[which]
+        entry["break_even_students"] = break_even(entry, vanilla)
     report = {
         "recipe": recipe.name,
         "seeds": list(range(recipe.seed, recipe.seed + seeds)),
@@ -126,13 +138,22 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the median of times and rates, and mean and standard deviation of top-1, over seeds."""
     top1 = [r["top1"] for r in runs]
     stages = [{s["stage"]: s["seconds"] for s in r["stages"]} for r in runs]
-    rates = ("first_student_s", "further_student_s", "images_per_s", "data_wait_share")
+    rates = ("first_student_s", "further_student_s", "images_per_s", "data_wait_share", "stored_bytes")
     return {
         "stages": {n: statistics.median(s[n] for s in stages) for n in STAGE_LINES if n in stages[0]},
         **{name: statistics.median(r[name] for r in runs) for name in rates},
         "top1": statistics.mean(top1),
         "top1_std": statistics.stdev(top1) if len(top1) > 1 else None,
     }
+
+
+def break_even(way: dict[str, Any], vanilla: dict[str, Any]) -> int | None:
+    """Return from how many students on a way takes less time in all than vanilla KD; None: it never does."""
+    before, vanilla_before = (w["first_student_s"] - w["further_student_s"] for w in (way, vanilla))
+    gained = vanilla["further_student_s"] - way["further_student_s"]
+    if gained <= 0:
+        return None
+    return max(1, math.floor((before - vanilla_before) / gained) + 1)
 
 
 def noise_points(ways: Iterable[dict[str, Any]], test_count: int) -> float:
@@ -152,7 +173,8 @@ def conclusion(report: dict[str, Any]) -> str:
     vanilla, own = ways["vanilla"], ways["recipe"]
     sentences = [
         f"A further student costs {own['further_student_s'] / vanilla['further_student_s']:.2f} of vanilla KD's time "
-        f"({own['speedup_further_student_s']:.1f}× faster); the first, with scoring and pruning charged to it, "
+        f"({own['speedup_further_student_s']:.1f}× faster); the first, with scoring, pruning and labelling charged "
+        f"to it, "
         f"{own['first_student_s'] / vanilla['first_student_s']:.2f} ({own['speedup_first_student_s']:.1f}×)."
     ]
     gaps = {name: 100 * (own["top1"] - way["top1"]) for name, way in ways.items() if name != "recipe"}
@@ -177,7 +199,7 @@ def conclusion(report: dict[str, Any]) -> str:
 
 def table(report: dict[str, Any]) -> Table:
     """Lay the report out: a column per way, a line per stage."""
-    columns = report["ways"].values()
+    columns, vanilla = report["ways"].values(), report["ways"]["vanilla"]
     grid = Table(title=f"savings: {report['recipe']}", title_justify="left")
     grid.add_column("")
     for entry in columns:
@@ -189,6 +211,13 @@ def table(report: dict[str, Any]) -> Table:
     grid.add_row("each further student (s)", *(f"{e['further_student_s']:.1f}" for e in columns))
     grid.add_row("speed-up, first", *(f"{e['speedup_first_student_s']:.2f}×" for e in columns))
     grid.add_row("speed-up, further", *(f"{e['speedup_further_student_s']:.2f}×" for e in columns), style="bold")
+    grid.add_row(
+        "pays from student no.",
+        *(str(e["break_even_students"] or "never") if e is not vanilla else "–" for e in columns),
+    )
+    grid.add_row(
+        "labels stored (MB)", *(f"{e['stored_bytes'] / 1e6:.1f}" if e["stored_bytes"] else "–" for e in columns)
+    )
     grid.add_section()
     grid.add_row("images/s while training", *(f"{e['images_per_s']:,.0f}" for e in columns))
     grid.add_row("data wait", *(f"{e['data_wait_share']:.1%}" for e in columns))

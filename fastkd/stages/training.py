@@ -362,6 +362,7 @@ def _timing(chain: "Chain", epochs: list[dict[str, float]]) -> dict[str, Any]:
         ],
         "first_student_s": sum(c.seconds for c in before.values()) + further_s,
         "further_student_s": further_s,
+        "stored_bytes": _stored_bytes(chain),
         "teacher_training_s": chain.costs["teacher"].seconds if "teacher" in chain.costs else None,
         "data_wait_s": wait_s,
         "step_s": wall_s - wait_s,
@@ -369,6 +370,15 @@ def _timing(chain: "Chain", epochs: list[dict[str, float]]) -> dict[str, Any]:
         "images_per_s": sum(e["images"] for e in epochs) / wall_s,
         "epochs": epochs,
     }
+
+
+def _stored_bytes(chain: "Chain") -> int:
+    """Return the size of the stored logits that the student learned from."""
+    if chain.recipe.teacher is None or chain.recipe.labels.mode == "online":
+        return 0
+    if uses_labels(chain.recipe):
+        return chain.labels.facts["row_bytes"] * chain.labels.facts["count"] * (chain.recipe.num_views or 0)
+    return chain.subset.manifest.files["logits.npy"].size
 
 
 def environment(chain: "Chain") -> dict[str, Any]:

@@ -1,7 +1,7 @@
 import pytest
 
 from fastkd import recipe
-from fastkd.benchmarks.savings import conclusion, noise_points, ways
+from fastkd.benchmarks.savings import break_even, conclusion, noise_points, ways
 from fastkd.errors import InputError
 
 
@@ -55,7 +55,7 @@ def test_noise_is_what_the_test_set_and_the_seeds_leave_open():
 def test_ways_differ_in_what_they_claim_to(tiny_recipe):
     columns = {w.name: w.recipe for w in ways(tiny_recipe("optim.warmup_epochs=1.0"))}
     own = columns["recipe"]
-    assert columns["vanilla"].labels == recipe.Labels(mode="online", reshape=False)
+    assert columns["vanilla"].labels == recipe.Labels(mode="online", reshape=False)  # a new view in each epoch
     assert columns["vanilla"].prune.keep_ratio == 1.0
     assert columns["random"].prune.method == "random"
     assert columns["same_compute"].train.epochs == own.train.epochs * own.prune.keep_ratio == 3
@@ -66,6 +66,27 @@ def test_ways_differ_in_what_they_claim_to(tiny_recipe):
         )  # fmt: skip
     assert [w.name for w in ways(tiny_recipe("prune.method=random"))] == ["vanilla", "recipe", "same_compute"]
     assert [w.name for w in ways(tiny_recipe("prune.keep_ratio=1.0"))] == ["vanilla", "recipe"]
+
+
+def test_vanilla_sees_a_new_view_each_epoch_whatever_the_recipe_stores(tiny_recipe):
+    columns = {w.name: w.recipe for w in ways(tiny_recipe("data.view.family=flip", "labels.views=2"))}
+    assert columns["vanilla"].num_views == 6
+    assert columns["recipe"].num_views == columns["random"].num_views == columns["same_compute"].num_views == 2
+    with pytest.raises(InputError, match=r"teacher\.input_px=8: vanilla KD's live teacher sees the student's images"):
+        ways(tiny_recipe("teacher.input_px=8"))
+
+
+@pytest.mark.parametrize(
+    ("first", "further", "students"), [(50.0, 40.0, 1), (130.0, 40.0, 2), (400.0, 50.0, 7), (200.0, 100.0, None)]
+)
+def test_break_even_is_where_the_sums_cross(first, further, students):
+    way = {"first_student_s": first, "further_student_s": further}
+    vanilla = {"first_student_s": 103.0, "further_student_s": 100.0}
+    assert break_even(way, vanilla) == students
+    if students:
+        assert first + (students - 1) * further < 103 + (students - 1) * 100
+        if students > 1:
+            assert first + (students - 2) * further >= 103 + (students - 2) * 100
 
 
 def test_no_teacher_no_savings(tiny_recipe):

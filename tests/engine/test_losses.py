@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd.engine.losses import kd_loss, reshape_logits, supervised_loss
+from fastkd.engine.losses import kd_loss, reshape_logits, stored_logits, supervised_loss
 from fastkd.kernels import reshape_rows
 
 
@@ -60,3 +60,31 @@ def test_the_live_reshaping_is_the_kernels_up_to_a_constant(logits):
     assert flat == 1
     assert torch.isfinite(live).all()
     torch.testing.assert_close(live - live.mean(1, keepdim=True), torch.from_numpy(stored), atol=1e-5, rtol=1e-5)
+
+
+def test_stored_rows_of_all_logits_are_those():
+    rows = torch.randn(4, 5).half()
+    assert torch.equal(stored_logits((rows,), 5, 4.0), rows.float())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_topk_rows_give_the_softmax_that_they_were_taken_from(temperature):
+    """The k largest keep their probability; the others share theirs evenly."""
+    z = torch.randn(6, 7, generator=torch.Generator().manual_seed(0)) * 4
+    p = (z / temperature).softmax(1)
+    logits, indices = z.topk(3, dim=1)
+    tail = 1 - p.gather(1, indices).sum(1, keepdim=True)
+    found = (stored_logits((indices.to(torch.uint16), logits, tail), 7, temperature) / temperature).softmax(1)
+    torch.testing.assert_close(found.gather(1, indices), p.gather(1, indices), rtol=1e-4, atol=1e-6)
+    others = torch.ones(6, 7, dtype=torch.bool).scatter(1, indices, False)
+    expected = (tail / 4).expand(-1, 7)[others]
+    torch.testing.assert_close(found[others], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("tail", [0.0, 1e-38])
+def test_a_tail_of_nothing_makes_no_nan(tail):
+    stored = (torch.tensor([[2, 0]], dtype=torch.uint16), torch.tensor([[5.0, 1.0]]).half(), torch.tensor([[tail]]))
+    found = stored_logits(stored, 4, 4.0)
+    assert torch.isfinite(found).all()
+    loss = kd_loss(torch.zeros(1, 4), torch.tensor([0]), found, alpha=1.0, gamma=0.0, temperature=4.0)
+    assert torch.isfinite(loss)

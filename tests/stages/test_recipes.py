@@ -49,6 +49,7 @@ def test_rn50_r18_on_a_folder_of_jpegs(image_folder, tmp_path):
             "data.input_px=32",
             f"teacher.weights={weights}",
             "score.batch_size=16",
+            "labels.batch_size=16",
             "optim.milestones_epochs=[1]",
             "train.epochs=2",
             "train.batch_size=10",
@@ -64,6 +65,8 @@ def test_rn50_r18_on_a_folder_of_jpegs(image_folder, tmp_path):
     assert chain.teacher.inputs["mean"] == [0.485, 0.456, 0.406]
     assert run.facts["model"] == "torchvision/resnet18"
     assert chain.subset.facts["class_counts"] == [5, 5, 5, 5]
+    assert chain.labels.facts["views"] == 2  # of ten, for two epochs
+    assert chain.labels.manifest.inputs["view"]["family"] == "random_resized_crop_flip"
     assert 0 <= run.facts["top1"]["val"] <= 1
     assert models.native_normalisation("torchvision/resnet18", run.path).mean == tuple(chain.dataset.facts["mean"])
 
@@ -91,6 +94,7 @@ def test_cifar_recipes_with_a_checkpoint_of_the_kd_literature(path, cifar_like, 
             f"data.artifacts_dir={tmp_path / 'artifacts'}",
             f"teacher.weights={tmp_path / 'ckpt_epoch_240.pth'}",
             "score.batch_size=20",
+            "labels.batch_size=20",
             "optim.milestones_epochs=[1]",
             "train.epochs=2",
             "train.batch_size=10",
@@ -103,6 +107,9 @@ def test_cifar_recipes_with_a_checkpoint_of_the_kd_literature(path, cifar_like, 
     assert run.facts["model"] == loaded.student.model
     subset = next((tmp_path / "artifacts").glob("subset-*"))
     assert artifacts.load(subset, "SUBSET").facts["count"] == 30
+    labels = artifacts.load(next((tmp_path / "artifacts").glob("labels-*")), "LABELS")
+    assert labels.manifest.inputs["view"]["family"] == "pad_crop_flip"
+    assert (labels.facts["views"], labels.facts["row_bytes"]) == (2, 10)
 
 
 @pytest.fixture(scope="module")
