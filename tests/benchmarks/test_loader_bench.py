@@ -21,12 +21,13 @@ def test_every_line_is_measured_and_written(data, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "LEAST_S", 0.0)
     monkeypatch.setattr(benchmark, "SMALL_BATCH", 8)
     monkeypatch.setattr(benchmark, "PHOTO_BATCH", 4)
+    monkeypatch.setattr(benchmark, "MANY", 2)
     cases = [Case(case.title, case.data, 4, case.pipelines) for case in benchmark.CASES[::2]]  # those with views
     report = benchmark.measure(tmp_path, data=data, small=20, photos=6, repeats=2, workers=[1], cases=cases)
     assert json.loads((tmp_path / "loader.json").read_text()) == report
     assert [line["case"] for line in report["lines"]] == [case.title for case in cases]
     for line in report["lines"]:
-        assert list(line["pipelines"]) == ["fastkd", "FFCV"]
+        assert list(line["pipelines"]) == ["fastkd", "2 views a decode", "FFCV"]
         assert line["images_per_epoch"] == (20 if line["case"].startswith("32 px") else 4)
         for entry in line["pipelines"].values():
             assert len(entry["repeats"]) == 2
