@@ -293,12 +293,14 @@ def build(
     if artifact := existing():
         return artifact, False
     with _lock(path):
+        _undo_half_published(path)
         if artifact := existing():  # another process published it while this one waited
             return artifact, False
         partial = path.with_name(path.name + PARTIAL)
         if partial.exists() and (force or not resumable):  # the lock is ours, so whoever left it is dead
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=resumable)
+        (partial / MANIFEST).unlink(missing_ok=True)  # of a build that was broken off when it was all but published
         start = time.perf_counter()
         try:
             built = builder(partial)
@@ -314,7 +316,7 @@ def build(
             )
         except BaseException as error:
             # A RUN that began tells what happened until it failed; what cannot be gone on with is of no use half done.
-            if not (kind == "RUN" or resumable) or isinstance(error, InputError):
+            if not resumable and (kind != "RUN" or isinstance(error, InputError)):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         _publish(partial, path)
@@ -389,6 +391,13 @@ def _publish(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _undo_half_published(path: Path) -> None:
+    """Put back what was moved aside by a process that died before it put the new one in its place."""
+    old = path.with_name(path.name + _OLD)
+    if old.exists() and not path.exists():
+        old.rename(path)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -412,14 +421,19 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def nearest(directory: Path, kind: Kind, inputs: Mapping[str, Any]) -> str | None:
-    """Name the artifact in `directory` most like the one asked for, and what differs; None if there is none."""
-    best: tuple[int, str] | None = None
+def published(directory: Path, kind: Kind) -> Iterator[tuple[Path, Manifest]]:
+    """Yield the artifacts of a kind in a directory with their manifests; not what is half done, damaged or foreign."""
     for file in sorted(directory.glob(f"*/{MANIFEST}")):
         with contextlib.suppress(ArtifactError):
             manifest = read_manifest(file.parent)
-            if manifest.kind == kind:
-                phrases = differences(inputs, manifest.inputs)
-                if best is None or len(phrases) < best[0]:
-                    best = len(phrases), f"{file.parent.name}: {'; '.join(phrases)}"
-    return best[1] if best else None
+            if manifest.kind == kind and not file.parent.name.endswith((PARTIAL, _OLD)):
+                yield file.parent, manifest
+
+
+def nearest(directory: Path, kind: Kind, inputs: Mapping[str, Any]) -> str | None:
+    """Name the artifact in `directory` most like the one asked for, and what differs; None if there is none."""
+    found = [(differences(inputs, manifest.inputs), path) for path, manifest in published(directory, kind)]
+    if not found:
+        return None
+    phrases, path = min(found, key=lambda one: len(one[0]))
+    return f"{path.name}: {'; '.join(phrases)}"

@@ -92,7 +92,7 @@ def measure(recipe: Recipe, out: Path, *, seeds: int = 1, source: Path | None = 
     """
     columns = ways(recipe)
     chain = Chain(recipe)
-    run_inputs(chain)  # teacher, scores and subset are built once, before anything is timed side by side
+    run_inputs(chain)  # teacher, scores, subset and labels are built before anything is timed side by side
     console.heading("warming up the compilers' caches")
     cold_compile_s = 0.0
     for way in columns[:2]:

@@ -92,8 +92,9 @@ class Loader:
     batch_size : int
     input_px : int, optional
         Side of the square that images are cropped and resized to. Default: as stored, which needs images of one size.
-    crop_ratio : float
-        Side of the centre crop over the shorter side of the image.
+    crop_ratio : float, optional
+        Side of the centred square that is resized to `input_px`, over the shorter side of the image; None: the whole
+        image, stretched where its shape is another.
     views : Views
         The family that numbered views are drawn from.
     workers : int
@@ -113,7 +114,7 @@ class Loader:
         batch_size: int,
         *,
         input_px: int | None = None,
-        crop_ratio: float = 224 / 256,
+        crop_ratio: float | None = 224 / 256,
         views: Views | None = None,
         workers: int = 0,
         os_cache: bool = True,
@@ -135,7 +136,8 @@ class Loader:
             )
         self.image_hw: tuple[int, int] = (input_px, input_px) if input_px else tuple(fixed_size)
         self.views = views or Views()
-        self._fixed_size, self._crop_ratio = fixed_size, crop_ratio
+        self._one_size = fixed_size is not None
+        self._crop_ratio = crop_ratio if input_px else None
         self._cover = np.rint(255 * np.array(dataset.facts["mean"])).astype(np.int32)
         self._decoder = ViewDecoder(self.image_hw)
         Node.last_node_id = 0  # names within compiled code: equal pipelines get equal code, which can then be shared
@@ -256,15 +258,13 @@ class Loader:
         hw: tuple[int, int],
     ) -> Generator[Batch, None, None]:
         self.close()
-        as_stored = self._fixed_size is not None and tuple(self._fixed_size) == hw
-        crop_ratio = None if as_stored else self._crop_ratio
 
         def draw(positions_B: np.ndarray, ids_B: np.ndarray, rows_BVP: np.ndarray) -> None:
             heights_B, widths_B = self._heights[positions_B], self._widths[positions_B]
             for number, rows_BP in zip(views, rows_BVP.swapaxes(0, 1), strict=True):
-                self.views.draw(ids_B, heights_B, widths_B, hw, crop_ratio=crop_ratio, view=number, out=rows_BP)
+                self.views.draw(ids_B, heights_B, widths_B, hw, crop_ratio=self._crop_ratio, view=number, out=rows_BP)
 
-        if self._fixed_size is not None and set(views) == {None}:  # the plain view of all of them is cut alike
+        if self._one_size and set(views) == {None}:  # the plain view of all of them is cut alike
             rows_1VP = np.empty((1, len(views), len(COLUMNS)), np.int32)
             draw(np.zeros(1, np.int64), ids[:1], rows_1VP)
             draw = partial(_repeat, rows_1VP)
@@ -284,13 +284,6 @@ class Loader:
                 yield Batch(image.flatten(0, 1).permute(0, 3, 1, 2), label[:, 0], sample_id[:, 0], valid, tuple(rows))
         finally:
             epoch.stop()
-
-    def warm_up(self) -> None:
-        """Load one batch, so that compiling the pipeline falls here and not into the first epoch."""
-        some = 0 if self._ids is None else self._ids[0]
-        first = self.batches(np.full(self.batch_size, some, np.int64), last="pad")
-        next(first)
-        self.close()
 
     def close(self) -> None:
         """End the live epoch, if there is one, with its threads."""

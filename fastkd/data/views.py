@@ -2,8 +2,9 @@
 
 Where to cut, drawn per batch by `fastkd.kernels.draw_views`, reaches the compiled code as one of FFCV's own buffers for
 operations, of which every iterator and every batch in flight has its own: nothing is compiled anew from view to view,
-and iterators that overlap cannot see each other's view. (A view number that the compiled code reads from a shared
-address would do neither.)
+and iterators that overlap cannot see each other's view. (Compiled code that reads a view number from one address would
+compile nothing anew either, but all iterators would share that number.) Drawing is serial, about 0.2 µs an image;
+cutting is parallel over the batch.
 """
 
 from collections.abc import Callable

@@ -53,7 +53,7 @@ def _resized_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _draw(
     family: int,
     words_B: np.ndarray,

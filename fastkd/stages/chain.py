@@ -81,9 +81,9 @@ class Chain:
         # Compiled code is cached by function, up to a small number of variants; nets of an earlier chain count too.
         torch.compiler.reset()
 
-    def note(self, stage: str, artifact: Artifact, built: bool) -> Artifact:
-        """Charge a stage with what its artifact cost, and say whether it was built or reused."""
-        self.costs[stage] = Cost(artifact.cost_s, reused=not built)
+    def note(self, stage: str, artifact: Artifact, built: bool, *, share: float = 1.0) -> Artifact:
+        """Charge a stage with what its artifact cost, or a share of it, and say whether it was built or reused."""
+        self.costs[stage] = Cost(share * artifact.cost_s, reused=not built)
         if built:
             console.say(f"{stage}: built {artifact.path} ({artifact.cost_s:.1f} s)")
         elif artifact.path not in _announced:
@@ -144,12 +144,25 @@ class Chain:
         own = self.recipe.teacher.input_px if self.recipe.teacher else None
         return own or self.recipe.data.input_px
 
+    def _is_stored_size(self, input_px: int | None) -> bool:
+        return input_px is None or self.dataset.facts["image"]["fixed_size"] == [input_px, input_px]
+
+    @property
+    def crop_ratio(self) -> float | None:
+        """Side of the centred square that nets see; None: the whole image, where the student sees images as stored.
+
+        The teacher sees the same part at whatever resolution.
+        """
+        return None if self._is_stored_size(self.recipe.data.input_px) else self.recipe.data.crop_ratio
+
     def view_inputs(self, input_px: int | None, *, varied: bool = False) -> dict[str, Any]:
         """Return what determines the pixels that nets see, as keys have it: of the plain view, or of the numbered."""
-        data, view = self.recipe.data, self.recipe.data.view
+        view = self.recipe.data.view
         inputs: dict[str, Any] = {"decode": DECODE_PATH, "family": "none"}
-        if input_px:
-            inputs |= {"input_px": input_px, "crop_ratio": data.crop_ratio}
+        if not self._is_stored_size(input_px):
+            inputs["input_px"] = input_px
+        if self.crop_ratio is not None and not (varied and view.family == "random_resized_crop_flip"):
+            inputs["crop_ratio"] = self.crop_ratio
         if varied:
             inputs |= {"family": view.family, "seed": self.recipe.labels.view_seed}
             if view.family == "pad_crop_flip":
@@ -169,7 +182,7 @@ class Chain:
             split,
             batch_size,
             input_px=input_px or data.input_px,
-            crop_ratio=data.crop_ratio,
+            crop_ratio=self.crop_ratio,
             views=Views(
                 view.family, view.pad_ratio, view.scale, view.ratio, view.cutout_ratio, self.recipe.labels.view_seed
             ),
@@ -198,6 +211,11 @@ class Chain:
         teacher = self.recipe.teacher
         if teacher is None or teacher.recipe is None:
             return None
+        if self.export:
+            raise InputError(
+                f"{self.dataset.path} is an export, and its teacher learned from the whole data: where one is needed, "
+                "give teacher.recipe=null, teacher.model and teacher.weights"
+            )
         own = recipes.load(teacher.recipe, teacher.overrides)
         if own.teacher is not None:
             raise InputError(
@@ -257,6 +275,10 @@ class Chain:
     @cached_property
     def scores(self) -> Artifact:
         """The SCORES."""
+        if self.export:
+            raise InputError(
+                f"{self.dataset.path} is an export: samples were scored and chosen before; score the whole data set"
+            )
         return self.note("score", *scoring.build_scores(self))
 
     @cached_property
@@ -269,9 +291,8 @@ class Chain:
     @cached_property
     def labels(self) -> Artifact:
         """The LABELS: what the teacher says of the numbered views."""
-        if self.export:
-            return self.note("label", labelling.exported_labels(self), built=False)
-        return self.note("label", *labelling.build_labels(self))
+        artifact, built = (labelling.exported_labels(self), False) if self.export else labelling.build_labels(self)
+        return self.note("label", artifact, built, share=labelling.share_of(artifact, self.recipe.num_views or 0))
 
     def train(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
         """Train the student, or find its RUN; see `fastkd.stages.train`."""

@@ -1,8 +1,10 @@
 """check: whether the artifacts of a recipe are whole, and its teacher still says what is stored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from fastkd.kernels import mix64
 from fastkd.recipe import Recipe
 from fastkd.stages import labelling
 from fastkd.stages.chain import Chain
+from fastkd.stages.training import uses_labels, uses_subset
 
 TOLERANCE = {"fp32": 2.0**-10, "fp16": 2.0**-6, "bf16": 2.0**-3}
 """How far a number of a row may be off, over the row's largest. float16 alone makes 2⁻¹¹ at most; in lower precision
@@ -71,7 +74,7 @@ def check(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Comparison
     Raises
     ------
     InputError
-        An artifact has not been built yet.
+        An artifact that the recipe needs has not been built yet.
     ArtifactError
         One is damaged, or rows are not the teacher's; names the worst.
     """
@@ -80,23 +83,30 @@ def check(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Comparison
     check_artifact(chain.dataset.path)
     if recipe.teacher is None:
         return []
-    if chain.teacher_run:
+    asked = chain.export is None or recipe.teacher.recipe is None
+    if asked and chain.teacher_run:
         check_artifact(chain.teacher_run.path)
+    if not uses_subset(chain):
+        return []
     if not chain.export:
         check_artifact(chain.scores.path)
     subset = check_artifact(chain.subset.path)
+    labels = check_artifact(chain.labels.path) if uses_labels(recipe) else None
+    if not asked:
+        console.say(
+            "the teacher cannot be asked: of an export it is given by teacher.recipe=null, teacher.model and "
+            "teacher.weights"
+        )
+        return []
 
     ids_M = np.asarray(subset.array("indices.npy"))
     plain = StoredRows(ids_M, [subset.array("logits.npy")])
-    found = [_compare(chain, subset, ids_M, [None], lambda view: plain, pairs, seed)]
-    if recipe.num_views is not None:
-        labels = check_artifact(chain.labels.path)
-        views: list[int | None] = list(range(labels.facts["views"]))
-        found.append(
-            _compare(
-                chain, labels, ids_M, views, lambda view: labelling.open_view(labels, ids_M, view or 0), pairs, seed
-            )
-        )
+    precision = str(subset.manifest.settings["precision"])
+    found = [_compare(chain, subset, ids_M, {None: precision}, lambda view: plain, pairs, seed)]
+    if labels:
+        own = {v: str(one["precision"]) for v, one in enumerate(labels.facts["each"])}
+        opened = partial(labelling.open_view, labels, ids_M)
+        found.append(_compare(chain, labels, ids_M, own, opened, pairs, seed))
     return found
 
 
@@ -104,17 +114,16 @@ def _compare(
     chain: Chain,
     artifact: Artifact,
     ids_M: np.ndarray,
-    views: list[int | None],
-    open_view: Callable[[int | None], StoredRows],
+    precisions: Mapping[Any, str],
+    open_view: Callable[[Any], StoredRows],
     pairs: int,
     seed: int,
 ) -> Comparison:
-    """Draw pairs, run the teacher on them, and compare."""
-    total = len(ids_M) * len(views)
-    drawn = np.unique(mix64(np.arange(min(pairs, total)), seed, f"check {artifact.key}") % np.uint64(total))
-    number_P, row_P = np.divmod(drawn.astype(np.int64), len(ids_M))
-    precisions = {chain.runtime.precision, artifact.manifest.settings.get("precision", "fp32")}
-    allowed = max(TOLERANCE[precision] for precision in precisions)
+    """Draw pairs, run the teacher on them, and compare; `precisions` are those that each view was made in."""
+    views, now = list(precisions), chain.runtime.precision
+    allowed = {view: max(TOLERANCE[now], TOLERANCE[then]) for view, then in precisions.items()}
+    drawn = _draw(len(ids_M) * len(views), pairs, seed, f"check {artifact.key}")
+    number_P, row_P = np.divmod(drawn, len(ids_M))
     loader = chain.loader("train", min(64, len(drawn)), input_px=chain.teacher_px)
     sigma_K = np.asarray(chain.subset.array("class_std.npy"))
     errors, samples, numbers = [], [], []
@@ -132,13 +141,17 @@ def _compare(
                 numbers += [view] * batch.valid
                 update(len(numbers), "")
     error_P, sample_P = np.concatenate(errors), np.concatenate(samples)
-    worst = int(np.argmax(error_P))
-    wrong = int((error_P > allowed).sum())
-    result = Comparison(len(error_P), wrong, float(error_P[worst]), allowed, int(sample_P[worst]), numbers[worst])
+    allowed_P = np.array([allowed[view] for view in numbers])
+    error_P = np.where(np.isfinite(error_P), error_P, np.inf)
+    worst = int(np.argmax(error_P / allowed_P))
+    wrong = int((error_P > allowed_P).sum())
+    result = Comparison(
+        len(error_P), wrong, float(error_P[worst]), float(allowed_P[worst]), int(sample_P[worst]), numbers[worst]
+    )
     where = "the plain view" if result.worst_view is None else f"view {result.worst_view}"
     worst_text = (
         f"the worst, sample_id {result.worst_sample_id} in {where}, is off by {result.worst_error:.2g} of its largest "
-        f"logit, where {allowed:.2g} is allowed"
+        f"logit, where {result.allowed:.2g} is allowed"
     )
     if wrong:
         raise ArtifactError(
@@ -147,6 +160,15 @@ def _compare(
         )
     console.say(f"{artifact.manifest.kind} {artifact.path}: {result.pairs} rows are the teacher's: {worst_text}")
     return result
+
+
+def _draw(total: int, count: int, seed: int, name: str) -> np.ndarray:
+    """Draw up to `count` different numbers of 0 … total − 1, all of them where there are no more (int64)."""
+    if count >= total:
+        return np.arange(total)
+    drawn = (mix64(np.arange(2 * count), seed, name) % np.uint64(total)).astype(np.int64)
+    _, first = np.unique(drawn, return_index=True)
+    return drawn[np.sort(first)[:count]]
 
 
 def _errors(stored: list[np.ndarray], live_BK: np.ndarray, temperature: float) -> np.ndarray:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from fastkd import artifacts
-from fastkd.artifacts import MANIFEST, PARTIAL, Artifact, Built, FileStamp, file_digest, read_manifest
+from fastkd.artifacts import MANIFEST, Artifact, Built, FileStamp, file_digest, read_manifest
 from fastkd.data.beton import FULL, Progress
 from fastkd.data.extract import Table, extract, read_table
 from fastkd.errors import ArtifactError, FastkdError, InputError
@@ -129,6 +130,8 @@ class _Sources:
             "dataset": self.origin["dataset"],
             "subset": self.subset.key,
             "labels": self.labels.key if self.labels else None,
+            "views": self.labels.facts["views"] if self.labels else None,
+            "rows": _content(self.subset, self.labels),
         }
 
 
@@ -161,6 +164,12 @@ def _open(path: Path, data: str | os.PathLike[str] | None, labels: str | os.Path
             f"{_few(expected)}; give the data set that was pruned: --data DATASET"
         )
     return _Sources(subset, dataset, _labels(subset, labels), origin, table, sample_ids, positions)
+
+
+def _content(*sources: Artifact | None) -> str:
+    """Return what identifies the very bytes of some artifacts, which their keys do not (32 hex digits)."""
+    stamps = [[name, stamp.xxh3_128] for a in sources if a for name, stamp in sorted(a.manifest.files.items())]
+    return xxhash.xxh3_128_hexdigest(artifacts.canonical(stamps).encode())
 
 
 def _few(values: list[int]) -> str:
@@ -226,17 +235,9 @@ def _labels(subset: Artifact, given: str | os.PathLike[str] | None) -> Artifact 
             )
         return labels
     found = []
-    for file in sorted(subset.path.parent.glob(f"*/{MANIFEST}")):
-        try:
-            manifest = read_manifest(file.parent)
-        except ArtifactError:
-            continue  # somebody else's, or of another version
-        if (
-            manifest.kind == "LABELS"
-            and manifest.parents.get("SUBSET") == subset.key
-            and PARTIAL not in file.parent.name
-        ):
-            found.append(file.parent)
+    for path, manifest in artifacts.published(subset.path.parent, "LABELS"):
+        if manifest.parents.get("SUBSET") == subset.key:
+            found.append(path)
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise InputError(f"{subset.path}: there are {len(found)} LABELS for it: {names}; choose with --labels LABELS")
@@ -257,7 +258,8 @@ def _fill(directory: Path, sources: _Sources, progress: Progress | None) -> Buil
     for folder, artifact in copies.items():
         for name in artifact.manifest.files:
             stamps[f"{folder}/{name}"] = _copy(artifact, name, directory / folder / name)
-        shutil.copyfile(artifact.path / MANIFEST, directory / folder / MANIFEST)
+        # As it was opened: labels may have grown since.
+        (directory / folder / MANIFEST).write_text(artifact.manifest.model_dump_json(indent=2) + "\n")
 
     val_height, val_width = read_table(directory / "val.beton").largest
     facts = dict(data.facts)

@@ -1,12 +1,14 @@
 """label: the teacher over the kept samples, in every view that students will see → LABELS."""
 
+import itertools
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +18,9 @@ from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, FileStamp
 from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import predict
-from fastkd.errors import FastkdError, InputError
+from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
-from fastkd.stages.rows import RowFile, full_disk_explained, need_space
+from fastkd.stages.rows import RowFile, full_disk_explained, need_space, sync_directory
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -26,30 +28,43 @@ if TYPE_CHECKING:
 VIEWS_PER_PASS = 8
 """Views that are cut from one decoded image in a pass; every one is an open file and a part of the batch."""
 SAVE_EVERY_S = 15.0
-PROGRESS = "progress.json"
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
     """Build the LABELS of a chain, find them, or make them grow by the views that they lack."""
-    views = chain.recipe.num_views
-    assert views is not None
     inputs = label_inputs(chain)
     path = chain.place("LABELS", inputs)
-    grown = artifacts.find(path, "LABELS", inputs) if "label" not in chain.force else None
-    if grown and not chain.build:
-        return grown, False
-    return artifacts.build(
-        path,
-        "LABELS",
-        inputs,
-        lambda directory: _fill(chain, directory, views, grown),
-        parents={"DATASET": chain.dataset.key, "SUBSET": chain.subset.key},
-        settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.labels.batch_size},
-        force="label" in chain.force,
-        enough=lambda artifact: artifact.facts["views"] >= views,
-        resumable=True,
-    )
+    force = "label" in chain.force
+    views = chain.recipe.num_views or 0
+    if not chain.build or (force and path.exists()):
+        there = artifacts.load(path, "LABELS")
+        if not chain.build:
+            return there, False
+        views = max(views, there.facts["views"])  # those that other recipes use are made again too
+    progress = path.with_name(f".{path.name}.progress.json")
+    if force:
+        progress.unlink(missing_ok=True)
+    with full_disk_explained(path.parent, "the next run goes on from here"):
+        labels, built = artifacts.build(
+            path,
+            "LABELS",
+            inputs,
+            lambda directory: _fill(
+                chain,
+                directory,
+                views,
+                Progress.load(progress),
+                None if force else artifacts.find(path, "LABELS", inputs),
+            ),
+            parents={"DATASET": chain.dataset.key, "SUBSET": chain.subset.key},
+            settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.labels.batch_size},
+            force=force,
+            enough=lambda artifact: artifact.facts["views"] >= views,
+            resumable=True,
+        )
+    progress.unlink(missing_ok=True)
+    return labels, built
 
 
 def exported_labels(chain: "Chain") -> Artifact:
@@ -60,10 +75,15 @@ def exported_labels(chain: "Chain") -> Artifact:
     InputError
         There are none, or of too few views.
     ArtifactError
-        They are of other views, or another teacher's; names what differs.
+        They are of other views; names what differs.
     """
-    path, views = chain.dataset.path, chain.recipe.num_views
-    labels = artifacts.find(path / "labels", "LABELS", label_inputs(chain))
+    path, views, inputs = chain.dataset.path, chain.recipe.num_views or 0, label_inputs(chain)
+    labels = artifacts.load(path / "labels", "LABELS") if (path / "labels").exists() else None
+    if labels and (phrases := artifacts.differences(inputs, labels.manifest.inputs)):
+        raise ArtifactError(
+            f"{path}: was exported with labels of other views than the recipe asks for: {'; '.join(phrases)}. "
+            "Change the recipe, or export again"
+        )
     if labels is None or labels.facts["views"] < views:
         held = f"labels of {labels.facts['views']} views" if labels else "no labels but those of the plain view"
         raise InputError(
@@ -75,15 +95,24 @@ def exported_labels(chain: "Chain") -> Artifact:
 
 def label_inputs(chain: "Chain") -> dict[str, Any]:
     """Return what determines every stored row, in words that tell what differs."""
-    recipe = chain.recipe
+    recipe, subset = chain.recipe, chain.subset
     topk = {"topk": recipe.labels.topk, "temperature": recipe.loss.temperature} if recipe.labels.topk else {}
     return {
         "data": chain.original_key,
         "teacher": chain.teacher_inputs,
-        "subset": chain.subset.key,
+        "subset": subset.key,
+        # A SUBSET that is built again, on another machine or in another precision, may hold other samples.
+        "sample_ids": subset.manifest.files["indices.npy"].xxh3_128,
+        "class_std": subset.manifest.files["class_std.npy"].xxh3_128,
         "view": chain.view_inputs(chain.teacher_px, varied=True),
         **topk,
     }
+
+
+def share_of(labels: Artifact, views: int) -> float:
+    """Return the share of what LABELS cost that the first views did: those beyond are not a recipe's to pay for."""
+    costs = [view["cost_s"] for view in labels.facts["each"]]
+    return sum(costs[:views]) / sum(costs)
 
 
 def open_view(labels: Artifact, sample_ids: np.ndarray, view: int) -> StoredRows:
@@ -128,82 +157,84 @@ def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, resh
 
 @dataclass
 class Progress:
-    """How far a labelling has come: what a broken-off one is gone on from."""
+    """How far a labelling has come, for going on when it is broken off: kept beside the artifact until that is there.
 
-    key: str
-    cost_s: float = 0.0
+    Attributes
+    ----------
+    views
+        Of each view that was begun: its `rows` that are safe on the disk, the xxh3-128 of each of its files so far
+        (`digests`), the `precision` it was made in, and the seconds that it took (`cost_s`).
+    """
+
+    file: Path
     views: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """Of each view that was begun: its rows that are safe on the disk, and the xxh3-128 of each of its files so far."""
 
     @classmethod
-    def load(cls, file: Path, key: str) -> "Progress":
-        """Read it, or begin anew where there is none or it is of something else."""
+    def load(cls, file: Path) -> "Progress":
+        """Read it, or begin anew where there is none."""
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            raw = json.loads(file.read_bytes())
-            if raw["key"] == key:
-                views = {
-                    int(v): {"rows": int(state["rows"]), "digests": list(state["digests"])}
-                    for v, state in raw["views"].items()
+            views = {}
+            for v, state in json.loads(file.read_bytes()).items():
+                views[int(v)] = {
+                    "rows": int(state["rows"]),
+                    "digests": [str(digest) for digest in state["digests"]],
+                    "precision": str(state["precision"]),
+                    "cost_s": float(state["cost_s"]),
                 }
-                return cls(key, float(raw["cost_s"]), views)
-        return cls(key)
+            return cls(file, views)
+        return cls(file)
 
-    def save(self, file: Path) -> None:
+    def rows(self, view: int) -> int:
+        """Return how many rows of a view are safe."""
+        return self.views[view]["rows"] if view in self.views else 0
+
+    def save(self) -> None:
         """Write it whole or not at all."""
-        temporary = file.with_suffix(".tmp")
+        temporary = self.file.with_suffix(".tmp")
         with temporary.open("w") as stream:
-            json.dump({"key": self.key, "cost_s": self.cost_s, "views": self.views}, stream)
+            json.dump(self.views, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.replace(file)
+        temporary.replace(self.file)
 
 
-def _fill(chain: "Chain", directory: Path, views: int, grown: Artifact | None) -> Built:
+def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown: Artifact | None) -> Built:
     """Label the views that are not there yet."""
-    started = time.perf_counter()
     kept, K, topk = np.asarray(chain.subset.array("indices.npy")), chain.num_classes, chain.recipe.labels.topk
     if topk is not None and (topk >= K or K > 1 << 16):
         raise InputError(f"labels.topk={topk}: expected fewer than the {K} classes, of which there may be 65,536")
-    (directory / "views").mkdir(exist_ok=True)
+    folder = directory / "views"
+    folder.mkdir(exist_ok=True)
     first = grown.facts["views"] if grown else 0
     stamps = _adopt(directory, grown) if grown else {}
-    progress = Progress.load(directory / PROGRESS, artifacts.key_of("LABELS", label_inputs(chain)))
-    earlier_s = progress.cost_s
+    wanted = range(first, views)
+    for v in wanted:
+        if v in progress.views and not _as_left(chain, folder, progress, kept, v):
+            del progress.views[v]
 
-    def rows_of(view: int) -> int:
-        return progress.views[view]["rows"] if view in progress.views else 0
-
-    missing = [v for v in range(first, views) if rows_of(v) < len(kept)]
-    total, left = (views - first) * len(kept), sum(len(kept) - rows_of(v) for v in missing)
+    missing = [v for v in wanted if progress.rows(v) < len(kept)]
+    total, left = len(wanted) * len(kept), sum(len(kept) - progress.rows(v) for v in wanted)
+    earlier_s = sum(progress.views[v]["cost_s"] for v in wanted if v in progress.views)
     per_row = row_bytes(K, topk)
     console.heading(
-        f"label: {chain.teacher_inputs['model']} over {len(kept):,} samples in {views - first} views: "
+        f"label: {chain.teacher_inputs['model']} over {len(kept):,} samples in {len(wanted)} views: "
         f"{total * per_row / 1e6:,.1f} MB ({per_row} bytes an image and view)"
     )
     if left < total:
         console.say(f"label: going on with what was begun: {total - left:,} of {total:,} rows are there")
     need_space(directory, left * per_row, f"labelling {left:,} rows")
-    with full_disk_explained(directory), console.progress("label", left) as update:
-        done = 0
-
-        def moved(rows: int) -> None:
-            nonlocal done
-            done += rows
-            update(done, "")
-
-        def save() -> None:
-            progress.cost_s = earlier_s + time.perf_counter() - started
-            progress.save(directory / PROGRESS)
-
+    with console.progress("label", left) as update:
         while missing:
-            group = [v for v in missing if rows_of(v) == rows_of(missing[0])][:VIEWS_PER_PASS]
-            _label(chain, directory, progress, kept, group, moved, save)
+            group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]
+            done = left - sum(len(kept) - progress.rows(v) for v in wanted)
+            _label(chain, folder, progress, kept, group, partial(_move, update, done))
             missing = [v for v in missing if v not in group]
-    (directory / PROGRESS).unlink(missing_ok=True)
     expected = {name for v in range(views) for name, _, _ in _files(v, K, topk)}
-    for file in (directory / "views").iterdir():
+    for file in folder.iterdir():
         if file.name not in expected:  # begun when more views were asked for
             file.unlink()
+    each = grown.facts["each"] if grown else []
+    each = each + [{name: progress.views[v][name] for name in ("precision", "cost_s")} for v in wanted]
     facts = {
         "model": chain.teacher_inputs["model"],
         "views": views,
@@ -212,6 +243,7 @@ def _fill(chain: "Chain", directory: Path, views: int, grown: Artifact | None) -
         "topk": topk,
         "row_bytes": per_row,
         "bytes": views * len(kept) * per_row,
+        "each": each,
     }
     return Built(facts=facts, earlier_s=earlier_s + (grown.cost_s if grown else 0.0), stamps=stamps)
 
@@ -228,56 +260,70 @@ def _adopt(directory: Path, grown: Artifact) -> Mapping[str, FileStamp]:
     return grown.manifest.files
 
 
+def _move(update: console.Update, before: int, rows: int) -> None:
+    update(before + rows, "")
+
+
+def _as_left(chain: "Chain", folder: Path, progress: Progress, kept: np.ndarray, view: int) -> bool:
+    """Tell whether what was begun of a view can be gone on with: its rows are as they were left, in this precision."""
+    state = progress.views[view]
+    half = state["rows"] < len(kept)
+    if half and state["precision"] != chain.runtime.precision:
+        console.say(f"label: view {view} was begun in {state['precision']}; labelling it anew")
+        return False
+    digests = []
+    for name, dtype, width in _files(view, chain.num_classes, chain.recipe.labels.topk):
+        try:
+            with RowFile(folder / name, dtype, len(kept), width, done=state["rows"]) as file:
+                digests.append(file.digest)
+        except FileNotFoundError:
+            digests.append("")
+    if digests != state["digests"]:
+        console.warn(f"label: what was begun of view {view} is damaged; labelling it anew")
+        return False
+    return True
+
+
 def _label(
-    chain: "Chain",
-    directory: Path,
-    progress: Progress,
-    kept: np.ndarray,
-    group: list[int],
-    moved: Callable[[int], None],
-    save: Callable[[], None],
+    chain: "Chain", folder: Path, progress: Progress, kept: np.ndarray, group: list[int], moved: Callable[[int], None]
 ) -> None:
     """Run the teacher over some views at once, from the row to which all of them have come."""
     labels, runtime = chain.recipe.labels, chain.runtime
     sigma_K = np.asarray(chain.subset.array("class_std.npy"))
-    begun = progress.views.get(group[0])
-    start = begun["rows"] if begun else 0
+    start = progress.rows(group[0])
+    before = [progress.views[v]["cost_s"] if v in progress.views else 0.0 for v in group]
+    began = saved = time.perf_counter()
+    loader = chain.loader("train", max(1, labels.batch_size // len(group)), input_px=chain.teacher_px)
     with ExitStack() as stack:
-        files = {
-            v: [
-                stack.enter_context(RowFile(directory / "views" / name, dtype, len(kept), width, done=start))
+        files = [
+            [
+                stack.enter_context(RowFile(folder / name, dtype, len(kept), width, done=start))
                 for name, dtype, width in _files(v, chain.num_classes, labels.topk)
             ]
             for v in group
-        }
-
-        def states() -> dict[int, dict[str, Any]]:
-            return {v: {"rows": own[0].done, "digests": [file.digest for file in own]} for v, own in files.items()}
-
-        if start and any(state != progress.views[v] for v, state in states().items()):
-            console.warn(f"label: what was begun of views {group[0]} … {group[-1]} is damaged; labelling them anew")
-            for v in group:
-                del progress.views[v]
-            stack.close()
-            _label(chain, directory, progress, kept, group, moved, save)
-            return
-        loader = chain.loader("train", max(1, labels.batch_size // len(group)), input_px=chain.teacher_px)
-        batches = loader.batches(kept[start:], last="pad", view=group)
-        saved = time.monotonic()
+        ]
+        batches = stack.enter_context(closing(loader.batches(kept[start:], last="pad", view=group)))
         for batch, z_RK in predict(runtime, chain.teacher.net, batches):
             y_R = np.repeat(batch.labels[: batch.valid].numpy(), len(group))
             rows_RK = centred_rows(z_RK, y_R, sigma_K, reshape=labels.reshape)
             columns: tuple[np.ndarray, ...] = (rows_RK,)
             if labels.topk is not None:
                 columns = topk_rows(rows_RK, labels.topk, chain.recipe.loss.temperature)
-            for number, v in enumerate(group):
-                for file, column in zip(files[v], columns, strict=True):
+            for number, own in enumerate(files):
+                for file, column in zip(own, columns, strict=True):
                     file.append(column[number :: len(group)])
-            moved(len(y_R))
-            if time.monotonic() - saved > SAVE_EVERY_S or files[group[0]][0].done == len(kept):
-                for own in files.values():
-                    for file in own:
-                        file.sync()
-                progress.views |= states()
-                save()
-                saved = time.monotonic()
+            done = files[0][0].done
+            moved((done - start) * len(group))
+            if (now := time.perf_counter()) - saved > SAVE_EVERY_S or done == len(kept):
+                for file in itertools.chain(*files):
+                    file.sync()
+                sync_directory(folder)
+                for v, own, earlier_s in zip(group, files, before, strict=True):
+                    progress.views[v] = {
+                        "rows": done,
+                        "digests": [file.digest for file in own],
+                        "precision": runtime.precision,
+                        "cost_s": earlier_s + (now - began) / len(group),
+                    }
+                progress.save()
+                saved = now

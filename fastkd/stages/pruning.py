@@ -51,7 +51,12 @@ def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
             class_names=chain.dataset.facts["classes"],
         ),
         parents={"DATASET": chain.dataset.key, "SCORES": scores.key},
-        settings={"data": str(chain.dataset.path.absolute()), "teacher": chain.teacher_inputs, "precision": precision},
+        settings={
+            "data": str(chain.dataset.path.absolute()),
+            "teacher": chain.teacher_inputs,
+            "view": chain.view_inputs(chain.teacher_px),
+            "precision": precision,
+        },
         force="prune" in chain.force,
     )
 
@@ -62,19 +67,23 @@ def exported_subset(chain: "Chain") -> Artifact:
     Raises
     ------
     InputError
-        The recipe's settings would keep other samples; names those that differ.
+        The recipe would keep other samples, or have other logits for them; names what differs.
     """
     subset = artifacts.load(chain.dataset.path / "subset", "SUBSET")
-    recipe, made = chain.recipe, subset.manifest.inputs
+    recipe, told = chain.recipe, subset.manifest.settings
     if recipe.teacher is None:
         return subset
     asked = {
         "holdout_ratio": recipe.data.holdout_ratio,
         "reshape": recipe.labels.reshape,
+        "view": chain.view_inputs(chain.teacher_px),
+        "teacher": recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json"),
         **_selection_inputs(recipe.prune),
     }
-    # Of a subset of somebody's own logits the split is not known.
-    if phrases := artifacts.differences(asked, {name: made.get(name, asked[name]) for name in asked}):
+    teacher = {name: told.get("teacher", {}).get(name) for name in asked["teacher"]}
+    made = {**subset.manifest.inputs, "view": told.get("view"), "teacher": teacher if "teacher" in told else None}
+    known = {name: value for name, value in asked.items() if made.get(name) is not None}  # not all, of one's own logits
+    if phrases := artifacts.differences(known, {name: made[name] for name in known}):
         raise InputError(
             f"{chain.dataset.path}: was exported from samples chosen otherwise than the recipe says: "
             f"{'; '.join(phrases)}. Change the recipe, or export again"

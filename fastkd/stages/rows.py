@@ -100,9 +100,18 @@ def need_space(directory: Path, needed: int, what: str) -> None:
         )
 
 
+def sync_directory(directory: Path) -> None:
+    """Return once the names of the files in a directory are on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
-def full_disk_explained(directory: Path) -> Iterator[None]:
-    """Turn a full disk into an error that says what to do."""
+def full_disk_explained(directory: Path, then: str) -> Iterator[None]:
+    """Turn a full disk into an error that says what to do, and what `then` happens."""
     try:
         yield
     except OSError as error:
@@ -110,6 +119,6 @@ def full_disk_explained(directory: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(directory).free
         raise FastkdError(
-            f"{directory.parent}: no space left ({error.strerror}; {free / 1e6:,.1f} MB free): free some, or put "
-            "artifacts elsewhere with data.artifacts_dir; the next run goes on from here"
+            f"{directory}: no space left ({error.strerror}; {free / 1e6:,.1f} MB free): free some, or put artifacts "
+            f"elsewhere with data.artifacts_dir; {then}"
         ) from None

@@ -36,7 +36,7 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
         needed = loader.count * chain.num_classes * dtype.itemsize
         need_space(directory, needed, f"storing {loader.count:,} rows of logits")
         with (
-            full_disk_explained(directory),
+            full_disk_explained(directory.parent, "the next run begins anew"),
             RowFile(file, dtype, loader.count, chain.num_classes) as rows,
             console.progress("score", loader.count) as update,
         ):

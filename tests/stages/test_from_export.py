@@ -67,6 +67,7 @@ def test_a_student_without_a_teacher_trains_on_the_kept_samples_too(tiny_recipe,
         ("prune.method=random", "method is 'medium', not 'random'"),
         ("data.holdout_ratio=0.2", r"holdout_ratio is 0\.0, not 0\.2"),
         ("labels.reshape=false", "reshape is True, not False"),
+        ("data.input_px=10", r"view\.input_px is None, not 10"),
         ("labels.views=3", r"was exported with labels of 2 views, and the recipe asks for 3: label them where"),
     ],
 )
@@ -108,6 +109,38 @@ def test_an_export_is_checked_against_the_teacher_where_there_is_one(tiny_recipe
     for use in (lambda: checking.check(tiny_recipe(*other)), Chain(tiny_recipe(*other, "labels.mode=online")).train):
         with pytest.raises(ArtifactError, match="was labelled by another teacher than the recipe's: weights is"):
             use()
+
+
+def test_an_export_needs_no_teacher_and_will_not_train_one(tiny_recipe, exported, tmp_path):
+    on_it = tiny_recipe(*VIEWS, f"data.path={exported}")
+    shutil.rmtree(tmp_path / "runs")
+    assert checking.check(on_it) == []
+    for use in (
+        lambda: stages.score(on_it),
+        Chain(tiny_recipe(*VIEWS, "labels.mode=online", f"data.path={exported}")).train,
+    ):
+        with pytest.raises(InputError, match=r"is an export"):
+            use()
+    with pytest.raises(InputError, match=r"teacher\.model is 'cifar/resnet8', not 'cifar/resnet20'"):
+        stages.train(
+            tiny_recipe(
+                *VIEWS,
+                f"data.path={exported}",
+                "teacher.recipe=null",
+                "teacher.model=cifar/resnet20",
+                "teacher.weights=none.pth",
+            )
+        )
+
+
+def test_labels_that_grew_make_another_export(tiny_recipe, exported):
+    chain = Chain(tiny_recipe(*VIEWS))
+    assert not stages.export(chain.subset.path, exported)[1]
+    stages.label(tiny_recipe(*VIEWS, "labels.views=3"))
+    with pytest.raises(InputError, match=r"holds another export: .*views is 2, not 3.*--force"):
+        stages.export(chain.subset.path, exported)
+    assert stages.export(chain.subset.path, exported, force=True)[1]
+    assert stages.train(tiny_recipe(*VIEWS, "labels.views=3", f"data.path={exported}"))[1]
 
 
 def test_the_hold_out_stays_behind(tiny_recipe, tmp_path):

@@ -1,5 +1,6 @@
 """Stored labels of numbered views: exact, found again, grown, gone on with, refused when not what they say they are."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -267,24 +268,27 @@ def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, s
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+    progress = place.with_name(f".{place.name}.progress.json")
     deadline = time.monotonic() + 120
     rows = 0
     while rows < 32 and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.05)
-        if (partial / "progress.json").exists():
-            rows = json.loads((partial / "progress.json").read_text())["views"]["0"]["rows"]
+        if progress.exists():
+            rows = json.loads(progress.read_text())["0"]["rows"]
     os.kill(child.pid, sent)
     output = child.communicate(timeout=60)[0].decode()
     assert child.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), output
     assert 32 <= rows < 75, output
     assert not place.exists()
-    spent = json.loads((partial / "progress.json").read_text())["cost_s"]
+    assert partial.exists()
+    spent = sum(view["cost_s"] for view in json.loads(progress.read_text()).values())
     capfd.readouterr()
 
     labels, built = stages.label(tiny_recipe(*overrides))
     assert built
     assert "going on with what was begun: " in capfd.readouterr().out
     assert labels.cost_s > spent
+    assert not progress.exists()
     assert set(labels.manifest.files) == {"views/v0000.npy", "views/v0001.npy"}
     whole, _ = stages.label(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
     for v in range(2):
@@ -328,17 +332,21 @@ def test_what_the_disk_has_no_room_for_is_not_begun(tiny_recipe, monkeypatch):
         stages.label(loaded)
 
 
-def test_a_damaged_half_is_labelled_anew(tiny_recipe, monkeypatch, capfd, tmp_path):
+@pytest.mark.parametrize("damage", ["flip", "delete"])
+def test_a_damaged_half_is_labelled_anew(tiny_recipe, monkeypatch, capfd, tmp_path, damage):
     loaded = tiny_recipe(*VIEWS, "labels.views=2")
     with monkeypatch.context() as patch:
         stop_after(patch, 48, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             stages.label(loaded)
     (partial,) = (tmp_path / "artifacts").glob(f"*{artifacts.PARTIAL}")
-    flip_last_byte(partial / "views" / "v0001.npy", at=140)
+    if damage == "flip":
+        flip_last_byte(partial / "views" / "v0001.npy", at=140)
+    else:
+        (partial / "views" / "v0001.npy").unlink()
     capfd.readouterr()
     labels, _ = stages.label(loaded)
-    assert "damaged; labelling them anew" in capfd.readouterr().err
+    assert "what was begun of view 1 is damaged; labelling it anew" in capfd.readouterr().err
     live = live_rows(Chain(loaded), 1)
     assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
 
@@ -355,6 +363,155 @@ def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(la
     assert grown.facts["views"] == 5
     for v in range(3):
         assert grown.manifest.files[f"views/v{v:04}.npy"] == old.manifest.files[f"views/v{v:04}.npy"]
+
+
+@pytest.mark.parametrize("damage", ["none", "flip", "delete"])
+def test_a_kill_between_the_last_row_and_publishing_loses_nothing(tiny_recipe, monkeypatch, capfd, tmp_path, damage):
+    """All rows are there; the manifest was written, or was about to be."""
+    loaded = tiny_recipe(*VIEWS, "labels.views=2")
+    _ = Chain(loaded).subset
+
+    def broken_off(partial, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "_publish", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            stages.label(loaded)
+    (partial,) = (tmp_path / "artifacts").glob(f"labels-*{artifacts.PARTIAL}")
+    assert (partial / "manifest.json").exists()
+    if damage == "flip":
+        flip_last_byte(partial / "views" / "v0000.npy")
+    elif damage == "delete":
+        (partial / "views" / "v0000.npy").unlink()
+    seen = []
+    real = Loader.batches
+    monkeypatch.setattr(
+        Loader, "batches", lambda self, ids, **how: seen.append(how.get("view")) or real(self, ids, **how)
+    )
+    labels, built = stages.label(loaded)
+    assert built
+    assert seen == ([] if damage == "none" else [[0]])
+    artifacts.verify(artifacts.load(labels.path))
+    assert set(labels.manifest.files) == {"views/v0000.npy", "views/v0001.npy"}
+    live = live_rows(Chain(loaded), 0)
+    assert (np.abs(labels.array("views/v0000.npy") - live) <= allowed(live)).all()
+
+
+def test_a_kill_between_the_two_renames_of_publishing_loses_nothing(labelled, tiny_recipe, monkeypatch):
+    old = labelled[1]
+    real = Path.rename
+
+    def rename(self, target):
+        if self.name.endswith(artifacts.PARTIAL):
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            stages.label(tiny_recipe(*VIEWS, "labels.views=4"))
+    assert not old.path.exists()
+    again, built = stages.label(labelled[0])
+    assert not built
+    assert again.manifest == old.manifest
+    assert stages.label(tiny_recipe(*VIEWS, "labels.views=4"))[0].facts["views"] == 4
+
+
+def test_an_error_that_the_user_mends_leaves_what_was_labelled(tiny_recipe, monkeypatch, capfd):
+    loaded = tiny_recipe(*VIEWS, "labels.views=2")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 48, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            stages.label(loaded)
+    with pytest.raises(InputError, match=r"data\.workers=99"):
+        stages.label(tiny_recipe(*VIEWS, "labels.views=2", "data.workers=99"))
+    capfd.readouterr()
+    stages.label(loaded)
+    assert "96 of 150 rows are there" in capfd.readouterr().out
+
+
+def test_a_view_begun_in_another_precision_is_made_in_one(tiny_recipe, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 48, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            stages.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=bf16"))
+    labels, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=fp32"))
+    assert "was begun in bf16; labelling it anew" in capfd.readouterr().out
+    assert [one["precision"] for one in labels.facts["each"]] == ["fp32", "fp32"]
+
+
+def test_check_takes_each_view_at_the_precision_it_was_made_in(tiny_recipe):
+    stages.label(tiny_recipe(*VIEWS, "labels.views=1", "train.precision=bf16"))
+    loaded = tiny_recipe(*VIEWS, "labels.views=2", "train.precision=fp32")
+    labels, _ = stages.label(loaded)
+    assert [one["precision"] for one in labels.facts["each"]] == ["bf16", "fp32"]
+    assert [found.wrong for found in checking.check(loaded, pairs=999)] == [0, 0]
+
+
+def test_labels_of_other_samples_are_not_used_though_all_settings_are_the_same(labelled, tiny_recipe, capfd):
+    """A SUBSET built again under its key, on another machine or in another precision, may keep other samples."""
+    loaded, old = labelled
+    chain = Chain(loaded)
+    path = chain.subset.path
+    ids = np.load(path / "indices.npy")
+    ids[-1] = max(set(range(150)) - set(ids.tolist()))
+    np.save(path / "indices.npy", np.sort(ids))
+    reseal(chain.subset)
+    capfd.readouterr()
+    new, built = stages.label(loaded)
+    assert built
+    assert new.path != old.path
+    assert "sample_ids is " in capfd.readouterr().out
+
+
+def test_two_that_want_different_views_make_each_view_once(tiny_recipe, monkeypatch):
+    """The second waits for the first, and finds what it made."""
+    loaded, more = tiny_recipe(*VIEWS, "labels.views=2"), tiny_recipe(*VIEWS, "labels.views=4")
+    _ = Chain(loaded).subset
+    seen, real, lock = [], Loader.batches, artifacts._lock
+    monkeypatch.setattr(
+        Loader, "batches", lambda self, ids, **how: seen.append(how.get("view")) or real(self, ids, **how)
+    )
+
+    @contextlib.contextmanager
+    def waits(path):
+        monkeypatch.setattr(artifacts, "_lock", lock)
+        stages.label(loaded)  # the other process has the lock first
+        with lock(path):
+            yield
+
+    monkeypatch.setattr(artifacts, "_lock", waits)
+    labels, _ = stages.label(more)
+    assert labels.facts["views"] == 4
+    assert seen == [[0, 1], [2, 3]]
+
+
+def test_a_recipe_pays_for_the_views_that_it_uses(tiny_recipe):
+    labels, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=4"))
+    chain = Chain(tiny_recipe(*VIEWS, "labels.views=1"))
+    _ = chain.labels
+    each = [one["cost_s"] for one in labels.facts["each"]]
+    assert chain.costs["label"].seconds == pytest.approx(labels.cost_s * each[0] / sum(each))
+
+
+def test_labelling_again_makes_all_views_that_were_there(labelled, tiny_recipe):
+    again, built = stages.label(tiny_recipe(*VIEWS, "labels.views=1"), force=True)
+    assert built
+    assert again.facts["views"] == 3
+    assert again.manifest.files == labelled[1].manifest.files
+
+
+def test_the_teacher_at_another_resolution_sees_the_same_part(tiny_recipe):
+    """A student that sees images as stored, and a teacher that sees them enlarged, see all of them."""
+    loaded = tiny_recipe(*VIEWS, "labels.views=1", "teacher.input_px=32")
+    chain = Chain(loaded)
+    ids = np.arange(20)
+    student = next(chain.loader("train", 20).batches(ids, last="pad")).images.clone()
+    teacher = next(chain.loader("train", 20, input_px=32).batches(ids, last="pad")).images
+    halved = torch.nn.functional.avg_pool2d(teacher.float(), 2)
+    assert (halved - student).abs().max() <= 40  # interpolated, but not another part of the image
+    assert (halved - student).abs().mean() < 6
 
 
 # --- damaged, or not the teacher's -----------------------------------------------------------------------------------
@@ -405,6 +562,26 @@ def test_check_names_the_worst_row_that_is_not_the_teachers(tiny_recipe, command
     assert code == 2
     assert "are not what the teacher says: the worst, sample_id " in said
     assert " in view 2, is off by " in said
+
+
+def test_rows_of_nan_are_not_the_teachers(tiny_recipe):
+    loaded = tiny_recipe(*VIEWS, "labels.views=1")
+    labels, _ = stages.label(loaded)
+    rows = np.load(labels.path / "views/v0000.npy")
+    rows[7] = np.nan
+    np.save(labels.path / "views/v0000.npy", rows)
+    reseal(labels)
+    with pytest.raises(ArtifactError, match="1 of 75 rows drawn are not what the teacher says"):
+        checking.check(loaded, pairs=75)
+
+
+def test_check_asks_for_nothing_that_the_recipe_does_not_use(tiny_recipe):
+    online = tiny_recipe(*VIEWS, "labels.mode=online", "train.epochs=1")
+    stages.train(online)
+    assert len(checking.check(online, pairs=20)) == 1
+    plain = tiny_recipe("labels.mode=online", "labels.reshape=false", "prune.keep_ratio=1.0", "train.epochs=1")
+    stages.train(plain)
+    assert checking.check(plain) == []
 
 
 def test_check_builds_nothing(tiny_recipe, command, tmp_path):

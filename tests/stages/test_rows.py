@@ -55,7 +55,10 @@ def test_space_is_asked_for_beforehand(tmp_path):
 
 
 def test_only_a_full_disk_is_explained_as_one(tmp_path):
-    with pytest.raises(FastkdError, match="no space left"), full_disk_explained(tmp_path):
+    with (
+        pytest.raises(FastkdError, match=r"no space left .*; all is lost"),
+        full_disk_explained(tmp_path, "all is lost"),
+    ):
         raise OSError(28, "No space left on device")
-    with pytest.raises(PermissionError), full_disk_explained(tmp_path):
+    with pytest.raises(PermissionError), full_disk_explained(tmp_path, ""):
         raise PermissionError(13, "Permission denied")
