@@ -79,8 +79,8 @@ def labels(
     console.show(benchmark.table(report))
     console.say(
         f"{report['rows']:,} kept rows, against float32; the loss without its weight alpha. At the start: for a "
-        "student that gives all classes alike; at the end: for one that gives the teacher's own softmax. Gradient: "
-        "the share of a student's first one."
+        f"student that gives all classes alike, whose loss is {report['loss_start']:.2f}; at the end: for one that "
+        "gives the teacher's own softmax. Gradient: the share of a student's first one."
     )
     console.say(f"written: {out / 'labels.json'}")
 

@@ -51,6 +51,8 @@ def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[st
             stored = (indices, logits.half(), tail)
         name = "float16" if k is None else f"topk: {k}"
         lines.append({"format": name, "bytes": row_bytes(K, k), **errors(stored_logits(stored, K, T), rows_RK, T)})
+    log_p = F.log_softmax(torch.from_numpy(rows_RK).double() / T, dim=1)
+    loss_start = T**2 * float((log_p.exp() * log_p).sum(1).mean() + np.log(K))
     views = recipe.num_views or 1
     for line in lines:
         line["total_bytes"] = line["bytes"] * len(ids_M) * views
@@ -61,6 +63,7 @@ def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[st
         "rows": len(rows_RK),
         "count": len(ids_M),
         "views": views,
+        "loss_start": loss_start,
         "lines": lines,
     }
     out.mkdir(parents=True, exist_ok=True)

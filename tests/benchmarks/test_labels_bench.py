@@ -30,6 +30,7 @@ def test_the_table_of_bytes_and_errors(tiny_recipe, tmp_path):
         "float32": 12, "float16": 6, "topk: 1": 8, "topk: 2": 12,
     }  # fmt: skip
     assert lines["float16"]["total_bytes"] == 6 * 75 * 4
+    assert 0 < report["loss_start"] < 16 * np.log(3)
     assert lines["float32"]["loss_start"] == 0
     assert 0 < lines["float16"]["gradient"] < 1e-3
     # One class left out of three: nothing is spread, the rest is float16's rounding; two left out: they are made alike.
