@@ -1,5 +1,6 @@
 """Small data shared by the tests: three classes that a small net learns in seconds."""
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -53,9 +54,8 @@ def tiny(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> artifacts.
     return write("arrays", tmp_path_factory.mktemp("data") / "tiny", {"file": str(tiny_npz), "workers": 1})[0]
 
 
-@pytest.fixture
-def tiny_recipe(tiny: artifacts.Artifact, tmp_path: Path) -> Callable[..., recipe.Recipe]:
-    """Return a function that makes a recipe over `tiny` with a trained teacher, changed by a.b=c overrides."""
+def write_recipes(tiny: artifacts.Artifact, tmp_path: Path) -> Path:
+    """Write a teacher's recipe and a student's, and return the latter's path."""
     teacher = tmp_path / "teacher.yaml"
     teacher.write_text(
         f"""
@@ -79,6 +79,22 @@ train: {{epochs: 6, batch_size: 25, compile: false, runs_dir: {tmp_path / "runs"
 log: {{every_steps: 1}}
 """
     )
+    return student
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tiny: artifacts.Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The RUN of the teacher of `tiny_recipe`."""
+    from fastkd.stages import Chain
+
+    return Chain(recipe.load(write_recipes(tiny, tmp_path_factory.mktemp("teacher")))).teacher_run.path
+
+
+@pytest.fixture
+def tiny_recipe(tiny: artifacts.Artifact, tiny_teacher: Path, tmp_path: Path) -> Callable[..., recipe.Recipe]:
+    """Return a function that makes a recipe over `tiny` with a trained teacher, changed by a.b=c overrides."""
+    student = write_recipes(tiny, tmp_path)
+    shutil.copytree(tiny_teacher, tmp_path / "runs" / tiny_teacher.name)
 
     def load(*overrides: str) -> recipe.Recipe:
         return recipe.load(student, overrides)

@@ -26,16 +26,17 @@ def test_help_has_an_example(name):
 
 
 def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_recipe):
-    code, text = command(train.main, tiny_recipe.path)
+    another_teacher = "teacher.overrides=[seed=3]"
+    code, text = command(train.main, tiny_recipe.path, another_teacher)
     assert code == 0
     assert text.index("teacher: built") < text.index("score: built") < text.index("prune: built")
     run = Path(text.splitlines()[-1].partition("RUN: ")[2])
     assert artifacts.load(run, "RUN").facts["top1"]["val"] > 0
-    code, text = command(train.main, tiny_recipe.path)
+    code, text = command(train.main, tiny_recipe.path, another_teacher)
     assert code == 0
     assert "this recipe has been trained" in text
     assert text.splitlines()[-1].endswith(f"RUN: {run}")
-    code, text = command(train.main, tiny_recipe.path, "--force", "train")
+    code, text = command(train.main, tiny_recipe.path, another_teacher, "--force", "train")
     assert "train: built" in text
 
 

@@ -406,7 +406,7 @@ def test_another_export_is_replaced_only_by_force(tiny, subset, ids, tmp_path):
     export(subset.path, tmp_path / "out")
     other = make_subset(tmp_path / "other", tiny, ids[:30])
     before = snapshot(tmp_path / "out")
-    with pytest.raises(InputError, match=r"out: holds another export: subset is .*, not .*replace it with --force"):
+    with pytest.raises(InputError, match=r"out: holds another export: .*subset is .*, not .*replace it with --force"):
         export(other.path, tmp_path / "out")
     make_labels(subset.path.with_name("labels-1"), subset)
     with pytest.raises(InputError, match=r"labels is None, not '"):
