@@ -248,7 +248,8 @@ def score_logits(z_NK: np.ndarray, y_N: np.ndarray) -> Scores:
 
     Notes
     -----
-    A row is summed by one thread, in an order that depends on K alone: the bits are the same for any number of threads.
+    A row is summed by one thread, in an order given by K and the array's layout: the bits do not depend on the number
+    of threads, nor on the other rows.
     """
     z_NK, y_N = np.asarray(z_NK), np.asarray(y_N)
     if z_NK.ndim != 2 or z_NK.dtype not in (np.float16, np.float32):

@@ -190,7 +190,10 @@ def test_a_read_only_map_and_strided_logits_give_the_same(dtype, tmp_path):
     mapped = np.load(tmp_path / "z.npy", mmap_mode="r")
     found = score_logits(z_NK, y_N)
     assert same(score_logits(mapped, y_N), found)
-    assert same(score_logits(np.repeat(z_NK, 2, axis=1)[:, ::2], y_N.astype(np.int32)), found)
+    assert same(score_logits(z_NK, y_N.astype(np.int32)), found)
+    strided = score_logits(np.repeat(z_NK, 2, axis=1)[:, ::2], y_N)
+    for ours, theirs in zip(strided, found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     assert z_NK.flags.writeable
 
 
