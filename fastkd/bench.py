@@ -85,5 +85,37 @@ def labels(
     console.say(f"written: {out / 'labels.json'}")
 
 
+def prune(
+    out: Annotated[Path, typer.Option(help="Where prune.json goes.")] = Path("runs/bench-prune"),
+    data: Annotated[Path | None, typer.Option(help="Keep the logits here, or find them; default: made anew.")] = None,
+    samples: Annotated[int, typer.Option(help="How many rows of logits.")] = 100_000,
+    classes: Annotated[int, typer.Option(help="How many logits a row.")] = 1000,
+    dtype: Annotated[str, typer.Option(help="How they are stored: float16 or float32.")] = "float16",
+    repeats: Annotated[int, typer.Option(min=1, help="How often each is timed, after two runs that are not.")] = 7,
+) -> None:
+    """Score and select from logits on disk by fastkd, by torch and as the reference does; print times and memory.
+
+    Example: python -m fastkd.bench prune --samples 1281167
+    """
+    from fastkd.benchmarks import prune as benchmark
+
+    report = benchmark.measure(out, data=data, samples=samples, classes=classes, dtype=dtype, repeats=repeats)
+    console.show(benchmark.table(report))
+    console.show(benchmark.growth_table(report))
+    looped, cpu, versions = report["reference"], report["machine"], report["versions"]
+    console.say(
+        f"medium, proportional, keep {report['keep_ratio']}; from the page cache; memory: what a run holds at most "
+        f"beyond that. fastkd gives six scores, torch two of them; both keep the same samples but for "
+        f"{1 - report['kept_in_common']:.2%}"
+    )
+    console.say(
+        f"the reference's loop, without its scoring: measured {looped['seconds'][-1]:.2f} s for "
+        f"{looped['samples'][-1]:,} samples, time growing with their number to the power of {looped['growth']:.2f}; "
+        f"extrapolated as linear to {report['samples']:,}"
+    )
+    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, numba {versions['numba']}, torch {versions['torch']}")
+    console.say(f"written: {out / 'prune.json'}")
+
+
 if __name__ == "__main__":
-    cli.run(savings, loader, labels, named=True)
+    cli.run(savings, loader, labels, prune, named=True)

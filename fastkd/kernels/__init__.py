@@ -1,9 +1,10 @@
 """Numba kernels: arrays in, arrays out. They know no files, recipes or torch."""
 
+from fastkd.kernels.classes import ClassStats, class_stats
 from fastkd.kernels.gather import gather_rows
 from fastkd.kernels.mix import mix64
 from fastkd.kernels.reshape import class_std, reshape_rows
-from fastkd.kernels.scores import score_rows
+from fastkd.kernels.scores import Scores, score_logits
 from fastkd.kernels.selection import (
     medium_ranks,
     proportional_quotas,
@@ -15,6 +16,9 @@ from fastkd.kernels.views import FAMILIES, draw_views
 
 __all__ = [
     "FAMILIES",
+    "ClassStats",
+    "Scores",
+    "class_stats",
     "class_std",
     "draw_views",
     "gather_rows",
@@ -22,7 +26,7 @@ __all__ = [
     "mix64",
     "proportional_quotas",
     "reshape_rows",
-    "score_rows",
+    "score_logits",
     "select_ranks",
     "topk_rows",
     "uniform_quotas",

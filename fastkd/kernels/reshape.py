@@ -10,7 +10,7 @@ def class_std(std_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.ndarra
     Parameters
     ----------
     std_N : float64 [N]
-        Std of each row, from `score_rows`.
+        Std of each row, from `score_logits`.
     y_N : int64 [N]
 
     Returns

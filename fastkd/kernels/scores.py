@@ -1,62 +1,276 @@
-"""Scores of samples from the teacher's logits."""
+"""Scores of samples from the teacher's logits: two looks at each row, the second from the cache, in float32 vectors.
+
+LLVM turns a loop into vector code only if every sum and maximum in it may be reordered. Sums of floats may by fastmath
+flags; maxima of floats do not get them from numba, so those are taken of integers that sort alike. `exp` must be a
+polynomial, since a call into the C library stops the vectors, and float16, which numba does not have on a CPU, is
+turned into float32 bit by bit.
+"""
+
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
+BLOCK_COLUMNS = 1024
+"""Columns that are summed in float32 before float64 takes over, so that the error does not grow with K."""
+BLOCK_ROWS = 64
+"""Rows that a thread does with one scratch row."""
 
-@numba.njit(parallel=True, cache=True)
-def _score_rows(z_NK: np.ndarray, y_N: np.ndarray, ce_N: np.ndarray, std_N: np.ndarray, right_N: np.ndarray) -> None:
-    K = z_NK.shape[1]
-    for i in numba.prange(z_NK.shape[0]):
-        top = z_NK[i, 0]
-        best = 0
-        total = 0.0
-        for k in range(K):
-            z = z_NK[i, k]
-            total += z
-            if z > top:
-                top = z
-                best = k
-        mean = total / K
-        exp_sum = 0.0
-        squares = 0.0
-        for k in range(K):
-            z = np.float64(z_NK[i, k])
-            exp_sum += np.exp(z - top)
-            squares += (z - mean) ** 2
-        ce_N[i] = top + np.log(exp_sum) - z_NK[i, y_N[i]]
-        std_N[i] = np.sqrt(squares / (K - 1))
-        right_N[i] = best == y_N[i]
+_FAST = {"reassoc", "contract", "nsz", "nnan"}
+_ONE, _ZERO = np.float32(1), np.float32(0)
+_FLOOR = np.float32(-87)  # exp of less is no normal float32: 1.6e-38 stands for it
+_LOG2_E, _LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
+_TO_INTEGER = np.float32(1.5 * 2**23)  # added to a small number, it leaves the nearest integer in the lowest bits
+# exp(r) = 1 + r·(…) for |r| ≤ ln 2 / 2, by least relative error (Lawson's iteration): 1e-7
+_EXP_1, _EXP_2, _EXP_3 = np.float32(0.9999997), np.float32(0.4999915), np.float32(0.16667636)
+_EXP_4, _EXP_5 = np.float32(0.041897975), np.float32(0.0082903066)
+_HALF_BIAS = np.float32(2.0**112)  # between the exponents of float16 and float32
+_STD_FROM, _STD_TO, _MEAN_TO = 1e-15, 1e15, 1e3  # where float32 gives a row's std to 1e-6
 
 
-def score_rows(z_NK: np.ndarray, y_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Score every sample in one pass.
+class Scores(NamedTuple):
+    """What the teacher's logits say about each sample; p is their softmax.
+
+    Attributes
+    ----------
+    cross_entropy : float32 [N]
+        logsumexp(z) − z[y], the difficulty of MDSLR (§3.1).
+    entropy : float32 [N]
+        −Σ p·log p.
+    margin : float32 [N]
+        p[y] − the largest other p.
+    least_confidence : float32 [N]
+        1 − the largest p.
+    el2n : float32 [N]
+        ‖p − onehot(y)‖₂ (Paul et al., NeurIPS 2021), of the one teacher.
+    std : float64 [N]
+        Of the K logits, with Bessel's correction, as torch.std; exactly 0 for a constant row and no other.
+    correct : bool [N]
+        Whether the first largest logit is the label's.
+    finite : bool [N]
+        Whether all of the row's logits are; where not, the scores are NaN and `correct` is False.
+    """
+
+    cross_entropy: np.ndarray
+    entropy: np.ndarray
+    margin: np.ndarray
+    least_confidence: np.ndarray
+    el2n: np.ndarray
+    std: np.ndarray
+    correct: np.ndarray
+    finite: np.ndarray
+
+
+@numba.njit(cache=True, fastmath={"contract"})  # reassoc would undo the rounding to an integer
+def _exp(x: np.float32) -> np.float32:
+    """Return exp(x) for −87 ≤ x ≤ 0, exactly 1 at 0."""
+    shifted = np.float32(x * _LOG2_E + _TO_INTEGER)
+    r = x - (shifted - _TO_INTEGER) * _LN_2
+    power = np.float32(_ONE + r * (_EXP_1 + r * (_EXP_2 + r * (_EXP_3 + r * (_EXP_4 + r * _EXP_5)))))
+    # The integer, moved to where float32 has its exponent.
+    return np.int32(power.view(np.int32) + (shifted.view(np.int32) << np.int32(23))).view(np.float32)
+
+
+@numba.njit(cache=True)
+def _half(word: np.int16) -> np.float32:
+    """Return the value of float16's bits. Inf and NaN come out as ±65536 and beyond, where no finite float16 is."""
+    return np.int32((np.int32(word) << np.int32(13)) & np.int32(-0x70000001)).view(np.float32) * _HALF_BIAS
+
+
+@numba.njit(cache=True)
+def _single(word: np.int32) -> np.float32:
+    return np.int32(word).view(np.float32)
+
+
+@numba.njit(cache=True)
+def _sortable(word: np.int32, magnitude: np.int32) -> np.int32:
+    """Turn a float's bits into an integer that sorts as the float does, and back."""
+    return np.int32(word ^ ((word >> np.int32(31)) & magnitude))
+
+
+@numba.njit(cache=True, fastmath=_FAST)
+def _load_half(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
+    """Unpack a row; return its largest, its least, its sum, and whether it is finite."""
+    magnitude, infinite = np.int32(0x7FFF), np.int32(0x7C00)
+    high, low, total = np.int32(-magnitude - 1), magnitude, _ZERO
+    for k in range(len(word_K)):
+        word = np.int32(word_K[k])
+        key = _sortable(word, magnitude)
+        high = key if key > high else high
+        low = key if key < low else low
+        z_K[k] = _half(word)
+        total += z_K[k]
+    finite = high < infinite and low >= -infinite
+    return _half(_sortable(high, magnitude)), _half(_sortable(low, magnitude)), total, finite
+
+
+@numba.njit(cache=True, fastmath=_FAST)
+def _load_single(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
+    """Do the same for float32."""
+    magnitude, infinite = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
+    high, low, total = np.int32(-magnitude - 1), magnitude, _ZERO
+    for k in range(len(word_K)):
+        word = np.int32(word_K[k])
+        key = _sortable(word, magnitude)
+        high = key if key > high else high
+        low = key if key < low else low
+        z_K[k] = _single(word)
+        total += z_K[k]
+    finite = high < infinite and low >= -infinite
+    return _single(_sortable(high, magnitude)), _single(_sortable(low, magnitude)), total, finite
+
+
+@numba.njit(cache=True, fastmath=_FAST)
+def _sums(z_k: np.ndarray, top: np.float32, mean: np.float32) -> tuple:
+    """Sum over some columns.
+
+    With d = z − top and e = exp(d): how many d are 0; of the others Σe, Σe², −Σe·d and the largest e; of all
+    Σ(z − mean)². The top is left out so that a confident row's rest keeps all of its digits.
+    """
+    tops, largest = np.int32(0), np.int32(0)
+    rest, squared, weighted, spread = _ZERO, _ZERO, _ZERO, _ZERO
+    for k in range(len(z_k)):
+        z = z_k[k]
+        spread += (z - mean) * (z - mean)
+        d = z - top
+        floored = d if d > _FLOOR else _FLOOR
+        power = _exp(floored)
+        e = power if d < _ZERO else _ZERO
+        tops = np.int32(tops + np.int32(d == _ZERO))
+        rest += e
+        squared += e * e
+        weighted -= e * floored
+        bits = np.float32(e).view(np.int32)  # of floats ≥ 0, which sort as their bits do
+        largest = bits if bits > largest else largest
+    return tops, rest, squared, weighted, np.int32(largest).view(np.float32), spread
+
+
+@numba.njit(cache=True)
+def _std_in_float64(z_K: np.ndarray) -> float:
+    K, total, squares = len(z_K), 0.0, 0.0
+    for k in range(K):
+        total += z_K[k] / K
+    for k in range(K):
+        squares += (z_K[k] - total) ** 2
+    return np.sqrt(squares / (K - 1))
+
+
+@numba.njit(cache=True)
+def _first_of(z_K: np.ndarray, y: int) -> bool:
+    """Tell whether no value before y's is the same."""
+    for k in range(y):  # noqa: SIM110
+        if z_K[k] == z_K[y]:
+            return False
+    return True
+
+
+@numba.njit(parallel=True, cache=True, nogil=True)
+def _score(
+    word_NK: np.ndarray,
+    y_N: np.ndarray,
+    ce_N: np.ndarray,
+    entropy_N: np.ndarray,
+    margin_N: np.ndarray,
+    doubt_N: np.ndarray,
+    el2n_N: np.ndarray,
+    std_N: np.ndarray,
+    correct_N: np.ndarray,
+    finite_N: np.ndarray,
+) -> None:
+    N, K = word_NK.shape
+    for block in numba.prange((N + BLOCK_ROWS - 1) // BLOCK_ROWS):
+        z_K = np.empty(K, np.float32)
+        for i in range(block * BLOCK_ROWS, min(N, (block + 1) * BLOCK_ROWS)):
+            top, bottom, total, finite = (
+                _load_half(word_NK[i], z_K) if word_NK.itemsize == 2 else _load_single(word_NK[i], z_K)
+            )
+            finite_N[i] = finite
+            if not finite:
+                ce_N[i] = entropy_N[i] = margin_N[i] = doubt_N[i] = el2n_N[i] = std_N[i] = np.nan
+                correct_N[i] = False
+                continue
+            mean = np.float32(total / K)
+            tops, rest, squared, weighted, second, spread = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+            for k in range(0, K, BLOCK_COLUMNS):
+                part = _sums(z_K[k : k + BLOCK_COLUMNS], top, mean)
+                tops += part[0]
+                rest += part[1]
+                squared += part[2]
+                weighted += part[3]
+                second = max(second, np.float64(part[4]))
+                spread += part[5]
+            if tops > 1:  # all but one of them belong to the rest
+                rest += tops - 1
+                squared += tops - 1
+                second = 1.0
+            whole = 1.0 + rest  # Σexp(z − top)
+            log_whole = np.log1p(rest)
+            d = np.float64(z_K[y_N[i]]) - np.float64(top)
+            ce_N[i] = log_whole - d
+            entropy_N[i] = log_whole + weighted / whole
+            doubt_N[i] = rest / whole
+            if d == 0.0:
+                margin_N[i] = (1.0 - second) / whole
+                el2n_N[i] = np.sqrt(rest * rest + squared) / whole
+                correct_N[i] = tops == 1 or _first_of(z_K, y_N[i])
+            else:
+                label = np.exp(d)
+                margin_N[i] = (label - 1.0) / whole
+                el2n_N[i] = np.sqrt((whole - label) ** 2 + max(1.0 + squared - label * label, 0.0)) / whole
+                correct_N[i] = False
+            std = np.sqrt(spread / (K - 1))
+            # The float32 mean is off by about 1e-7 of itself, and std by half the square of that over std.
+            if not (_STD_FROM < std < _STD_TO and abs(np.float64(mean)) < _MEAN_TO * std):
+                std = 0.0 if top == bottom else _std_in_float64(z_K)
+            std_N[i] = std
+
+
+def score_logits(z_NK: np.ndarray, y_N: np.ndarray) -> Scores:
+    """Score every sample in one pass over the logits, which may be a memory map: nothing of their size is copied.
 
     Parameters
     ----------
-    z_NK : float32 [N, K]
-        Logits, K ≥ 2, finite (non-finite ones give non-finite scores).
-    y_N : int64 [N]
+    z_NK : float32 or float16 [N, K]
+        Logits, K ≥ 2.
+    y_N : integer [N]
         Labels in 0 … K−1.
 
     Returns
     -------
-    cross_entropy : float32 [N]
-        logsumexp(z) − z[y], the difficulty of MDSLR (eq. of §3.1).
-    std : float64 [N]
-        Over the K logits of the row, with Bessel's correction, as torch.std.
-    right : bool [N]
-        Whether the first largest logit is the label's.
+    Scores
+        Each within 1e-5·max(1, |x|) of what float64 gives, also for logits of ±1e4 and for confident rows, whose
+        small scores keep their relative precision.
+
+    Raises
+    ------
+    ValueError
+        Another dtype, K < 2, or labels that do not fit.
 
     Notes
     -----
-    Each row is summed in float64 by one thread, so the result does not depend on the number of threads.
+    A row is summed by one thread, in an order given by K and the array's layout: the bits do not depend on the number
+    of threads, nor on the other rows.
     """
+    z_NK, y_N = np.asarray(z_NK), np.asarray(y_N)
+    if z_NK.ndim != 2 or z_NK.dtype not in (np.float16, np.float32):
+        raise ValueError(f"expected float16 or float32 logits [N, K], got {z_NK.dtype} {list(z_NK.shape)}")
     N, K = z_NK.shape
     if K < 2:
         raise ValueError(f"scores need at least 2 classes, got {K}")
-    if len(y_N) != N or (N and not (y_N.min() >= 0 and y_N.max() < K)):
+    if y_N.shape != (N,) or y_N.dtype.kind not in "iu" or (N and not (y_N.min() >= 0 and y_N.max() < K)):
         raise ValueError(f"expected {N} labels in 0 … {K - 1}")
-    ce_N, std_N, right_N = np.empty(N, np.float32), np.empty(N, np.float64), np.empty(N, np.bool_)
-    _score_rows(z_NK, y_N, ce_N, std_N, right_N)
-    return ce_N, std_N, right_N
+    word_NK = z_NK.view(np.int16 if z_NK.dtype == np.float16 else np.int32)
+    word_NK.flags.writeable = False  # or each kind of map would be compiled for
+    ce_N, entropy_N, margin_N, doubt_N, el2n_N = (np.empty(N, np.float32) for _ in range(5))
+    found = Scores(
+        ce_N,
+        entropy_N,
+        margin_N,
+        doubt_N,
+        el2n_N,
+        np.empty(N, np.float64),
+        np.empty(N, np.bool_),
+        np.empty(N, np.bool_),
+    )
+    _score(word_NK, np.ascontiguousarray(y_N, np.int64), *found)
+    return found

@@ -159,7 +159,8 @@ def _fill(
 ) -> Built:
     """Select among `train_ids` and write the arrays of a SUBSET."""
     K = logits_NK.shape[1]
-    ce_N, std_N, right_N = score_chunks(logits_NK, labels_N)
+    scores = score_chunks(logits_NK, labels_N)
+    ce_N, std_N, right_N = scores.cross_entropy, scores.std, scores.correct
     y_T = labels_N[train_ids]
     count_K = np.bincount(y_T, minlength=K)
     if not count_K.all():

@@ -9,7 +9,7 @@ from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built
 from fastkd.engine.loop import predict
 from fastkd.errors import InputError
-from fastkd.kernels import score_rows
+from fastkd.kernels import Scores, score_logits
 from fastkd.stages.rows import RowFile, full_disk_explained, need_space
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
                 rows.append(logits_BK)
                 update(rows.done, "")
         np.save(directory / "labels.npy", labels_N)
-        _, _, right_N = score_chunks(np.load(file, mmap_mode="r"), labels_N)
-        top1 = float(right_N.mean())
+        top1 = float(score_chunks(np.load(file, mmap_mode="r"), labels_N).correct.mean())
         console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
         return Built(facts={"model": chain.teacher.inputs["model"], "top1": top1, "count": loader.count})
 
@@ -61,23 +60,26 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
     )
 
 
-def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Score memory-mapped logits chunk by chunk; see `fastkd.kernels.score_rows`.
+def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> Scores:
+    """Score memory-mapped logits of any floating-point dtype; see `fastkd.kernels.score_logits`.
 
     Raises
     ------
     InputError
         Logits that are not finite; names the first row.
     """
-    parts = []
-    for start in range(0, len(labels_N), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        parts.append(score_rows(np.ascontiguousarray(logits_NK[rows], np.float32), labels_N[rows]))
-    ce_N, std_N, right_N = (np.concatenate(part) for part in zip(*parts, strict=True))
-    bad = np.flatnonzero(~(np.isfinite(ce_N) & np.isfinite(std_N)))
+    if logits_NK.dtype in (np.float16, np.float32):
+        scores = score_logits(logits_NK, labels_N)
+    else:
+        parts = []
+        for start in range(0, len(labels_N), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            parts.append(score_logits(np.ascontiguousarray(logits_NK[rows], np.float32), labels_N[rows]))
+        scores = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    bad = np.flatnonzero(~scores.finite)
     if len(bad):
         raise InputError(
             f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}: "
             "check the teacher's weights, or score in train.precision=fp32"
         )
-    return ce_N, std_N, right_N
+    return scores
