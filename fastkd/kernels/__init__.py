@@ -5,20 +5,25 @@ from fastkd.kernels.mix import mix64
 from fastkd.kernels.reshape import class_std, reshape_rows
 from fastkd.kernels.scores import score_rows
 from fastkd.kernels.selection import (
-    medium_ranks,
+    beta_draw,
+    class_ranks,
+    coverage_strata,
     proportional_quotas,
     select_ranks,
     uniform_quotas,
+    window_ranks,
 )
 from fastkd.kernels.topk import topk_rows
 from fastkd.kernels.views import FAMILIES, draw_views
 
 __all__ = [
     "FAMILIES",
+    "beta_draw",
+    "class_ranks",
     "class_std",
+    "coverage_strata",
     "draw_views",
     "gather_rows",
-    "medium_ranks",
     "mix64",
     "proportional_quotas",
     "reshape_rows",
@@ -26,4 +31,5 @@ __all__ = [
     "select_ranks",
     "topk_rows",
     "uniform_quotas",
+    "window_ranks",
 ]
