@@ -119,11 +119,54 @@ class Score(Section):
 class Prune(Section):
     """Which samples are kept."""
 
-    method: Literal["medium", "random"] = "medium"
+    method: Literal["medium", "easy", "hard", "random", "random_unbalanced", "ccs", "beta", "list"] = "medium"
+    """A window of difficulty ranks within each class; random, balanced by class or not; coverage-centric strata; ranks
+    drawn from a Beta density; a list of one's own."""
+    score: Literal["cross_entropy", "entropy", "margin", "least_confidence", "el2n", "std"] = "cross_entropy"
+    """What difficulty is measured by; a small margin or std is hard."""
     keep_ratio: Ratio = 1.0
     quota: Literal["proportional", "uniform"] = "proportional"
     """Exactly round(keep_ratio·N) by class share, or int(N/K·keep_ratio) for each class as the reference does."""
     seed: Seed = 0
+    """Of random, random_unbalanced, ccs and beta."""
+    window_centre: float = Field(0.5, ge=0, le=1)
+    """Where the window of `medium` lies among the ranks: 0 the easiest, 1 the hardest."""
+    drop_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of the hardest that `ccs` drops first."""
+    strata: int = Field(50, ge=1)
+    """How many strata of equal width `ccs` cuts the scores of the others into."""
+    beta_mode: float = Field(0.5, ge=0, le=1)
+    """Where among the ranks `beta` draws most: 0 the easiest, 1 the hardest."""
+    beta_concentration: float = Field(6.0, ge=2)
+    """How closely round its mode; at 2 all ranks are alike."""
+    ids: str | None = None
+    """A .npy of sample ids, int64, for `list`."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Prune":
+        if (self.method == "list") != (self.ids is not None):
+            raise ValueError("`ids` goes with `method: list`, and that needs it")
+        if self.method == "ccs" and self.keep_ratio > 1 - self.drop_ratio:
+            raise ValueError(
+                f"`keep_ratio` {self.keep_ratio} is more than `ccs` leaves after dropping the hardest {self.drop_ratio}"
+            )
+        return self
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings that determine the selection: not those of other methods."""
+        scored = {"score"} if self.method in ("medium", "easy", "hard", "ccs", "beta") else set()
+        own = {
+            "medium": {"quota", "window_centre"},
+            "easy": {"quota"},
+            "hard": {"quota"},
+            "random": {"quota", "seed"},
+            "random_unbalanced": {"seed"},
+            "ccs": {"seed", "drop_ratio", "strata"},
+            "beta": {"quota", "seed", "beta_mode", "beta_concentration"},
+            "list": set(),
+        }[self.method]
+        ratio = {"keep_ratio"} if self.method != "list" else set()
+        return self.model_dump(include={"method"} | scored | own | ratio)
 
 
 class Labels(Section):

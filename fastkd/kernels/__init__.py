@@ -6,10 +6,13 @@ from fastkd.kernels.mix import mix64
 from fastkd.kernels.reshape import class_std, reshape_rows
 from fastkd.kernels.scores import Scores, score_logits
 from fastkd.kernels.selection import (
-    medium_ranks,
+    beta_draw,
+    class_ranks,
+    coverage_strata,
     proportional_quotas,
     select_ranks,
     uniform_quotas,
+    window_ranks,
 )
 from fastkd.kernels.topk import topk_rows
 from fastkd.kernels.views import FAMILIES, draw_views
@@ -18,11 +21,13 @@ __all__ = [
     "FAMILIES",
     "ClassStats",
     "Scores",
+    "beta_draw",
+    "class_ranks",
     "class_stats",
     "class_std",
+    "coverage_strata",
     "draw_views",
     "gather_rows",
-    "medium_ranks",
     "mix64",
     "proportional_quotas",
     "reshape_rows",
@@ -30,4 +35,5 @@ __all__ = [
     "select_ranks",
     "topk_rows",
     "uniform_quotas",
+    "window_ranks",
 ]

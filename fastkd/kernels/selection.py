@@ -48,21 +48,102 @@ def proportional_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
     return seats_K
 
 
-def medium_ranks(count_K: np.ndarray, quota_K: np.ndarray) -> np.ndarray:
-    """Return the first rank of each class's window of medium difficulty (MDSLR).
+def window_ranks(count_K: np.ndarray, quota_K: np.ndarray, centre: float = 0.5) -> np.ndarray:
+    """Return the first rank of each class's window of difficulty: around the median it is MDSLR's.
 
-    With m = n//2 and quota q the window is [m − (q − q//2), m + q//2); a class kept whole begins at 0.
+    With m = ⌊centre·n⌋ and quota q the window is [m − (q − q//2), m + q//2), moved into the class where it reaches
+    beyond: centre 0 keeps the easiest, 1 the hardest. Windows are nested in q.
 
     Parameters
     ----------
     count_K, quota_K : int64 [K]
+    centre : float
+        0 … 1.
 
     Returns
     -------
     int64 [K]
     """
-    first_K = count_K // 2 - (quota_K - quota_K // 2)
-    return np.where(quota_K >= count_K, 0, first_K)
+    middle_K = np.floor(centre * count_K).astype(np.int64)
+    return np.clip(middle_K - (quota_K - quota_K // 2), 0, count_K - quota_K)
+
+
+def class_ranks(score_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return each sample's rank within its class, the lowest score first, ties by position (int64 [N])."""
+    order = np.lexsort((score_N, y_N))
+    start_K = np.concatenate([[0], np.cumsum(np.bincount(y_N, minlength=num_classes))])
+    rank_N = np.empty(len(y_N), np.int64)
+    rank_N[order] = np.arange(len(y_N)) - start_K[y_N[order]]
+    return rank_N
+
+
+def beta_draw(
+    rank_N: np.ndarray, count_N: np.ndarray, words_N: np.ndarray, mode: float, concentration: float
+) -> np.ndarray:
+    """Return keys whose smallest q are a sample without replacement, weighted by a Beta density over difficulty ranks.
+
+    Distill on a Diet (IF-Beta, arXiv 2606.25488) samples ranks so; the draw is Efraimidis and Spirakis's (Information
+    Processing Letters 97, 2006): E/w with E exponential, here in logarithms, since far from the mode w underflows. The
+    samples of a smaller q are among those of a larger.
+
+    Parameters
+    ----------
+    rank_N : int64 [N]
+        Of each sample in its class.
+    count_N : int64 [N]
+        The size of its class.
+    words_N : uint64 [N]
+        Its random bits.
+    mode, concentration : float
+        Where the density peaks, 0 … 1, and how sharply: Beta(mode·(c − 2) + 1, (1 − mode)·(c − 2) + 1), c ≥ 2; at 2 all
+        ranks are alike.
+
+    Returns
+    -------
+    float64 [N]
+    """
+    u_N = (rank_N + 0.5) / count_N
+    log_w_N = (concentration - 2) * (mode * np.log(u_N) + (1 - mode) * np.log1p(-u_N))
+    uniform_N = ((words_N >> np.uint64(11)) + 0.5) * 2.0**-53
+    return np.log(-np.log(uniform_N)) - log_w_N
+
+
+def coverage_strata(
+    score_N: np.ndarray, draw_N: np.ndarray, keep: int, *, drop_ratio: float, strata: int
+) -> np.ndarray:
+    """Select by coverage-centric coreset selection (CCS; Zheng et al., ICLR 2023, algorithm 1).
+
+    The hardest round(drop_ratio·N) are dropped, unless fewer than `keep` were left; the range of the others' scores is
+    cut into strata of equal width; each gets an equal share of the budget, what a small one cannot use going to the
+    larger ones; within, the draw decides.
+
+    Parameters
+    ----------
+    score_N : float [N]
+        Difficulty.
+    draw_N : uint64 [N]
+        Distinct random words.
+    keep : int
+        0 … N.
+
+    Returns
+    -------
+    int64 [keep]
+        Positions, ascending.
+    """
+    N = len(score_N)
+    left = np.argsort(score_N, kind="stable")[: max(keep, N - round(drop_ratio * N))]
+    scores = score_N[left].astype(np.float64)
+    low, width = scores[0], max(scores[-1] - scores[0], np.finfo(np.float64).tiny)
+    stratum = np.minimum(((scores - low) / width * strata).astype(np.int64), strata - 1)
+    kept, budget = [], keep
+    sizes = np.bincount(stratum, minlength=strata)
+    for done, s in enumerate(np.argsort(sizes, kind="stable")):
+        members = left[stratum == s]
+        quota = min(len(members), budget // (strata - done))
+        kept.append(members[np.argsort(draw_N[members])[:quota]])
+        budget -= quota
+    return np.sort(np.concatenate(kept))
 
 
 @numba.njit(parallel=True, cache=True)

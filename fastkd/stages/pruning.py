@@ -10,13 +10,16 @@ from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, file_digest
 from fastkd.errors import InputError
 from fastkd.kernels import (
+    beta_draw,
+    class_ranks,
     class_std,
-    medium_ranks,
+    coverage_strata,
     mix64,
     proportional_quotas,
     reshape_rows,
     select_ranks,
     uniform_quotas,
+    window_ranks,
 )
 from fastkd.recipe import Prune
 from fastkd.stages.scoring import CHUNK_ROWS, score_chunks
@@ -143,8 +146,9 @@ def _open(path: Path) -> np.ndarray:
 
 
 def _selection_inputs(settings: Prune) -> dict[str, Any]:
-    """Return what determines a selection: the seed only where chance has a part in it."""
-    return settings.model_dump(exclude=set() if settings.method == "random" else {"seed"})
+    """Return what determines a selection; of a list, what stands in it."""
+    listed = {"ids": file_digest(Path(settings.ids))} if settings.ids and Path(settings.ids).is_file() else {}
+    return settings.deciding() | listed
 
 
 def _fill(
@@ -220,10 +224,41 @@ def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Pr
     y_N, ids_N : int64 [N]
         Labels and sample ids (which the random draw goes by).
     """
+    method, N = settings.method, len(ids_N)
+    if method == "list":
+        return _listed(ids_N, settings)
+    draw_N = mix64(ids_N, settings.seed, "prune")
+    keep = round(settings.keep_ratio * N)
+    if method == "random_unbalanced":
+        return np.sort(np.argsort(draw_N)[:keep])
+    if method == "ccs":
+        return coverage_strata(score_N, draw_N, keep, drop_ratio=settings.drop_ratio, strata=settings.strata)
     count_K = np.bincount(y_N, minlength=num_classes)
     quotas = proportional_quotas if settings.quota == "proportional" else uniform_quotas
     quota_K = quotas(count_K, settings.keep_ratio)
-    if settings.method == "random":
-        draw_N = mix64(ids_N, settings.seed, "prune")
+    if method == "random":
         return select_ranks(draw_N, y_N, np.zeros_like(quota_K), quota_K)
-    return select_ranks(score_N, y_N, medium_ranks(count_K, quota_K), quota_K)
+    if method == "beta":
+        rank_N = class_ranks(score_N, y_N, num_classes)
+        key_N = beta_draw(rank_N, count_K[y_N], draw_N, settings.beta_mode, settings.beta_concentration)
+        return select_ranks(key_N, y_N, np.zeros_like(quota_K), quota_K)
+    centre = {"medium": settings.window_centre, "easy": 0.0, "hard": 1.0}[method]
+    return select_ranks(score_N, y_N, window_ranks(count_K, quota_K, centre), quota_K)
+
+
+def _listed(ids_N: np.ndarray, settings: Prune) -> np.ndarray:
+    """Return where the samples of a user's list stand among those to choose from."""
+    path = Path(str(settings.ids))
+    listed = _open(path)
+    if listed.ndim != 1 or listed.dtype.kind not in "iu" or not len(listed):
+        raise InputError(f"prune.ids={path}: expected integer sample ids [M], got {listed.dtype} {list(listed.shape)}")
+    listed = np.sort(listed.astype(np.int64))
+    if (repeated := listed[1:][np.diff(listed) == 0]).size:
+        raise InputError(f"prune.ids={path}: sample id {repeated[0]} stands there more than once")
+    at = np.minimum(np.searchsorted(ids_N, listed), len(ids_N) - 1)
+    if (strangers := listed[ids_N[at] != listed]).size:
+        raise InputError(
+            f"prune.ids={path}: {len(strangers)} ids are no samples to train on, the first {strangers[0]}: there are "
+            f"{len(ids_N):,} of {ids_N[0]} … {ids_N[-1]}, the hold-out left out"
+        )
+    return at

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from fastkd.kernels import (
     class_std,
-    medium_ranks,
     mix64,
     proportional_quotas,
     reshape_rows,
     score_logits,
     select_ranks,
     uniform_quotas,
+    window_ranks,
 )
 
 PARITY = np.load(Path(__file__).parent.parent / "data" / "mdslr_parity.npz")
@@ -31,7 +31,7 @@ def test_uniform_medium_keeps_what_the_reference_keeps(name, percent):
     z_NK, y_N = case(name)
     count_K = np.bincount(y_N, minlength=z_NK.shape[1])
     quota_K = uniform_quotas(count_K, percent / 100)
-    kept = select_ranks(score_logits(z_NK, y_N).cross_entropy, y_N, medium_ranks(count_K, quota_K), quota_K)
+    kept = select_ranks(score_logits(z_NK, y_N).cross_entropy, y_N, window_ranks(count_K, quota_K), quota_K)
     assert np.array_equal(kept, PARITY[f"{name}_keep{percent}"])
 
 
@@ -85,7 +85,7 @@ def test_medium_is_unique_ascending_balanced_nested_and_the_papers_window(count_
     kept = {}
     for ratio in sorted([one, other]):
         quota_K = proportional_quotas(count_K, ratio)
-        kept[ratio] = select_ranks(score_N, y_N, medium_ranks(count_K, quota_K), quota_K)
+        kept[ratio] = select_ranks(score_N, y_N, window_ranks(count_K, quota_K), quota_K)
         assert np.all(np.diff(kept[ratio]) > 0)
         assert np.array_equal(np.bincount(y_N[kept[ratio]], minlength=len(count_K)), quota_K)
         for c, (n, q) in enumerate(zip(count_K, quota_K, strict=True)):
