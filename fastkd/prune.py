@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from fastkd import cli, console, recipe
@@ -18,9 +19,18 @@ def main(
     labels: Annotated[Path | None, typer.Option(help="Labels [N] in 0 … K−1, .npy.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the SUBSET of --logits goes.")] = None,
     keep_ratio: Annotated[float, typer.Option(help="Share to keep, above 0 and at most 1.")] = 0.5,
-    method: Annotated[str, typer.Option(help="medium or random.")] = "medium",
+    method: Annotated[
+        str, typer.Option(help="medium, easy, hard, random, random_unbalanced, ccs, beta or list.")
+    ] = "medium",
+    score: Annotated[
+        str, typer.Option(help="cross_entropy, entropy, margin, least_confidence, el2n or std.")
+    ] = "cross_entropy",
     quota: Annotated[str, typer.Option(help="proportional or uniform (as the reference).")] = "proportional",
-    seed: Annotated[int, typer.Option(help="Of random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="More of a recipe's prune: window_centre=0.3 …"),
+    ] = None,
     reshape: Annotated[bool, typer.Option(help="Rescale stored logits by σ of their class.")] = True,
     force: Annotated[bool, typer.Option(help="Select again although this SUBSET is there.")] = False,
 ) -> None:
@@ -37,13 +47,15 @@ def main(
     if logits is not None:
         if labels is None or out is None:
             raise InputError("--logits goes with --labels and --out")
+        more = OmegaConf.to_container(OmegaConf.from_dotlist(settings or []))
+        given = {"method": method, "score": score, "keep_ratio": keep_ratio, "quota": quota, "seed": seed, **dict(more)}
         try:
-            settings = recipe.Prune(method=method, keep_ratio=keep_ratio, quota=quota, seed=seed)  # type: ignore[arg-type]
+            chosen = recipe.Prune.model_validate(given)
         except ValidationError as error:
             raise InputError(f"wrong options:\n{explain(error, recipe.Prune)}") from None
-        artifact, built = stages.prune_arrays(logits, labels, out, settings, reshape=reshape, force=force)
+        artifact, built = stages.prune_arrays(logits, labels, out, chosen, reshape=reshape, force=force)
     else:
-        artifact, built = stages.prune(recipe.load(str(path), overrides or ()), force=force)
+        artifact, built = stages.prune(recipe.load(str(path), overrides or ()), force=force, pictures=True)
     facts = artifact.facts
     console.say(
         f"SUBSET: {artifact.path} {'built' if built else 'was there'}: "

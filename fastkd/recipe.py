@@ -152,9 +152,14 @@ class Prune(Section):
             )
         return self
 
+    @property
+    def scored(self) -> bool:
+        """Tell whether the method goes by a score."""
+        return self.method in ("medium", "easy", "hard", "ccs", "beta")
+
     def deciding(self) -> dict[str, Any]:
         """Return the settings that determine the selection: not those of other methods."""
-        scored = {"score"} if self.method in ("medium", "easy", "hard", "ccs", "beta") else set()
+        scored = {"score"} if self.scored else set()
         own = {
             "medium": {"quota", "window_centre"},
             "easy": {"quota"},

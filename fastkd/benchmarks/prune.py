@@ -22,7 +22,7 @@ from rich.table import Table
 from fastkd import console, doctor
 from fastkd.data import usable_cores
 from fastkd.errors import FastkdError, InputError
-from fastkd.kernels import medium_ranks, proportional_quotas, score_logits, select_ranks
+from fastkd.kernels import window_ranks, proportional_quotas, score_logits, select_ranks
 
 KEEP_RATIO = 0.5
 SEED = 0
@@ -92,7 +92,7 @@ def ours(logits: Path, y_N: np.ndarray, rows: int, fold: int) -> Result:
     scored = time.perf_counter()
     count_K = np.bincount(y_N, minlength=z_NK.shape[1])
     quota_K = proportional_quotas(count_K, KEEP_RATIO)
-    kept = select_ranks(score_N, y_N, medium_ranks(count_K, quota_K), quota_K)
+    kept = select_ranks(score_N, y_N, window_ranks(count_K, quota_K), quota_K)
     return {"seconds": time.perf_counter() - start, "scoring_s": scored - start, "kept": kept}
 
 

@@ -307,10 +307,22 @@ def score(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
     return chain.scores, not chain.costs["score"].reused
 
 
-def prune(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
-    """Select what to keep and reshape its logits → SUBSET."""
+def prune(recipe: Recipe, *, force: bool = False, pictures: bool = False) -> tuple[Artifact, bool]:
+    """Select what to keep and reshape its logits → SUBSET.
+
+    Parameters
+    ----------
+    pictures
+        Draw the selection, in a folder beside the SUBSET named as it is, with ``.pictures``.
+    """
     chain = Chain(recipe, {"prune"} if force else frozenset())
-    return chain.subset, not chain.costs["prune"].reused
+    subset = chain.subset
+    if pictures:
+        from fastkd.stages.pictures import draw  # matplotlib takes a second
+
+        for file in draw(chain, subset, subset.path.with_name(subset.path.name + ".pictures")):
+            console.say(f"picture: {file}")
+    return subset, not chain.costs["prune"].reused
 
 
 def label(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:

@@ -26,20 +26,23 @@ def draw(chain: "Chain", subset: Artifact, directory: Path) -> list[Path]:
     kept = np.asarray(subset.array("indices.npy"))
     files = [directory / "difficulty.png", directory / "samples.png"]
     title = f"{subset.manifest.inputs['method']}, {len(kept):,} of {len(chain.train_ids):,} kept"
-    histogram(difficulty_N[chain.train_ids], np.isin(chain.train_ids, kept), title).savefig(files[0], dpi=120)
+    score = subset.manifest.inputs.get("score", "cross_entropy")
+    histogram(difficulty_N[chain.train_ids], np.isin(chain.train_ids, kept), score, title).savefig(files[0], dpi=120)
     contact_sheet(chain, difficulty_N, kept).savefig(files[1], dpi=120)
     return files
 
 
-def histogram(difficulty_N: np.ndarray, kept_N: np.ndarray, title: str) -> Figure:
-    """Draw how difficult the samples are (a logarithmic axis: most are easy), and which of them are kept."""
+def histogram(difficulty_N: np.ndarray, kept_N: np.ndarray, score: str, title: str) -> Figure:
+    """Draw how difficult the samples are (cross-entropy on a logarithmic axis: most are easy), and which are kept."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    shown_N = np.log10(np.maximum(difficulty_N, 1e-6))
+    logarithmic = score == "cross_entropy"
+    shown_N = np.log10(np.maximum(difficulty_N, 1e-6)) if logarithmic else difficulty_N
     edges = np.linspace(shown_N.min(), shown_N.max() + 1e-9, 61)
     axes.hist(shown_N, edges, color=DROPPED, label=f"all {len(shown_N):,}")
     axes.hist(shown_N[kept_N], edges, color=KEPT, label=f"kept {int(kept_N.sum()):,}")
-    axes.set_xlabel("difficulty: log₁₀ of the score", color=INK)
+    turned = "−" if score in ("margin", "std") else ""
+    axes.set_xlabel(f"difficulty: {'log₁₀ of ' if logarithmic else turned}{score}", color=INK)
     axes.set_ylabel("samples", color=INK)
     axes.set_title(title, color=INK, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

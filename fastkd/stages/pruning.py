@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
+from rich.table import Table
 
 from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, file_digest
 from fastkd.errors import InputError
 from fastkd.kernels import (
+    Scores,
     beta_draw,
     class_ranks,
     class_std,
@@ -27,6 +29,7 @@ from fastkd.stages.scoring import CHUNK_ROWS, score_chunks
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
 
+MANY_CLASSES, UNUSUAL = 20, 10
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -164,14 +167,15 @@ def _fill(
     """Select among `train_ids` and write the arrays of a SUBSET."""
     K = logits_NK.shape[1]
     scores = score_chunks(logits_NK, labels_N)
-    ce_N, std_N, right_N = scores.cross_entropy, scores.std, scores.correct
+    std_N, right_N = scores.std, scores.correct
+    difficulty_N = _difficulty(scores, settings)
     y_T = labels_N[train_ids]
     count_K = np.bincount(y_T, minlength=K)
     if not count_K.all():
         empty = [class_names[c] if class_names else str(c) for c in np.flatnonzero(count_K == 0)]
         raise InputError(f"{len(empty)} of {K} classes have no samples to train on: {', '.join(empty[:10])}")
     sigma_K = class_std(std_N[train_ids], y_T, K)
-    kept = train_ids[select(ce_N[train_ids], y_T, train_ids, settings, K)]
+    kept = train_ids[select(difficulty_N[train_ids], y_T, train_ids, settings, K)]
     if not len(kept):
         raise InputError(f"prune.keep_ratio={settings.keep_ratio} of {len(train_ids)} samples keeps none; raise it")
 
@@ -192,9 +196,10 @@ def _fill(
     stored_MK.flush()
     np.save(directory / "indices.npy", kept)
     np.save(directory / "class_std.npy", sigma_K)
-    np.save(directory / "difficulty.npy", ce_N)
+    np.save(directory / "difficulty.npy", difficulty_N)
 
     actual = len(kept) / len(train_ids)
+    asked = "" if settings.method == "list" else f"; asked {settings.keep_ratio:.2%}"
     facts = {
         "count": len(kept),
         "of": len(train_ids),
@@ -205,13 +210,44 @@ def _fill(
         "teacher_top1_all": float(right_N[train_ids].mean()),
     }
     console.say(
-        f"prune: {settings.method} keeps {len(kept):,} of {len(train_ids):,} samples ({actual:.2%}; asked "
-        f"{settings.keep_ratio:.2%}); the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
+        f"prune: {settings.method} keeps {len(kept):,} of {len(train_ids):,} samples ({actual:.2%}{asked}); the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
         f"(of all: {facts['teacher_top1_all']:.2%}); σ {sigma_K.min():.3g} … {sigma_K.max():.3g}"
     )
+    right_K = np.bincount(y_T, weights=right_N[train_ids], minlength=K)
+    names = class_names or [str(c) for c in range(K)]
+    console.show(class_table(names, np.array(facts["class_counts"]), count_K, sigma_K, right_K / count_K))
     if flat:
         console.warn(f"prune: {flat} rows of logits have no spread: their labels say nothing")
     return Built(facts=facts)
+
+
+def _difficulty(scores: Scores, settings: Prune) -> np.ndarray:
+    """Return the score that a selection goes by, turned so that the hardest has the largest (float32 [N])."""
+    name = settings.score if settings.scored else "cross_entropy"
+    value_N = getattr(scores, name).astype(np.float32)
+    return -value_N if name in ("margin", "std") else value_N
+
+
+def class_table(
+    names: list[str], kept_K: np.ndarray, count_K: np.ndarray, sigma_K: np.ndarray, accuracy_K: np.ndarray
+) -> Table:
+    """Lay out what was kept of each class; of many classes, the most unusual in any column."""
+    share_K = kept_K / count_K
+    shown = np.arange(len(names))
+    title = "per class"
+    if len(names) > MANY_CLASSES:
+        columns_CK = np.stack([share_K, sigma_K, accuracy_K])
+        off_CK = np.abs(columns_CK - np.median(columns_CK, axis=1, keepdims=True))
+        unusual_K = (off_CK / np.maximum(off_CK.mean(axis=1, keepdims=True), 1e-12)).max(axis=0)
+        shown = np.argsort(-unusual_K, kind="stable")[:UNUSUAL]
+        title = f"the {UNUSUAL} most unusual of {len(names):,} classes"
+    grid = Table(title=title, title_justify="left")
+    grid.add_column("class")
+    for heading in ("kept", "share", "σ", "teacher's top-1"):
+        grid.add_column(heading, justify="right")
+    for c in shown:
+        grid.add_row(names[c], f"{kept_K[c]:,}", f"{share_K[c]:.1%}", f"{sigma_K[c]:.3g}", f"{accuracy_K[c]:.1%}")
+    return grid
 
 
 def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Prune, num_classes: int) -> np.ndarray:

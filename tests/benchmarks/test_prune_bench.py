@@ -8,7 +8,7 @@ from fastkd import bench
 from fastkd.benchmarks import prune as benchmark
 from fastkd.benchmarks.prune import FLOOR, OURS, SCORING, TORCH
 from fastkd.errors import FastkdError, InputError
-from fastkd.kernels import medium_ranks, score_logits, select_ranks, uniform_quotas
+from fastkd.kernels import window_ranks, score_logits, select_ranks, uniform_quotas
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_the_loop_selects_as_the_kernels_do(data):
     count_K = np.bincount(y_N, minlength=8)
     quota_K = uniform_quotas(count_K, benchmark.KEEP_RATIO)
     kept = benchmark.reference(score_N.tolist(), y_N.tolist(), 8)
-    assert kept == select_ranks(score_N, y_N, medium_ranks(count_K, quota_K), quota_K).tolist()
+    assert kept == select_ranks(score_N, y_N, window_ranks(count_K, quota_K), quota_K).tolist()
 
 
 def test_logits_are_made_once_and_whole(tmp_path, monkeypatch):
