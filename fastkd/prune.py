@@ -47,8 +47,8 @@ def main(
     if logits is not None:
         if labels is None or out is None:
             raise InputError("--logits goes with --labels and --out")
-        more = OmegaConf.to_container(OmegaConf.from_dotlist(settings or []))
-        given = {"method": method, "score": score, "keep_ratio": keep_ratio, "quota": quota, "seed": seed, **dict(more)}
+        given = {"method": method, "score": score, "keep_ratio": keep_ratio, "quota": quota, "seed": seed}
+        given |= {str(name): value for name, value in OmegaConf.from_dotlist(settings or []).items()}
         try:
             chosen = recipe.Prune.model_validate(given)
         except ValidationError as error:

@@ -22,7 +22,7 @@ from rich.table import Table
 from fastkd import console, doctor
 from fastkd.data import usable_cores
 from fastkd.errors import FastkdError, InputError
-from fastkd.kernels import window_ranks, proportional_quotas, score_logits, select_ranks
+from fastkd.kernels import proportional_quotas, score_logits, select_ranks, window_ranks
 
 KEEP_RATIO = 0.5
 SEED = 0

@@ -39,8 +39,8 @@ def histogram(difficulty_N: np.ndarray, kept_N: np.ndarray, score: str, title: s
     logarithmic = score == "cross_entropy"
     shown_N = np.log10(np.maximum(difficulty_N, 1e-6)) if logarithmic else difficulty_N
     edges = np.linspace(shown_N.min(), shown_N.max() + 1e-9, 61)
-    axes.hist(shown_N, edges, color=DROPPED, label=f"all {len(shown_N):,}")
-    axes.hist(shown_N[kept_N], edges, color=KEPT, label=f"kept {int(kept_N.sum()):,}")
+    axes.hist(shown_N, edges.tolist(), color=DROPPED, label=f"all {len(shown_N):,}")
+    axes.hist(shown_N[kept_N], edges.tolist(), color=KEPT, label=f"kept {int(kept_N.sum()):,}")
     turned = "−" if score in ("margin", "std") else ""
     axes.set_xlabel(f"difficulty: {'log₁₀ of ' if logarithmic else turned}{score}", color=INK)
     axes.set_ylabel("samples", color=INK)
@@ -73,15 +73,15 @@ def contact_sheet(chain: "Chain", difficulty_N: np.ndarray, kept: np.ndarray) ->
     figure = Figure(figsize=(0.85 * columns + 1.6, 1.05 * len(classes) + 0.7), layout="constrained")
     grid = figure.subplots(len(classes), columns, squeeze=False)
     kept_set = set(kept.tolist())
-    for at, sample in enumerate(i for row in chosen for i in row):
+    for at, sample in enumerate(int(i) for members in chosen for i in members):
         axes = grid[at // columns][at % columns]
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
         if sample < 0:
             continue
-        axes.imshow(images[int(sample)])
+        axes.imshow(images[sample])
         axes.set_xlabel(f"{difficulty_N[sample]:.2g}", fontsize=7, color=INK, labelpad=2)
-        if int(sample) in kept_set:
+        if sample in kept_set:
             axes.spines[:].set(visible=True, color=KEPT, linewidth=2.5)
     for row, c in enumerate(classes):
         grid[row][0].set_ylabel(names[c], rotation=0, ha="right", va="center", fontsize=9, color=INK)

@@ -210,7 +210,8 @@ def _fill(
         "teacher_top1_all": float(right_N[train_ids].mean()),
     }
     console.say(
-        f"prune: {settings.method} keeps {len(kept):,} of {len(train_ids):,} samples ({actual:.2%}{asked}); the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
+        f"prune: {settings.method} keeps {len(kept):,} of {len(train_ids):,} samples ({actual:.2%}{asked}); "
+        f"the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
         f"(of all: {facts['teacher_top1_all']:.2%}); σ {sigma_K.min():.3g} … {sigma_K.max():.3g}"
     )
     right_K = np.bincount(y_T, weights=right_N[train_ids], minlength=K)

@@ -8,7 +8,7 @@ from fastkd import bench
 from fastkd.benchmarks import prune as benchmark
 from fastkd.benchmarks.prune import FLOOR, OURS, SCORING, TORCH
 from fastkd.errors import FastkdError, InputError
-from fastkd.kernels import window_ranks, score_logits, select_ranks, uniform_quotas
+from fastkd.kernels import score_logits, select_ranks, uniform_quotas, window_ranks
 
 
 @pytest.fixture(scope="module")
