@@ -83,8 +83,8 @@ def contact_sheet(chain: "Chain", difficulty_N: np.ndarray, kept: np.ndarray) ->
         axes.set_xlabel(f"{difficulty_N[sample]:.2g}", fontsize=7, color=INK, labelpad=2)
         if sample in kept_set:
             axes.spines[:].set(visible=True, color=KEPT, linewidth=2.5)
-    for row, c in enumerate(classes):
-        grid[row][0].set_ylabel(names[c], rotation=0, ha="right", va="center", fontsize=9, color=INK)
+    for line, c in enumerate(classes):
+        grid[line][0].set_ylabel(names[c], rotation=0, ha="right", va="center", fontsize=9, color=INK)
     for group, (name, _) in enumerate(GROUPS):
         grid[0][group * PER_GROUP].set_title(name, loc="left", fontsize=10, color=INK)
     figure.suptitle("framed: kept; below each: its score", x=0.99, ha="right", fontsize=9, color=INK)
