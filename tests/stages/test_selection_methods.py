@@ -1,0 +1,163 @@
+"""Every way to select, through the stage that users call, and what it shows."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastkd import artifacts, prune, stages
+from fastkd.errors import InputError
+from fastkd.stages import Chain
+from fastkd.stages.pruning import class_table
+
+SCORED = ("medium", "easy", "hard", "ccs", "beta")
+
+
+def kept(recipe) -> np.ndarray:
+    return np.asarray(stages.prune(recipe)[0].array("indices.npy"))
+
+
+@pytest.fixture
+def difficulty(tiny_recipe):
+    chain = Chain(tiny_recipe())
+    return np.asarray(chain.subset.array("difficulty.npy")), np.asarray(chain.scores.array("labels.npy"))
+
+
+@pytest.mark.parametrize("method", [*SCORED, "random", "random_unbalanced"])
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+def test_each_method_keeps_so_many_and_its_subset_says_how(tiny_recipe, method, ratio):
+    subset, built = stages.prune(tiny_recipe(f"prune.method={method}", f"prune.keep_ratio={ratio}"))
+    ids = np.asarray(subset.array("indices.npy"))
+    assert len(ids) == round(ratio * 150) == subset.facts["count"]
+    assert np.all(np.diff(ids) > 0)
+    assert ids.min() >= 0
+    assert ids.max() < 150
+    assert subset.manifest.inputs["method"] == method
+    if method not in ("ccs", "random_unbalanced"):
+        assert subset.facts["class_counts"] == [len(ids) // 3] * 3
+
+
+def test_easy_and_hard_are_the_ends_of_each_class(tiny_recipe, difficulty):
+    score_N, y_N = difficulty
+    easy, hard = (kept(tiny_recipe(f"prune.method={m}", "prune.keep_ratio=0.2")) for m in ("easy", "hard"))
+    for c in range(3):
+        members = np.flatnonzero(y_N == c)
+        ranked = members[np.argsort(score_N[members], kind="stable")]
+        assert set(ranked[:10]) == set(easy[y_N[easy] == c])
+        assert set(ranked[-10:]) == set(hard[y_N[hard] == c])
+    assert np.array_equal(easy, kept(tiny_recipe("prune.window_centre=0.0", "prune.keep_ratio=0.2")))
+
+
+@pytest.mark.parametrize("score", ["entropy", "margin", "least_confidence", "el2n", "std"])
+def test_any_score_may_tell_the_difficulty_and_the_hardest_comes_last(tiny_recipe, score):
+    subset, _ = stages.prune(tiny_recipe("prune.method=hard", f"prune.score={score}", "prune.keep_ratio=0.2"))
+    chain = Chain(tiny_recipe())
+    z = np.asarray(chain.scores.array("logits.npy"), np.float64)
+    y = np.asarray(chain.scores.array("labels.npy"))
+    p = np.exp(z - z.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    own = p[np.arange(150), y]
+    others = np.where(np.eye(3, dtype=bool)[y], -1, p).max(1)
+    oracle = {
+        "entropy": -(p * np.log(p)).sum(1),
+        "margin": others - own,
+        "least_confidence": 1 - p.max(1),
+        "el2n": np.linalg.norm(p - np.eye(3)[y], axis=1),
+        "std": -z.std(1, ddof=1),
+    }[score]
+    np.testing.assert_allclose(subset.array("difficulty.npy"), oracle, atol=1e-5 * max(1, np.abs(oracle).max()))
+    assert subset.manifest.inputs["score"] == score
+
+
+@pytest.mark.parametrize("method", ["random", "random_unbalanced", "beta"])
+def test_what_is_drawn_is_nested_in_the_ratio_and_follows_its_seed(tiny_recipe, method):
+    less, more, again, other = (
+        kept(tiny_recipe(f"prune.method={method}", f"prune.keep_ratio={ratio}", f"prune.seed={seed}"))
+        for ratio, seed in ((0.2, 1), (0.6, 1), (0.2, 1), (0.2, 2))
+    )
+    assert set(less) <= set(more)
+    assert np.array_equal(less, again)
+    assert not np.array_equal(less, other)
+
+
+def test_settings_of_other_methods_do_not_bear_on_a_subset(tiny_recipe):
+    first, _ = stages.prune(tiny_recipe("prune.method=random"))
+    same, built = stages.prune(
+        tiny_recipe("prune.method=random", "prune.score=el2n", "prune.strata=7", "prune.window_centre=0.1")
+    )
+    assert not built
+    assert same.path == first.path
+    assert set(first.manifest.inputs) & {"score", "strata", "drop_ratio", "window_centre", "beta_mode"} == set()
+
+
+def test_a_list_of_ones_own(tiny_recipe, tmp_path):
+    ids = np.array([149, 3, 77, 30], np.int32)
+    np.save(tmp_path / "ids.npy", ids)
+    recipe = tiny_recipe("prune.method=list", f"prune.ids={tmp_path / 'ids.npy'}")
+    assert kept(recipe).tolist() == [3, 30, 77, 149]
+    np.save(tmp_path / "ids.npy", ids[:2])
+    assert kept(recipe).tolist() == [3, 149]  # what stands in the file counts, not its name
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2, 1], "sample id 1 stands there more than once"),
+        ([1, 150], "1 ids are no samples to train on, the first 150: there are 150 of 0 … 149"),
+        ([-1, 3], "the first -1"),
+        ([0.5], r"expected integer sample ids \[M\], got float64 \[1\]"),
+        ([], "expected integer sample ids"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(tiny_recipe, tmp_path, ids, message):
+    np.save(tmp_path / "ids.npy", np.array(ids))
+    with pytest.raises(InputError, match=message):
+        stages.prune(tiny_recipe("prune.method=list", f"prune.ids={tmp_path / 'ids.npy'}"))
+
+
+def test_ones_own_logits_with_more_settings(tmp_path, command):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "z.npy", rng.normal(size=(60, 4)))
+    np.save(tmp_path / "y.npy", np.arange(60) % 4)
+    common = ["--logits", tmp_path / "z.npy", "--labels", tmp_path / "y.npy", "--keep-ratio", "0.5"]
+    code, said = command(
+        prune.main, *common, "--out", tmp_path / "a", "--method", "beta", "--score", "margin",
+        "--set", "beta_mode=0.8", "--set", "beta_concentration=12",
+    )  # fmt: skip
+    assert code == 0, said
+    inputs = artifacts.load(tmp_path / "a").manifest.inputs
+    assert (inputs["beta_mode"], inputs["beta_concentration"], inputs["score"]) == (0.8, 12.0, "margin")
+    code, said = command(prune.main, *common, "--out", tmp_path / "b", "--set", "window_centre=2")
+    assert code == 2
+    assert "window_centre: 2 is wrong" in said
+    code, said = command(prune.main, *common, "--out", tmp_path / "b", "--method", "list")
+    assert code == 2
+    assert "`ids` goes with `method: list`" in said
+
+
+def test_prune_shows_a_table_per_class_and_pictures(tiny_recipe, command):
+    code, said = command(prune.main, tiny_recipe.path)
+    assert code == 0, said
+    for words in ("per class", "teacher's top-1", "share", "50.0%", "difficulty.png", "samples.png"):
+        assert words in said
+    folder = next(iter((tiny_recipe.path.parent / "artifacts").glob("subset-*.pictures")))
+    for name in ("difficulty.png", "samples.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 200
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 8
+    assert json.loads((folder.with_suffix("") / "manifest.json").read_text())["kind"] == "SUBSET"
+
+
+def test_of_many_classes_the_most_unusual_are_shown():
+    K = 50
+    count, sigma, accuracy = np.full(K, 100), np.ones(K), np.full(K, 0.9)
+    share = np.full(K, 50)
+    accuracy[7], sigma[30], share[41] = 0.1, 3.0, 5
+    table = class_table([f"c{c}" for c in range(K)], share, count, sigma, accuracy)
+    names = list(table.columns[0].cells)
+    assert len(names) == 10
+    assert set(names[:3]) == {"c7", "c30", "c41"}
+    assert "10 most unusual of 50" in str(table.title)
+    few = class_table(["a", "b"], share[:2], count[:2], sigma[:2], accuracy[:2])
+    assert list(few.columns[0].cells) == ["a", "b"]
