@@ -27,7 +27,7 @@ def difficulty(tiny_recipe):
 @pytest.mark.parametrize("method", [*SCORED, "random", "random_unbalanced"])
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 def test_each_method_keeps_so_many_and_its_subset_says_how(tiny_recipe, method, ratio):
-    subset, built = stages.prune(tiny_recipe(f"prune.method={method}", f"prune.keep_ratio={ratio}"))
+    subset, _ = stages.prune(tiny_recipe(f"prune.method={method}", f"prune.keep_ratio={ratio}"))
     ids = np.asarray(subset.array("indices.npy"))
     assert len(ids) == round(ratio * 150) == subset.facts["count"]
     assert np.all(np.diff(ids) > 0)
