@@ -376,7 +376,7 @@ def _seal(
     (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
     folders = [p for p in partial.rglob("*") if p.is_dir()]
     for p in [*files.values(), partial / MANIFEST, *folders, partial]:
-        _fsync(p)
+        fsync(p)
     return manifest
 
 
@@ -387,7 +387,7 @@ def _publish(partial: Path, path: Path) -> None:
     if path.exists():
         path.rename(old)
     partial.rename(path)
-    _fsync(path.parent)
+    fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -398,7 +398,8 @@ def _undo_half_published(path: Path) -> None:
         old.rename(path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return once a file, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,7 +20,7 @@ from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import predict
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
-from fastkd.stages.rows import RowFile, full_disk_explained, need_space, sync_directory
+from fastkd.stages.rows import RowFile, full_disk_explained, need_space
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -317,7 +317,7 @@ def _label(
             if (now := time.perf_counter()) - saved > SAVE_EVERY_S or done == len(kept):
                 for file in itertools.chain(*files):
                     file.sync()
-                sync_directory(folder)
+                artifacts.fsync(folder)
                 for v, own, earlier_s in zip(group, files, before, strict=True):
                     progress.views[v] = {
                         "rows": done,

@@ -100,15 +100,6 @@ def need_space(directory: Path, needed: int, what: str) -> None:
         )
 
 
-def sync_directory(directory: Path) -> None:
-    """Return once the names of the files in a directory are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def full_disk_explained(directory: Path, then: str) -> Iterator[None]:
     """Turn a full disk into an error that says what to do, and what `then` happens."""
