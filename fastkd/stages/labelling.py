@@ -63,7 +63,8 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
             enough=lambda artifact: artifact.facts["views"] >= views,
             resumable=True,
         )
-    progress.unlink(missing_ok=True)
+    if built:  # else somebody's growth may have been broken off, and will go on
+        progress.unlink(missing_ok=True)
     return labels, built
 
 

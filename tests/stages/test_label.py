@@ -351,7 +351,9 @@ def test_a_damaged_half_is_labelled_anew(tiny_recipe, monkeypatch, capfd, tmp_pa
     assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
 
 
-def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(labelled, tiny_recipe, monkeypatch):
+def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(
+    labelled, tiny_recipe, monkeypatch, capfd
+):
     old = labelled[1]
     more = tiny_recipe(*VIEWS, "labels.views=5")
     with monkeypatch.context() as patch:
@@ -359,7 +361,10 @@ def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(la
         with pytest.raises(KeyboardInterrupt):
             stages.label(more)
     assert artifacts.load(old.path).facts["views"] == 3
+    assert not stages.label(labelled[0])[1]  # in use meanwhile
+    capfd.readouterr()
     grown, _ = stages.label(more)
+    assert "96 of 150 rows are there" in capfd.readouterr().out
     assert grown.facts["views"] == 5
     for v in range(3):
         assert grown.manifest.files[f"views/v{v:04}.npy"] == old.manifest.files[f"views/v{v:04}.npy"]
