@@ -133,6 +133,8 @@ def coverage_strata(
     """
     N = len(score_N)
     left = np.argsort(score_N, kind="stable")[: max(keep, N - round(drop_ratio * N))]
+    if not keep:
+        return np.empty(0, np.int64)
     scores = score_N[left].astype(np.float64)
     low, width = scores[0], max(scores[-1] - scores[0], np.finfo(np.float64).tiny)
     stratum = np.minimum(((scores - low) / width * strata).astype(np.int64), strata - 1)

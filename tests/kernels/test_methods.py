@@ -87,6 +87,8 @@ def test_strata_keep_exactly_so_many_not_the_hardest_and_share_alike(N, ratio, d
     left = ranked[: max(keep, N - round(drop * N))]
     assert set(kept) <= set(left)
     assert np.array_equal(kept, coverage_strata(score_N, draw_N, keep, drop_ratio=drop, strata=strata))
+    if not keep:
+        return
     # No stratum gets more than another that still had samples to give, but for what does not divide.
     low, high = score_N[left].min(), score_N[left].max()
     width = np.float64(high) - low or 1
