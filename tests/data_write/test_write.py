@@ -141,7 +141,7 @@ def test_full_disk_while_publishing(noise, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifacts, "_fsync", full)
+    monkeypatch.setattr(artifacts, "fsync", full)
     with pytest.raises(FastkdError, match="out: no space left"):
         write(noise, tmp_path / "out", OPTIONS)
 

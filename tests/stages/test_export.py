@@ -488,7 +488,7 @@ def test_too_little_room_is_told_beforehand(tiny, subset, tmp_path, monkeypatch)
     assert export(subset.path, tmp_path / "out")[1]
 
 
-@pytest.mark.parametrize(("module", "name"), [(os, "pwrite"), (shutil, "copyfile"), (artifacts, "_fsync")])
+@pytest.mark.parametrize(("module", "name"), [(os, "pwrite"), (shutil, "copyfile"), (artifacts, "fsync")])
 def test_a_disk_that_fills_up_leaves_nothing(subset, tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(module, name, full)
     with pytest.raises(FastkdError, match=r"no space left"):
