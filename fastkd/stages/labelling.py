@@ -20,7 +20,7 @@ from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import predict
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
-from fastkd.stages.rows import RowFile, full_disk_explained, need_space
+from fastkd.stages.rows import RowFile, check_float16, full_disk_explained, need_space
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 VIEWS_PER_PASS = 8
 """Views that are cut from one decoded image in a pass; every one is an open file and a part of the batch."""
 SAVE_EVERY_S = 15.0
-_FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
@@ -151,8 +150,7 @@ def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, resh
     if not np.isfinite(z_MK).all():
         raise FastkdError("the teacher's logits are not finite: check its weights, or label in train.precision=fp32")
     out_MK = reshape_rows(z_MK, sigma_K[y_M])[0] if reshape else z_MK - z_MK.mean(axis=1, keepdims=True)
-    if (largest := np.abs(out_MK).max()) > _FLOAT16_MAX:
-        raise InputError(f"reshaped logits reach {largest:.3g}: beyond float16; the teacher's logits are too large")
+    check_float16(out_MK)
     return out_MK
 
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.lib.format import open_memmap
 from rich.table import Table
 
 from fastkd import artifacts, console
@@ -24,13 +23,13 @@ from fastkd.kernels import (
     window_ranks,
 )
 from fastkd.recipe import Prune
+from fastkd.stages.rows import RowFile, check_float16, full_disk_explained
 from fastkd.stages.scoring import CHUNK_ROWS, score_chunks
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
 
 MANY_CLASSES, UNUSUAL = 20, 10
-_FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
 def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
@@ -179,21 +178,19 @@ def _fill(
     if not len(kept):
         raise InputError(f"prune.keep_ratio={settings.keep_ratio} of {len(train_ids)} samples keeps none; raise it")
 
-    stored_MK = open_memmap(directory / "logits.npy", mode="w+", dtype=np.float16, shape=(len(kept), K))
     flat = 0
-    for start in range(0, len(kept), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        ids = kept[rows]
-        z = np.ascontiguousarray(logits_NK[ids], np.float32)
-        # σ of a row's own std leaves the row as it is, but for its mean.
-        out, flat_rows = reshape_rows(z, sigma_K[labels_N[ids]] if reshape else std_N[ids])
-        flat += flat_rows
-        if np.abs(out).max() > _FLOAT16_MAX:
-            raise InputError(
-                f"reshaped logits reach {np.abs(out).max():.3g}: beyond float16; the teacher's logits are too large"
-            )
-        stored_MK[rows] = out
-    stored_MK.flush()
+    with (
+        full_disk_explained(directory.parent, "the next run begins anew"),
+        RowFile(directory / "logits.npy", "<f2", len(kept), K) as stored,
+    ):
+        for start in range(0, len(kept), CHUNK_ROWS):
+            ids = kept[start : start + CHUNK_ROWS]
+            z = np.ascontiguousarray(logits_NK[ids], np.float32)
+            # σ of a row's own std leaves the row as it is, but for its mean.
+            out, flat_rows = reshape_rows(z, sigma_K[labels_N[ids]] if reshape else std_N[ids])
+            flat += flat_rows
+            check_float16(out)
+            stored.append(out)
     np.save(directory / "indices.npy", kept)
     np.save(directory / "class_std.npy", sigma_K)
     np.save(directory / "difficulty.npy", difficulty_N)

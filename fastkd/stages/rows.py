@@ -1,7 +1,6 @@
 """Arrays that are written row by row, and can be gone on with."""
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from types import TracebackType
 import numpy as np
 import xxhash
 
-from fastkd.errors import FastkdError
+from fastkd.data.beton import FULL
+from fastkd.errors import FastkdError, InputError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FLOAT16_MAX = float(np.finfo(np.float16).max)
 _READ_BYTES = 4 << 20
 
 
@@ -84,6 +84,12 @@ class RowFile:
                 raise
 
 
+def check_float16(rows: np.ndarray) -> None:
+    """Refuse reshaped logits that float16 cannot hold."""
+    if (largest := np.abs(rows).max()) > _FLOAT16_MAX:
+        raise InputError(f"reshaped logits reach {largest:.3g}: beyond float16; the teacher's logits are too large")
+
+
 def need_space(directory: Path, needed: int, what: str) -> None:
     """Refuse to begin what the disk has no room for.
 
@@ -106,7 +112,7 @@ def full_disk_explained(directory: Path, then: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(directory).free
         raise FastkdError(
