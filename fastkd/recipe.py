@@ -119,16 +119,18 @@ class Score(Section):
 class Prune(Section):
     """Which samples are kept."""
 
-    method: Literal["medium", "easy", "hard", "random", "random_unbalanced", "ccs", "beta", "list"] = "medium"
+    method: Literal["medium", "easy", "hard", "random", "random_unbalanced", "ccs", "beta", "list", "infobatch"] = (
+        "medium"
+    )
     """A window of difficulty ranks within each class; random, balanced by class or not; coverage-centric strata; ranks
-    drawn from a Beta density; a list of one's own."""
+    drawn from a Beta density; a list of one's own. `infobatch` keeps all, and leaves some out of each epoch."""
     score: Literal["cross_entropy", "entropy", "margin", "least_confidence", "el2n", "std"] = "cross_entropy"
     """What difficulty is measured by; a small margin or std is hard."""
     keep_ratio: Ratio = 1.0
     quota: Literal["proportional", "uniform"] = "proportional"
     """Exactly round(keep_ratio·N) by class share, or int(N/K·keep_ratio) for each class as the reference does."""
     seed: Seed = 0
-    """Of random, random_unbalanced, ccs and beta."""
+    """Of random, random_unbalanced, ccs, beta and infobatch."""
     window_centre: float = Field(0.5, ge=0, le=1)
     """Where the window of `medium` lies among the ranks: 0 the easiest, 1 the hardest."""
     drop_ratio: float = Field(0.1, ge=0, lt=1)
@@ -141,6 +143,11 @@ class Prune(Section):
     """How closely round its mode; at 2 all ranks are alike."""
     ids: str | None = None
     """A .npy of sample ids, int64, for `list`."""
+    easy_drop_ratio: float = Field(0.5, ge=0, lt=1)
+    """Share of the samples with less than the mean loss that `infobatch` leaves out of an epoch, at random; the loss of
+    the others of them counts 1 / (1 − share) times."""
+    full_epochs_ratio: float = Field(0.125, ge=0, le=1)
+    """Share of the epochs, the last ones, in which `infobatch` leaves nothing out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Prune":
@@ -150,12 +157,27 @@ class Prune(Section):
             raise ValueError(
                 f"`keep_ratio` {self.keep_ratio} is more than `ccs` leaves after dropping the hardest {self.drop_ratio}"
             )
+        if self.dynamic and self.keep_ratio < 1:
+            raise ValueError(
+                f"`keep_ratio` {self.keep_ratio}: `infobatch` keeps all samples; `easy_drop_ratio` says how many "
+                "easy ones it leaves out of an epoch"
+            )
         return self
 
     @property
     def scored(self) -> bool:
         """Tell whether the method goes by a score."""
         return self.method in ("medium", "easy", "hard", "ccs", "beta")
+
+    @property
+    def dynamic(self) -> bool:
+        """Tell whether samples are chosen anew in each epoch, while training."""
+        return self.method == "infobatch"
+
+    @property
+    def static(self) -> "Prune":
+        """What is chosen before training: all, where the method is dynamic."""
+        return Prune() if self.dynamic else self
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that determine the selection: not those of other methods."""
@@ -169,8 +191,9 @@ class Prune(Section):
             "ccs": {"seed", "drop_ratio", "strata"},
             "beta": {"quota", "seed", "beta_mode", "beta_concentration"},
             "list": set(),
+            "infobatch": {"seed", "easy_drop_ratio", "full_epochs_ratio"},
         }[self.method]
-        ratio = {"keep_ratio"} if self.method != "list" else set()
+        ratio = {"keep_ratio"} if self.method not in ("list", "infobatch") else set()
         return self.model_dump(include={"method"} | scored | own | ratio)
 
 

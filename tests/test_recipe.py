@@ -101,6 +101,8 @@ def test_all_errors_come_at_once_with_the_nearest_key(write):
         ("labels.topk=4", "needs a `data.view.family`"),
         ("teacher.model=cifar/resnet8", "needs `weights`"),
         ("teacher.mean=[0,0,0]", "give either `recipe`, or `model` and `weights`"),
+        ("prune={method: infobatch, keep_ratio: 0.5}", "`infobatch` keeps all samples; `easy_drop_ratio` says"),
+        ("prune.easy_drop_ratio=1", "prune.easy_drop_ratio: 1 is wrong: should be less than 1"),
         ("name=../x", "name: '../x' is wrong"),
         ("nonsense", "override 'nonsense': expected a.b=value"),
         ("=3", "override '=3': expected a.b=value"),

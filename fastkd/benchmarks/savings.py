@@ -59,7 +59,7 @@ def ways(recipe: Recipe) -> list[Way]:
                 labels={"mode": "online", "reshape": False, "views": "epochs", "topk": None},
             ),
         ),
-        Way("recipe", f"{recipe.prune.method} (keep {ratio:g})", recipe),
+        Way("recipe", recipe.prune.method + ("" if recipe.prune.dynamic else f" (keep {ratio:g})"), recipe),
     ]
     if recipe.prune.method != "random" and ratio < 1:
         columns.append(Way("random", f"random (keep {ratio:g})", change(prune={"method": "random"})))

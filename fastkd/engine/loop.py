@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from fastkd.engine.dynamic import RunningLosses
 from fastkd.engine.losses import LossFn
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import FastkdError
@@ -25,6 +26,10 @@ class Batch(Protocol):
 
     @property
     def labels(self) -> Tensor:
+        """int64 [B]."""
+
+    @property
+    def sample_ids(self) -> Tensor:
         """int64 [B]."""
 
     @property
@@ -48,16 +53,25 @@ class TrainState:
     scaler: torch.amp.GradScaler
 
 
-def train_step(state: TrainState, images: Tensor, labels_B: Tensor, teacher_BK: Tensor | None) -> Tensor:
-    """Make one update and return its loss, which stays on the device."""
+def train_step(
+    state: TrainState, images: Tensor, labels_B: Tensor, teacher_BK: Tensor | None, weight_B: Tensor | None = None
+) -> Tensor:
+    """Make one update, on the mean of the samples' losses, weighted if weights are given.
+
+    Returns
+    -------
+    float32 [B]
+        The losses before they are weighted; they stay on the device.
+    """
     with state.runtime.autocast():
         student_BK = state.forward(images)
-    loss = state.loss(student_BK.float(), labels_B, teacher_BK)
-    state.scaler.scale(loss).backward()
+    loss_B = state.loss(student_BK.float(), labels_B, teacher_BK)
+    mean = (loss_B if weight_B is None else loss_B * weight_B).mean()
+    state.scaler.scale(mean).backward()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    return loss.detach()
+    return loss_B.detach()
 
 
 TeacherFn = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor | None]
@@ -93,6 +107,7 @@ def train_epoch(
     *,
     log_every_steps: int,
     on_log: Callable[[int, float, float], None],
+    running: RunningLosses | None = None,
 ) -> EpochResult:
     """Train on every batch once.
 
@@ -103,6 +118,8 @@ def train_epoch(
     on_log
         Called as ``on_log(steps_done, mean_loss, data_wait_share)`` every `log_every_steps` and at the end; only then
         does the host wait for the device.
+    running
+        Where each sample's loss is kept, and its weight comes from; None: all weigh the same.
 
     Raises
     ------
@@ -126,7 +143,14 @@ def train_epoch(
             stored = tuple(rows.to(device) for rows in batch.stored)
             for group in state.optimizer.param_groups:
                 group["lr"] = float(lr_S[steps])
-            loss_sum += train_step(state, x, labels_B, teacher(x, labels_B, stored))
+            teacher_BK = teacher(x, labels_B, stored)
+            if running is None:
+                loss_B = train_step(state, x, labels_B, teacher_BK)
+            else:
+                ids_B = batch.sample_ids.to(device)
+                loss_B = train_step(state, x, labels_B, teacher_BK, running.weight_N[ids_B])
+                running.loss_N[ids_B] = loss_B
+            loss_sum += loss_B.mean()
             images, steps = images + len(labels_B), steps + 1
             if steps - logged == log_every_steps or steps == len(lr_S):
                 loss = float(loss_sum) / (steps - logged)
@@ -171,7 +195,7 @@ def warm_up(state: TrainState, batch: Batch, teacher: TeacherFn) -> None:
     teacher_BK = teacher(x, labels_B, tuple(rows.to(device) for rows in batch.stored))
     with state.runtime.autocast():
         student_BK = state.forward(x)
-    state.loss(student_BK.float(), labels_B, teacher_BK).backward()
+    state.loss(student_BK.float(), labels_B, teacher_BK).mean().backward()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, b in state.forward.named_buffers():

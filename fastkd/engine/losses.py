@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``loss(student_logits_BK, labels_B, teacher_logits_BK) -> scalar``."""
+"""``loss(student_logits_BK, labels_B, teacher_logits_BK) -> loss_B``: of each sample; trained on is the mean."""
 
 
 def kd_loss(
     student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor, *, alpha: float, gamma: float, temperature: float
 ) -> Tensor:
-    """Return γ·CE + α·T²·KL(softmax(teacher/T) ‖ softmax(student/T)), the mean over the batch.
+    """Return γ·CE + α·T²·KL(softmax(teacher/T) ‖ softmax(student/T)) of each sample (float32 [B]).
 
     Hinton, Vinyals & Dean, arXiv 1503.02531; weights as in MDSLR (ICLR 2025).
 
@@ -27,16 +27,16 @@ def kd_loss(
     temperature : float
         T, dividing both logits.
     """
-    hard = F.cross_entropy(student_BK, labels_B)
+    hard_B = F.cross_entropy(student_BK, labels_B, reduction="none")
     log_p = F.log_softmax(teacher_BK / temperature, dim=1)
     log_q = F.log_softmax(student_BK / temperature, dim=1)
-    soft = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    return gamma * hard + alpha * temperature**2 * soft
+    soft_B = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+    return gamma * hard_B + alpha * temperature**2 * soft_B
 
 
 def supervised_loss(student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor | None) -> Tensor:
-    """Cross-entropy with the labels; there is no teacher."""
-    return F.cross_entropy(student_BK, labels_B)
+    """Return the cross-entropy with the labels (float32 [B]); there is no teacher."""
+    return F.cross_entropy(student_BK, labels_B, reduction="none")
 
 
 def stored_logits(stored: Sequence[Tensor], num_classes: int, temperature: float) -> Tensor:

@@ -148,6 +148,33 @@ def coverage_strata(
     return np.sort(np.concatenate(kept))
 
 
+def infobatch_weights(loss_N: np.ndarray, draw_N: np.ndarray, drop_ratio: float) -> np.ndarray:
+    """Return what the loss of each sample counts in an epoch, 0 for those left out (float32 [N]).
+
+    InfoBatch (Qin et al., ICLR 2024): of the samples whose latest loss is below the mean, a share is left
+    out at random, and the others of them count 1 / (1 − share) times, so that the expected gradient stays the same.
+
+    Parameters
+    ----------
+    loss_N : float32 [N]
+        Infinite for samples that have had none: they are trained on, and not counted in the mean.
+    draw_N : uint64 [N]
+        Distinct random words.
+    drop_ratio : float
+        0 … 1, 1 excluded; the number left out is rounded down.
+    """
+    weight_N = np.ones(len(loss_N), np.float32)
+    known_N = np.isfinite(loss_N)
+    if not known_N.any():
+        return weight_N
+    easy = np.flatnonzero(loss_N < loss_N[known_N].mean(dtype=np.float64))
+    dropped = int(drop_ratio * len(easy))
+    if dropped:
+        weight_N[easy] = len(easy) / (len(easy) - dropped)
+        weight_N[easy[np.argpartition(draw_N[easy], dropped - 1)[:dropped]]] = 0
+    return weight_N
+
+
 @numba.njit(cache=True)
 def _by_class(y_N: np.ndarray, start_K: np.ndarray) -> np.ndarray:
     """Return the positions of each class's samples, ascending, class after class."""

@@ -34,7 +34,7 @@ MANY_CLASSES, UNUSUAL = 20, 10
 
 def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
     """Build or find the SUBSET of a chain."""
-    scores, settings = chain.scores, chain.recipe.prune
+    scores, settings = chain.scores, chain.recipe.prune.static
     precision = scores.manifest.settings["precision"]
     inputs = {
         "scores": scores.key,
@@ -83,7 +83,7 @@ def exported_subset(chain: "Chain") -> Artifact:
         "reshape": recipe.labels.reshape,
         "view": chain.view_inputs(chain.teacher_px),
         "teacher": recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json"),
-        **_selection_inputs(recipe.prune),
+        **_selection_inputs(recipe.prune.static),
     }
     teacher = {name: told.get("teacher", {}).get(name) for name in asked["teacher"]}
     made = {**subset.manifest.inputs, "view": told.get("view"), "teacher": teacher if "teacher" in told else None}
@@ -106,6 +106,8 @@ def prune_arrays(
     logits, labels : Path
         `.npy` files: floating point [N, K], K ≥ 2, and integers [N] in 0 … K−1.
     """
+    if settings.dynamic:
+        raise InputError(f"--method {settings.method}: chooses while it trains; there is nothing to choose from logits")
     z_NK, y_N = _open(logits), _open(labels)
     if z_NK.ndim != 2 or z_NK.shape[1] < 2 or z_NK.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(
@@ -206,9 +208,11 @@ def _fill(
         "teacher_top1_kept": float(right_N[kept].mean()),
         "teacher_top1_all": float(right_N[train_ids].mean()),
     }
+    what = f"{settings.method} keeps {len(kept):,} of {len(train_ids):,} samples ({actual:.2%}{asked})"
+    if len(kept) == len(train_ids):
+        what = f"all {len(kept):,} samples are kept"
     console.say(
-        f"prune: {settings.method} keeps {len(kept):,} of {len(train_ids):,} samples ({actual:.2%}{asked}); "
-        f"the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
+        f"prune: {what}; the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
         f"(of all: {facts['teacher_top1_all']:.2%}); σ {sigma_K.min():.3g} … {sigma_K.max():.3g}"
     )
     right_K = np.bincount(y_T, weights=right_N[train_ids], minlength=K)

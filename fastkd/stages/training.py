@@ -22,6 +22,7 @@ from fastkd.artifacts import Artifact, Built
 from fastkd.data.loader import Loader
 from fastkd.data.order import epoch_order
 from fastkd.data.stored import StoredRows
+from fastkd.engine.dynamic import RunningLosses
 from fastkd.engine.loop import TeacherFn, TrainState, evaluate, train_epoch, warm_up
 from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
 from fastkd.engine.schedule import learning_rates
@@ -103,6 +104,8 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
         }
     if uses_subset(chain):
         inputs["subset"] = chain.subset.key
+    if recipe.prune.dynamic:
+        inputs["prune"] = recipe.prune.deciding()
     if uses_labels(recipe):
         inputs["labels"]["key"] = chain.labels.key
     return inputs
@@ -162,31 +165,36 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     watch = chain.watch
 
     loader, student, state, ids_M, feed = prepare(chain)
-    steps_per_epoch = loader.full_batches(len(ids_M))
-    lr = learning_rates(recipe.optim, recipe.train.epochs, steps_per_epoch)
-    epochs = []
-    total_steps = recipe.train.epochs * steps_per_epoch
-    with console.progress("train", total_steps * recipe.train.batch_size) as update:
+    running = RunningLosses(ids_M, runtime.device) if recipe.prune.dynamic else None
+    epochs: list[dict[str, float]] = []
+    images, first = len(ids_M) // recipe.train.batch_size * recipe.train.batch_size, 0
+    with console.progress("train", recipe.train.epochs * images) as update:
         for epoch in range(recipe.train.epochs):
-            first = epoch * steps_per_epoch
-            order = epoch_order(len(ids_M), recipe.seed, epoch)
+            with watch.on("train"):
+                ids = _epoch_ids(recipe, ids_M, epoch, running)
+                lr_S = learning_rates(recipe.optim, recipe.train.epochs, epoch, loader.full_batches(len(ids)))
 
-            def on_log(steps: int, loss: float, wait: float, first: int = first, epoch: int = epoch) -> None:
-                done = first + steps
-                journal.write("steps", epoch=epoch, step=done, loss=loss, lr=lr[done - 1], data_wait_share=wait)
-                update(done * recipe.train.batch_size, f"epoch {epoch + 1}, loss {loss:.3f}, data wait {wait:.1%}")
+            def on_log(
+                step: int, loss: float, wait: float, first: int = first, epoch: int = epoch, lr_S: np.ndarray = lr_S
+            ) -> None:
+                journal.write(
+                    "steps", epoch=epoch, step=first + step, loss=loss, lr=lr_S[step - 1], data_wait_share=wait
+                )
+                done = round((epoch + step / len(lr_S)) * images)
+                update(done, f"epoch {epoch + 1}, loss {loss:.3f}, data wait {wait:.1%}")
 
             with watch.on("train"):
+                view = recipe.view_of(epoch)
                 result = train_epoch(
                     state,
-                    loader.batches(
-                        ids_M[order], last="drop", view=recipe.view_of(epoch), stored=feed.stored(recipe.view_of(epoch))
-                    ),
+                    loader.batches(ids, last="drop", view=view, stored=feed.stored(view)),
                     feed.teacher,
-                    lr[first : first + steps_per_epoch],
+                    lr_S,
                     log_every_steps=recipe.log.every_steps,
                     on_log=on_log,
+                    running=running,
                 )
+            first += len(lr_S)
             summary = {
                 "loss": result.loss,
                 "images": result.images,
@@ -213,6 +221,9 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     timing = _timing(chain, epochs)
     _write_json(directory / "timing.json", timing)
     facts = {"model": recipe.student.model, "top1": accuracy, "images_per_s": timing["images_per_s"]}
+    if recipe.prune.dynamic:
+        facts["trained_share"] = sum(e["images"] for e in epochs) / (recipe.train.epochs * images)
+        console.say(f"train: {recipe.prune.method} trained on {facts['trained_share']:.2%} of the images of all epochs")
     console.say(
         f"train: top-1 {accuracy['val']:.2%} on val; {timing['images_per_s']:,.0f} images/s, "
         f"data wait {timing['data_wait_share']:.1%}; this student took {timing['further_student_s']:.1f} s, "
@@ -265,6 +276,17 @@ def prepare(chain: "Chain") -> tuple[Loader, models.Normalised, TrainState, np.n
         with closing(loader.batches(ids_M[:batch_size], last="drop", view=view, stored=feed.stored(view))) as batches:
             warm_up(state, next(batches), feed.teacher)
     return loader, student, state, ids_M, feed
+
+
+def _epoch_ids(recipe: recipes.Recipe, ids_M: np.ndarray, epoch: int, running: RunningLosses | None) -> np.ndarray:
+    """Return the samples of an epoch in its order: all, or those that a dynamic method leaves."""
+    order = epoch_order(len(ids_M), recipe.seed, epoch)
+    if running is not None:
+        prune = recipe.prune
+        full = epoch >= recipe.train.epochs * (1 - prune.full_epochs_ratio)
+        kept_M = running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
+        order = order[kept_M[order]]
+    return ids_M[order]
 
 
 def _new_student(chain: "Chain") -> models.Normalised:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastkd.engine.dynamic import RunningLosses
 from fastkd.engine.loop import TrainState, evaluate, predict, train_epoch, train_step, warm_up
 from fastkd.engine.losses import kd_loss, supervised_loss
 from fastkd.engine.runtime import Runtime, has_bf16
@@ -16,6 +17,7 @@ from fastkd.errors import FastkdError, InputError
 class Batch(NamedTuple):
     images: torch.Tensor
     labels: torch.Tensor
+    sample_ids: torch.Tensor
     valid: int
     stored: tuple[torch.Tensor, ...] = ()
 
@@ -25,10 +27,11 @@ CPU = Runtime.choose("cpu", "fp32", channels_last=True, compile=False)
 
 def batches(count: int, size: int = 4, valid: int | None = None) -> Generator[Batch, None, None]:
     generator = torch.Generator().manual_seed(0)
-    for _ in range(count):
+    for i in range(count):
         images = torch.randint(0, 256, (size, 4, 4, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
         stored = (torch.rand(size, 3, generator=generator).half(),)
-        yield Batch(images, torch.arange(size) % 3, size if valid is None else valid, stored)
+        ids = torch.arange(i * size, (i + 1) * size)
+        yield Batch(images, torch.arange(size) % 3, ids, size if valid is None else valid, stored)
 
 
 class Net(nn.Module):
@@ -52,11 +55,11 @@ def test_a_step_is_one_sgd_update_of_the_loss():
     state.optimizer.param_groups[0]["momentum"] = 0.0
     batch = next(batches(1))
     twin = make_state()
-    loss = twin.loss(twin.forward(batch.images), batch.labels, None)
-    loss.backward()
+    loss_B = twin.loss(twin.forward(batch.images), batch.labels, None)
+    loss_B.mean().backward()
     expected = [p.detach() - 0.5 * p.grad for p in twin.forward.parameters()]
     found = train_step(state, batch.images, batch.labels, None)
-    assert found.item() == pytest.approx(loss.item())
+    torch.testing.assert_close(found, loss_B.detach())
     for ours, theirs in zip(state.forward.parameters(), expected, strict=True):
         torch.testing.assert_close(ours.detach(), theirs)
     assert all(p.grad is None for p in state.forward.parameters())
@@ -89,9 +92,45 @@ def test_an_epoch_takes_each_rate_logs_and_hands_stored_rows_to_the_teacher():
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_steps():
-    state = make_state(lambda s, y, t: s.sum() * float("nan"))
+    state = make_state(lambda s, y, t: s.sum(1) * float("nan"))
     with pytest.raises(FastkdError, match=r"the loss became nan in steps 0 … 2 of this epoch; try a lower optim\.lr"):
         train_epoch(state, batches(6), lambda *a: None, np.full(6, 0.1), log_every_steps=3, on_log=lambda *a: None)
+
+
+def test_a_dynamic_epoch_weighs_each_sample_and_keeps_its_loss():
+    running = RunningLosses(np.arange(2, 14), CPU.device)
+    running.weight_N[:] = torch.arange(14) / 4
+    state, twin = make_state(), make_state()
+    arguments = {"log_every_steps": 9, "on_log": lambda *a: None}
+    result = train_epoch(state, batches(3), lambda *a: None, np.full(3, 0.1), running=running, **arguments)
+    losses = []
+    for batch in batches(3):
+        loss_B = twin.loss(twin.forward(batch.images), batch.labels, None)
+        (loss_B * batch.sample_ids / 4).mean().backward()
+        twin.optimizer.step()
+        twin.optimizer.zero_grad()
+        losses.append(loss_B.detach())
+    for ours, theirs in zip(state.forward.parameters(), twin.forward.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(running.loss_N[:12], torch.cat(losses))
+    assert torch.isinf(running.loss_N[12:]).all()
+    assert result.loss == pytest.approx(torch.cat(losses).mean().item())
+
+
+def test_running_losses_choose_among_their_samples_alone():
+    ids = np.array([1, 4, 5, 8, 9])
+    running = RunningLosses(ids, CPU.device)
+    assert running.infobatch(0.5, seed=0, epoch=0).all()  # no sample has had a loss
+    running.loss_N[torch.from_numpy(ids)] = torch.tensor([0.1, 0.2, 0.3, 0.4, 9.0])
+    kept_M = running.infobatch(0.5, seed=0, epoch=1)
+    assert kept_M.sum() == 3
+    assert kept_M[4]
+    weights = running.weight_N[torch.from_numpy(ids)].numpy()
+    np.testing.assert_array_equal(weights, np.where(kept_M, [2, 2, 2, 2, 1], 0))
+    others = np.setdiff1d(np.arange(10), ids)
+    assert (running.weight_N[torch.from_numpy(others)] == 1).all()
+    choices = {tuple(running.infobatch(0.5, seed=s, epoch=e)) for s in range(4) for e in range(4)}
+    assert len(choices) > 3
 
 
 def test_data_wait_counts_the_time_before_a_batch_arrives():
@@ -184,4 +223,4 @@ def test_a_step_on_cuda_runs_in_every_precision():
         state = TrainState(runtime, net, supervised_loss, torch.optim.SGD(net.parameters(), lr=0.1), runtime.scaler())
         batch = next(batches(1))
         loss = train_step(state, runtime.images(batch.images), batch.labels.cuda(), None)
-        assert torch.isfinite(loss).item()
+        assert torch.isfinite(loss).all().item()

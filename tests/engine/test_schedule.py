@@ -7,13 +7,17 @@ from fastkd.engine.schedule import learning_rates
 from fastkd.recipe import Optim
 
 
+def all_rates(optim: Optim, epochs: int, steps: int) -> np.ndarray:
+    return np.concatenate([learning_rates(optim, epochs, epoch, steps) for epoch in range(epochs)])
+
+
 def test_step_decays_from_each_milestone_on():
-    lr = learning_rates(Optim(lr=0.05, schedule="step", milestones_epochs=(2, 3)), 4, 5)
+    lr = all_rates(Optim(lr=0.05, schedule="step", milestones_epochs=(2, 3)), 4, 5)
     np.testing.assert_allclose(lr, np.repeat([0.05, 0.05, 0.005, 0.0005], 5))
 
 
 def test_cosine_with_warm_up_rises_linearly_and_falls_to_nearly_nothing():
-    lr = learning_rates(Optim(lr=1.0, schedule="cosine", warmup_epochs=1), 10, 10)
+    lr = all_rates(Optim(lr=1.0, schedule="cosine", warmup_epochs=1), 10, 10)
     np.testing.assert_allclose(lr[:10], np.arange(1, 11) / 10)
     assert lr[10] == 1.0
     assert np.all(np.diff(lr[10:]) < 0)
@@ -29,6 +33,12 @@ def test_cosine_with_warm_up_rises_linearly_and_falls_to_nearly_nothing():
     st.floats(0.01, 3),
 )
 def test_every_step_has_a_rate_within_bounds(schedule, epochs, steps, warmup, lr):
-    rates = learning_rates(Optim(lr=lr, schedule=schedule, warmup_epochs=warmup * epochs), epochs, steps)
+    rates = all_rates(Optim(lr=lr, schedule=schedule, warmup_epochs=warmup * epochs), epochs, steps)
     assert rates.shape == (epochs * steps,)
     assert np.all((rates > 0) & (rates <= lr * (1 + 1e-9)))
+
+
+def test_an_epoch_of_fewer_steps_goes_through_the_same_rates():
+    optim = Optim(lr=1.0, schedule="cosine", warmup_epochs=0.5)
+    few, many = (learning_rates(optim, 4, 2, steps) for steps in (10, 30))
+    np.testing.assert_allclose(few, many[::3])

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkd.kernels import beta_draw, class_ranks, coverage_strata, mix64, select_ranks, window_ranks
+from fastkd.kernels import (
+    beta_draw,
+    class_ranks,
+    coverage_strata,
+    infobatch_weights,
+    mix64,
+    select_ranks,
+    window_ranks,
+)
 
 counts = st.lists(st.integers(1, 60), min_size=2, max_size=12).map(lambda c: np.array(c, np.int64))
 seeds = st.integers(0, 99)
@@ -106,3 +114,27 @@ def test_keys_select_the_same_of_fewer(quota):
     y_N, zero = np.zeros(N, np.int64), np.zeros(1, np.int64)
     some = select_ranks(key_N, y_N, zero, np.array([quota]))
     assert set(some) <= set(select_ranks(key_N, y_N, zero, np.array([quota + 7])))
+
+
+@given(st.integers(1, 200), st.floats(0, 0.99), st.floats(0, 1), seeds)
+def test_infobatch_leaves_out_easy_ones_and_keeps_the_expected_gradient(count, drop_ratio, unknown, seed):
+    rng = np.random.default_rng(seed)
+    loss_N = rng.exponential(size=count).astype(np.float32)
+    loss_N[rng.random(count) < unknown] = np.inf
+    draw_N = mix64(np.arange(count), seed, "infobatch")
+    weight_N = infobatch_weights(loss_N, draw_N, drop_ratio)
+    assert weight_N.dtype == np.float32
+    known = loss_N[np.isfinite(loss_N)]
+    easy_N = loss_N < (known.astype(np.float64).mean() if len(known) else 0)
+    assert (weight_N[~easy_N] == 1).all()
+    assert (weight_N == 0).sum() == int(drop_ratio * easy_N.sum())
+    kept = weight_N[easy_N & (weight_N > 0)]
+    assert (kept == kept[:1]).all()
+    np.testing.assert_allclose(weight_N.sum(dtype=np.float64), count, rtol=1e-5)
+
+
+def test_infobatch_draws_each_easy_sample_alike():
+    loss_N = np.concatenate([np.full(40, 0.1), np.full(10, 9.0)]).astype(np.float32)
+    left_out = sum(infobatch_weights(loss_N, mix64(np.arange(50), s, "infobatch"), 0.3) == 0 for s in range(2000))
+    assert (left_out[40:] == 0).all()
+    np.testing.assert_allclose(left_out[:40] / 2000, 0.3, atol=0.05)  # five standard deviations

@@ -2,12 +2,16 @@
 
 import json
 
+import numba
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from fastkd import artifacts, prune, stages
 from fastkd.errors import InputError
+from fastkd.recipe import Prune
 from fastkd.stages import Chain
 from fastkd.stages.pruning import class_table
 
@@ -134,6 +138,80 @@ def test_ones_own_logits_with_more_settings(tmp_path, command):
     code, said = command(prune.main, *common, "--out", tmp_path / "b", "--method", "list")
     assert code == 2
     assert "`ids` goes with `method: list`" in said
+
+
+@pytest.mark.parametrize("method", ["medium", "easy", "hard"])
+@given(seed=st.integers(0, 10_000), ratio=st.floats(0.1, 1.0), quota=st.sampled_from(["proportional", "uniform"]))
+@settings(max_examples=20)
+def test_what_order_the_samples_are_in_does_not_matter(method, tmp_path_factory, seed, ratio, quota):
+    rng = np.random.default_rng(seed)
+    count, classes = 120, 4
+    z = rng.normal(size=(count, classes)).astype(np.float32) * 3  # distinct scores
+    y = rng.permutation(np.minimum(np.arange(count) % 7, classes - 1))
+    order = rng.permutation(count)
+    folder = tmp_path_factory.mktemp("order")
+    subsets = []
+    for name, rows in (("as_it_is", np.arange(count)), ("shuffled", order)):
+        np.save(folder / f"{name}_z.npy", z[rows])
+        np.save(folder / f"{name}_y.npy", y[rows])
+        chosen = Prune(method=method, keep_ratio=ratio, quota=quota)
+        subset, _ = stages.prune_arrays(folder / f"{name}_z.npy", folder / f"{name}_y.npy", folder / name, chosen)
+        subsets.append(subset)
+    straight, shuffled = (np.asarray(s.array("indices.npy")) for s in subsets)
+    assert set(straight) == set(order[shuffled])
+    np.testing.assert_allclose(subsets[0].array("class_std.npy"), subsets[1].array("class_std.npy"), rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", [*SCORED, "random", "random_unbalanced"])
+def test_the_number_of_threads_does_not_matter(tmp_path, method):
+    rng = np.random.default_rng(3)
+    np.save(tmp_path / "z.npy", rng.normal(size=(3000, 7)).astype(np.float16))
+    np.save(tmp_path / "y.npy", rng.integers(0, 7, 3000))
+    chosen, threads = Prune(method=method, keep_ratio=0.37), numba.get_num_threads()
+    try:
+        made = []
+        for count in (1, numba.config.NUMBA_NUM_THREADS):
+            numba.set_num_threads(count)
+            made.append(stages.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / str(count), chosen)[0])
+    finally:
+        numba.set_num_threads(threads)
+    assert made[0].manifest.files == made[1].manifest.files
+
+
+def epochs_of(run) -> list[dict]:
+    lines = map(json.loads, run.file("metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == "epoch"]
+
+
+INFOBATCH = ("prune.method=infobatch", "prune.keep_ratio=1.0", "prune.easy_drop_ratio=0.6")
+
+
+@pytest.mark.parametrize("labels", ["labels.mode=stored", "labels.mode=online", "data.view.family=flip"])
+def test_infobatch_leaves_out_more_and_more_but_for_the_last_epochs(tiny_recipe, tmp_path, labels):
+    recipe = tiny_recipe(*INFOBATCH, labels, "train.epochs=4", "prune.full_epochs_ratio=0.25")
+    run, _ = stages.train(recipe)
+    images = [epoch["images"] for epoch in epochs_of(run)]
+    assert images[0] == images[3] == 150  # nothing is known of any sample; the last quarter of four
+    assert all(75 <= n < 150 for n in images[1:3])
+    assert run.facts["trained_share"] == sum(images) / 600
+    again, _ = stages.train(recipe, out=tmp_path / "again")
+    assert again.manifest.files["student.safetensors"] == run.manifest.files["student.safetensors"]
+    assert again.key == run.key
+    other, _ = stages.train(tiny_recipe(*INFOBATCH[:2], labels, "train.epochs=4", "prune.full_epochs_ratio=0.25"))
+    assert other.key != run.key
+
+
+def test_infobatch_that_drops_nothing_is_training_on_all(tiny_recipe):
+    run, _ = stages.train(tiny_recipe(*INFOBATCH[:2], "prune.easy_drop_ratio=0.0"))
+    plain, _ = stages.train(tiny_recipe("prune.keep_ratio=1.0"))
+    assert run.path != plain.path
+    assert run.manifest.files["student.safetensors"] == plain.manifest.files["student.safetensors"]
+    assert run.manifest.parents["SUBSET"] == plain.manifest.parents["SUBSET"]  # there is nothing to store twice
+
+
+def test_infobatch_has_nothing_to_choose_from_logits(tmp_path):
+    with pytest.raises(InputError, match="chooses while it trains"):
+        stages.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out", Prune(method="infobatch"))
 
 
 def test_prune_shows_a_table_per_class_and_pictures(tiny_recipe, command):
