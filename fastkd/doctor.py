@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -95,8 +96,10 @@ def cpu_quota(values: Sequence[str]) -> float | None:
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may keep busy: by its affinity, and its cgroup's quota rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(cgroup_values("cpu.max", _read("/proc/self/cgroup")))
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def memory_bytes(meminfo: str, limits: Sequence[str] = ()) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from fastkd.errors import InputError
 from fastkd.validation import explain
 
 MAX_BYTES = 1 << 20
+MAX_SIZES = 6
 
 
 class Section(BaseModel):
@@ -73,7 +74,7 @@ class Data(Section):
     """Side of the centre crop over the shorter side of the image; used with `input_px`."""
     view: View = View()
     workers: int = Field(0, ge=0)
-    """Loader threads; 0: one per usable core."""
+    """Loader threads; 0: as many of the usable cores as it needs to stay ahead of the step, by measurement."""
     os_cache: bool = True
     """Let the system's page cache hold the data; turn off for data larger than memory."""
 
@@ -228,17 +229,25 @@ class Loss(Section):
     alpha: float = Field(0.9, ge=0)
     gamma: float = Field(0.1, ge=0)
     temperature: float = Field(4.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each label that is spread over all classes, in the cross-entropy."""
 
 
 class Optim(Section):
-    """SGD with momentum, and its learning rate over the epochs."""
+    """What updates the weights, and its learning rate over the epochs."""
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Of sgd."""
     nesterov: bool = False
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    """Of adamw."""
     weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["step", "cosine", "constant"] = "cosine"
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient of all weights together; default: any."""
+    schedule: Literal["step", "cosine", "one_cycle", "constant"] = "cosine"
+    """one_cycle: half cosines from lr/25 up to lr, over `warmup_epochs` or 0.3 of all, and down to next to nothing."""
     milestones_epochs: Annotated[tuple[float, ...], Field(strict=False)] = ()
     decay_factor: float = Field(0.1, gt=0, le=1)
     """What `lr` is multiplied by at each milestone (`step`)."""
@@ -248,6 +257,8 @@ class Optim(Section):
     def _consistent(self) -> "Optim":
         if self.nesterov and self.momentum == 0:
             raise ValueError("`nesterov` needs a momentum above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` {list(self.betas)}: expected two numbers from 0 up to below 1")
         if (self.schedule == "step") != bool(self.milestones_epochs):
             raise ValueError("`milestones_epochs` goes with `schedule: step`, and that needs them")
         return self
@@ -262,6 +273,14 @@ class Train(Section):
     """auto: bf16 where the hardware computes in it, fp16 with a scaler on older GPUs, else fp32."""
     channels_last: bool = True
     compile: bool = True
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's; reduce-overhead and max-autotune use CUDA graphs on a GPU."""
+    accumulate: int = Field(1, ge=1)
+    """Parts that each batch is cut into where it does not fit into memory; their gradients are summed."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights, and evaluate and save that; default: none."""
+    progressive_px: dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] = {}
+    """Side of the images from an epoch on: {0: 128, 10: 160}; before the first and without any, `data.input_px`."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
     eval_every_epochs: int = Field(0, ge=0)
@@ -307,6 +326,17 @@ class Recipe(Section):
         teacher_px = self.teacher.input_px if self.teacher else None
         if self.labels.mode == "online" and teacher_px not in (None, self.data.input_px):
             raise ValueError(f"`teacher.input_px` {teacher_px}: a live teacher sees the student's images")
+        train = self.train
+        if train.batch_size % train.accumulate:
+            raise ValueError(f"`train.accumulate` {train.accumulate} does not divide the batch of {train.batch_size}")
+        if train.progressive_px and self.labels.mode == "online" and self.teacher:
+            raise ValueError(
+                "`train.progressive_px` needs stored labels: a live teacher would see the small images too"
+            )
+        if len(set(train.progressive_px.values())) > MAX_SIZES:
+            raise ValueError(
+                f"`train.progressive_px`: at most {MAX_SIZES} sizes, since the student is compiled for each"
+            )
         if self.train.eval_every_epochs and not self.data.holdout_ratio:
             raise ValueError("`train.eval_every_epochs` looks at the hold-out: it needs `data.holdout_ratio` above 0")
         return self
@@ -317,6 +347,11 @@ class Recipe(Section):
         if self.labels.views == "plain" or not self.data.view.varies:
             return None
         return self.train.epochs if self.labels.views == "epochs" else min(self.labels.views, self.train.epochs)
+
+    def px_of(self, epoch: int) -> int | None:
+        """Return the side of the images that an epoch sees; None: as stored."""
+        begun = [first for first in self.train.progressive_px if first <= epoch]
+        return self.train.progressive_px[max(begun)] if begun else self.data.input_px
 
     def view_of(self, epoch: int) -> int | None:
         """Return the number of the view that an epoch sees; None: the plain view."""

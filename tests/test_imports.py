@@ -27,8 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "validation": {"errors"},
     "console": {"errors"},
     **{unit: {"errors", "validation"} for unit in ARRAYS_AND_FILES},
-    **dict.fromkeys(PARTS, LEAVES | ARRAYS_AND_FILES),
-    "stages": LEAVES | ARRAYS_AND_FILES | PARTS | {"doctor"},  # which tells a run's machine, and is a leaf itself
+    **dict.fromkeys(PARTS, LEAVES | ARRAYS_AND_FILES | {"doctor"}),  # doctor is a leaf itself, and knows the cores
+    "stages": LEAVES | ARRAYS_AND_FILES | PARTS | {"doctor"},
     "benchmarks": LEAVES | ARRAYS_AND_FILES | PARTS | {"stages", "doctor"},
     **{unit: LEAVES | {"recipe", "artifacts", "stages", "benchmarks", "cli", "data.source"} for unit in COMMANDS},
     "doctor": set(),  # runs where nothing is installed

@@ -103,6 +103,11 @@ def test_all_errors_come_at_once_with_the_nearest_key(write):
         ("teacher.mean=[0,0,0]", "give either `recipe`, or `model` and `weights`"),
         ("prune={method: infobatch, keep_ratio: 0.5}", "`infobatch` keeps all samples; `easy_drop_ratio` says"),
         ("prune.easy_drop_ratio=1", "prune.easy_drop_ratio: 1 is wrong: should be less than 1"),
+        ("train.accumulate=3", "`train.accumulate` 3 does not divide the batch of 8"),
+        ("train.compile_mode=fast", "train.compile_mode: 'fast' is wrong: should be 'default', 'reduce-overhead'"),
+        ("train.progressive_px={0: 1, 1: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: 7}", "at most 6 sizes"),
+        ("train.ema_decay=1", "train.ema_decay"),
+        ("optim.betas=[0.9,1]", "`betas` [0.9, 1.0]: expected two numbers"),
         ("name=../x", "name: '../x' is wrong"),
         ("nonsense", "override 'nonsense': expected a.b=value"),
         ("=3", "override '=3': expected a.b=value"),
@@ -169,3 +174,12 @@ def test_nothing_but_our_own_errors_comes_out(tmp_path_factory, section, value):
     path.write_text(yaml.safe_dump(MINIMAL | {section: value}))
     with contextlib.suppress(InputError):
         assert recipe.load(path).name
+
+
+def test_how_large_an_epoch_sees_the_images(write):
+    loaded = recipe.load(write(), ["data.input_px=32", "train.progressive_px={1: 16, 3: 24}"])
+    assert [loaded.px_of(epoch) for epoch in range(5)] == [32, 16, 16, 24, 24]
+    assert recipe.load(write()).px_of(1) is None
+    live = write(teacher={"model": "cifar/resnet8", "weights": "w"}, labels={"mode": "online"})
+    with pytest.raises(InputError, match=r"`train.progressive_px` needs stored labels"):
+        recipe.load(live, ["train.progressive_px={0: 16}"])

@@ -18,10 +18,10 @@ from rich.table import Table
 
 from fastkd import console, doctor
 from fastkd.artifacts import Artifact
-from fastkd.data import usable_cores
 from fastkd.data.loader import BATCHES_AHEAD, Loader
 from fastkd.data.order import epoch_order
 from fastkd.data.views import Views
+from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
 from fastkd.stages import write
 

@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from rich.table import Table
 
 from fastkd import console, doctor
-from fastkd.data import usable_cores
+from fastkd.doctor import usable_cores
 from fastkd.errors import FastkdError, InputError
 from fastkd.kernels import proportional_quotas, score_logits, select_ranks, window_ranks
 

@@ -31,9 +31,10 @@ import numpy as np
 import xxhash
 from PIL import ImageFile, UnidentifiedImageError
 
-from fastkd.data import usable_cores, watched
+from fastkd.data import watched
 from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode
 from fastkd.data.source import MapDataset, Writer, WriterOptions, load_writer
+from fastkd.doctor import usable_cores
 from fastkd.errors import FastkdError, InputError
 
 SPLITS = ("train", "val")

@@ -24,9 +24,9 @@ from ffcv.pipeline.graph import Node  # noqa: E402
 from ffcv.transforms import ToTensor  # noqa: E402
 
 from fastkd.artifacts import Artifact  # noqa: E402
-from fastkd.data import usable_cores  # noqa: E402
 from fastkd.data.stored import StoredRows  # noqa: E402
 from fastkd.data.views import ViewDecoder, Views  # noqa: E402
+from fastkd.doctor import usable_cores  # noqa: E402
 from fastkd.errors import ArtifactError, InputError, LoaderError  # noqa: E402
 from fastkd.kernels.views import COLUMNS  # noqa: E402
 
@@ -98,7 +98,7 @@ class Loader:
     views : Views
         The family that numbered views are drawn from.
     workers : int
-        Loader threads; 0: one per usable core.
+        Loader threads; 0: one per usable core. The attribute may be lowered; the next epoch goes by it.
     os_cache : bool
         Read through the system's page cache, rather than pages of FFCV's own.
 
@@ -134,6 +134,7 @@ class Loader:
             raise InputError(
                 f"{dataset.path}: its images vary in size: set data.input_px to the side that the nets see"
             )
+        self.workers = workers or cores
         self.image_hw: tuple[int, int] = (input_px, input_px) if input_px else tuple(fixed_size)
         self.views = views or Views()
         self._one_size = fixed_size is not None
@@ -145,7 +146,7 @@ class Loader:
             self._ffcv = FfcvLoader(
                 str(path),
                 batch_size=batch_size,
-                num_workers=workers or cores,
+                num_workers=self.workers,
                 os_cache=os_cache,
                 batches_ahead=BATCHES_AHEAD,
                 drop_last=False,
@@ -270,7 +271,7 @@ class Loader:
             draw = partial(_repeat, rows_1VP)
 
         self._decoder.hw, self._decoder.views = hw, len(views)  # for the buffers that the epoch is about to ask for
-        epoch = self._epoch = _Epoch(self._ffcv, self._positions(ids), ids, draw, self._cover, stored)
+        epoch = self._epoch = _Epoch(self._ffcv, self._positions(ids), ids, draw, self._cover, stored, self.workers)
         done = 0
         try:
             for image, label, sample_id, *rows in epoch:
@@ -307,6 +308,7 @@ class _Epoch(EpochIterator):
         draw: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
         cover_C: np.ndarray,
         stored: StoredRows | None,
+        workers: int,
     ) -> None:
         self.closed: bool
         self.failure: BaseException | None = None
@@ -315,7 +317,7 @@ class _Epoch(EpochIterator):
         slots = loader.batches_ahead + 2
         self.rows = [stored.buffers(loader.batch_size) for _ in range(slots)] if stored else []
         (self.decoder,) = (node.id for node in loader.graph.root_nodes if isinstance(node.decoder, ViewDecoder))
-        Compiler.set_num_threads(loader.num_workers)
+        Compiler.set_num_threads(workers)
         super().__init__(loader, positions)  # starts the thread
 
     def run(self) -> None:

@@ -1,81 +1,112 @@
 """One update, one epoch, one look at a test set, one pass of a teacher."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
+from fastkd.engine.feed import Batch, Fed, feed
 from fastkd.engine.losses import LossFn
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import FastkdError
 
+Told = tuple[Tensor, ...]
+"""What the teacher says of a batch: stored rows, or a live teacher's logits; empty: there is none."""
+ReadFn = Callable[[Told], Tensor | None]
+"""``read(told) -> teacher_logits_BK``, on the device."""
+LiveTeacher = Callable[[Tensor, Tensor], Tensor]
+"""``live(images, labels) -> teacher_logits_BK``."""
 
-class Batch(Protocol):
-    """What the loops need of a loader's batch: padded to its full size, of which `valid` samples count."""
 
-    @property
-    def images(self) -> Tensor:
-        """uint8 [B, 3, H, W], channels_last."""
+class Objective(nn.Module):
+    """The student with what it is trained to: one graph, from pixels and stored rows to the loss, for the compiler."""
 
-    @property
-    def labels(self) -> Tensor:
-        """int64 [B]."""
+    def __init__(self, student: nn.Module, loss: LossFn, read: ReadFn) -> None:
+        super().__init__()
+        self.student, self.loss, self.read = student, loss, read
 
-    @property
-    def sample_ids(self) -> Tensor:
-        """int64 [B]."""
-
-    @property
-    def valid(self) -> int:
-        """How many samples count."""
-
-    @property
-    def stored(self) -> tuple[Tensor, ...]:
-        """Rows [B, k] stored for the samples, if any."""
+    def forward(
+        self, images: Tensor, labels_B: Tensor, told: Told, weight_B: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean loss, weighted if weights are given, and the losses [B] before that, without gradient."""
+        loss_B = self.loss(self.student(images).float(), labels_B, self.read(told))
+        mean = (loss_B if weight_B is None else loss_B * weight_B).mean()
+        return mean, loss_B.detach()
 
 
 @dataclass
 class TrainState:
-    """A student in training."""
+    """A student in training.
+
+    Attributes
+    ----------
+    objective
+        An `Objective`, compiled or not.
+    parts
+        How many parts each batch is cut into, whose gradients are summed before the update.
+    clip_norm
+        Largest norm of the gradient; None: any.
+    average
+        Of the weights over the steps, if one is kept.
+    """
 
     runtime: Runtime
-    forward: nn.Module
-    """The student, compiled or not: uint8 images → logits."""
-    loss: LossFn
+    objective: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    parts: int = 1
+    clip_norm: float | None = None
+    average: MovingAverage | None = None
 
 
-def train_step(
-    state: TrainState, images: Tensor, labels_B: Tensor, teacher_BK: Tensor | None, weight_B: Tensor | None = None
-) -> Tensor:
-    """Make one update, on the mean of the samples' losses, weighted if weights are given.
+def train_step(state: TrainState, images: Tensor, labels_B: Tensor, told: Told, weight_B: Tensor | None = None) -> Told:
+    """Make one update.
 
     Returns
     -------
-    float32 [B]
-        The losses before they are weighted; they stay on the device.
+    mean : float32 []
+        The loss.
+    loss_B : float32 [B]
+        Of each sample, before it is weighted. Both stay on the device.
     """
-    with state.runtime.autocast():
-        student_BK = state.forward(images)
-    loss_B = state.loss(student_BK.float(), labels_B, teacher_BK)
-    mean = (loss_B if weight_B is None else loss_B * weight_B).mean()
-    state.scaler.scale(mean).backward()
+    means, losses = [], []
+    for part in _parts(state.parts, images, labels_B, told, weight_B):
+        with state.runtime.autocast():
+            mean, loss_B = state.objective(*part)
+        state.scaler.scale(mean / state.parts).backward()
+        means.append(mean.detach().clone() if state.parts > 1 else mean.detach())  # CUDA graphs use outputs again
+        losses.append(loss_B.clone() if state.parts > 1 else loss_B)
+    if state.clip_norm is not None:
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.optimizer.param_groups[0]["params"], state.clip_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    return loss_B.detach()
+    if state.average is not None:
+        state.average.update()
+    if state.parts == 1:
+        return means[0], losses[0]
+    return torch.stack(means).mean(), torch.cat(losses)
 
 
-TeacherFn = Callable[[Tensor, Tensor, tuple[Tensor, ...]], Tensor | None]
-"""``teacher(images, labels, stored) -> logits_BK``: from what is stored for the samples, or from what they show."""
+def _parts(
+    count: int, images: Tensor, labels_B: Tensor, told: Told, weight_B: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor, Told, Tensor | None]]:
+    """Cut a batch into equal parts."""
+    if count == 1:
+        return [(images, labels_B, told, weight_B)]
+    told_parts = list(zip(*(rows.chunk(count) for rows in told), strict=True)) or [()] * count
+    weights = [None] * count if weight_B is None else weight_B.chunk(count)
+    return zip(images.chunk(count), labels_B.chunk(count), told_parts, weights, strict=True)
 
 
 @dataclass(frozen=True)
@@ -102,7 +133,7 @@ class EpochResult:
 def train_epoch(
     state: TrainState,
     batches: Generator[Batch, None, None],
-    teacher: TeacherFn,
+    live: LiveTeacher | None,
     lr_S: np.ndarray,
     *,
     log_every_steps: int,
@@ -113,6 +144,8 @@ def train_epoch(
 
     Parameters
     ----------
+    live
+        The teacher, where its logits are not stored with the samples.
     lr_S : float64 [S]
         Learning rate of each step.
     on_log
@@ -126,32 +159,29 @@ def train_epoch(
     FastkdError
         The loss is not finite; names the range of steps.
     """
-    device = state.runtime.device
-    loss_sum = torch.zeros((), device=device)
+    loss_sum = torch.zeros((), device=state.runtime.device)
     epoch_loss = 0.0
     images = steps = logged = 0
     data_wait_s = 0.0
     start = state.runtime.clock()
-    with closing(batches):
+    with closing(feed(batches, state.runtime)) as fed:
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            batch = next(fed, None)
             if batch is None:
                 break
             data_wait_s += time.perf_counter() - asked
-            x, labels_B = state.runtime.images(batch.images), batch.labels.to(device)
-            stored = tuple(rows.to(device) for rows in batch.stored)
             for group in state.optimizer.param_groups:
                 group["lr"] = float(lr_S[steps])
-            teacher_BK = teacher(x, labels_B, stored)
+            told = _told(batch, live)
             if running is None:
-                loss_B = train_step(state, x, labels_B, teacher_BK)
+                mean, _ = train_step(state, batch.images, batch.labels, told)
             else:
-                ids_B = batch.sample_ids.to(device)
-                loss_B = train_step(state, x, labels_B, teacher_BK, running.weight_N[ids_B])
-                running.loss_N[ids_B] = loss_B
-            loss_sum += loss_B.mean()
-            images, steps = images + len(labels_B), steps + 1
+                weight_B = running.weight_N[batch.sample_ids]
+                mean, loss_B = train_step(state, batch.images, batch.labels, told, weight_B)
+                running.loss_N[batch.sample_ids] = loss_B
+            loss_sum += mean
+            images, steps = images + len(batch.labels), steps + 1
             if steps - logged == log_every_steps or steps == len(lr_S):
                 loss = float(loss_sum) / (steps - logged)
                 if not np.isfinite(loss):
@@ -166,37 +196,72 @@ def train_epoch(
     return EpochResult(epoch_loss / max(steps, 1), images, state.runtime.clock() - start, data_wait_s)
 
 
+def _told(batch: Fed, live: LiveTeacher | None) -> Told:
+    return batch.stored if live is None else (live(batch.images, batch.labels),)
+
+
 @torch.inference_mode()
-def evaluate(runtime: Runtime, net: nn.Module, batches: Iterable[Batch], num_classes: int) -> float:
+def evaluate(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None], num_classes: int) -> float:
     """Return the top-1 accuracy (0…1) of a net in eval mode on padded batches."""
     top1 = MulticlassAccuracy(num_classes, average="micro").to(runtime.device)
-    for batch in batches:
+    for batch in feed(batches, runtime):
         with runtime.autocast():
-            logits_BK = net(runtime.images(batch.images))
-        top1.update(logits_BK[: batch.valid].float(), batch.labels[: batch.valid].to(runtime.device))
+            logits_BK = net(batch.images)
+        top1.update(logits_BK[: batch.valid].float(), batch.labels[: batch.valid])
     return float(top1.compute())
 
 
+class Predicted(NamedTuple):
+    """What a net says of a batch's samples, those that pad it left out.
+
+    Attributes
+    ----------
+    logits : float32 array [n·V, K]
+        The V views of each of the n samples stand together.
+    labels : int64 array [n]
+    stored : tuple of array [n, k]
+        Rows that came along with the samples.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    stored: tuple[np.ndarray, ...]
+
+
 @torch.inference_mode()
-def predict(runtime: Runtime, net: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yield each batch with a teacher's logits for it: float32 [n, K], of its n images that count, in their order."""
-    for batch in batches:
+def predict(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None]) -> Iterator[Predicted]:
+    """Yield what a net in eval mode says of each batch, in their order.
+
+    On CUDA it lags a batch behind, so that the device has the next one to work on while the host looks at this.
+    """
+    waiting: deque[Callable[[], Predicted]] = deque()
+    for batch in feed(batches, runtime):
         with runtime.autocast():
-            logits_BK = net(runtime.images(batch.images))
+            logits_BK = net(batch.images)
         count = batch.valid * (len(batch.images) // len(batch.labels))
-        yield batch, logits_BK[:count].float().cpu().numpy()
+        waiting.append(_later(runtime, logits_BK[:count].float(), batch))
+        if runtime.device.type == "cpu" or len(waiting) > 1:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
 
 
-def warm_up(state: TrainState, batch: Batch, teacher: TeacherFn) -> None:
+def _later(runtime: Runtime, logits: Tensor, batch: Fed) -> Callable[[], Predicted]:
+    """Begin to copy to the host, and return what waits for it."""
+    come, labels, *stored = (
+        runtime.to_host(t) for t in (logits, *(t[: batch.valid] for t in (batch.labels, *batch.stored)))
+    )
+    return lambda: Predicted(come(), labels(), tuple(rows() for rows in stored))
+
+
+def warm_up(state: TrainState, batch: Fed, live: LiveTeacher | None, weight_B: Tensor | None = None) -> None:
     """Run one forward and backward pass, to compile, and leave the student as it was."""
-    buffers = {name: b.clone() for name, b in state.forward.named_buffers()}
-    device = state.runtime.device
-    x, labels_B = state.runtime.images(batch.images), batch.labels.to(device)
-    teacher_BK = teacher(x, labels_B, tuple(rows.to(device) for rows in batch.stored))
-    with state.runtime.autocast():
-        student_BK = state.forward(x)
-    state.loss(student_BK.float(), labels_B, teacher_BK).mean().backward()
+    buffers = {name: b.clone() for name, b in state.objective.named_buffers()}
+    for part in _parts(state.parts, batch.images, batch.labels, _told(batch, live), weight_B):
+        with state.runtime.autocast():
+            mean, _ = state.objective(*part)
+        mean.backward()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        for name, b in state.forward.named_buffers():
+        for name, b in state.objective.named_buffers():
             b.copy_(buffers[name])

@@ -11,7 +11,14 @@ LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def kd_loss(
-    student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor, *, alpha: float, gamma: float, temperature: float
+    student_BK: Tensor,
+    labels_B: Tensor,
+    teacher_BK: Tensor,
+    *,
+    alpha: float,
+    gamma: float,
+    temperature: float,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return γ·CE + α·T²·KL(softmax(teacher/T) ‖ softmax(student/T)) of each sample (float32 [B]).
 
@@ -26,17 +33,21 @@ def kd_loss(
         Weights of the teacher's term and of the label's.
     temperature : float
         T, dividing both logits.
+    label_smoothing : float
+        Share of each label that is spread over all classes, in CE.
     """
-    hard_B = F.cross_entropy(student_BK, labels_B, reduction="none")
+    hard_B = F.cross_entropy(student_BK, labels_B, reduction="none", label_smoothing=label_smoothing)
     log_p = F.log_softmax(teacher_BK / temperature, dim=1)
     log_q = F.log_softmax(student_BK / temperature, dim=1)
     soft_B = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
     return gamma * hard_B + alpha * temperature**2 * soft_B
 
 
-def supervised_loss(student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor | None) -> Tensor:
+def supervised_loss(
+    student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor | None, *, label_smoothing: float = 0.0
+) -> Tensor:
     """Return the cross-entropy with the labels (float32 [B]); there is no teacher."""
-    return F.cross_entropy(student_BK, labels_B, reduction="none")
+    return F.cross_entropy(student_BK, labels_B, reduction="none", label_smoothing=label_smoothing)
 
 
 def stored_logits(stored: Sequence[Tensor], num_classes: int, temperature: float) -> Tensor:

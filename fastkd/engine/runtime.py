@@ -1,13 +1,18 @@
 """Where and in what precision nets run. All that is particular to CUDA stands here."""
 
+import os
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
+from fastkd.recipe import Optim
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -21,15 +26,17 @@ class Runtime:
     device : torch.device
     precision : "bf16" | "fp16" | "fp32"
         Of autocast; weights and optimizer state stay float32.
+    compile : str or bool
+        In which of torch.compile's modes nets are compiled; False: they are not, True: in the default one.
     """
 
     device: torch.device
     precision: Literal["bf16", "fp16", "fp32"]
     channels_last: bool
-    compile: bool
+    compile: bool | str
 
     @classmethod
-    def choose(cls, device: str, precision: str, *, channels_last: bool, compile: bool) -> "Runtime":
+    def choose(cls, device: str, precision: str, *, channels_last: bool, compile: bool | str) -> "Runtime":
         """Resolve `auto`, and refuse what the machine has not.
 
         Raises
@@ -49,7 +56,10 @@ class Runtime:
             if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
                 raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
             torch.backends.cudnn.benchmark = True
+            torch.backends.cudnn.allow_tf32 = True
             torch.set_float32_matmul_precision("high")
+        elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+            torch.set_num_threads(usable_cores())  # torch does not see a container's quota
         if precision == "auto":
             precision = "bf16" if has_bf16(chosen) else "fp16" if chosen.type == "cuda" else "fp32"
         if precision == "fp16" and chosen.type == "cpu":
@@ -71,12 +81,32 @@ class Runtime:
 
     def compiled(self, net: nn.Module) -> nn.Module:
         """Return the net compiled, if so chosen."""
-        return torch.compile(net, dynamic=False) if self.compile else net  # type: ignore[return-value]
+        if not self.compile:
+            return net
+        mode = "default" if self.compile is True else self.compile
+        return torch.compile(net, dynamic=False, mode=mode)  # type: ignore[return-value]
 
-    def images(self, images: Tensor) -> Tensor:
-        """Bring a batch of images [B, 3, H, W] (channels_last, as loaded) to the device and memory format."""
-        images = images.to(self.device)
-        return images if self.channels_last else images.contiguous()
+    def optimizer(self, optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return the optimizer that a recipe names, in its fused form: one kernel for all parameters."""
+        common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
+        if optim.name == "adamw":
+            return torch.optim.AdamW(parameters, betas=optim.betas, **common)
+        return torch.optim.SGD(parameters, momentum=optim.momentum, nesterov=optim.nesterov, **common)
+
+    def to_host(self, tensor: Tensor) -> Callable[[], np.ndarray]:
+        """Begin to copy a tensor to the host, and return what waits for it."""
+        if self.device.type == "cpu":
+            return tensor.numpy
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> np.ndarray:
+            copied.synchronize()
+            return host.numpy()
+
+        return wait
 
     def clock(self) -> float:
         """Return the wall time in seconds, once the device has done all that it was asked."""

@@ -4,13 +4,16 @@ import numpy as np
 
 from fastkd.recipe import Optim
 
+CYCLE_UP, CYCLE_START, CYCLE_END = 0.3, 25.0, 1e4  # OneCycleLR's pct_start, div_factor, final_div_factor
+
 
 def learning_rates(optim: Optim, epochs: int, epoch: int, steps: int) -> np.ndarray:
     """Return the learning rate of each of an epoch's steps (float64 [steps]).
 
     It depends on how far training has come in epochs, however many steps each has. Linear warm-up over `warmup_epochs`
     to `lr`; then constant, or times `decay_factor` from each milestone on, or a half cosine that reaches 0 after the
-    last step.
+    last step. One cycle is torch's OneCycleLR (Smith & Topin, arXiv 1708.07120) with its default factors, whose last
+    rate comes after the last step here; the momentum does not cycle.
     """
     step = epoch * steps + np.arange(steps)
     at = step / steps
@@ -19,10 +22,21 @@ def learning_rates(optim: Optim, epochs: int, epoch: int, steps: int) -> np.ndar
         lr = optim.lr * optim.decay_factor**passed
     elif optim.schedule == "cosine":
         share = (at - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
-        lr = optim.lr * 0.5 * (1 + np.cos(np.pi * np.clip(share, 0, 1)))
+        lr = optim.lr * (1 - _half_cosine(np.clip(share, 0, 1)))
+    elif optim.schedule == "one_cycle":
+        peak = optim.warmup_epochs or CYCLE_UP * epochs
+        up = _half_cosine(np.clip(at / peak, 0, 1))
+        down = _half_cosine(np.clip((at - peak) / (epochs - peak), 0, 1))
+        lowest, last = optim.lr / CYCLE_START, optim.lr / CYCLE_START / CYCLE_END
+        return np.where(at < peak, lowest + (optim.lr - lowest) * up, optim.lr + (last - optim.lr) * down)
     else:
         lr = np.full(len(step), optim.lr)
     if optim.warmup_epochs:
         risen = np.minimum((step + 1) / max(optim.warmup_epochs * steps, 1.0), 1.0)
         lr = np.where(at < optim.warmup_epochs, optim.lr * risen, lr)
     return lr
+
+
+def _half_cosine(share: np.ndarray) -> np.ndarray:
+    """Return 0 … 1 for 0 … 1, flat at both ends."""
+    return 0.5 * (1 - np.cos(np.pi * share))

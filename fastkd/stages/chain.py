@@ -76,7 +76,7 @@ class Chain:
             recipe.train.device,
             recipe.train.precision,
             channels_last=recipe.train.channels_last,
-            compile=recipe.train.compile,
+            compile=recipe.train.compile and recipe.train.compile_mode,
         )
         # Compiled code is cached by function, up to a small number of variants; nets of an earlier chain count too.
         torch.compiler.reset()
@@ -223,7 +223,10 @@ class Chain:
             )
         mine = self.recipe.train
         train = own.train.model_copy(
-            update={k: getattr(mine, k) for k in ("device", "precision", "channels_last", "compile", "runs_dir")}
+            update={
+                k: getattr(mine, k)
+                for k in ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
+            }
         )
         data = self.recipe.data.model_copy(update={"view": own.data.view, "input_px": self.teacher_px})
         own = own.model_copy(update={"data": data, "train": train})

@@ -1,6 +1,6 @@
 """check: whether the artifacts of a recipe are whole, and its teacher still says what is stored."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -133,12 +133,11 @@ def _compare(
             ids = ids_M[row_P[number_P == number]]
             samples.append(ids)
             batches = loader.batches(ids, last="pad", view=view, stored=open_view(view))
-            for batch, z_BK in predict(chain.runtime, chain.teacher.net, batches):
-                y_B = batch.labels[: batch.valid].numpy()
+            for predicted in predict(chain.runtime, chain.teacher.net, batches):
+                z_BK, y_B = predicted.logits, predicted.labels
                 live_BK = labelling.centred_rows(z_BK, y_B, sigma_K, reshape=chain.recipe.labels.reshape)
-                stored = [rows[: batch.valid].numpy() for rows in batch.stored]
-                errors.append(_errors(stored, live_BK, chain.recipe.loss.temperature))
-                numbers += [view] * batch.valid
+                errors.append(_errors(predicted.stored, live_BK, chain.recipe.loss.temperature))
+                numbers += [view] * len(y_B)
                 update(len(numbers), "")
     error_P, sample_P = np.concatenate(errors), np.concatenate(samples)
     allowed_P = np.array([allowed[view] for view in numbers])
@@ -171,7 +170,7 @@ def _draw(total: int, count: int, seed: int, name: str) -> np.ndarray:
     return drawn[np.sort(first)[:count]]
 
 
-def _errors(stored: list[np.ndarray], live_BK: np.ndarray, temperature: float) -> np.ndarray:
+def _errors(stored: Sequence[np.ndarray], live_BK: np.ndarray, temperature: float) -> np.ndarray:
     """Return how far each stored row is from the teacher's, over the latter's largest logit (float64 [B])."""
     largest_B = np.maximum(np.abs(live_BK).max(axis=1), np.finfo(np.float32).tiny)
     if len(stored) == 1:

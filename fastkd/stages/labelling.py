@@ -302,9 +302,9 @@ def _label(
             for v in group
         ]
         batches = stack.enter_context(closing(loader.batches(kept[start:], last="pad", view=group)))
-        for batch, z_RK in predict(runtime, chain.teacher.net, batches):
-            y_R = np.repeat(batch.labels[: batch.valid].numpy(), len(group))
-            rows_RK = centred_rows(z_RK, y_R, sigma_K, reshape=labels.reshape)
+        for predicted in predict(runtime, chain.teacher.net, batches):
+            y_R = np.repeat(predicted.labels, len(group))
+            rows_RK = centred_rows(predicted.logits, y_R, sigma_K, reshape=labels.reshape)
             columns: tuple[np.ndarray, ...] = (rows_RK,)
             if labels.topk is not None:
                 columns = topk_rows(rows_RK, labels.topk, chain.recipe.loss.temperature)

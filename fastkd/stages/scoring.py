@@ -41,8 +41,8 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
             console.progress("score", loader.count) as update,
         ):
             batches = loader.batches(np.arange(loader.count), last="pad")
-            for _, logits_BK in predict(chain.runtime, chain.teacher.net, batches):
-                rows.append(logits_BK)
+            for predicted in predict(chain.runtime, chain.teacher.net, batches):
+                rows.append(predicted.logits)
                 update(rows.done, "")
         np.save(directory / "labels.npy", labels_N)
         top1 = float(score_chunks(np.load(file, mmap_mode="r"), labels_N).correct.mean())

@@ -2,15 +2,16 @@
 
 import contextlib
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from fastkd import artifacts, console, doctor, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
-from fastkd.data.loader import Loader
+from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader
 from fastkd.data.order import epoch_order
 from fastkd.data.stored import StoredRows
+from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
-from fastkd.engine.loop import TeacherFn, TrainState, evaluate, train_epoch, warm_up
+from fastkd.engine.feed import feed
+from fastkd.engine.loop import LiveTeacher, Objective, ReadFn, TrainState, evaluate, train_epoch, warm_up
 from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
 from fastkd.engine.schedule import learning_rates
 from fastkd.kernels import mix64
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
 
 EVAL_BATCH_SIZE = 256
+MEASURED_BATCHES, MEASURED_S = 64, 0.5
+LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 VERSIONS = ("fastkd", "torch", "torchvision", "ffcv", "numba", "numpy", "timm")
 
 
@@ -95,6 +100,7 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
         "epochs": recipe.train.epochs,
         "batch_size": recipe.train.batch_size,
         "seed": recipe.seed,
+        **_unusual(recipe.train),
     }
     if recipe.teacher is not None:
         inputs |= {
@@ -109,6 +115,16 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
     if uses_labels(recipe):
         inputs["labels"]["key"] = chain.labels.key
     return inputs
+
+
+def _unusual(train: recipes.Train) -> dict[str, Any]:
+    """Return settings of the loop that bear on the student and are seldom used: where they are, alone."""
+    settings = {"accumulate": train.accumulate, "ema_decay": train.ema_decay}
+    usual = recipes.Train(epochs=1, batch_size=1)
+    unusual: dict[str, Any] = {name: value for name, value in settings.items() if value != getattr(usual, name)}
+    if train.progressive_px:
+        unusual["progressive_px"] = sorted(train.progressive_px.items())
+    return unusual
 
 
 def _student_weights(recipe: recipes.Recipe) -> str | None:
@@ -164,15 +180,14 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     journal = Journal(directory / "metrics.jsonl")
     watch = chain.watch
 
-    loader, student, state, ids_M, feed = prepare(chain)
-    running = RunningLosses(ids_M, runtime.device) if recipe.prune.dynamic else None
+    job = prepare(chain)
     epochs: list[dict[str, float]] = []
-    images, first = len(ids_M) // recipe.train.batch_size * recipe.train.batch_size, 0
+    images, first = job.images_per_epoch, 0
     with console.progress("train", recipe.train.epochs * images) as update:
         for epoch in range(recipe.train.epochs):
             with watch.on("train"):
-                ids = _epoch_ids(recipe, ids_M, epoch, running)
-                lr_S = learning_rates(recipe.optim, recipe.train.epochs, epoch, loader.full_batches(len(ids)))
+                ids = job.epoch_ids(epoch)
+                lr_S = learning_rates(recipe.optim, recipe.train.epochs, epoch, job.loader.full_batches(len(ids)))
 
             def on_log(
                 step: int, loss: float, wait: float, first: int = first, epoch: int = epoch, lr_S: np.ndarray = lr_S
@@ -184,15 +199,14 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
                 update(done, f"epoch {epoch + 1}, loss {loss:.3f}, data wait {wait:.1%}")
 
             with watch.on("train"):
-                view = recipe.view_of(epoch)
                 result = train_epoch(
-                    state,
-                    loader.batches(ids, last="drop", view=view, stored=feed.stored(view)),
-                    feed.teacher,
+                    job.state,
+                    job.batches(ids, epoch),
+                    job.teacher.live,
                     lr_S,
                     log_every_steps=recipe.log.every_steps,
                     on_log=on_log,
-                    running=running,
+                    running=job.running,
                 )
             first += len(lr_S)
             summary = {
@@ -208,16 +222,16 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             look = every and (epoch + 1) % every == 0 and epoch + 1 < recipe.train.epochs
             if look and len(chain.holdout_ids):
                 with watch.on("evaluate"):
-                    _look(chain, student, journal, "train", chain.holdout_ids, "holdout", epoch)
+                    _look(chain, job.result, journal, "train", chain.holdout_ids, "holdout", epoch)
     accuracy = {}
     with watch.on("evaluate"):
         if len(chain.holdout_ids):
-            accuracy["holdout"] = _look(chain, student, journal, "train", chain.holdout_ids, "holdout", epoch)
+            accuracy["holdout"] = _look(chain, job.result, journal, "train", chain.holdout_ids, "holdout", epoch)
         val_ids = np.arange(chain.dataset.facts["counts"]["val"])
-        accuracy["val"] = _look(chain, student, journal, "val", val_ids, "val", epoch)
+        accuracy["val"] = _look(chain, job.result, journal, "val", val_ids, "val", epoch)
     journal.close()
 
-    _save_student(chain, student, loader.image_hw, directory)
+    _save_student(chain, job, directory)
     timing = _timing(chain, epochs)
     _write_json(directory / "timing.json", timing)
     facts = {"model": recipe.student.model, "top1": accuracy, "images_per_s": timing["images_per_s"]}
@@ -233,60 +247,131 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
 
 
 @dataclass(frozen=True)
-class Feed:
+class TeacherFeed:
     """Where the teacher's logits of each batch come from."""
 
     stored: Callable[[int | None], StoredRows | None]
     """For a view's number (None: the plain view), the rows that the loader brings along."""
-    teacher: TeacherFn
+    live: LiveTeacher | None
+    """The teacher itself, where nothing is stored."""
+    read: ReadFn
+    """Logits from rows, or from what the live teacher said; part of what is compiled."""
 
 
-def prepare(chain: "Chain") -> tuple[Loader, models.Normalised, TrainState, np.ndarray, Feed]:
-    """Build all that the first step needs, and compile it.
+@dataclass(frozen=True)
+class Job:
+    """All that training needs, compiled and ready for the first step.
 
-    Returns
-    -------
-    loader, student, state
-    ids_M : int64 [M]
+    Attributes
+    ----------
+    ids : int64 [M]
         Samples to train on, ascending.
-    feed
+    running
+        The samples' losses, where a dynamic method goes by them.
     """
+
+    recipe: recipes.Recipe
+    loader: Loader
+    student: models.Normalised
+    state: TrainState
+    ids: np.ndarray
+    teacher: TeacherFeed
+    running: RunningLosses | None
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of an epoch that leaves nothing out but the last batch, if that is not full."""
+        return self.loader.full_batches(len(self.ids)) * self.recipe.train.batch_size
+
+    @property
+    def result(self) -> models.Normalised:
+        """The net that is evaluated and saved: the student, or the average of its weights."""
+        average = self.state.average
+        return cast(models.Normalised, average.net) if average else self.student
+
+    def epoch_ids(self, epoch: int) -> np.ndarray:
+        """Return the samples of an epoch in its order: all, or those that a dynamic method leaves (int64 [n])."""
+        order = epoch_order(len(self.ids), self.recipe.seed, epoch)
+        if self.running is not None:
+            prune = self.recipe.prune
+            full = epoch >= self.recipe.train.epochs * (1 - prune.full_epochs_ratio)
+            kept_M = self.running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
+            order = order[kept_M[order]]
+        return self.ids[order]
+
+    def batches(self, ids: np.ndarray, epoch: int) -> Generator[Batch, None, None]:
+        """Load samples in the order given, as an epoch sees them."""
+        view, px = self.recipe.view_of(epoch), self.recipe.px_of(epoch)
+        return self.loader.batches(ids, last="drop", view=view, stored=self.teacher.stored(view), input_px=px)
+
+
+def prepare(chain: "Chain") -> Job:
+    """Build all that the first step needs, compile it, and divide the cores."""
     recipe, runtime = chain.recipe, chain.runtime
-    batch_size = recipe.train.batch_size
-    watch = chain.watch
+    train, watch = recipe.train, chain.watch
     with watch.on("setup"):
-        loader = chain.loader("train", batch_size)
+        loader = chain.loader("train", train.batch_size)
         ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
         loader.full_batches(len(ids_M))
         student = _new_student(chain)
         student.train()
-        optimizer = torch.optim.SGD(
-            student.parameters(),
-            lr=recipe.optim.lr,
-            momentum=recipe.optim.momentum,
-            nesterov=recipe.optim.nesterov,
-            weight_decay=recipe.optim.weight_decay,
+        teacher = teacher_feed(chain)
+        state = TrainState(
+            runtime,
+            runtime.compiled(Objective(student, _loss(recipe), teacher.read)),
+            runtime.optimizer(recipe.optim, student.parameters()),
+            runtime.scaler(),
+            parts=train.accumulate,
+            clip_norm=recipe.optim.clip_norm,
+            average=MovingAverage(student, train.ema_decay) if train.ema_decay else None,
         )
-        state = TrainState(runtime, runtime.compiled(student), _loss(recipe), optimizer, runtime.scaler())
-        feed = teacher_feed(chain)
+        running = RunningLosses(ids_M, runtime.device) if recipe.prune.dynamic else None
+        job = Job(recipe, loader, student, state, ids_M, teacher, running)
     with watch.on("compile"):
         if runtime.compile:
             console.say("train: compiling; the first time on a machine this takes up to a minute")
-        view = recipe.view_of(0)
-        with closing(loader.batches(ids_M[:batch_size], last="drop", view=view, stored=feed.stored(view))) as batches:
-            warm_up(state, next(batches), feed.teacher)
-    return loader, student, state, ids_M, feed
+        sizes = {recipe.px_of(epoch): epoch for epoch in reversed(range(train.epochs))}
+        for epoch in sorted(sizes.values()):
+            step_s = _warm_up(job, epoch)
+    with watch.on("setup"):
+        if not recipe.data.workers:
+            _divide_cores(job, epoch, step_s)
+    return job
 
 
-def _epoch_ids(recipe: recipes.Recipe, ids_M: np.ndarray, epoch: int, running: RunningLosses | None) -> np.ndarray:
-    """Return the samples of an epoch in its order: all, or those that a dynamic method leaves."""
-    order = epoch_order(len(ids_M), recipe.seed, epoch)
-    if running is not None:
-        prune = recipe.prune
-        full = epoch >= recipe.train.epochs * (1 - prune.full_epochs_ratio)
-        kept_M = running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
-        order = order[kept_M[order]]
-    return ids_M[order]
+def _warm_up(job: Job, epoch: int) -> float:
+    """Compile a step as an epoch takes it; return the seconds of another one, without its update."""
+    state, size = job.state, job.recipe.train.batch_size
+    with closing(feed(job.batches(job.ids[:size], epoch), state.runtime)) as batches:
+        batch = next(batches)
+        weight_B = None if job.running is None else job.running.weight_N[batch.sample_ids]
+        for _ in range(2):
+            start = state.runtime.clock()
+            warm_up(state, batch, job.teacher.live, weight_B)
+        return state.runtime.clock() - start
+
+
+def _divide_cores(job: Job, epoch: int, step_s: float) -> None:
+    """Give the loader as many threads as keep it well ahead of the step, by measurement, and the others to the step."""
+    loader, size = job.loader, job.recipe.train.batch_size
+    most, loader.workers = loader.workers, 1
+    if most == 1:
+        return
+    ids = job.ids[: MEASURED_BATCHES * size]
+    with closing(job.batches(ids, epoch)) as batches:
+        for _ in zip(range(BATCHES_AHEAD + 1), batches, strict=False):
+            pass  # loaded while nobody waited
+        start, count = time.perf_counter(), 0
+        for _ in batches:
+            count += 1
+            if time.perf_counter() - start > MEASURED_S:
+                break
+    batch_s = (time.perf_counter() - start) / max(count, 1)
+    loader.workers = max(1, min(most, math.ceil(LOADER_AHEAD * batch_s / step_s)))
+    console.say(
+        f"train: a step takes {1e3 * step_s:.2f} ms, loading a batch {1e3 * batch_s:.2f} ms in one thread: "
+        f"the loader gets {loader.workers} of {most}"
+    )
 
 
 def _new_student(chain: "Chain") -> models.Normalised:
@@ -303,28 +388,31 @@ def _new_student(chain: "Chain") -> models.Normalised:
 
 
 def _loss(recipe: recipes.Recipe) -> LossFn:
-    if recipe.teacher is None:
-        return supervised_loss
     loss = recipe.loss
-    return partial(kd_loss, alpha=loss.alpha, gamma=loss.gamma, temperature=loss.temperature)
+    if recipe.teacher is None:
+        return partial(supervised_loss, label_smoothing=loss.label_smoothing)
+    return partial(
+        kd_loss,
+        alpha=loss.alpha,
+        gamma=loss.gamma,
+        temperature=loss.temperature,
+        label_smoothing=loss.label_smoothing,
+    )
 
 
-def teacher_feed(chain: "Chain") -> Feed:
+def teacher_feed(chain: "Chain") -> TeacherFeed:
     """Return where the teacher's logits come from, as the recipe says."""
     recipe, runtime = chain.recipe, chain.runtime
     if recipe.teacher is None:
-        return Feed(lambda view: None, lambda images, labels, stored: None)
+        return TeacherFeed(lambda view: None, None, lambda told: None)
 
     if recipe.labels.mode == "stored":
         ids_M = np.asarray(chain.subset.array("indices.npy"))
         plain = StoredRows(ids_M, [chain.subset.array("logits.npy")])
-
-        def read(images: Tensor, labels: Tensor, stored: tuple[Tensor, ...]) -> Tensor:
-            return stored_logits(stored, chain.num_classes, recipe.loss.temperature)
-
-        return Feed(
+        return TeacherFeed(
             lambda view: plain if view is None else labelling.open_view(chain.labels, ids_M, view),
-            read,
+            None,
+            partial(stored_logits, num_classes=chain.num_classes, temperature=recipe.loss.temperature),
         )
 
     net = chain.teacher.net
@@ -332,40 +420,41 @@ def teacher_feed(chain: "Chain") -> Feed:
     if recipe.labels.reshape:
         sigma_K = torch.tensor(chain.subset.array("class_std.npy"), dtype=torch.float32, device=runtime.device)
 
-    def online(images: Tensor, labels: Tensor, stored: tuple[Tensor, ...]) -> Tensor:
+    def live(images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), runtime.autocast():
             logits_BK = net(images).float()
             return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K)
 
-    return Feed(lambda view: None, online)
+    return TeacherFeed(lambda view: None, live, lambda told: told[0])
 
 
 def _look(
-    chain: "Chain", student: nn.Module, journal: Journal, split: str, ids: np.ndarray, name: str, epoch: int
+    chain: "Chain", net: nn.Module, journal: Journal, split: str, ids: np.ndarray, name: str, epoch: int
 ) -> float:
     """Evaluate on a split; uncompiled, since compiling another graph costs more than one look saves."""
     loader: Loader = chain.loader(split, min(EVAL_BATCH_SIZE, len(ids)))
-    student.eval()
-    top1 = evaluate(chain.runtime, student, loader.batches(ids, last="pad"), chain.num_classes)
-    student.train()
+    was_training = net.training
+    net.eval()
+    top1 = evaluate(chain.runtime, net, loader.batches(ids, last="pad"), chain.num_classes)
+    net.train(was_training)
     journal.write("evaluate", epoch=epoch, split=name, top1=top1)
     if name == "holdout":
         console.say(f"epoch {epoch + 1}: top-1 {top1:.2%} on the hold-out")
     return top1
 
 
-def _save_student(chain: "Chain", student: models.Normalised, image_hw: tuple[int, int], directory: Path) -> None:
+def _save_student(chain: "Chain", job: Job, directory: Path) -> None:
     """Write the weights, and what one must know to use them."""
-    models.save_weights(student.net, directory / "student.safetensors")
+    models.save_weights(job.result.net, directory / "student.safetensors")
     normalisation = chain.normalisation
     described = {
         "model": chain.recipe.student.model,
         "num_classes": chain.num_classes,
         "classes": chain.dataset.facts["classes"],
-        "input_hw": list(image_hw),
+        "input_hw": list(job.loader.image_hw),
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
-        "ema": False,
+        "ema": job.state.average is not None,
     }
     _write_json(directory / "model.json", described)
 

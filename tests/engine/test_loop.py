@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
-from fastkd.engine.loop import TrainState, evaluate, predict, train_epoch, train_step, warm_up
+from fastkd.engine.feed import feed
+from fastkd.engine.loop import Objective, TrainState, evaluate, predict, train_epoch, train_step, warm_up
 from fastkd.engine.losses import kd_loss, supervised_loss
 from fastkd.engine.runtime import Runtime, has_bf16
 from fastkd.errors import FastkdError, InputError
+from fastkd.recipe import Optim
 
 
 class Batch(NamedTuple):
@@ -44,10 +47,16 @@ class Net(nn.Module):
         return self.fc(self.bn(x.float() / 255).mean((2, 3)))
 
 
-def make_state(loss=supervised_loss, lr=0.1) -> TrainState:
+def make_state(loss=supervised_loss, lr=0.1, read=lambda told: told[0] if told else None, **more) -> TrainState:
     torch.manual_seed(0)
     net = Net()
-    return TrainState(CPU, net, loss, torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9), CPU.scaler())
+    optimizer = CPU.optimizer(Optim(lr=lr, weight_decay=0.0), net.parameters())
+    return TrainState(CPU, Objective(net, loss, read), optimizer, CPU.scaler(), **more)
+
+
+def losses(state: TrainState, batch: Batch) -> torch.Tensor:
+    """The losses of each sample, by hand."""
+    return state.objective.loss(state.objective.student(batch.images), batch.labels, None)
 
 
 def test_a_step_is_one_sgd_update_of_the_loss():
@@ -55,30 +64,88 @@ def test_a_step_is_one_sgd_update_of_the_loss():
     state.optimizer.param_groups[0]["momentum"] = 0.0
     batch = next(batches(1))
     twin = make_state()
-    loss_B = twin.loss(twin.forward(batch.images), batch.labels, None)
+    loss_B = losses(twin, batch)
     loss_B.mean().backward()
-    expected = [p.detach() - 0.5 * p.grad for p in twin.forward.parameters()]
-    found = train_step(state, batch.images, batch.labels, None)
+    expected = [p.detach() - 0.5 * p.grad for p in twin.objective.parameters()]
+    mean, found = train_step(state, batch.images, batch.labels, ())
     torch.testing.assert_close(found, loss_B.detach())
-    for ours, theirs in zip(state.forward.parameters(), expected, strict=True):
+    torch.testing.assert_close(mean, loss_B.detach().mean())
+    for ours, theirs in zip(state.objective.parameters(), expected, strict=True):
         torch.testing.assert_close(ours.detach(), theirs)
-    assert all(p.grad is None for p in state.forward.parameters())
+    assert all(p.grad is None for p in state.objective.parameters())
 
 
-def test_an_epoch_takes_each_rate_logs_and_hands_stored_rows_to_the_teacher():
+def test_a_batch_in_parts_makes_the_same_update():
+    whole, parted = (make_state(parts=parts) for parts in (1, 2))
+    for state in (whole, parted):
+        state.objective.student.bn.eval()  # its statistics are of each part
+    weight_B = torch.tensor([1.0, 0.5, 2.0, 0.0])
+    for batch in batches(3):
+        found = [train_step(s, batch.images, batch.labels, batch.stored, weight_B) for s in (whole, parted)]
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(whole.objective.parameters(), parted.objective.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_gradient_is_clipped_to_its_norm():
+    state = make_state(lambda s, y, t: 100 * s.sum(1), lr=1.0, clip_norm=0.25)
+    state.optimizer.param_groups[0]["momentum"] = 0.0
+    before = [p.detach().clone() for p in state.objective.parameters()]
+    batch = next(batches(1))
+    train_step(state, batch.images, batch.labels, ())
+    moved = [p.detach() - b for p, b in zip(state.objective.parameters(), before, strict=True)]
+    assert torch.cat([m.flatten() for m in moved]).norm().item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_the_average_follows_weights_and_statistics():
+    state = make_state()
+    state.average = MovingAverage(state.objective.student, 0.9)
+    expected = {k: v.double() for k, v in state.objective.student.state_dict().items()}
+    for batch in batches(4):
+        train_step(state, batch.images, batch.labels, ())
+        now = state.objective.student.state_dict()
+        expected = {k: 0.9 * v + 0.1 * now[k].double() for k, v in expected.items()}
+    found = state.average.net.state_dict()
+    expected["bn.num_batches_tracked"] = torch.tensor(4)
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name].double(), msg=name)
+    assert not state.average.net.training
+
+
+@pytest.mark.parametrize(("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_an_optimizer_is_torchs_of_that_name(name, plain):
+    optim = Optim(name=name, lr=0.1, weight_decay=0.01, momentum=0.8, nesterov=True, betas=(0.8, 0.99))
+    ours, theirs = Net(), Net()
+    theirs.load_state_dict(ours.state_dict())
+    own = {"momentum": 0.8, "nesterov": True} if name == "sgd" else {"betas": (0.8, 0.99)}
+    pairs = (
+        (ours, CPU.optimizer(optim, ours.parameters())),
+        (theirs, plain(theirs.parameters(), lr=0.1, weight_decay=0.01, **own)),
+    )
+    for batch in batches(5):
+        for net, optimizer in pairs:
+            optimizer.zero_grad()
+            supervised_loss(net(batch.images), batch.labels, None).mean().backward()
+            optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_epoch_takes_each_rate_logs_and_reads_what_is_stored():
     rows, logged = [], []
     lr_S = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
-    state = make_state(partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0))
 
-    def teacher(images, labels, these):
-        rows.append(these)
+    def read(told):
+        rows.append(told)
         assert state.optimizer.param_groups[0]["lr"] == lr_S[len(rows) - 1]
         return torch.zeros(4, 3)
 
+    state = make_state(partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0), read=read)
     result = train_epoch(
         state,
         batches(5),
-        teacher,
+        None,
         lr_S,
         log_every_steps=2,
         on_log=lambda steps, loss, wait: logged.append((steps, loss)),
@@ -91,10 +158,27 @@ def test_an_epoch_takes_each_rate_logs_and_hands_stored_rows_to_the_teacher():
     assert 0 <= result.data_wait_s <= result.wall_s
 
 
+def test_a_live_teacher_is_asked_at_each_step_and_what_it_says_is_read():
+    said, heard = [], []
+
+    def live(images, labels):
+        said.append(torch.randn(4, 3))
+        return said[-1]
+
+    def read(told):
+        heard.extend(told)
+        return told[0]
+
+    state = make_state(partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0), read=read)
+    train_epoch(state, batches(3), live, np.full(3, 0.1), log_every_steps=9, on_log=lambda *a: None)
+    assert len(said) == 3
+    assert all(a is b for a, b in zip(said, heard, strict=True))
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_steps():
     state = make_state(lambda s, y, t: s.sum(1) * float("nan"))
     with pytest.raises(FastkdError, match=r"the loss became nan in steps 0 … 2 of this epoch; try a lower optim\.lr"):
-        train_epoch(state, batches(6), lambda *a: None, np.full(6, 0.1), log_every_steps=3, on_log=lambda *a: None)
+        train_epoch(state, batches(6), None, np.full(6, 0.1), log_every_steps=3, on_log=lambda *a: None)
 
 
 def test_a_dynamic_epoch_weighs_each_sample_and_keeps_its_loss():
@@ -102,19 +186,21 @@ def test_a_dynamic_epoch_weighs_each_sample_and_keeps_its_loss():
     running.weight_N[:] = torch.arange(14) / 4
     state, twin = make_state(), make_state()
     arguments = {"log_every_steps": 9, "on_log": lambda *a: None}
-    result = train_epoch(state, batches(3), lambda *a: None, np.full(3, 0.1), running=running, **arguments)
-    losses = []
+    result = train_epoch(state, batches(3), None, np.full(3, 0.1), running=running, **arguments)
+    found, weighted = [], []
     for batch in batches(3):
-        loss_B = twin.loss(twin.forward(batch.images), batch.labels, None)
-        (loss_B * batch.sample_ids / 4).mean().backward()
+        loss_B = losses(twin, batch)
+        mean = (loss_B * batch.sample_ids / 4).mean()
+        mean.backward()
         twin.optimizer.step()
         twin.optimizer.zero_grad()
-        losses.append(loss_B.detach())
-    for ours, theirs in zip(state.forward.parameters(), twin.forward.parameters(), strict=True):
+        found.append(loss_B.detach())
+        weighted.append(mean.item())
+    for ours, theirs in zip(state.objective.parameters(), twin.objective.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(running.loss_N[:12], torch.cat(losses))
+    torch.testing.assert_close(running.loss_N[:12], torch.cat(found))
     assert torch.isinf(running.loss_N[12:]).all()
-    assert result.loss == pytest.approx(torch.cat(losses).mean().item())
+    assert result.loss == pytest.approx(np.mean(weighted))
 
 
 def test_running_losses_choose_among_their_samples_alone():
@@ -141,9 +227,7 @@ def test_data_wait_counts_the_time_before_a_batch_arrives():
             time.sleep(0.05)
             yield batch
 
-    result = train_epoch(
-        make_state(), slow(), lambda *a: None, np.full(3, 0.1), log_every_steps=9, on_log=lambda *a: None
-    )
+    result = train_epoch(make_state(), slow(), None, np.full(3, 0.1), log_every_steps=9, on_log=lambda *a: None)
     assert result.data_wait_s >= 0.15
 
 
@@ -159,8 +243,12 @@ def test_evaluation_counts_valid_samples_only():
 
 def test_prediction_comes_in_order_without_padding():
     net = Net().eval()
-    parts = [logits for _, logits in predict(CPU, net, batches(2, valid=3))]
+    found = list(predict(CPU, net, batches(2, valid=3)))
+    parts = [one.logits for one in found]
     assert [part.shape for part in parts] == [(3, 3), (3, 3)]
+    for one, batch in zip(found, batches(2), strict=True):
+        np.testing.assert_array_equal(one.labels, batch.labels[:3])
+        np.testing.assert_array_equal(one.stored[0], batch.stored[0][:3])
     expected = torch.cat([net(b.images)[:3] for b in batches(2)]).detach().numpy()
     np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-5)
 
@@ -168,17 +256,16 @@ def test_prediction_comes_in_order_without_padding():
 def test_prediction_counts_all_views_of_a_sample_that_counts():
     net = Net().eval()
     two_views = [b._replace(labels=b.labels[:2], valid=1) for b in batches(2)]
-    assert [len(logits) for _, logits in predict(CPU, net, two_views)] == [2, 2]
+    assert [len(one.logits) for one in predict(CPU, net, (b for b in two_views))] == [2, 2]
 
 
 def test_warming_up_leaves_the_student_as_it_was():
     state = make_state()
-    before = {name: t.clone() for name, t in state.forward.state_dict().items()}
-    batch = next(batches(1))
-    warm_up(state, batch, lambda x, y, stored: None)
-    for name, tensor in state.forward.state_dict().items():
+    before = {name: t.clone() for name, t in state.objective.state_dict().items()}
+    warm_up(state, next(feed(batches(1), CPU)), None)
+    for name, tensor in state.objective.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
-    assert all(p.grad is None for p in state.forward.parameters())
+    assert all(p.grad is None for p in state.objective.parameters())
 
 
 @pytest.mark.parametrize(
@@ -210,17 +297,83 @@ def test_autocast_computes_in_the_chosen_precision():
 
 def test_memory_format_follows_the_choice():
     batch = next(batches(1))
-    assert CPU.images(batch.images).is_contiguous(memory_format=torch.channels_last)
+    assert next(feed(batches(1), CPU)).images.is_contiguous(memory_format=torch.channels_last)
     nchw = Runtime.choose("cpu", "fp32", channels_last=False, compile=False)
-    assert nchw.images(batch.images).is_contiguous()
+    fed = next(feed(batches(1), nchw))
+    assert fed.images.is_contiguous()
+    torch.testing.assert_close(fed.images, batch.images)
+
+
+def test_the_end_of_feeding_ends_the_loader():
+    ended = []
+
+    def loader():
+        try:
+            yield from batches(3)
+        finally:
+            ended.append(True)
+
+    fed = feed(loader(), CPU)
+    next(fed)
+    fed.close()
+    assert ended
+
+
+def cuda_state(precision: str, compile: bool | str = False) -> TrainState:
+    runtime = Runtime.choose("cuda", precision, channels_last=True, compile=compile)
+    net = runtime.place(Net())
+    objective = Objective(net, partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0), lambda told: told[0].float())
+    optimizer = runtime.optimizer(Optim(lr=0.1), net.parameters())
+    return TrainState(runtime, runtime.compiled(objective), optimizer, runtime.scaler(), clip_norm=1.0)
 
 
 @pytest.mark.gpu
-def test_a_step_on_cuda_runs_in_every_precision():
-    for precision in ("fp32", "bf16", "fp16"):
-        runtime = Runtime.choose("cuda", precision, channels_last=True, compile=False)
-        net = runtime.place(Net())
-        state = TrainState(runtime, net, supervised_loss, torch.optim.SGD(net.parameters(), lr=0.1), runtime.scaler())
-        batch = next(batches(1))
-        loss = train_step(state, runtime.images(batch.images), batch.labels.cuda(), None)
-        assert torch.isfinite(loss).all().item()
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("compile", [False, True, "reduce-overhead"])
+def test_an_epoch_on_cuda_runs_in_every_precision(precision, compile):
+    state = cuda_state(precision, compile)
+    state.average = MovingAverage(state.objective.student, 0.9) if not compile else None
+    running = RunningLosses(np.arange(48), state.runtime.device)
+    result = train_epoch(
+        state, batches(12), None, np.full(12, 0.01), log_every_steps=4, on_log=lambda *a: None, running=running
+    )
+    assert np.isfinite(result.loss)
+    assert torch.isfinite(running.loss_N).all().item()
+
+
+@pytest.mark.gpu
+def test_steps_on_cuda_never_wait_for_the_device():
+    state = cuda_state("bf16")
+    arguments = {"log_every_steps": 99, "on_log": lambda *a: None}
+    train_epoch(state, batches(3), None, np.full(3, 0.01), **arguments)
+
+    def watched():
+        for number, batch in enumerate(batches(8)):
+            torch.cuda.set_sync_debug_mode("error" if number else "default")
+            yield batch
+        torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        train_epoch(state, watched(), None, np.full(99, 0.01), **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_batches_reach_cuda_whole_and_in_order_though_buffers_are_used_again():
+    runtime = Runtime.choose("cuda", "fp32", channels_last=True, compile=False)
+    expected = list(batches(9))
+    buffers = [torch.empty_like(t) for t in (expected[0].images, expected[0].labels, expected[0].sample_ids)]
+
+    def reusing():
+        for batch in expected:
+            for buffer, tensor in zip(buffers, (batch.images, batch.labels, batch.sample_ids), strict=True):
+                buffer.copy_(tensor)
+            yield Batch(*buffers, 4, batch.stored)
+
+    for fed, batch in zip(feed(reusing(), runtime), expected, strict=True):
+        torch.cuda._sleep(1_000_000)
+        for ours, theirs in zip(fed.tensors(), (*batch[:3], *batch.stored), strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs)
+    logits = np.concatenate([p.logits for p in predict(runtime, runtime.place(Net().eval()), batches(5, valid=3))])
+    assert logits.shape == (15, 3)

@@ -51,6 +51,14 @@ def test_the_supervised_loss_ignores_the_teacher(logits):
     torch.testing.assert_close(found.mean(), F.cross_entropy(student, labels))
 
 
+def test_smoothed_labels_are_torchs(logits):
+    student, teacher, labels = logits
+    expected = F.cross_entropy(student, labels, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(supervised_loss(student, labels, None, label_smoothing=0.2), expected)
+    kd = kd_loss(student, labels, teacher, alpha=0.0, gamma=1.0, temperature=4.0, label_smoothing=0.2)
+    torch.testing.assert_close(kd, expected)
+
+
 def test_the_live_reshaping_is_the_kernels_up_to_a_constant(logits):
     _, teacher, labels = logits
     teacher = teacher.float()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fastkd.data import loader as loader_module
-from fastkd.data import usable_cores
 from fastkd.data.loader import Loader
+from fastkd.doctor import usable_cores
 from fastkd.errors import ArtifactError, InputError, LoaderError
 
 

@@ -14,10 +14,10 @@ import pytest
 from numba.core import event
 from PIL import Image
 
-from fastkd.data import usable_cores
 from fastkd.data.encode import decode_jpeg
 from fastkd.data.loader import Loader
 from fastkd.data.views import Views
+from fastkd.doctor import usable_cores
 
 _spec = importlib.util.spec_from_file_location(
     "views_oracle", Path(__file__).parents[1] / "kernels" / "views_oracle.py"

@@ -141,13 +141,13 @@ def test_a_live_teacher_on_all_data_needs_no_scores(tiny_recipe):
 
 def test_each_step_reads_the_logits_of_the_samples_it_sees(tiny_recipe):
     chain = Chain(tiny_recipe())
-    loader, _, _, ids_M, feed = prepare(chain)
-    order = epoch_order(len(ids_M), 5, 3)
+    job = prepare(chain)
+    order = epoch_order(len(job.ids), 5, 3)
     stored = chain.subset.array("logits.npy")
     count = 0
-    for batch in loader.batches(ids_M[order], last="drop", stored=feed.stored(None)):
+    for batch in job.batches(job.ids[order], 0):
         position = np.searchsorted(chain.subset.array("indices.npy"), batch.sample_ids.numpy())
-        found = feed.teacher(batch.images, batch.labels, batch.stored)
+        found = job.teacher.read(batch.stored)
         assert found.dtype == torch.float32
         assert np.array_equal(found.numpy(), stored[position].astype(np.float32))
         count += len(position)
@@ -205,7 +205,7 @@ def test_supervised_training_needs_no_teacher(tiny, tmp_path):
     assert timing["teacher_training_s"] is None
     with pytest.raises(InputError, match="this recipe has no `teacher`"):
         _ = chain.scores
-    assert teacher_feed(chain).teacher(torch.zeros(1), torch.zeros(1), ()) is None
+    assert teacher_feed(chain).read(()) is None
 
 
 def test_a_student_may_start_from_weights(tiny_recipe, tmp_path):

@@ -76,15 +76,15 @@ def test_views_made_in_one_pass_are_those_made_one_by_one(labelled, tiny_recipe,
 def test_each_step_reads_the_rows_of_the_views_it_sees(labelled):
     loaded, labels = labelled
     chain = Chain(loaded)
-    loader, _, _, ids, feed = prepare(chain)
+    job = prepare(chain)
     for epoch in range(5):
         view = loaded.view_of(epoch)
         assert view == epoch % 3
         stored = labels.array(f"views/v{view:04}.npy")
-        order = np.random.default_rng(epoch).permutation(len(ids))
-        for batch in loader.batches(ids[order], last="drop", view=view, stored=feed.stored(view)):
-            position = np.searchsorted(ids, batch.sample_ids.numpy())
-            found = feed.teacher(batch.images, batch.labels, batch.stored)
+        order = np.random.default_rng(epoch).permutation(len(job.ids))
+        for batch in job.batches(job.ids[order], epoch):
+            position = np.searchsorted(job.ids, batch.sample_ids.numpy())
+            found = job.teacher.read(batch.stored)
             assert np.array_equal(found.numpy(), stored[position].astype(np.float32))
 
 
@@ -635,14 +635,13 @@ def test_on_fashion_mnist_stored_labels_are_the_live_teachers(tmp_path):
         rows = stored.labels.array(f"views/v{view:04}.npy").astype(np.float32)
         assert (np.abs(rows - live) <= allowed(live)).all()
 
-    loader, student, state, ids, feed = prepare(stored)
-    live_feed = prepare(online)[-1]
-    student.eval()
-    for batch in loader.batches(ids, last="drop", view=1, stored=feed.stored(1)):
+    job, live = prepare(stored), prepare(online).teacher.live
+    job.student.eval()
+    for batch in job.batches(job.ids, 1):
         with torch.no_grad():
-            z = student(batch.images).float()
-            teachers = [f.teacher(batch.images, batch.labels, batch.stored) for f in (feed, live_feed)]
-            a, b = (state.loss(z, batch.labels, teacher).item() for teacher in teachers)
+            z = job.student(batch.images).float()
+            teachers = job.teacher.read(batch.stored), live(batch.images, batch.labels)
+            a, b = (job.state.objective.loss(z, batch.labels, teacher).mean().item() for teacher in teachers)
         assert a == pytest.approx(b, abs=1e-3)
 
     def losses(chain: Chain) -> list[float]:

@@ -1,0 +1,83 @@
+"""What a recipe may ask of the loop beyond the plain way."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fastkd import models, stages
+from fastkd.doctor import usable_cores
+from fastkd.stages import Chain
+from fastkd.stages.training import prepare
+
+
+def events(run, event: str) -> list[dict]:
+    lines = map(json.loads, run.file("metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+def test_all_options_together_train_and_are_told(tiny_recipe):
+    loaded = tiny_recipe(
+        "optim={name: adamw, lr: 0.01, weight_decay: 0.01, schedule: one_cycle, clip_norm: 1.0}",
+        "loss.label_smoothing=0.1", "train.accumulate=5", "train.ema_decay=0.5", "train.progressive_px={0: 8, 3: 16}",
+    )  # fmt: skip
+    run, _ = stages.train(loaded)
+    assert run.facts["top1"]["val"] > 0.5
+    rates = [line["lr"] for line in events(run, "steps")]
+    assert max(rates) == pytest.approx(0.01, rel=0.05)
+    assert rates[0] < 0.001
+    assert rates[-1] < rates[0]
+    assert run.manifest.inputs["progressive_px"] == [[0, 8], [3, 16]]
+    assert run.manifest.inputs["accumulate"] == 5
+    assert json.loads(run.file("model.json").read_text())["ema"] is True
+    assert stages.train(tiny_recipe())[0].manifest.inputs.keys().isdisjoint({"progressive_px", "accumulate"})
+
+
+def test_an_epoch_sees_the_size_that_the_recipe_says(tiny_recipe):
+    job = prepare(Chain(tiny_recipe("train.progressive_px={0: 8, 1: 12}")))
+    for epoch, px in ((0, 8), (1, 12), (5, 12)):
+        batch = next(job.batches(job.ids, epoch))
+        assert batch.images.shape == (25, 3, px, px)
+    assert job.loader.image_hw == (16, 16)  # what it is evaluated on
+
+
+def test_the_averaged_weights_are_what_is_saved_and_evaluated(tiny_recipe):
+    plain, _ = stages.train(tiny_recipe())
+    averaged, _ = stages.train(tiny_recipe("train.ema_decay=0.9"))
+    still, _ = stages.train(tiny_recipe("train.ema_decay=0.999999"))
+    assert [e["loss"] for e in events(plain, "steps")] == [e["loss"] for e in events(averaged, "steps")]
+    assert plain.manifest.files["student.safetensors"] != averaged.manifest.files["student.safetensors"]
+    assert averaged.facts["top1"]["val"] > 0.5
+    weights = models.build("cifar/resnet8", 3)
+    models.load_weights(weights, still.path)
+    first = prepare(Chain(tiny_recipe())).student.net.state_dict()
+    for name, tensor in weights.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, first[name], atol=1e-3, rtol=1e-3)
+
+
+def test_parts_of_a_batch_sum_to_it(tiny_recipe):
+    whole, parts = (
+        events(stages.train(tiny_recipe("train.epochs=1", f"train.accumulate={n}"))[0], "steps") for n in (1, 5)
+    )
+    assert whole[0]["loss"] == pytest.approx(parts[0]["loss"], rel=0.2)  # batch norm sees a fifth of the batch
+
+
+def test_the_loader_gets_the_threads_that_it_needs(tiny_recipe, monkeypatch):
+    job = prepare(Chain(tiny_recipe()))
+    assert job.loader.workers == 1  # 25 images of 16 px are loaded in less time than a step takes
+    monkeypatch.setattr("fastkd.stages.training.LOADER_AHEAD", 1e9)
+    assert prepare(Chain(tiny_recipe())).loader.workers == usable_cores()
+    assert prepare(Chain(tiny_recipe("data.workers=1"))).loader.workers == 1
+
+
+def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
+    job = prepare(Chain(tiny_recipe("data.workers=1", "data.view.family=flip")))
+    job.loader.workers = usable_cores()
+    many = [(b.images.clone(), b.stored[0].clone()) for b in job.batches(job.ids, 1)]
+    job.loader.workers = 1
+    one = [(b.images.clone(), b.stored[0].clone()) for b in job.batches(job.ids, 1)]
+    for (a, rows_a), (b, rows_b) in zip(many, one, strict=True):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(rows_a, rows_b)
