@@ -1,7 +1,7 @@
 """``python -m fastkd.bench NAME …``: benchmarks to run on one's own machine."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,6 +62,61 @@ def loader(
     console.say(f"written: {out / 'loader.json'}")
 
 
+def step(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Further batch sizes; default: half, twice, four times the recipe's.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each way is timed, in turn.")] = 5,
+    out: Annotated[Path | None, typer.Option(help="Where step.json goes.")] = None,
+) -> None:
+    """Time the student's step and the teacher's forward pass in each precision and layout; say which to use here.
+
+    Example: python -m fastkd.bench step recipes/quickstart.yaml
+    """
+    resolved = recipe.load(path, overrides or ())
+    from fastkd.benchmarks import step as benchmark
+
+    out = out or Path(resolved.train.runs_dir) / f"step-{resolved.name}"
+    report = benchmark.measure(resolved, out, batch_sizes=batch_size or (), repeats=repeats)
+    console.show(benchmark.table(report))
+    for sentence in report["advice"]:
+        console.say(sentence)
+    console.say(f"machine: {_machine(report)}, {report['threads']} threads")
+    console.say(f"written: {out / 'step.json'}")
+
+
+def plan(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each rate is measured, in turn.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Where plan.json goes.")] = None,
+) -> None:
+    """Measure for a minute and predict what vanilla KD and the recipe would take, at other keep ratios and views too.
+
+    Example: python -m fastkd.bench plan recipes/rn50_r18.yaml
+    """
+    resolved = recipe.load(path, overrides or ())
+    from fastkd.benchmarks import plan as benchmark
+
+    out = out or Path(resolved.train.runs_dir) / f"plan-{resolved.name}"
+    report = benchmark.measure(resolved, out, repeats=repeats)
+    console.show(benchmark.table(report))
+    rates = report["measured"]
+    console.say(
+        f"measured, images/s: student {rates['step']:,.0f}, with a live teacher {rates['vanilla_step']:,.0f}; "
+        f"teacher scoring {rates['score']:,.0f}, labelling {rates['label']:,.0f}; evaluating {rates['evaluate']:,.0f}"
+    )
+    console.say(f"the limit is {report['limit']}")
+    console.say(
+        f"outside the table: training the teacher. Each row pays for {report['sizes']['epochs']} epochs; "
+        "the recipe's precision, batch and loader"
+    )
+    console.say(f"machine: {_machine(report)}, {report['precision']}")
+    console.say(f"written: {out / 'plan.json'}")
+
+
 def labels(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
@@ -117,5 +172,10 @@ def prune(
     console.say(f"written: {out / 'prune.json'}")
 
 
+def _machine(report: dict[str, Any]) -> str:
+    cpu = report["machine"]
+    return f"{cpu['cpu']}, {cpu['cores']} cores, {report['gpu'] or 'no GPU'}"
+
+
 if __name__ == "__main__":
-    cli.run(savings, loader, labels, prune, named=True)
+    cli.run(savings, loader, step, plan, labels, prune, named=True)

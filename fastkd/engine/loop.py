@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -229,7 +229,9 @@ class Predicted(NamedTuple):
 
 
 @torch.inference_mode()
-def predict(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None]) -> Iterator[Predicted]:
+def predict(
+    runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None]
+) -> Generator[Predicted, None, None]:
     """Yield what a net in eval mode says of each batch, in their order.
 
     On CUDA it lags a batch behind, so that the device has the next one to work on while the host looks at this.

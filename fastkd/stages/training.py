@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 EVAL_BATCH_SIZE = 256
 MEASURED_BATCHES, MEASURED_S = 64, 0.5
+LOADER_LIMITS = 0.1  # share of the time waited for data from which on a person should hear of it
 LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 VERSIONS = ("fastkd", "torch", "torchvision", "ffcv", "numba", "numpy", "timm")
 
@@ -243,6 +244,12 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
         f"data wait {timing['data_wait_share']:.1%}; this student took {timing['further_student_s']:.1f} s, "
         f"with all before it {timing['first_student_s']:.1f} s"
     )
+    if timing["data_wait_share"] > LOADER_LIMITS:
+        console.warn(
+            "train: the step waited for data; more data.workers, images stored raw or smart instead of jpg, a lower "
+            "max_resolution when writing or a smaller data.input_px would help; python -m fastkd.bench step RECIPE "
+            "tells what each step could reach"
+        )
     return Built(facts=facts)
 
 
@@ -318,7 +325,7 @@ def prepare(chain: "Chain") -> Job:
         teacher = teacher_feed(chain)
         state = TrainState(
             runtime,
-            runtime.compiled(Objective(student, _loss(recipe), teacher.read)),
+            runtime.compiled(Objective(student, loss_of(recipe), teacher.read)),
             runtime.optimizer(recipe.optim, student.parameters()),
             runtime.scaler(),
             parts=train.accumulate,
@@ -387,7 +394,8 @@ def _new_student(chain: "Chain") -> models.Normalised:
     return normalised
 
 
-def _loss(recipe: recipes.Recipe) -> LossFn:
+def loss_of(recipe: recipes.Recipe) -> LossFn:
+    """Return the loss that a recipe says: of KD, or without a teacher of the labels alone."""
     loss = recipe.loss
     if recipe.teacher is None:
         return partial(supervised_loss, label_smoothing=loss.label_smoothing)

@@ -1,0 +1,304 @@
+"""A minute of measurement → what vanilla KD and pruned KD from stored labels would take, and store, for a recipe."""
+
+import json
+import time
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from fastkd import console, doctor
+from fastkd.benchmarks import workbench
+from fastkd.benchmarks.savings import break_even
+from fastkd.benchmarks.step import LOADER_LIMITS
+from fastkd.benchmarks.workbench import Workbench, bare_steps, fed_forward, fed_steps, in_turn, steps_for
+from fastkd.data.loader import Batch, Loader
+from fastkd.engine.runtime import Runtime
+from fastkd.recipe import Recipe
+from fastkd.stages.labelling import VIEWS_PER_PASS, row_bytes
+from fastkd.stages.scoring import score_chunks
+from fastkd.stages.training import EVAL_BATCH_SIZE
+
+SEGMENT_S = 2.0
+KEEP_RATIOS = (0.3, 0.5, 0.7, 1.0)
+VIEWS = (1, 4, 8)
+STUDENTS = (1, 5)
+SCORED_ROWS = 20_000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What this machine does with a recipe.
+
+    Attributes
+    ----------
+    step, vanilla_step : float
+        Images/s that a student trains on, from stored rows and with a live teacher, fed by the loader.
+    bare_step : float
+        The same on a batch that is on the device already.
+    score, label, evaluate : float
+        Images/s of the teacher over plain views, over numbered ones, and of the student over val.
+    prune : float
+        Rows of logits a second.
+    write_s, setup_s, compile_s : float
+        Seconds; compiling with the compilers' caches filled.
+    """
+
+    step: float
+    vanilla_step: float
+    bare_step: float
+    score: float
+    label: float
+    evaluate: float
+    prune: float
+    write_s: float
+    setup_s: float
+    compile_s: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a recipe has: samples to train on (N), all of train, val, classes, epochs, batch, bytes a stored row."""
+
+    samples: int
+    train: int
+    val: int
+    classes: int
+    epochs: int
+    batch_size: int
+    row_bytes: int
+    score_bytes: int
+
+
+def predict(m: Measured, s: Sizes, keep_ratio: float, views: int | None) -> dict[str, float]:
+    """Return what students of one kind take: seconds of each stage, of the first, of each further, and bytes stored.
+
+    Parameters
+    ----------
+    views
+        V; None: the plain view, whose labels are by-products of scoring.
+    """
+    kept = round(keep_ratio * s.samples)
+    full = kept // s.batch_size * s.batch_size
+    further = m.setup_s + m.compile_s + s.epochs * full / m.step + s.val / m.evaluate
+    before = {
+        "write": m.write_s,
+        "score": s.train / m.score,
+        "prune": s.train / m.prune,
+        "label": (views or 0) * kept / m.label,
+    }
+    stored = s.train * s.classes * s.score_bytes + kept * (2 * s.classes + (views or 0) * s.row_bytes)
+    return {
+        **before,
+        "train": s.epochs * full / m.step,
+        "first_student_s": sum(before.values()) + further,
+        "further_student_s": further,
+        "stored_bytes": stored,
+    }
+
+
+def predict_vanilla(m: Measured, s: Sizes) -> dict[str, float]:
+    """Return the same of vanilla KD: all data, a live teacher at every step."""
+    train = s.epochs * (s.samples // s.batch_size * s.batch_size) / m.vanilla_step
+    further = m.setup_s + m.compile_s + train + s.val / m.evaluate
+    return {
+        "write": m.write_s,
+        "train": train,
+        "first_student_s": m.write_s + further,
+        "further_student_s": further,
+        "stored_bytes": 0,
+    }
+
+
+def measure(recipe: Recipe, out: Path, *, repeats: int = 3) -> dict[str, Any]:
+    """Measure, predict, and write `out/plan.json`. Nets have random weights: no teacher is trained for it.
+
+    Parameters
+    ----------
+    repeats
+        How often each rate is measured, in turn; medians count.
+    """
+    bench = Workbench(recipe)
+    try:
+        measured = _measure(bench, repeats)
+    finally:
+        bench.close()
+    dataset, classes = bench.chain.dataset, bench.chain.num_classes
+    sizes = Sizes(
+        samples=len(bench.ids),
+        train=dataset.facts["counts"]["train"],
+        val=dataset.facts["counts"]["val"],
+        classes=classes,
+        epochs=recipe.train.epochs,
+        batch_size=recipe.train.batch_size,
+        row_bytes=row_bytes(classes, recipe.labels.topk),
+        score_bytes=4 if recipe.score.dtype == "float32" else 2,
+    )
+    vanilla = predict_vanilla(measured, sizes)
+    own_views = recipe.num_views
+    views: list[int | None] = [None]
+    if recipe.data.view.varies:
+        views = [*sorted({v for v in (*VIEWS, own_views or 1) if v < sizes.epochs} | {sizes.epochs})]
+    lines = []
+    for keep in sorted({*KEEP_RATIOS, recipe.prune.keep_ratio}):
+        for number in views:
+            line = predict(measured, sizes, keep, number)
+            lines.append(
+                {
+                    "keep_ratio": keep,
+                    "views": number,
+                    "recipe": keep == recipe.prune.keep_ratio and number == own_views,
+                    **line,
+                    "break_even_students": break_even(line, vanilla),
+                }
+            )
+    own = bench.chain.runtime
+    report = {
+        "recipe": recipe.name,
+        "machine": doctor.machine(),
+        "gpu": torch.cuda.get_device_name(own.device) if own.device.type == "cuda" else None,
+        "precision": own.precision,
+        "measured": asdict(measured),
+        "sizes": asdict(sizes),
+        "vanilla": vanilla,
+        "lines": lines,
+        "limit": limit(measured),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _measure(bench: Workbench, repeats: int) -> Measured:
+    """Time everything in turn."""
+    recipe, chain, runtime = bench.recipe, bench.chain, bench.chain.runtime
+    console.heading("plan: compiling")
+    start = time.perf_counter()
+    job = bench.job(runtime)
+    setup_s = time.perf_counter() - start
+    batch = bench.resident(job, recipe.train.batch_size)
+    bare_steps(job, batch, 1)
+    if runtime.compile:
+        torch.compiler.reset()  # the caches on disk are filled now, as they are for most students
+        job = bench.job(runtime)
+    start = time.perf_counter()
+    bare_steps(job, batch, 1)
+    compile_s = time.perf_counter() - start
+
+    teacher = bench.teacher(runtime)
+    vanilla = bench.job(runtime, live=teacher)
+    stored_batches, vanilla_batches = workbench.epochs_of(job), workbench.epochs_of(vanilla)
+    views, per_pass = recipe.num_views, min(recipe.num_views or 1, VIEWS_PER_PASS)
+    scorer = chain.loader("train", recipe.score.batch_size, input_px=chain.teacher_px)
+    labeller = chain.loader("train", max(1, recipe.labels.batch_size // per_pass), input_px=chain.teacher_px)
+    val = chain.loader("val", min(EVAL_BATCH_SIZE, chain.dataset.facts["counts"]["val"]))
+    student = bench.student(runtime).eval()
+
+    def passes(runtime: Runtime, net: Any, loader: Loader, group: list[int] | None) -> float:
+        """Run a net over a segment's worth of a loader's batches."""
+
+        def again() -> Generator[Batch, None, None]:
+            ids = np.arange(loader.count) if loader.split == "val" else bench.ids
+            while True:
+                yield from loader.batches(ids, last="pad", view=group)
+
+        with closing(again()) as batches:
+            return fed_forward(runtime, net, batches, SEGMENT_S)
+
+    steps = steps_for(SEGMENT_S, lambda n: fed_steps(job, stored_batches, n), recipe.train.batch_size)
+    vanilla_steps = steps_for(SEGMENT_S, lambda n: fed_steps(vanilla, vanilla_batches, n), recipe.train.batch_size)
+    segments = {
+        "step": lambda: fed_steps(job, stored_batches, steps),
+        "bare_step": lambda: bare_steps(job, batch, steps),
+        "vanilla_step": lambda: fed_steps(vanilla, vanilla_batches, vanilla_steps),
+        "score": lambda: passes(runtime, teacher, scorer, None),
+        "evaluate": lambda: passes(runtime, student, val, None),
+    }
+    if views is not None:
+        segments["label"] = lambda: passes(runtime, teacher, labeller, list(range(per_pass)))
+    console.heading("plan: measuring")
+    for name in ("score", "evaluate", *(["label"] if views is not None else [])):
+        segments[name]()  # shapes of their own, compiled now
+    rates = {name: float(np.median(values)) for name, values in in_turn(repeats, segments).items()}
+    stored_batches.close()
+    vanilla_batches.close()
+    return Measured(
+        **{"label": rates["score"], **rates},
+        prune=_prune_rate(chain.num_classes),
+        write_s=chain.dataset.cost_s,
+        setup_s=setup_s,
+        compile_s=compile_s,
+    )
+
+
+def _prune_rate(classes: int) -> float:
+    """Return how many rows of logits are scored in a second; choosing among them takes next to nothing."""
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(SCORED_ROWS, classes)).astype(np.float32), rng.integers(0, classes, SCORED_ROWS)
+    score_chunks(logits, labels)
+    start = time.perf_counter()
+    score_chunks(logits, labels)
+    return SCORED_ROWS / (time.perf_counter() - start)
+
+
+def limit(m: Measured) -> str:
+    """Say what a student's training waits for."""
+    share = m.step / m.bare_step
+    if share < LOADER_LIMITS:
+        return (
+            f"loading: the student gets {share:.0%} of the rate that it has on a resident batch; more data.workers, "
+            "images stored raw or smart, a lower max_resolution or data.input_px would help"
+        )
+    return f"the student's own step: loading costs {max(0.0, 1 - share):.1%} of its rate"
+
+
+def total(line: dict[str, float], students: int) -> float:
+    """Return the seconds of so many students, with everything before them."""
+    return line["first_student_s"] + (students - 1) * line["further_student_s"]
+
+
+def table(report: dict[str, Any]) -> Table:
+    """Lay the report out: vanilla KD, then a line per keep ratio and number of views."""
+    grid = Table(title=f"plan: {report['recipe']}", title_justify="left")
+    grid.add_column("")
+    for title in ("score\n+ prune", "label", "train", *(f"{n} student{'s' * (n > 1)}" for n in STUDENTS)):
+        grid.add_column(title, justify="right")
+    grid.add_column(f"{STUDENTS[-1]} against\nvanilla", justify="right", style="bold")
+    grid.add_column("pays from\nstudent no.", justify="right")
+    grid.add_column("stored", justify="right")
+    vanilla = report["vanilla"]
+    totals = [duration(total(vanilla, n)) for n in STUDENTS]
+    grid.add_row("vanilla KD", "–", "–", duration(vanilla["train"]), *totals, "1.00×", "–", "–")
+    keep = None
+    for line in report["lines"]:
+        if line["keep_ratio"] != keep:
+            grid.add_section()
+        keep = line["keep_ratio"]
+        labels = "plain view" if line["views"] is None else f"V = {line['views']}"
+        grid.add_row(
+            f"keep {keep:g}, {labels}" + (" (recipe)" if line["recipe"] else ""),
+            duration(line["score"] + line["prune"]),
+            duration(line["label"]) if line["views"] else "–",
+            duration(line["train"]),
+            *(duration(total(line, n)) for n in STUDENTS),
+            f"{total(vanilla, STUDENTS[-1]) / total(line, STUDENTS[-1]):.2f}×",
+            str(line["break_even_students"] or "never"),
+            _size(line["stored_bytes"]),
+        )
+    return grid
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as a person would: 42.0 s, 12 min, 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:,.1f} MB" if count < 1e9 else f"{count / 1e9:,.1f} GB"

@@ -1,0 +1,73 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from fastkd import bench
+from fastkd.benchmarks import plan
+from fastkd.benchmarks.plan import Measured, Sizes, duration, limit, predict, predict_vanilla, total
+
+RATES = Measured(
+    step=100, vanilla_step=40, bare_step=101, score=200, label=250, evaluate=500, prune=1e4, write_s=3, setup_s=1,
+    compile_s=2,
+)  # fmt: skip
+SIZES = Sizes(
+    samples=900, train=1000, val=100, classes=10, epochs=4, batch_size=64, row_bytes=20, score_bytes=4
+)  # fmt: skip
+
+
+def test_a_prediction_is_what_each_stage_takes():
+    found = predict(RATES, SIZES, 0.5, 8)
+    train = 4 * 448 / 100  # 450 kept make seven full batches
+    assert found["label"] == 8 * 450 / 250
+    assert found["train"] == train
+    assert found["further_student_s"] == pytest.approx(1 + 2 + train + 100 / 500)
+    assert found["first_student_s"] == pytest.approx(found["further_student_s"] + 3 + 5 + 0.1 + 14.4)
+    assert found["stored_bytes"] == 1000 * 10 * 4 + 450 * (20 + 8 * 20)
+    assert predict(RATES, SIZES, 0.5, None)["label"] == 0
+    vanilla = predict_vanilla(RATES, SIZES)
+    assert vanilla["first_student_s"] == pytest.approx(3 + 3 + 4 * 896 / 40 + 0.2)
+    assert total(vanilla, 5) == pytest.approx(3 + 5 * vanilla["further_student_s"])
+
+
+def test_the_limit_is_named():
+    assert limit(RATES).startswith("the student's own step: loading costs 1.0%")
+    slow = limit(replace(RATES, step=50))
+    assert slow.startswith("loading: the student gets 50% of the rate")
+    assert "raw or smart" in slow
+
+
+def test_durations_read_well():
+    assert [duration(s) for s in (1.25, 119.0, 600.0, 9000.0)] == ["1.2 s", "119.0 s", "10.0 min", "2.5 h"]
+
+
+def test_the_command_measures_and_shows_the_recipe_among_others(tiny_recipe, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
+    monkeypatch.setattr(plan, "SCORED_ROWS", 100)
+    code, said = command(
+        bench.plan,
+        tiny_recipe.path,
+        "data.view.family=flip",
+        "labels.views=2",
+        "--repeats",
+        "1",
+        "--out",
+        tmp_path / "p",
+    )
+    assert code == 0, said
+    report = json.loads((tmp_path / "p" / "plan.json").read_text())
+    assert {line["views"] for line in report["lines"]} == {1, 2, 4, 6}
+    assert [line["views"] for line in report["lines"] if line["recipe"]] == [2]
+    assert all(rate > 0 for rate in report["measured"].values())
+    for words in ("vanilla KD", "keep 0.5, V = 2 (recipe)", "keep 1, V = 6", "the limit is", "machine:", "5 students"):
+        assert words in said
+    assert not list((tmp_path / "artifacts").glob("*"))  # nothing was scored or labelled for it
+
+
+def test_without_views_there_is_one_line_a_ratio(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
+    monkeypatch.setattr(plan, "SCORED_ROWS", 100)
+    report = plan.measure(tiny_recipe("prune.keep_ratio=0.4"), tmp_path / "p", repeats=1)
+    assert [(line["keep_ratio"], line["views"]) for line in report["lines"]] == [
+        (keep, None) for keep in (0.3, 0.4, 0.5, 0.7, 1.0)
+    ]

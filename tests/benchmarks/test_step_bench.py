@@ -1,0 +1,69 @@
+import json
+
+import pytest
+
+from fastkd import bench
+from fastkd.benchmarks import step
+from fastkd.benchmarks.step import Way, advice
+from fastkd.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(step, "SEGMENT_S", 0.01)
+    monkeypatch.setattr(step, "ways", lambda device: [Way("fp32", True, False), Way("fp32", False, False)])
+
+
+def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, tmp_path, command):
+    code, said = command(
+        bench.step, tiny_recipe.path, "data.view.family=flip", "--repeats", "2", "--out", tmp_path, "--batch-size", "30"
+    )
+    assert code == 0, said
+    report = json.loads((tmp_path / "step.json").read_text())
+    assert [(line["batch_size"], line["way"]["channels_last"]) for line in report["lines"]][:2] == [
+        (25, True),
+        (25, False),
+    ]
+    assert [line["batch_size"] for line in report["lines"][2:]] == [30]
+    for line in report["lines"]:
+        for kind in ("student", "teacher"):
+            assert 0 < line[kind]["least"] <= line[kind]["median"] <= line[kind]["most"]
+            assert len(line[kind]["repeats"]) == 2
+    assert report["stall"]["fed"]["median"] > 0
+    for words in ("cifar/resnet8", "fp32, channels_last, eager", "fed by its loader", "machine:", "step.json"):
+        assert words in said
+    assert not list((tmp_path / "runs").glob("student-*"))  # nothing was trained for it
+
+
+def report_of(best: float, own: float, large: float, fed: float) -> dict:
+    def line(way, size, rate):
+        return {"way": way, "batch_size": size, "student": {"median": rate}}
+
+    bf16 = {"precision": "bf16", "channels_last": True, "compile": True}
+    fp32 = {"precision": "fp32", "channels_last": False, "compile": False}
+    return {
+        "lines": [line(bf16, 64, best), line(fp32, 64, own), line(bf16, 256, large)],
+        "batch_size": 64,
+        "best": {"student": bf16},
+        "recipe_way": fp32,
+        "stall": {"fed_share": {"median": fed}},
+    }
+
+
+def test_advice_names_what_is_faster_and_what_is_the_limit():
+    said = " ".join(advice(report_of(best=300, own=100, large=600, fed=0.5)))
+    assert "bf16, channels_last, compiled is 3.00× as fast as the recipe's fp32, NCHW, eager" in said
+    assert "train.precision=bf16 train.channels_last=true train.compile=true" in said
+    assert "batches of 256 would be 2.00× as fast as those of 64" in said
+    assert "loading is the limit" in said
+    said = " ".join(advice(report_of(best=101, own=100, large=101, fed=0.99)))
+    assert "is the fastest here or as good" in said
+    assert "batches of" not in said
+    assert "limit" not in said
+
+
+def test_a_recipe_without_a_teacher_has_nothing_to_time(tiny_recipe, tmp_path):
+    from fastkd import recipe
+
+    with pytest.raises(InputError, match="no distillation to time"):
+        step.measure(recipe.load(tiny_recipe.path.with_name("teacher.yaml")), tmp_path)
