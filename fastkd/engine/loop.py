@@ -68,7 +68,9 @@ class TrainState:
     average: MovingAverage | None = None
 
 
-def train_step(state: TrainState, images: Tensor, labels_B: Tensor, told: Told, weight_B: Tensor | None = None) -> Told:
+def train_step(
+    state: TrainState, images: Tensor, labels_B: Tensor, told: Told, weight_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Make one update.
 
     Returns
