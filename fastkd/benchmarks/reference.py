@@ -7,7 +7,9 @@ page cache, make this way somewhat slower than theirs.) Full batches only, as fa
 """
 
 import itertools
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +23,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from fastkd import models
+from fastkd.artifacts import Artifact
 from fastkd.data import usable_cores
 from fastkd.data.encode import JPG
 from fastkd.data.extract import read_table
@@ -62,11 +65,11 @@ def augmentation(view: View, hw: tuple[int, int]) -> list[Any]:
     return [transforms.RandomResizedCrop(hw, view.scale, view.ratio), flip]
 
 
-def export_images(chain: Chain, split: str, sample_ids: np.ndarray, folder: Path) -> None:
+def export_images(dataset: Artifact, split: str, sample_ids: np.ndarray, folder: Path) -> None:
     """Write samples (int64 [n]) as `folder/CLASS/SAMPLE_ID`: JPEGs byte for byte as stored, other images as PNG."""
-    table = read_table(chain.dataset.file(f"{split}.beton"))
+    table = read_table(dataset.file(f"{split}.beton"))
     stored = np.memmap(table.file, np.uint8, "r")
-    for label in range(chain.num_classes):  # ImageFolder numbers the classes by the order of their folders
+    for label in range(len(dataset.facts["classes"])):  # ImageFolder numbers the classes by the order of their folders
         (folder / f"{label:06}").mkdir(parents=True)
     for position in table.positions(sample_ids).tolist():
         image = table.metadata["f0"][position]
@@ -87,6 +90,13 @@ def endless(
         lr_S = learning_rates(recipe.optim, recipe.train.epochs, epoch, steps_per_epoch)
         for lr, (images, labels) in zip(lr_S, batches, strict=False):  # the exported images may make fewer steps
             yield float(lr), images, labels
+
+
+def _clean_processes() -> BaseContext:
+    """Return a way to start workers: forked from here, they may wait for locks of OpenMP's or numba's threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision.datasets"])  # once, rather than in each worker
+    return context
 
 
 class Reference:
@@ -122,7 +132,7 @@ class Reference:
         self.steps_per_epoch = loader.full_batches(len(ids))
         self.images_per_epoch = self.steps_per_epoch * recipe.train.batch_size
         chosen = ids[epoch_order(len(ids), recipe.seed, 0)[:most_images]]
-        export_images(chain, "train", chosen, folder / "train")
+        export_images(chain.dataset, "train", chosen, folder / "train")
 
         hw, view = loader.image_hw, recipe.data.view
         ratio = chain.crop_ratio  # None: images are stored at the size that nets see
@@ -149,8 +159,7 @@ class Reference:
             num_workers=usable_cores(),
             persistent_workers=True,
             pin_memory=self.device.type == "cuda",
-            # Forked from a process with OpenMP's and numba's threads, workers may wait for locks that nobody holds.
-            multiprocessing_context="spawn",
+            multiprocessing_context=_clean_processes(),
         )
 
     def advance(self, steps: int) -> float:
@@ -167,7 +176,7 @@ class Reference:
     def evaluate(self) -> float:
         """Return top-1 on val (0…1)."""
         count = self.chain.dataset.facts["counts"]["val"]
-        export_images(self.chain, "val", np.arange(count), self.folder / "val")
+        export_images(self.chain.dataset, "val", np.arange(count), self.folder / "val")
         self.student.eval()
         correct = 0
         for images, labels in self._loader("val", self._plain):

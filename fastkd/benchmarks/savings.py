@@ -113,7 +113,7 @@ def measure(
             entry = results.setdefault(way.name, {"title": way.title, "runs": []})
             entry["runs"].append(_outcome(run, seed))
         if reference == "full":
-            reference_runs.append(_reference_run(vanilla_recipe.model_copy(update={"seed": seed}), out))
+            reference_runs.append(train_reference(vanilla_recipe.model_copy(update={"seed": seed}), out))
     vanilla = results["vanilla"]
     for entry in results.values():
         entry |= _summary(entry["runs"])
@@ -155,7 +155,7 @@ def measure(
     return report
 
 
-def _reference_run(vanilla: Recipe, out: Path) -> dict[str, Any]:
+def train_reference(vanilla: Recipe, out: Path) -> dict[str, Any]:
     """Train the reference's way to the end; only its steps are charged to it, as where they are extrapolated."""
     console.heading(f"train: the reference's way, seed {vanilla.seed}")
     with tempfile.TemporaryDirectory(dir=out, prefix="images-") as folder:
