@@ -221,8 +221,8 @@ def table(report: dict[str, Any]) -> Table:
         "slowest … fastest\nsegment",
         "an epoch\n(s)",
         "all epochs\n(s)",
-        "step",
-        "in all",
+        "faster by\nthis step",
+        "faster\nin all",
     ):
         grid.add_column(title, justify="right")
     for at, line in enumerate(report["ways"]):

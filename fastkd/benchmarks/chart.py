@@ -28,9 +28,8 @@ def draw(report: dict[str, Any]) -> Figure:
     axes.set_yticks(range(len(entries)), [entry["title"].replace(" (", "\n(") for entry in entries], color=INK)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    axes.margins(x=0.17)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("seconds for each further student", color=INK)
+    axes.set_xlim(0, 1.2 * max(start))  # room for the words behind the longest bar
+    axes.set_xlabel("seconds for each further student; ×: faster than the topmost", color=INK)
     axes.set_title(f"savings: {report['recipe']}", color=INK, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
