@@ -1,5 +1,6 @@
 """``python -m fastkd.bench NAME …``: benchmarks to run on one's own machine."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,13 +9,30 @@ import typer
 from fastkd import cli, console, recipe
 
 
+class Reference(StrEnum):
+    """How far the reference's way is trained."""
+
+    NONE = "none"
+    MEASURE = "measure"
+    FULL = "full"
+
+
 def savings(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds each way is trained with.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Where runs and savings.json go.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where runs, savings.json and savings.png go.")] = None,
+    reference: Annotated[
+        Reference,
+        typer.Option(
+            help="The reference's way: left out, timed for some steps and extrapolated, or trained to the end."
+        ),
+    ] = Reference.MEASURE,
+    breakdown: Annotated[bool, typer.Option(help="Time the ways between the reference's and the recipe.")] = True,
 ) -> None:
     """Train the recipe's student and, in the same loop, vanilla KD's and the baselines'; print what each cost.
+
+    Beside them stands how the field's reference code does it: torch's loader, float32, a live teacher.
 
     Example: python -m fastkd.bench savings recipes/quickstart.yaml --seeds 3
     """
@@ -22,8 +40,14 @@ def savings(
     from fastkd.benchmarks import savings as benchmark
 
     out = out or Path(resolved.train.runs_dir) / f"savings-{resolved.name}"
-    report = benchmark.measure(resolved, out, seeds=seeds, source=Path(path))
+    report = benchmark.measure(
+        resolved, out, seeds=seeds, source=Path(path), reference=reference.value, breakdown=breakdown
+    )
     console.show(benchmark.table(report))
+    if breakdown:
+        from fastkd.benchmarks.breakdown import table as breakdown_table
+
+        console.show(breakdown_table(report["breakdown"]))
     teacher = report["teacher_training_s"]
     if teacher is not None:
         console.say(
@@ -35,7 +59,7 @@ def savings(
     env, cpu = report["environment"], report["environment"]["machine"]
     console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, {env['gpu'] or 'no GPU'}, {env['precision']}")
     console.say(report["conclusion"])
-    console.say(f"written: {out / 'savings.json'}")
+    console.say(f"written: {out / 'savings.json'}, {out / 'savings.png'}")
 
 
 def loader(

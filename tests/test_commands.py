@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fastkd import artifacts, bench, prune, score, train
 from fastkd.errors import FastkdError
@@ -204,7 +205,20 @@ def test_savings_compares_four_ways_and_writes_them_down(command, tiny_recipe, t
         )
     images = {n: [sum(e["images"] for e in r["epochs"]) for r in w["runs"]] for n, w in report["ways"].items()}
     assert images == {"vanilla": [900] * 2, "recipe": [450] * 2, "random": [450] * 2, "same_compute": [450] * 2}
+    reference, whole = report["reference"], report["breakdown"]
+    assert reference["further_student_s"] == pytest.approx(900 / reference["images_per_s"])
+    assert f"extrapolated from {reference['extrapolated_from_steps']} steps" in text
+    assert [line["name"] for line in whole["ways"]] == ["reference", "loader", "format", "stored", "recipe"]
+    assert [line["images"] for line in whole["ways"]] == [900] * 4 + [450]
+    assert np.prod([line["factor"] for line in whole["ways"]]) == pytest.approx(whole["ways"][-1]["factor_total"])
+    assert set(report["differences"]) == {"vanilla", "random", "same_compute"}
+    with Image.open(out / "savings.png") as picture:
+        assert picture.size[0] > 600
+    assert not list(out.glob("images-*"))
     for words in (
+        "the reference's way",
+        "where the speed-up comes from",
+        "the recipe's minus it",
         "vanilla KD",
         "medium",
         "random",
