@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,9 +13,8 @@ from rich.table import Table
 
 from fastkd import console
 from fastkd.benchmarks.reference import Reference
-from fastkd.data import usable_cores
-from fastkd.data.loader import Batch
-from fastkd.data.order import epoch_order
+from fastkd.benchmarks.workbench import epochs_of
+from fastkd.doctor import usable_cores
 from fastkd.engine.loop import train_epoch
 from fastkd.recipe import Prune, Recipe
 from fastkd.stages import Chain
@@ -103,24 +102,16 @@ class FastkdLoop:
     """fastkd's own loop, a few steps at a time."""
 
     def __init__(self, chain: Chain) -> None:
-        loader, _, self._state, ids_M, feed = prepare(chain)
-        self._teacher = feed.teacher
-        self.images_per_epoch = loader.full_batches(len(ids_M)) * loader.batch_size
-
-        def endless() -> Generator[Batch, None, None]:
-            recipe = chain.recipe
-            for epoch in itertools.count():
-                ids, view = ids_M[epoch_order(len(ids_M), recipe.seed, epoch)], recipe.view_of(epoch)
-                yield from loader.batches(ids, last="drop", view=view, stored=feed.stored(view))
-
-        self._batches = endless()
+        self._job = prepare(chain)
+        self.images_per_epoch = self._job.images_per_epoch
+        self._batches = epochs_of(self._job)
 
     def advance(self, steps: int) -> float:
         """Train for some steps and return the wall seconds that they took."""
         segment = (batch for batch in itertools.islice(self._batches, steps))  # closing it leaves the epoch alive
         lr_S = np.full(steps, LEARNING_RATE)
         return train_epoch(
-            self._state, segment, self._teacher, lr_S, log_every_steps=steps, on_log=lambda *_: None
+            self._job.state, segment, self._job.teacher.live, lr_S, log_every_steps=steps, on_log=lambda *_: None
         ).wall_s
 
 

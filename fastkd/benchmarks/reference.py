@@ -24,10 +24,10 @@ from torchvision.datasets import ImageFolder
 
 from fastkd import models
 from fastkd.artifacts import Artifact
-from fastkd.data import usable_cores
 from fastkd.data.encode import JPG
 from fastkd.data.extract import read_table
 from fastkd.data.order import epoch_order
+from fastkd.doctor import usable_cores
 from fastkd.engine.schedule import learning_rates
 from fastkd.recipe import Loss, Recipe, View
 from fastkd.stages import Chain
@@ -117,9 +117,10 @@ class Reference:
     def __init__(self, chain: Chain, folder: Path, most_images: int | None = None) -> None:
         recipe = chain.recipe
         self.chain, self.folder = chain, folder
-        loader, normalised, *_ = prepare(chain)
+        job = prepare(chain)
+        loader = job.loader
         self.device = chain.runtime.device
-        self.student = normalised.net
+        self.student = job.student.net
         self.teacher = cast(models.Normalised, chain.teacher.net).net
         self.optimizer = torch.optim.SGD(
             self.student.parameters(),

@@ -12,6 +12,7 @@ from fastkd.benchmarks.breakdown import changed, reference_recipe
 from fastkd.benchmarks.reference import Reference, augmentation, export_images, step
 from fastkd.benchmarks.savings import ways
 from fastkd.data.loader import Loader
+from fastkd.engine.feed import feed
 from fastkd.engine.loop import evaluate, train_step
 from fastkd.recipe import View
 from fastkd.stages import Chain
@@ -44,19 +45,18 @@ def test_a_step_is_the_formula_and_one_sgd_update():
 
 def test_a_step_does_what_fastkd_does_in_fp32(tiny_recipe):
     chain = reference_chain(tiny_recipe())
-    loader, ours, state, ids, feed = prepare(chain)
-    theirs = prepare(chain)[1]
+    job, theirs = prepare(chain), prepare(chain).student
     optim = chain.recipe.optim
     optimizer = torch.optim.SGD(
         theirs.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
     )
-    for batch in itertools.islice(loader.batches(ids, last="drop"), 2):
-        images = chain.runtime.images(batch.images)
-        loss_B = train_step(state, images, batch.labels, feed.teacher(images, batch.labels, ()))
+    for batch in itertools.islice(feed(job.batches(job.ids, 0), chain.runtime), 2):
+        images = batch.images
+        _, loss_B = train_step(job.state, images, batch.labels, (job.teacher.live(images, batch.labels),))
         normalised = torch.addcmul(theirs.shift, images.float(), theirs.scale)
         loss, _ = step(theirs.net, chain.teacher.net.net, optimizer, chain.recipe.loss, normalised, batch.labels)
         assert loss == pytest.approx(loss_B.mean().item(), rel=1e-4)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for a, b in zip(job.student.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_it_reads_the_data_sets_images_and_looks_at_val_as_fastkd_does(tiny_reci
     before = [p.clone() for p in reference.student.parameters()]
     assert reference.advance(4) > 0
     assert all((a != b).any() for a, b in zip(before, reference.student.parameters(), strict=True))
-    student = prepare(chain)[1]
+    student = prepare(chain).student
     student.net.load_state_dict(reference.student.state_dict())
     val = chain.loader("val", 20).batches(np.arange(60), last="pad")
     assert reference.evaluate() == pytest.approx(evaluate(chain.runtime, student.eval(), val, 3))
