@@ -206,7 +206,8 @@ def test_savings_compares_four_ways_and_writes_them_down(command, tiny_recipe, t
     images = {n: [sum(e["images"] for e in r["epochs"]) for r in w["runs"]] for n, w in report["ways"].items()}
     assert images == {"vanilla": [900] * 2, "recipe": [450] * 2, "random": [450] * 2, "same_compute": [450] * 2}
     reference, whole = report["reference"], report["breakdown"]
-    assert reference["further_student_s"] == pytest.approx(900 / reference["images_per_s"])
+    assert reference["stages"]["train"] == pytest.approx(900 / reference["images_per_s"])
+    assert reference["further_student_s"] == pytest.approx(sum(reference["stages"].values()))
     assert f"extrapolated from {reference['extrapolated_from_steps']} steps" in text
     assert [line["name"] for line in whole["ways"]] == ["reference", "loader", "format", "stored", "recipe"]
     assert [line["images"] for line in whole["ways"]] == [900] * 4 + [450]

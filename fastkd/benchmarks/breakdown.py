@@ -142,7 +142,7 @@ def measure(
         Reference(chain, folder, most_images) if way.name == "reference" else FastkdLoop(chain)
         for way, chain in zip(compared, chains, strict=True)
     ]
-    run_steps = epochs * min(loop.images_per_epoch for loop in loops) // batch_size
+    run_steps = epochs * max(loop.images_per_epoch for loop in loops) // batch_size
     steps = min(SEGMENT_STEPS, math.ceil(run_steps / rounds))
     lead, warm_up = min(LEAD_STEPS, steps), min(WARM_UP_STEPS, run_steps)
     segments_s: list[list[float]] = [[] for _ in loops]
