@@ -1,5 +1,6 @@
 """``python -m fastkd.bench NAME …``: benchmarks to run on one's own machine."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -117,5 +118,25 @@ def prune(
     console.say(f"written: {out / 'prune.json'}")
 
 
+def synthetic(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of photos: a new one.")],
+    count: Annotated[int, typer.Option(help="How many photos to train on, 0.11 MB each.")] = 5000,
+    val: Annotated[int, typer.Option(help="How many to evaluate on.")] = 500,
+    classes: Annotated[int, typer.Option(help="How many classes.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="What the photos are drawn from.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="How many photos are drawn at a time; 0: one per core.")] = 0,
+) -> None:
+    """Write textured JPEGs as large as ImageNet's into OUT/train and OUT/val: photos for any bench, from nowhere.
+
+    Example: python -m fastkd.bench synthetic data/photos --count 10000 --classes 100
+    """
+    from fastkd.benchmarks import synthetic as benchmark
+
+    benchmark.make(out, count, val=val, classes=classes, seed=seed, threads=threads)
+    console.say(f"written: {out}, {count:,} train and {val:,} val photos of {classes} classes")
+    root, dataset = shlex.quote(str(out)), shlex.quote(f"{out}-dataset")
+    console.say(f"as a data set: python -m fastkd.write image_folder {dataset} root={root}")
+
+
 if __name__ == "__main__":
-    cli.run(savings, loader, labels, prune, named=True)
+    cli.run(savings, loader, labels, prune, synthetic, named=True)
