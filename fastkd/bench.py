@@ -40,27 +40,31 @@ def savings(
 
 
 def loader(
-    out: Annotated[Path, typer.Option(help="Where loader.json goes.")] = Path("runs/bench-loader"),
+    out: Annotated[Path, typer.Option(help="Where loader.json and loader.png go.")] = Path("runs/bench-loader"),
     data: Annotated[
         Path | None, typer.Option(help="Keep the data sets here, or find them; default: made anew.")
     ] = None,
     small: Annotated[int, typer.Option(help="How many images of 32×32.")] = 20_000,
-    photos: Annotated[int, typer.Option(help="How many JPEGs with sides of 200 … 600 px.")] = 600,
+    photos: Annotated[int, typer.Option(help="How many JPEGs, as large as ImageNet's.")] = 600,
     repeats: Annotated[
         int, typer.Option(min=1, help="How often each pipeline is timed, after an epoch that is not.")
     ] = 5,
+    workers: Annotated[
+        list[int] | None, typer.Option(help="How many workers load; may be repeated. Default: 1 and one per core.")
+    ] = None,
 ) -> None:
-    """Load the same files by fastkd's pipeline, with views and without, and by FFCV's own; print images/s.
+    """Load the same images by fastkd's pipeline, FFCV's own and torch's DataLoader, on files and on arrays.
+
+    Prints images/s, with views and without. Takes some minutes: the slowest pipeline goes through all images as well.
 
     Example: python -m fastkd.bench loader --data data/bench
     """
     from fastkd.benchmarks import loader as benchmark
 
-    report = benchmark.measure(out, data=data, small=small, photos=photos, repeats=repeats)
+    report = benchmark.measure(out, data=data, small=small, photos=photos, repeats=repeats, workers=workers or ())
     console.show(benchmark.table(report))
-    cpu, versions = report["machine"], report["versions"]
-    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, no GPU used, ffcv {versions['ffcv']}")
-    console.say(f"written: {out / 'loader.json'}")
+    console.say(f"machine: {benchmark.machine_line(report)}")
+    console.say(f"written: {out / 'loader.json'}, {out / 'loader.png'}")
 
 
 def labels(
