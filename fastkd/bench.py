@@ -1,5 +1,6 @@
 """``python -m fastkd.bench NAME …``: benchmarks to run on one's own machine."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,27 +64,31 @@ def savings(
 
 
 def loader(
-    out: Annotated[Path, typer.Option(help="Where loader.json goes.")] = Path("runs/bench-loader"),
+    out: Annotated[Path, typer.Option(help="Where loader.json and loader.png go.")] = Path("runs/bench-loader"),
     data: Annotated[
         Path | None, typer.Option(help="Keep the data sets here, or find them; default: made anew.")
     ] = None,
     small: Annotated[int, typer.Option(help="How many images of 32×32.")] = 20_000,
-    photos: Annotated[int, typer.Option(help="How many JPEGs with sides of 200 … 600 px.")] = 600,
+    photos: Annotated[int, typer.Option(help="How many JPEGs, as large as ImageNet's.")] = 600,
     repeats: Annotated[
         int, typer.Option(min=1, help="How often each pipeline is timed, after an epoch that is not.")
     ] = 5,
+    workers: Annotated[
+        list[int] | None, typer.Option(help="How many workers load; may be repeated. Default: 1 and one per core.")
+    ] = None,
 ) -> None:
-    """Load the same files by fastkd's pipeline, with views and without, and by FFCV's own; print images/s.
+    """Load the same images by fastkd's pipeline, FFCV's own and torch's DataLoader, on files and on arrays.
+
+    Prints images/s, with views and without. Takes some minutes: the slowest pipeline goes through all images as well.
 
     Example: python -m fastkd.bench loader --data data/bench
     """
     from fastkd.benchmarks import loader as benchmark
 
-    report = benchmark.measure(out, data=data, small=small, photos=photos, repeats=repeats)
+    report = benchmark.measure(out, data=data, small=small, photos=photos, repeats=repeats, workers=workers or ())
     console.show(benchmark.table(report))
-    cpu, versions = report["machine"], report["versions"]
-    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, no GPU used, ffcv {versions['ffcv']}")
-    console.say(f"written: {out / 'loader.json'}")
+    console.say(f"machine: {benchmark.machine_line(report)}")
+    console.say(f"written: {out / 'loader.json'}, {out / 'loader.png'}")
 
 
 def step(
@@ -196,10 +201,30 @@ def prune(
     console.say(f"written: {out / 'prune.json'}")
 
 
+def synthetic(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of photos: a new one.")],
+    count: Annotated[int, typer.Option(help="How many photos to train on, 0.11 MB each.")] = 5000,
+    val: Annotated[int, typer.Option(help="How many to evaluate on.")] = 500,
+    classes: Annotated[int, typer.Option(help="How many classes.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="What the photos are drawn from.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="How many photos are drawn at a time; 0: one per core.")] = 0,
+) -> None:
+    """Write textured JPEGs as large as ImageNet's into OUT/train and OUT/val: photos for any bench, from nowhere.
+
+    Example: python -m fastkd.bench synthetic data/photos --count 10000 --classes 100
+    """
+    from fastkd.benchmarks import synthetic as benchmark
+
+    benchmark.make(out, count, val=val, classes=classes, seed=seed, threads=threads)
+    console.say(f"written: {out}, {count:,} train and {val:,} val photos of {classes} classes")
+    root, dataset = shlex.quote(str(out)), shlex.quote(f"{out}-dataset")
+    console.say(f"as a data set: python -m fastkd.write image_folder {dataset} root={root}")
+
+
 def _machine(report: dict[str, Any]) -> str:
     cpu = report["machine"]
     return f"{cpu['cpu']}, {cpu['cores']} cores, {report['gpu'] or 'no GPU'}"
 
 
 if __name__ == "__main__":
-    cli.run(savings, loader, step, plan, labels, prune, named=True)
+    cli.run(savings, plan, step, loader, labels, prune, synthetic, named=True)

@@ -1,240 +1,37 @@
-"""How fast images come out of fastkd's pipeline, views and all, beside FFCV's own pipelines on the same files."""
+"""How fast images come out of fastkd's pipeline, views and all, beside FFCV's own and torch's DataLoader."""
 
 import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 from rich.table import Table
 
 from fastkd import console, doctor
-from fastkd.artifacts import Artifact
-from fastkd.data.loader import BATCHES_AHEAD, Loader
-from fastkd.data.order import epoch_order
-from fastkd.data.views import Views
+from fastkd.benchmarks import charts
+from fastkd.benchmarks.pipelines import (
+    CASES,
+    MANY_VIEWS,
+    OURS,
+    PHOTO_BATCH,
+    SMALL_BATCH,
+    WITH_ROWS,
+    Case,
+    Data,
+    Pipeline,
+    make_data,
+)
 from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
-from fastkd.stages import write
 
-PAD_PX = 4
-SMALL_PX, PHOTO_PX = 32, 160
-CROP_RATIO = 224 / 256
-SMALL_BATCH, PHOTO_BATCH = 256, 64
-VERSIONS = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "torch")
-SEED = 0
-MANY = 8
+VERSIONS = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "pillow", "torch", "torchvision")
 LEAST_S = 0.5  # what is timed takes at least that long: an epoch of the small images alone is over in 50 ms
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Something that yields batches: a column of the table.
-
-    Attributes
-    ----------
-    epoch
-        ``epoch(number)`` iterates over the batches of that epoch, which are full: the last is dropped.
-    """
-
-    name: str
-    epoch: Callable[[int], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One data set and what is done to its images: a line of the table, for each number of workers.
-
-    Attributes
-    ----------
-    pipelines
-        ``pipelines(dataset, batch_size, workers)`` builds those that are compared; fastkd's stands first.
-    """
-
-    title: str
-    data: str
-    batch_size: int
-    pipelines: Callable[[Artifact, int, int], Sequence[Pipeline]]
-
-
-def fastkd_pipeline(
-    dataset: Artifact, batch_size: int, workers: int, views: Views | None, input_px: int | None
-) -> Pipeline:
-    """Return fastkd's loader: view e of every sample in epoch e, or the plain view where no `views` are given."""
-    loader = Loader(
-        dataset, "train", batch_size, input_px=input_px, crop_ratio=CROP_RATIO, views=views, workers=workers
-    )
-
-    def epoch(number: int) -> Iterator[Any]:
-        order = epoch_order(loader.count, SEED, number)
-        return loader.batches(order, last="drop", view=number if views else None)
-
-    return Pipeline("fastkd", epoch)
-
-
-def many_views_pipeline(
-    dataset: Artifact, batch_size: int, workers: int, views: Views, input_px: int | None
-) -> Pipeline:
-    """Return fastkd's loader as labelling uses it: `MANY` views of each decoded image; a view counts as an image."""
-    loader = Loader(
-        dataset, "train", batch_size // MANY, input_px=input_px, crop_ratio=CROP_RATIO, views=views, workers=workers
-    )
-
-    def epoch(number: int) -> Iterator[Any]:
-        order = epoch_order(loader.count, SEED, number)
-        return loader.batches(order, last="drop", view=range(MANY * number, MANY * (number + 1)))
-
-    return Pipeline(f"{MANY} views a decode", epoch)
-
-
-def ffcv_pipeline(dataset: Artifact, batch_size: int, workers: int, image_ops: Sequence[Any]) -> Pipeline:
-    """Return FFCV's loader with its own operations on the images, as its documentation puts them together."""
-    # Imported here, after fastkd.data.loader: importing ffcv first would leave torch with a single thread.
-    from ffcv.fields.decoders import IntDecoder
-    from ffcv.loader import Loader as FfcvLoader
-    from ffcv.loader import OrderOption
-    from ffcv.transforms import Squeeze, ToTensor, ToTorchImage
-
-    loader = FfcvLoader(
-        str(dataset.file("train.beton")),
-        batch_size=batch_size,
-        num_workers=workers,
-        os_cache=True,
-        order=OrderOption.RANDOM,
-        seed=SEED,
-        drop_last=True,
-        batches_ahead=BATCHES_AHEAD,
-        pipelines={
-            "image": [*image_ops, ToTensor(), ToTorchImage()],
-            "label": [IntDecoder(), ToTensor(), Squeeze(1)],
-            "sample_id": None,
-        },
-    )
-    return Pipeline("FFCV", lambda number: loader)
-
-
-def _small_views(dataset: Artifact, batch_size: int, workers: int) -> list[Pipeline]:
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-    from ffcv.transforms import RandomHorizontalFlip, RandomTranslate
-
-    views = Views("pad_crop_flip", pad_ratio=PAD_PX / SMALL_PX, seed=SEED)
-    ops = [SimpleRGBImageDecoder(), RandomHorizontalFlip(), RandomTranslate(padding=PAD_PX)]
-    return [
-        fastkd_pipeline(dataset, batch_size, workers, views, None),
-        many_views_pipeline(dataset, batch_size, workers, views, None),
-        ffcv_pipeline(dataset, batch_size, workers, ops),
-    ]
-
-
-def _small_plain(dataset: Artifact, batch_size: int, workers: int) -> list[Pipeline]:
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-
-    return [
-        fastkd_pipeline(dataset, batch_size, workers, None, None),
-        ffcv_pipeline(dataset, batch_size, workers, [SimpleRGBImageDecoder()]),
-    ]
-
-
-def _photo_views(dataset: Artifact, batch_size: int, workers: int) -> list[Pipeline]:
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.transforms import RandomHorizontalFlip
-
-    views = Views("random_resized_crop_flip", seed=SEED)
-    ops = [
-        RandomResizedCropRGBImageDecoder((PHOTO_PX, PHOTO_PX), scale=views.scale, ratio=views.ratio),
-        RandomHorizontalFlip(),
-    ]
-    return [
-        fastkd_pipeline(dataset, batch_size, workers, views, PHOTO_PX),
-        many_views_pipeline(dataset, batch_size, workers, views, PHOTO_PX),
-        ffcv_pipeline(dataset, batch_size, workers, ops),
-    ]
-
-
-def _photo_plain(dataset: Artifact, batch_size: int, workers: int) -> list[Pipeline]:
-    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
-
-    ops = [CenterCropRGBImageDecoder((PHOTO_PX, PHOTO_PX), ratio=CROP_RATIO)]
-    return [
-        fastkd_pipeline(dataset, batch_size, workers, None, PHOTO_PX),
-        ffcv_pipeline(dataset, batch_size, workers, ops),
-    ]
-
-
-CASES = (
-    Case(f"{SMALL_PX} px raw, padded crop + flip", "small", SMALL_BATCH, _small_views),
-    Case(f"{SMALL_PX} px raw, plain", "small", SMALL_BATCH, _small_plain),
-    Case(f"jpg, resized crop {PHOTO_PX} px + flip", "photos-jpg", PHOTO_BATCH, _photo_views),
-    Case(f"jpg, centre crop {PHOTO_PX} px", "photos-jpg", PHOTO_BATCH, _photo_plain),
-    Case(f"raw, resized crop {PHOTO_PX} px + flip", "photos-raw", PHOTO_BATCH, _photo_views),
-    Case(f"raw, centre crop {PHOTO_PX} px", "photos-raw", PHOTO_BATCH, _photo_plain),
-)
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
-
-
-def make_data(folder: Path, small: int, photos: int) -> dict[str, Artifact]:
-    """Write the data sets by fastkd's own writers, or find those that an earlier run left in the folder.
-
-    Parameters
-    ----------
-    small
-        How many images of 32×32, stored raw.
-    photos
-        How many JPEGs with sides of 200 … 600 px, stored as they are and as pixels.
-    """
-    folder = folder.absolute()
-    sources = folder / "sources"
-    sources.mkdir(parents=True, exist_ok=True)
-    arrays, images = sources / f"small-{small}.npz", sources / f"photos-{photos}"
-    rng = np.random.default_rng(SEED)
-    if not arrays.exists():
-        pixels = rng.integers(0, 256, (small, SMALL_PX, SMALL_PX, 3), dtype=np.uint8)
-        labels = np.arange(small) % 10
-        some = slice(0, 10)
-        part = arrays.with_name(f"part-{arrays.name}")  # what is there under its own name is whole
-        np.savez(part, images=pixels, labels=labels, val_images=pixels[some], val_labels=labels[some])
-        part.rename(arrays)
-    if not images.exists():
-        _make_photos(images, photos, rng)
-    return {
-        "small": write("arrays", folder / f"small-{small}", {"file": str(arrays)})[0],
-        **{
-            f"photos-{mode}": write(
-                "image_folder", folder / f"photos-{photos}-{mode}", {"root": str(images), "mode": mode}
-            )[0]
-            for mode in ("jpg", "raw")
-        },
-    }
-
-
-def _make_photos(folder: Path, count: int, rng: np.random.Generator) -> None:
-    """Write textured JPEGs, two of them for val; as above under a temporary name first."""
-    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
-    for k in range(count + 2):
-        place = building / ("train" if k < count else "val") / f"class{k % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        height, width = rng.integers(200, 601, 2)
-        cv2.imwrite(str(place / f"{k:06d}.jpg"), texture(rng, int(height), int(width)), [cv2.IMWRITE_JPEG_QUALITY, 90])
-    building.rename(folder)
-
-
-def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Return noise at several scales, the coarser the stronger, as photos have it: uint8 [height, width, 3]."""
-    total = np.full((height, width, 3), 128.0)
-    for cells in (4, 16, 64, 256):
-        noise = rng.normal(0, 60 / cells**0.5, (cells, cells, 3))
-        total = np.add(total, cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC))
-    return np.clip(total, 0, 255).astype(np.uint8)
 
 
 # --- timing ---------------------------------------------------------------------------------------------------------
@@ -250,21 +47,29 @@ def measure(
     workers: Sequence[int] = (),
     cases: Sequence[Case] = CASES,
 ) -> dict[str, Any]:
-    """Time every case, its pipelines in turn, and write `out/loader.json`.
+    """Time every case, its pipelines in turn, and write `out/loader.json` and a chart, `out/loader.png`.
 
-    An epoch of each pipeline goes before and is not counted: it compiles the pipeline and fills the page cache.
+    An epoch of each pipeline goes before and is not counted: it compiles the pipeline or starts its processes, and
+    fills the page cache.
 
     Parameters
     ----------
     data
         Where the data sets are kept, or found; default: made for this run alone.
     workers
-        Numbers of loader threads; default: one, and one per usable core.
+        Numbers of loader threads, for torch's DataLoader of processes; default: one, and one per usable core.
+
+    Raises
+    ------
+    InputError
+        Fewer images than a batch, more workers than cores, or no room for the data.
     """
     for name, count, batch in (("--small", small, SMALL_BATCH), ("--photos", photos, PHOTO_BATCH)):
         if count < batch:
             raise InputError(f"{name} {count}: an epoch needs at least one batch of {batch}")
-    workers = workers or sorted({1, usable_cores()})
+    workers = sorted(set(workers or (1, usable_cores())))
+    if workers[0] < 1 or workers[-1] > usable_cores():
+        raise InputError(f"--workers {workers}: this process may use {usable_cores()} cores; give 1 to that many")
     out.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
     with ExitStack() as stack:
@@ -275,7 +80,7 @@ def measure(
                 for number in workers:
                     lines.append(measure_case(case, datasets[case.data], number, repeats))
                     update(len(lines), case.title)
-        file_bytes = {name: one.file("train.beton").stat().st_size for name, one in datasets.items()}
+        file_bytes = {name: one.dataset.file("train.beton").stat().st_size for name, one in datasets.items()}
     report = {
         "machine": doctor.machine(),
         "versions": {name: metadata.version(name) for name in VERSIONS},
@@ -286,15 +91,16 @@ def measure(
         "lines": lines,
     }
     (out / "loader.json").write_text(json.dumps(report, indent=2) + "\n")
+    chart(report, out / "loader.png")
     return report
 
 
-def measure_case(case: Case, dataset: Artifact, workers: int, repeats: int) -> dict[str, Any]:
+def measure_case(case: Case, data: Data, workers: int, repeats: int) -> dict[str, Any]:
     """Return images/s of each pipeline of a case: all repeats, median, least, most, and the first's over each other's.
 
     The pipelines take turns, so that a slow spell of the machine hits all of them.
     """
-    pipelines = case.pipelines(dataset, case.batch_size, workers)
+    pipelines = case.pipelines(data, case.batch_size, workers)
     rates: dict[str, list[float]] = {pipeline.name: [] for pipeline in pipelines}
     numbers = {pipeline.name: itertools.count() for pipeline in pipelines}
     first_epoch_s = {pipeline.name: _time_epochs(pipeline, numbers[pipeline.name], 0)[1] for pipeline in pipelines}
@@ -308,7 +114,7 @@ def measure_case(case: Case, dataset: Artifact, workers: int, repeats: int) -> d
         "case": case.title,
         "workers": workers,
         "batch_size": case.batch_size,
-        "images_per_epoch": dataset.facts["counts"]["train"] // case.batch_size * case.batch_size,
+        "images_per_epoch": data.dataset.facts["counts"]["train"] // case.batch_size * case.batch_size,
         "pipelines": {
             name: {
                 "images_per_s": medians[name],
@@ -332,25 +138,49 @@ def _time_epochs(pipeline: Pipeline, numbers: Iterator[int], least_s: float) -> 
             return batches, seconds
 
 
+# --- the report -----------------------------------------------------------------------------------------------------
+
+
 def table(report: dict[str, Any]) -> Table:
-    """Lay the report out: a line per case and number of workers, a column per pipeline."""
-    lines = report["lines"]
-    names = list(dict.fromkeys(name for line in lines for name in line["pipelines"]))
-    ours, others = names[0], names[1:]
-    grid = Table(title=f"loader: images/s, median (least … most) of {report['repeats']}", title_justify="left")
-    grid.add_column("")
-    grid.add_column("workers", justify="right")
-    for name in names:
-        grid.add_column(name, justify="right")
-    for name in others:
-        grid.add_column(f"{ours} / {name}", justify="right", style="bold")
-    for line in lines:
-        found = line["pipelines"]
-        rates = [_rate(found[name]) if name in found else "–" for name in names]
-        ratios = [f"{found[name]['ours_over_it']:.2f}×" if name in found else "–" for name in others]
-        grid.add_row(line["case"], str(line["workers"]), *rates, *ratios)
+    """Lay the report out: a section per case and number of workers, a line per pipeline."""
+    grid = Table(title=f"loader: images/s, median and least … most of {report['repeats']}", title_justify="left")
+    for title in ("", "workers", "pipeline"):
+        grid.add_column(title, justify="right" if title == "workers" else "left")
+    ours = next(iter(report["lines"][0]["pipelines"]))
+    for title in ("images/s", "least … most", f"{ours} / it"):
+        grid.add_column(title, justify="right", style="bold" if title == "images/s" else None)
+    for line in report["lines"]:
+        head = [line["case"], str(line["workers"])]
+        for name, found in line["pipelines"].items():
+            spread = f"{found['least']:,.0f} … {found['most']:,.0f}"
+            grid.add_row(*head, name, f"{found['images_per_s']:,.0f}", spread, f"{found['ours_over_it']:.2f}×")
+            head = ["", ""]
+        grid.add_section()
     return grid
 
 
-def _rate(entry: dict[str, Any]) -> str:
-    return f"{entry['images_per_s']:,.0f} ({entry['least']:,.0f} … {entry['most']:,.0f})"
+def chart(report: dict[str, Any], path: Path) -> None:
+    """Draw the report as a PNG: a row of panels per case, a panel per number of workers."""
+    lines = report["lines"]
+    names = dict.fromkeys(name for line in lines for name in line["pipelines"])
+
+    def bar(found: dict[str, Any] | None) -> charts.Spread | None:
+        return charts.Spread(found["images_per_s"], found["least"], found["most"]) if found else None
+
+    charts.bars(
+        "loader",
+        [f"{line['case']}, {line['workers']} worker{'s' if line['workers'] > 1 else ''}" for line in lines],
+        {name: [bar(line["pipelines"].get(name)) for line in lines] for name in names},
+        path,
+        f"images/s, median (least … most) of {report['repeats']}",
+        note=machine_line(report),
+        columns=len({line["workers"] for line in lines}),
+        highlight=(OURS, WITH_ROWS, MANY_VIEWS),
+    )
+
+
+def machine_line(report: dict[str, Any]) -> str:
+    """Return on what, and with what, it was measured."""
+    machine, versions = report["machine"], report["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("ffcv", "torch", "pillow"))
+    return f"{machine['cpu']}, {machine['cores']} cores, no GPU used; {named}"

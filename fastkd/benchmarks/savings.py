@@ -14,8 +14,8 @@ from scipy.special import stdtrit
 from fastkd import console
 from fastkd.artifacts import Artifact
 from fastkd.benchmarks import breakdown as parts
+from fastkd.benchmarks import charts
 from fastkd.benchmarks.breakdown import Way, changed, reference_recipe
-from fastkd.benchmarks.chart import draw
 from fastkd.benchmarks.reference import Reference
 from fastkd.errors import InputError
 from fastkd.recipe import Prune, Recipe
@@ -151,7 +151,7 @@ def measure(
     report["noise_points"] = noise_points(results.values(), chain.dataset.facts["counts"]["val"])
     report["conclusion"] = conclusion(report)
     (out / "savings.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw(report).savefig(out / "savings.png", dpi=120)
+    charts.savings(report).savefig(out / "savings.png", dpi=120)
     return report
 
 

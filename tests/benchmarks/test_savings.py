@@ -2,8 +2,9 @@ import pytest
 from PIL import Image
 
 from fastkd import recipe
+from fastkd.benchmarks import charts
 from fastkd.benchmarks.breakdown import changed
-from fastkd.benchmarks.chart import STAGE_COLOURS, draw
+from fastkd.benchmarks.charts import STAGE_COLOURS
 from fastkd.benchmarks.savings import (
     break_even,
     conclusion,
@@ -195,7 +196,7 @@ def test_seeds_give_differences_with_their_intervals():
 
 def test_the_chart_is_a_picture_of_the_bars(tmp_path):
     made = full_report(1, EXTRAPOLATED)
-    figure = draw(made)
+    figure = charts.savings(made)
     figure.savefig(tmp_path / "chart.png")
     with Image.open(tmp_path / "chart.png") as picture:
         assert {(31, 119, 180), (34, 48, 60), (255, 255, 255)} <= {c[:3] for _, c in picture.getcolors(1 << 20)}
