@@ -14,7 +14,7 @@ setup: ## system libraries (apt) and .venv with pinned packages; PYTHON=... choo
 	@./setup.sh
 
 demo: setup ## distil on Fashion-MNIST, with and without pruning, and print what was saved
-	$(PYTHON_IN_VENV) -m fastkd.bench savings recipes/quickstart.yaml
+	$(PYTHON_IN_VENV) -m fastkd.bench savings recipes/quickstart.yaml --no-breakdown
 
 # One torch thread per worker, or the workers fight over the cores. Numba keeps its threads: FFCV's loaders ask for two.
 # worksteal hands each worker a run of neighbouring tests, so that a file's fixtures and compiled kernels are mostly made

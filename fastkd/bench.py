@@ -113,7 +113,7 @@ def step(
     for sentence in report["advice"]:
         console.say(sentence)
     console.say(f"machine: {_machine(report)}, {report['threads']} threads")
-    console.say(f"written: {out / 'step.json'}")
+    console.say(f"written: {out / 'step.json'}, {out / 'step.png'}")
 
 
 def plan(
@@ -143,7 +143,7 @@ def plan(
         "the recipe's precision, batch and loader"
     )
     console.say(f"machine: {_machine(report)}, {report['precision']}")
-    console.say(f"written: {out / 'plan.json'}")
+    console.say(f"written: {out / 'plan.json'}, {out / 'plan.png'}")
 
 
 def labels(

@@ -2,32 +2,39 @@
 
 import functools
 import logging
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 from rich.logging import RichHandler
 
 from fastkd import console
-from fastkd.errors import FastkdError
+from fastkd.errors import FastkdError, Terminated
 
 
 def run(*commands: Callable[..., None], named: bool = False) -> None:
     """Run a command, or of several (`named`) the one that the first argument names, and exit.
 
-    Exit codes: 0 done; 2 the user's input is wrong; 130 interrupted; 1 anything else. A traceback is shown only for
-    what is not one of the project's own errors: those explain themselves.
+    Exit codes: 0 done; 2 the user's input is wrong; 130 interrupted, 143 terminated; 1 anything else. A traceback
+    is shown only for what is not one of the project's own errors: those explain themselves.
     """
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console.err, show_path=False)]
     )
+    signal.signal(signal.SIGTERM, _terminate)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in commands:
         app.command(no_args_is_help=True)(_explained(command))
     if named:
         app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
     app()
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def _explained(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,6 +44,8 @@ def _explained(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except Terminated:
+            _stop("terminated", 143)
         except KeyboardInterrupt:
             _stop("interrupted", 130)
         except FastkdError as error:

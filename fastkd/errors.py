@@ -21,5 +21,9 @@ class ArtifactError(InputError):
     """An artifact on disk is missing, damaged, of another kind or made from something else (exit code 2)."""
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM); it unwinds as it does on Ctrl-C."""
+
+
 class LoaderError(FastkdError):
     """A loader thread failed; raised in the thread that consumes its batches (exit code 1)."""

@@ -283,6 +283,8 @@ class Train(Section):
     """Side of the images from an epoch on: {0: 128, 10: 160}; before the first and without any, `data.input_px`."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""
+    checkpoint_every_s: float = Field(300.0, ge=0)
+    """Least seconds between two checkpoints, written where steps are logged. A killed run goes on from the last."""
     eval_every_epochs: int = Field(0, ge=0)
     """Looks at the hold-out; 0: none. The test set (val) is looked at once, at the end."""
     runs_dir: str = "runs"

@@ -18,7 +18,8 @@ from fastkd.doctor import usable_cores
 from fastkd.engine.loop import train_epoch
 from fastkd.recipe import Prune, Recipe
 from fastkd.stages import Chain
-from fastkd.stages.training import prepare, run_inputs
+from fastkd.stages.job import prepare
+from fastkd.stages.training import run_inputs
 
 ROUNDS, SEGMENT_STEPS = 5, 60
 WARM_UP_STEPS = 30

@@ -2,8 +2,6 @@
 
 import json
 import time
-from collections.abc import Generator
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,12 @@ import torch
 from rich.table import Table
 
 from fastkd import console, doctor
-from fastkd.benchmarks import workbench
+from fastkd.benchmarks import charts, workbench
 from fastkd.benchmarks.savings import break_even
 from fastkd.benchmarks.step import LOADER_LIMITS
-from fastkd.benchmarks.workbench import Workbench, bare_steps, fed_forward, fed_steps, in_turn, steps_for
-from fastkd.data.loader import Batch, Loader
-from fastkd.engine.runtime import Runtime
+from fastkd.benchmarks.workbench import Workbench, bare_steps, fed_steps, in_turn, steps_for
 from fastkd.recipe import Recipe
+from fastkd.stages.job import compile_step
 from fastkd.stages.labelling import VIEWS_PER_PASS, row_bytes
 from fastkd.stages.scoring import score_chunks
 from fastkd.stages.training import EVAL_BATCH_SIZE
@@ -171,6 +168,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3) -> dict[str, Any]:
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n")
+    draw(report, out / "plan.png")
     return report
 
 
@@ -181,34 +179,21 @@ def _measure(bench: Workbench, repeats: int) -> Measured:
     start = time.perf_counter()
     job = bench.job(runtime)
     setup_s = time.perf_counter() - start
-    batch = bench.resident(job, recipe.train.batch_size)
-    bare_steps(job, batch, 1)
+    compile_step(job, 0)
     if runtime.compile:
         torch.compiler.reset()  # the caches on disk are filled now, as they are for most students
-        job = bench.job(runtime)
     start = time.perf_counter()
-    bare_steps(job, batch, 1)
+    job = bench.fed_job(runtime)
     compile_s = time.perf_counter() - start
+    batch = bench.resident(job, recipe.train.batch_size)
 
     teacher = bench.teacher(runtime)
-    vanilla = bench.job(runtime, live=teacher)
+    vanilla = bench.fed_job(runtime, live=teacher)
     stored_batches, vanilla_batches = workbench.epochs_of(job), workbench.epochs_of(vanilla)
     views, per_pass = recipe.num_views, min(recipe.num_views or 1, VIEWS_PER_PASS)
-    scorer = chain.loader("train", recipe.score.batch_size, input_px=chain.teacher_px)
     labeller = chain.loader("train", max(1, recipe.labels.batch_size // per_pass), input_px=chain.teacher_px)
     val = chain.loader("val", min(EVAL_BATCH_SIZE, chain.dataset.facts["counts"]["val"]))
     student = bench.student(runtime).eval()
-
-    def passes(runtime: Runtime, net: Any, loader: Loader, group: list[int] | None) -> float:
-        """Run a net over a segment's worth of a loader's batches."""
-
-        def again() -> Generator[Batch, None, None]:
-            ids = np.arange(loader.count) if loader.split == "val" else bench.ids
-            while True:
-                yield from loader.batches(ids, last="pad", view=group)
-
-        with closing(again()) as batches:
-            return fed_forward(runtime, net, batches, SEGMENT_S)
 
     steps = steps_for(SEGMENT_S, lambda n: fed_steps(job, stored_batches, n), recipe.train.batch_size)
     vanilla_steps = steps_for(SEGMENT_S, lambda n: fed_steps(vanilla, vanilla_batches, n), recipe.train.batch_size)
@@ -216,11 +201,11 @@ def _measure(bench: Workbench, repeats: int) -> Measured:
         "step": lambda: fed_steps(job, stored_batches, steps),
         "bare_step": lambda: bare_steps(job, batch, steps),
         "vanilla_step": lambda: fed_steps(vanilla, vanilla_batches, vanilla_steps),
-        "score": lambda: passes(runtime, teacher, scorer, None),
-        "evaluate": lambda: passes(runtime, student, val, None),
+        "score": lambda: bench.score(runtime, teacher, SEGMENT_S),
+        "evaluate": lambda: bench.passes(runtime, student, val, SEGMENT_S),
     }
     if views is not None:
-        segments["label"] = lambda: passes(runtime, teacher, labeller, list(range(per_pass)))
+        segments["label"] = lambda: bench.passes(runtime, teacher, labeller, SEGMENT_S, view=range(per_pass))
     console.heading("plan: measuring")
     for name in ("score", "evaluate", *(["label"] if views is not None else [])):
         segments[name]()  # shapes of their own, compiled now
@@ -255,6 +240,23 @@ def limit(m: Measured) -> str:
             "images stored raw or smart, a lower max_resolution or data.input_px would help"
         )
     return f"the student's own step: loading costs {max(0.0, 1 - share):.1%} of its rate"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write a chart of what students take each way."""
+    ways = {"vanilla KD": report["vanilla"]}
+    for line in report["lines"]:
+        labels = "plain view" if line["views"] is None else f"V = {line['views']}"
+        ways[f"keep {line['keep_ratio']:g}, {labels}"] = line
+    charts.bars(
+        f"plan: {report['recipe']}",
+        [f"{n} student{'s' * (n > 1)}" for n in STUDENTS],
+        {name: [charts.Spread(*[total(line, n) / 60] * 3) for n in STUDENTS] for name, line in ways.items()},
+        path,
+        "minutes, predicted",
+        note=f"{report['machine']['cpu']}, {report['machine']['cores']} cores, {report['gpu'] or 'no GPU'}",
+        highlight=[name for name, line in ways.items() if line.get("recipe")],
+    )
 
 
 def total(line: dict[str, float], students: int) -> float:

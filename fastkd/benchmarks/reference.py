@@ -31,7 +31,7 @@ from fastkd.doctor import usable_cores
 from fastkd.engine.schedule import learning_rates
 from fastkd.recipe import Loss, Recipe, View
 from fastkd.stages import Chain
-from fastkd.stages.training import prepare
+from fastkd.stages.job import prepare
 
 
 def step(

@@ -20,7 +20,8 @@ from fastkd.benchmarks.reference import Reference
 from fastkd.errors import InputError
 from fastkd.recipe import Prune, Recipe
 from fastkd.stages import Chain
-from fastkd.stages.training import prepare, run_inputs
+from fastkd.stages.job import prepare
+from fastkd.stages.training import run_inputs
 
 SEED_NOISE_POINTS = 0.3
 """Differences of top-1 that the seed alone is known to make."""

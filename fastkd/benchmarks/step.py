@@ -12,13 +12,14 @@ import torch._dynamo.config
 from rich.table import Table
 
 from fastkd import console, doctor
-from fastkd.benchmarks import workbench
+from fastkd.benchmarks import charts, workbench
 from fastkd.benchmarks.workbench import Workbench, bare_forward, bare_steps, fed_steps, in_turn, steps_for, summary
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
 
 SEGMENT_S = 1.0
 LOADER_LIMITS = 0.97  # below this share of the bare rate the loader is called the limit
+SPREAD = ("median", "least", "most")
 Line = dict[str, Any]
 
 
@@ -65,7 +66,7 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
             stall = _stall(bench, own, repeats)
     finally:
         bench.close()
-    report = {
+    report: dict[str, Any] = {
         "recipe": recipe.name,
         "student": recipe.student.model,
         "teacher": bench.teacher_model,
@@ -83,6 +84,21 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
     report["advice"] = advice(report)
     out.mkdir(parents=True, exist_ok=True)
     (out / "step.json").write_text(json.dumps(report, indent=2) + "\n")
+    charts.bars(
+        f"step: {recipe.name}, batch of {size}",
+        [f"{report['student']}: step", f"{report['teacher']}: forward"],
+        {
+            str(Way(**line["way"])): [
+                charts.Spread(*(line[kind][n] for n in SPREAD)) for kind in ("student", "teacher")
+            ]
+            for line in lines
+            if line["batch_size"] == size
+        },
+        out / "step.png",
+        f"images/s, median (least … most) of {repeats}",
+        note=f"{report['machine']['cpu']}, {report['machine']['cores']} cores, {report['gpu'] or 'no GPU'}",
+        highlight=[str(Way(**report["recipe_way"]))],
+    )
     return report
 
 
@@ -110,18 +126,33 @@ def _grid(bench: Workbench, own: Runtime, chosen: Sequence[Way], sizes: Sequence
 
 
 def _stall(bench: Workbench, own: Runtime, repeats: int) -> dict[str, Any]:
-    """Time the recipe's own step on a resident batch and fed by its loader, views and label rows included."""
-    job = bench.job(own)
+    """Time the recipe's own step on a resident batch and fed by its loader, views and label rows included.
+
+    And the teacher's forward pass on a resident batch, and fed as it is when it scores.
+    """
+    job = bench.fed_job(own)
     batch = bench.resident(job, bench.recipe.train.batch_size)
     batches = workbench.epochs_of(job)
     count = steps_for(2 * SEGMENT_S, lambda n: bare_steps(job, batch, n), bench.recipe.train.batch_size)
+    teacher, scored = bench.teacher(own), bench.resident(job, bench.recipe.score.batch_size)
+    forwards = steps_for(2 * SEGMENT_S, lambda n: bare_forward(own, teacher, scored.images, n), len(scored.labels))
+    bench.score(own, teacher, 0.0)
     found = in_turn(
-        2 * repeats, {"bare": lambda: bare_steps(job, batch, count), "fed": lambda: fed_steps(job, batches, count)}
+        2 * repeats,
+        {
+            "bare": lambda: bare_steps(job, batch, count),
+            "fed": lambda: fed_steps(job, batches, count),
+            "score_bare": lambda: bare_forward(own, teacher, scored.images, forwards),
+            "score_fed": lambda: bench.score(own, teacher, 2 * SEGMENT_S),
+        },
     )
     batches.close()
+    shares = {
+        name: summary([fed / bare for fed, bare in zip(found[fed_name], found[bare_name], strict=True)])
+        for name, fed_name, bare_name in (("fed_share", "fed", "bare"), ("score_share", "score_fed", "score_bare"))
+    }
     rates = {name: summary(values) for name, values in found.items()}
-    shares = [fed / bare for fed, bare in zip(found["fed"], found["bare"], strict=True)]
-    return {**rates, "fed_share": summary(shares), "workers": job.loader.workers, "image_hw": job.loader.image_hw}
+    return {**rates, **shares, "workers": job.loader.workers, "image_hw": job.loader.image_hw}
 
 
 def advice(report: dict[str, Any]) -> list[str]:
@@ -152,6 +183,7 @@ def advice(report: dict[str, Any]) -> list[str]:
             "so loading is the limit: more data.workers, images stored raw or smart instead of jpg, a lower "
             "max_resolution when writing, or a smaller data.input_px would help"
         )
+    said.append(f"scoring reaches {report['stall']['score_share']['median']:.1%} of the teacher's rate on one")
     return said
 
 

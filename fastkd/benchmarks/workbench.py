@@ -6,8 +6,9 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fastkd import models
 from fastkd import recipe as recipes
-from fastkd.data.loader import Batch
+from fastkd.data.loader import Batch, Loader
 from fastkd.data.stored import StoredRows
 from fastkd.engine.feed import Fed
 from fastkd.engine.loop import Objective, TrainState, predict, train_epoch, train_step
@@ -24,7 +25,7 @@ from fastkd.engine.losses import stored_logits
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.stages import Chain
-from fastkd.stages.training import Job, TeacherFeed, loss_of
+from fastkd.stages.job import Job, TeacherFeed, compile_step, divide_cores, loss_of
 
 LR = 1e-4
 UNTIMED_STEPS = 4  # more than the loader has ready when a segment begins
@@ -91,6 +92,39 @@ class Workbench:
         )
         loader = self.chain.loader("train", self.recipe.train.batch_size)
         return Job(self.recipe, loader, student, state, self.ids, teacher, None)
+
+    def fed_job(self, runtime: Runtime, *, live: nn.Module | None = None) -> Job:
+        """Build a student and divide the cores between its loader and its step, as training does."""
+        job = self.job(runtime, live=live)
+        step_s = compile_step(job, 0)
+        if not self.recipe.data.workers:
+            divide_cores(job, 0, step_s)
+        return job
+
+    def passes(self, runtime: Runtime, net: nn.Module, loader: Loader, seconds: float, **asked: Any) -> float:
+        """Run a net over a loader's samples again and again, as scoring does; return images/s.
+
+        Parameters
+        ----------
+        asked
+            Of `Loader.batches`: which views.
+        """
+        ids = np.arange(loader.count) if loader.split == "val" else self.ids
+
+        def again() -> Generator[Batch, None, None]:
+            while True:
+                yield from loader.batches(ids, last="pad", **asked)
+
+        with closing(again()) as batches:
+            return fed_forward(runtime, net, batches, seconds)
+
+    @cached_property
+    def _scorer(self) -> Loader:
+        return self.chain.loader("train", self.recipe.score.batch_size, input_px=self.chain.teacher_px)
+
+    def score(self, runtime: Runtime, teacher: nn.Module, seconds: float) -> float:
+        """Run the teacher as it scores; return images/s."""
+        return self.passes(runtime, teacher, self._scorer, seconds)
 
     def resident(self, job: Job, batch_size: int) -> Fed:
         """Return a batch of noise on the device, with rows as they are stored."""

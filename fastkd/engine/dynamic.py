@@ -26,17 +26,14 @@ class RunningLosses:
         self.loss_N = torch.full((count,), torch.inf, device=device)
         self.weight_N = torch.ones(count, device=device)
 
-    def infobatch(self, drop_ratio: float, *, seed: int, epoch: int) -> np.ndarray:
-        """Choose for an epoch; see `fastkd.kernels.infobatch_weights`.
+    def kept(self) -> np.ndarray:
+        """Return which of `sample_ids` are trained on in this epoch (bool [M])."""
+        return self.weight_N.cpu().numpy()[self.sample_ids] > 0
 
-        Returns
-        -------
-        bool [M]
-            Which of `sample_ids` are trained on.
-        """
+    def infobatch(self, drop_ratio: float, *, seed: int, epoch: int) -> None:
+        """Choose for an epoch; see `fastkd.kernels.infobatch_weights`."""
         draw_M = mix64(self.sample_ids, seed, "infobatch", epoch)
         weight_M = infobatch_weights(self.loss_N.cpu().numpy()[self.sample_ids], draw_M, drop_ratio)
         weight_N = np.ones(len(self.weight_N), np.float32)
         weight_N[self.sample_ids] = weight_M
         self.weight_N.copy_(torch.from_numpy(weight_N))
-        return weight_M > 0

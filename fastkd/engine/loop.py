@@ -111,25 +111,39 @@ def _parts(
     return zip(images.chunk(count), labels_B.chunk(count), told_parts, weights, strict=True)
 
 
-@dataclass(frozen=True)
-class EpochResult:
-    """What an epoch did.
+@dataclass
+class Epoch:
+    """How far an epoch has come; at its end, what it did.
 
     Attributes
     ----------
+    logged : int
+        Steps up to the last log, whose losses are summed in `loss_sum`; those of the steps since are in `unlogged`.
     wall_s, data_wait_s : float
         Seconds in all, and of those until batches had arrived (timed from before each was asked for).
     """
 
-    loss: float
-    images: int
-    wall_s: float
-    data_wait_s: float
+    steps: int = 0
+    images: int = 0
+    logged: int = 0
+    loss_sum: float = 0.0
+    unlogged: float = 0.0
+    wall_s: float = 0.0
+    data_wait_s: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """The mean loss of the steps up to the last log."""
+        return self.loss_sum / max(self.logged, 1)
 
     @property
     def images_per_s(self) -> float:
         """Throughput, data wait included."""
         return self.images / self.wall_s
+
+
+class StoppedError(Exception):
+    """An epoch was asked to stop, and did between two steps."""
 
 
 def train_epoch(
@@ -139,42 +153,55 @@ def train_epoch(
     lr_S: np.ndarray,
     *,
     log_every_steps: int,
-    on_log: Callable[[int, float, float], None],
+    on_log: Callable[[Epoch, float], None],
     running: RunningLosses | None = None,
-) -> EpochResult:
+    epoch: Epoch | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Epoch:
     """Train on every batch once.
 
     Parameters
     ----------
+    batches
+        Those that are left of the epoch.
     live
         The teacher, where its logits are not stored with the samples.
     lr_S : float64 [S]
-        Learning rate of each step.
+        Learning rate of each step of the whole epoch.
     on_log
-        Called as ``on_log(steps_done, mean_loss, data_wait_share)`` every `log_every_steps` and at the end; only then
-        does the host wait for the device.
+        Called as ``on_log(epoch, mean_loss)`` every `log_every_steps` and at the end; only then does the host wait for
+        the device.
     running
         Where each sample's loss is kept, and its weight comes from; None: all weigh the same.
+    epoch
+        How far it had come, where it is gone on with; kept up to date at each log.
+    stop
+        Asked after each step whether to stop here.
 
     Raises
     ------
     FastkdError
         The loss is not finite; names the range of steps.
+    StoppedError
+        After `epoch` was brought up to date.
     """
-    loss_sum = torch.zeros((), device=state.runtime.device)
-    epoch_loss = 0.0
-    images = steps = logged = 0
-    data_wait_s = 0.0
-    start = state.runtime.clock()
+    epoch = epoch or Epoch()
+    unlogged = torch.tensor(epoch.unlogged, device=state.runtime.device)
+    start = state.runtime.clock() - epoch.wall_s
+
+    def catch_up() -> None:
+        epoch.unlogged = float(unlogged)
+        epoch.wall_s = state.runtime.clock() - start
+
     with closing(feed(batches, state.runtime)) as fed:
         while True:
             asked = time.perf_counter()
             batch = next(fed, None)
             if batch is None:
                 break
-            data_wait_s += time.perf_counter() - asked
+            epoch.data_wait_s += time.perf_counter() - asked
             for group in state.optimizer.param_groups:
-                group["lr"] = float(lr_S[steps])
+                group["lr"] = float(lr_S[epoch.steps])
             told = _told(batch, live)
             if running is None:
                 mean, _ = train_step(state, batch.images, batch.labels, told)
@@ -182,20 +209,25 @@ def train_epoch(
                 weight_B = running.weight_N[batch.sample_ids]
                 mean, loss_B = train_step(state, batch.images, batch.labels, told, weight_B)
                 running.loss_N[batch.sample_ids] = loss_B
-            loss_sum += mean
-            images, steps = images + len(batch.labels), steps + 1
-            if steps - logged == log_every_steps or steps == len(lr_S):
-                loss = float(loss_sum) / (steps - logged)
+            unlogged += mean
+            epoch.images, epoch.steps = epoch.images + len(batch.labels), epoch.steps + 1
+            if epoch.steps - epoch.logged == log_every_steps or epoch.steps == len(lr_S):
+                catch_up()
+                loss = epoch.unlogged / (epoch.steps - epoch.logged)
                 if not np.isfinite(loss):
                     raise FastkdError(
-                        f"the loss became {loss} in steps {logged} … {steps - 1} of this epoch; "
+                        f"the loss became {loss} in steps {epoch.logged} … {epoch.steps - 1} of this epoch; "
                         "try a lower optim.lr, optim.warmup_epochs, or train.precision=fp32"
                     )
-                epoch_loss += float(loss_sum)
-                loss_sum.zero_()
-                logged = steps
-                on_log(steps, loss, data_wait_s / (time.perf_counter() - start))
-    return EpochResult(epoch_loss / max(steps, 1), images, state.runtime.clock() - start, data_wait_s)
+                epoch.loss_sum += epoch.unlogged
+                epoch.logged, epoch.unlogged = epoch.steps, 0.0
+                unlogged.zero_()
+                on_log(epoch, loss)
+            if stop():
+                catch_up()
+                raise StoppedError
+    catch_up()
+    return epoch
 
 
 def _told(batch: Fed, live: LiveTeacher | None) -> Told:

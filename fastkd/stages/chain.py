@@ -20,6 +20,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError
 from fastkd.recipe import Recipe, Teacher
 from fastkd.stages import labelling, pruning, scoring, training
+from fastkd.stages.history import Stopwatch
 from fastkd.stages.writing import write
 
 STAGES = ("write", "teacher", "score", "prune", "label", "train")
@@ -71,7 +72,7 @@ class Chain:
         self.force = frozenset(force)
         self.build = build
         self.costs: dict[str, Cost] = {}
-        self.watch = training.Stopwatch()
+        self.watch = Stopwatch()
         self.runtime = Runtime.choose(
             recipe.train.device,
             recipe.train.precision,

@@ -17,7 +17,7 @@ from fastkd.kernels import mix64
 from fastkd.recipe import Recipe
 from fastkd.stages import labelling
 from fastkd.stages.chain import Chain
-from fastkd.stages.training import uses_labels, uses_subset
+from fastkd.stages.job import uses_labels, uses_subset
 
 TOLERANCE = {"fp32": 2.0**-10, "fp16": 2.0**-6, "bf16": 2.0**-3}
 """How far a number of a row may be off, over the row's largest. float16 alone makes 2⁻¹¹ at most; in lower precision

@@ -1,13 +1,11 @@
 """label: the teacher over the kept samples, in every view that students will see → LABELS."""
 
 import itertools
-import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +18,13 @@ from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import predict
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
-from fastkd.stages.rows import RowFile, check_float16, full_disk_explained, need_space
+from fastkd.stages.rows import SAVE_EVERY_S, Progress, RowFile, check_float16, full_disk_explained, need_space
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
 
 VIEWS_PER_PASS = 8
 """Views that are cut from one decoded image in a pass; every one is an open file and a part of the batch."""
-SAVE_EVERY_S = 15.0
 
 
 def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
@@ -152,49 +149,6 @@ def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, resh
     out_MK = reshape_rows(z_MK, sigma_K[y_M])[0] if reshape else z_MK - z_MK.mean(axis=1, keepdims=True)
     check_float16(out_MK)
     return out_MK
-
-
-@dataclass
-class Progress:
-    """How far a labelling has come, for going on when it is broken off: kept beside the artifact until that is there.
-
-    Attributes
-    ----------
-    views
-        Of each view that was begun: its `rows` that are safe on the disk, the xxh3-128 of each of its files so far
-        (`digests`), the `precision` it was made in, and the seconds that it took (`cost_s`).
-    """
-
-    file: Path
-    views: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, file: Path) -> "Progress":
-        """Read it, or begin anew where there is none."""
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            views = {}
-            for v, state in json.loads(file.read_bytes()).items():
-                views[int(v)] = {
-                    "rows": int(state["rows"]),
-                    "digests": [str(digest) for digest in state["digests"]],
-                    "precision": str(state["precision"]),
-                    "cost_s": float(state["cost_s"]),
-                }
-            return cls(file, views)
-        return cls(file)
-
-    def rows(self, view: int) -> int:
-        """Return how many rows of a view are safe."""
-        return self.views[view]["rows"] if view in self.views else 0
-
-    def save(self) -> None:
-        """Write it whole or not at all."""
-        temporary = self.file.with_suffix(".tmp")
-        with temporary.open("w") as stream:
-            json.dump(self.views, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.file)
 
 
 def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown: Artifact | None) -> Built:

@@ -1,11 +1,15 @@
 """Arrays that are written row by row, and can be gone on with."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,6 +19,7 @@ from fastkd.errors import FastkdError, InputError
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _READ_BYTES = 4 << 20
+SAVE_EVERY_S = 15.0
 
 
 class RowFile:
@@ -82,6 +87,49 @@ class RowFile:
         except OSError:  # what is buffered does not fit on the disk
             if error is None:
                 raise
+
+
+@dataclass
+class Progress:
+    """How far a pass of the teacher has come, for going on when it is broken off: kept beside the artifact until then.
+
+    Attributes
+    ----------
+    views
+        Of each view that was begun (scoring has one, 0): its `rows` that are safe on the disk, the xxh3-128 of each
+        of its files so far (`digests`), the `precision` it was made in, and the seconds that it took (`cost_s`).
+    """
+
+    file: Path
+    views: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, file: Path) -> "Progress":
+        """Read it, or begin anew where there is none."""
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            views = {}
+            for v, state in json.loads(file.read_bytes()).items():
+                views[int(v)] = {
+                    "rows": int(state["rows"]),
+                    "digests": [str(digest) for digest in state["digests"]],
+                    "precision": str(state["precision"]),
+                    "cost_s": float(state["cost_s"]),
+                }
+            return cls(file, views)
+        return cls(file)
+
+    def rows(self, view: int) -> int:
+        """Return how many rows of a view are safe."""
+        return self.views[view]["rows"] if view in self.views else 0
+
+    def save(self) -> None:
+        """Write it whole or not at all."""
+        temporary = self.file.with_suffix(".tmp")
+        with temporary.open("w") as stream:
+            json.dump(self.views, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(self.file)
 
 
 def check_float16(rows: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """score: one pass of the teacher over all of train, in the plain view → SCORES."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from fastkd.artifacts import Artifact, Built
 from fastkd.engine.loop import predict
 from fastkd.errors import InputError
 from fastkd.kernels import Scores, score_logits
-from fastkd.stages.rows import RowFile, full_disk_explained, need_space
+from fastkd.stages.rows import SAVE_EVERY_S, Progress, RowFile, full_disk_explained, need_space
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -28,36 +29,65 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
         "dtype": chain.recipe.score.dtype,
     }
 
-    def fill(directory: Path) -> Built:
-        console.heading(f"score: {chain.teacher.inputs['model']} over train")
-        loader = chain.loader("train", chain.recipe.score.batch_size, input_px=chain.teacher_px)
-        labels_N = loader.labels()
-        dtype, file = np.dtype(chain.recipe.score.dtype), directory / "logits.npy"
-        needed = loader.count * chain.num_classes * dtype.itemsize
-        need_space(directory, needed, f"storing {loader.count:,} rows of logits")
-        with (
-            full_disk_explained(directory.parent, "the next run begins anew"),
-            RowFile(file, dtype, loader.count, chain.num_classes) as rows,
-            console.progress("score", loader.count) as update,
-        ):
-            batches = loader.batches(np.arange(loader.count), last="pad")
+    path = chain.place("SCORES", inputs)
+    progress = Progress.load(path.with_name(f".{path.name}.progress.json"))
+    if "score" in chain.force:
+        progress.views.clear()
+    with full_disk_explained(path.parent, "the next run goes on from here"):
+        scores, built = artifacts.build(
+            path,
+            "SCORES",
+            inputs,
+            lambda directory: _fill(chain, directory, progress),
+            parents={"DATASET": chain.dataset.key},
+            settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.score.batch_size},
+            force="score" in chain.force,
+            resumable=True,
+        )
+    progress.file.unlink(missing_ok=True)
+    return scores, built
+
+
+def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
+    """Run the teacher over all of train, from where a pass that was broken off had come."""
+    console.heading(f"score: {chain.teacher.inputs['model']} over train")
+    precision, file = chain.runtime.precision, directory / "logits.npy"
+    loader = chain.loader("train", chain.recipe.score.batch_size, input_px=chain.teacher_px)
+    labels_N = loader.labels()
+    count, K, dtype = loader.count, chain.num_classes, np.dtype(chain.recipe.score.dtype)
+    begun = progress.views.get(0)
+    earlier_s = begun["cost_s"] if begun else 0.0
+    done = begun["rows"] if begun and begun["precision"] == precision and file.is_file() else 0
+    if begun and done:
+        with RowFile(file, dtype, count, K, done=done) as rows:
+            if rows.digest != begun["digests"][0]:
+                console.warn("score: what was begun is damaged; scoring anew")
+                done = 0
+    if done:
+        console.say(f"score: going on with what was begun: {done:,} of {count:,} rows are there")
+    need_space(directory, (count - done) * K * dtype.itemsize, f"storing {count - done:,} rows of logits")
+    began = saved = time.perf_counter()
+    with RowFile(file, dtype, count, K, done=done) as rows, console.progress("score", count - done) as update:
+        if done < count:
+            batches = loader.batches(np.arange(done, count), last="pad")
             for predicted in predict(chain.runtime, chain.teacher.net, batches):
                 rows.append(predicted.logits)
-                update(rows.done, "")
-        np.save(directory / "labels.npy", labels_N)
-        top1 = float(score_chunks(np.load(file, mmap_mode="r"), labels_N).correct.mean())
-        console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
-        return Built(facts={"model": chain.teacher.inputs["model"], "top1": top1, "count": loader.count})
-
-    return artifacts.build(
-        chain.place("SCORES", inputs),
-        "SCORES",
-        inputs,
-        fill,
-        parents={"DATASET": chain.dataset.key},
-        settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.score.batch_size},
-        force="score" in chain.force,
-    )
+                update(rows.done - done, "")
+                if (now := time.perf_counter()) - saved > SAVE_EVERY_S:
+                    rows.sync()
+                    progress.views[0] = {
+                        "rows": rows.done,
+                        "digests": [rows.digest],
+                        "precision": precision,
+                        "cost_s": earlier_s + now - began,
+                    }
+                    progress.save()
+                    saved = now
+    np.save(directory / "labels.npy", labels_N)
+    top1 = float(score_chunks(np.load(file, mmap_mode="r"), labels_N).correct.mean())
+    console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
+    facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count}
+    return Built(facts=facts, earlier_s=earlier_s)
 
 
 def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> Scores:

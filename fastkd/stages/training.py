@@ -2,43 +2,34 @@
 
 import contextlib
 import json
-import math
 import shutil
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastkd import artifacts, console, doctor, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
-from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader
-from fastkd.data.order import epoch_order
-from fastkd.data.stored import StoredRows
-from fastkd.engine.average import MovingAverage
-from fastkd.engine.dynamic import RunningLosses
-from fastkd.engine.feed import feed
-from fastkd.engine.loop import LiveTeacher, Objective, ReadFn, TrainState, evaluate, train_epoch, warm_up
-from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
+from fastkd.data.loader import Loader
+from fastkd.engine import checkpoint
+from fastkd.engine.loop import Epoch, StoppedError, evaluate, train_epoch
 from fastkd.engine.schedule import learning_rates
-from fastkd.kernels import mix64
-from fastkd.stages import labelling
+from fastkd.errors import InputError
+from fastkd.stages.history import History
+from fastkd.stages.job import Job, prepare, uses_labels, uses_subset, word
+from fastkd.stages.stopping import StopRequest
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
 
+CHECKPOINTS = "checkpoints"
 EVAL_BATCH_SIZE = 256
-MEASURED_BATCHES, MEASURED_S = 64, 0.5
 LOADER_LIMITS = 0.1  # share of the time waited for data from which on a person should hear of it
-LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 VERSIONS = ("fastkd", "torch", "torchvision", "ffcv", "numba", "numpy", "timm")
 
 
@@ -70,19 +61,8 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
         parents=parents,
         settings={"precision": chain.runtime.precision, "device": chain.runtime.device.type},
         force="train" in chain.force,
+        resumable=True,
     )
-
-
-def uses_subset(chain: "Chain") -> bool:
-    """Tell whether a recipe needs the teacher's scores: not for plain KD on all data with a live teacher."""
-    recipe = chain.recipe
-    needed = recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.keep_ratio < 1
-    return recipe.teacher is not None and (needed or chain.export is not None)
-
-
-def uses_labels(recipe: recipes.Recipe) -> bool:
-    """Tell whether a recipe reads stored logits of numbered views."""
-    return recipe.teacher is not None and recipe.labels.mode == "stored" and recipe.num_views is not None
 
 
 def run_inputs(chain: "Chain") -> dict[str, Any]:
@@ -139,105 +119,62 @@ def _student_weights(recipe: recipes.Recipe) -> str | None:
     return artifacts.load(path, "RUN").key if path.is_dir() else weights
 
 
-class Stopwatch:
-    """Wall seconds by what they were spent on."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def on(self, what: str) -> Iterator[None]:
-        """Charge the time inside to `what`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
-
-
-class Journal:
-    """metrics.jsonl: one JSON object a line, written as it happens."""
-
-    def __init__(self, path: Path) -> None:
-        self._stream = path.open("w", buffering=1)
-
-    def write(self, event: str, **values: Any) -> None:
-        """Append an event."""
-        self._stream.write(json.dumps({"event": event, **values}) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
-
-
 def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
-    """Train, evaluate once, and write everything that a RUN holds."""
-    recipe, runtime = chain.recipe, chain.runtime
+    """Train, from the last checkpoint on if there is one; evaluate once, and write everything that a RUN holds."""
+    recipe, runtime, watch = chain.recipe, chain.runtime, chain.watch
     console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
+    key = artifacts.key_of("RUN", run_inputs(chain))
+    found = checkpoint.newest(directory / CHECKPOINTS)
+    if found and found.state["key"] != key:
+        console.say("train: what was begun here is of another recipe; training anew")
+        found = None
     if source is not None:
         shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
     (directory / "resolved.yaml").write_text(recipes.dump(recipe))
     _write_json(directory / "env.json", environment(chain))
-    journal = Journal(directory / "metrics.jsonl")
-    watch = chain.watch
+    try:
+        job = prepare(chain)
+    except InputError:
+        if found is None:
+            shutil.rmtree(directory)  # nothing had begun
+        raise
+    torch.manual_seed(word(recipe.seed, "train"))  # for what nets draw while they train: dropout
+    history = History(directory, key, watch, found.state if found else None)
+    if found:
+        checkpoint.restore(found, job.student, job.state, job.running)
+        console.say(
+            f"train: going on with epoch {len(history.epochs) + 1}, step {history.epoch.steps + 1}, from the last "
+            f"checkpoint; {history.earlier_s:.1f} s went into it before"
+        )
 
-    job = prepare(chain)
-    epochs: list[dict[str, float]] = []
-    images, first = job.images_per_epoch, 0
-    with console.progress("train", recipe.train.epochs * images) as update:
-        for epoch in range(recipe.train.epochs):
-            with watch.on("train"):
-                ids = job.epoch_ids(epoch)
-                lr_S = learning_rates(recipe.optim, recipe.train.epochs, epoch, job.loader.full_batches(len(ids)))
+    def save() -> Path:
+        step = history.steps_before + history.epoch.steps
+        return checkpoint.save(directory / CHECKPOINTS, step, job.student, job.state, job.running, history.state())
 
-            def on_log(
-                step: int, loss: float, wait: float, first: int = first, epoch: int = epoch, lr_S: np.ndarray = lr_S
-            ) -> None:
-                journal.write(
-                    "steps", epoch=epoch, step=first + step, loss=loss, lr=lr_S[step - 1], data_wait_share=wait
-                )
-                done = round((epoch + step / len(lr_S)) * images)
-                update(done, f"epoch {epoch + 1}, loss {loss:.3f}, data wait {wait:.1%}")
-
-            with watch.on("train"):
-                result = train_epoch(
-                    job.state,
-                    job.batches(ids, epoch),
-                    job.teacher.live,
-                    lr_S,
-                    log_every_steps=recipe.log.every_steps,
-                    on_log=on_log,
-                    running=job.running,
-                )
-            first += len(lr_S)
-            summary = {
-                "loss": result.loss,
-                "images": result.images,
-                "wall_s": result.wall_s,
-                "data_wait_s": result.data_wait_s,
-                "images_per_s": result.images_per_s,
-            }
-            epochs.append(summary)
-            journal.write("epoch", epoch=epoch, **summary)
-            every = recipe.train.eval_every_epochs
-            look = every and (epoch + 1) % every == 0 and epoch + 1 < recipe.train.epochs
-            if look and len(chain.holdout_ids):
-                with watch.on("evaluate"):
-                    _look(chain, job.result, journal, "train", chain.holdout_ids, "holdout", epoch)
+    with StopRequest() as stop:
+        try:
+            _train_epochs(chain, job, history, save, stop)
+        except StoppedError:
+            save()
+            console.say("train: stopped; the next run of this recipe goes on from here")
+            raise stop.reason() from None
     accuracy = {}
+    epoch = recipe.train.epochs - 1
     with watch.on("evaluate"):
         if len(chain.holdout_ids):
-            accuracy["holdout"] = _look(chain, job.result, journal, "train", chain.holdout_ids, "holdout", epoch)
+            accuracy["holdout"] = _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", epoch)
         val_ids = np.arange(chain.dataset.facts["counts"]["val"])
-        accuracy["val"] = _look(chain, job.result, journal, "val", val_ids, "val", epoch)
-    journal.close()
+        accuracy["val"] = _look(chain, job.result, history, "val", val_ids, "val", epoch)
+    history.close()
 
     _save_student(chain, job, directory)
-    timing = _timing(chain, epochs)
+    timing = _timing(chain, history.epochs)
     _write_json(directory / "timing.json", timing)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # what they hold is in the student now
     facts = {"model": recipe.student.model, "top1": accuracy, "images_per_s": timing["images_per_s"]}
     if recipe.prune.dynamic:
-        facts["trained_share"] = sum(e["images"] for e in epochs) / (recipe.train.epochs * images)
+        images = recipe.train.epochs * job.images_per_epoch
+        facts["trained_share"] = sum(e["images"] for e in history.epochs) / images
         console.say(f"train: {recipe.prune.method} trained on {facts['trained_share']:.2%} of the images of all epochs")
     console.say(
         f"train: top-1 {accuracy['val']:.2%} on val; {timing['images_per_s']:,.0f} images/s, "
@@ -250,194 +187,65 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             "max_resolution when writing or a smaller data.input_px would help; python -m fastkd.bench step RECIPE "
             "tells what each step could reach"
         )
-    return Built(facts=facts)
+    return Built(facts=facts, earlier_s=history.earlier_s)
 
 
-@dataclass(frozen=True)
-class TeacherFeed:
-    """Where the teacher's logits of each batch come from."""
+def _train_epochs(chain: "Chain", job: "Job", history: History, save: Callable[[], Path], stop: StopRequest) -> None:
+    """Train the epochs that are left, writing a checkpoint every now and then.
 
-    stored: Callable[[int | None], StoredRows | None]
-    """For a view's number (None: the plain view), the rows that the loader brings along."""
-    live: LiveTeacher | None
-    """The teacher itself, where nothing is stored."""
-    read: ReadFn
-    """Logits from rows, or from what the live teacher said; part of what is compiled."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that training needs, compiled and ready for the first step.
-
-    Attributes
-    ----------
-    ids : int64 [M]
-        Samples to train on, ascending.
-    running
-        The samples' losses, where a dynamic method goes by them.
+    Raises
+    ------
+    StoppedError
+        Somebody asked to stop; `history` is up to date.
     """
+    recipe, watch, train = chain.recipe, chain.watch, chain.recipe.train
+    images = job.images_per_epoch
+    with console.progress("train", train.epochs * images) as update:
+        for number in range(len(history.epochs), train.epochs):
+            epoch = history.epoch
+            with watch.on("train"):
+                ids = job.epoch_ids(number, begun=epoch.steps > 0)
+                lr_S = learning_rates(recipe.optim, train.epochs, number, job.loader.full_batches(len(ids)))
 
-    recipe: recipes.Recipe
-    loader: Loader
-    student: models.Normalised
-    state: TrainState
-    ids: np.ndarray
-    teacher: TeacherFeed
-    running: RunningLosses | None
+            def on_log(epoch: Epoch, loss: float, number: int = number, lr_S: np.ndarray = lr_S) -> None:
+                wait = epoch.data_wait_s / epoch.wall_s
+                history.write(
+                    "steps",
+                    epoch=number,
+                    step=history.steps_before + epoch.steps,
+                    loss=loss,
+                    lr=lr_S[epoch.steps - 1],
+                    data_wait_share=wait,
+                )
+                done = round((number + epoch.steps / len(lr_S)) * images)
+                update(done, f"epoch {number + 1}, loss {loss:.3f}, data wait {wait:.1%}")
+                if history.is_due(train.checkpoint_every_s) and epoch.steps < len(lr_S):
+                    save()
 
-    @property
-    def images_per_epoch(self) -> int:
-        """Images of an epoch that leaves nothing out but the last batch, if that is not full."""
-        return self.loader.full_batches(len(self.ids)) * self.recipe.train.batch_size
-
-    @property
-    def result(self) -> models.Normalised:
-        """The net that is evaluated and saved: the student, or the average of its weights."""
-        average = self.state.average
-        return cast(models.Normalised, average.net) if average else self.student
-
-    def epoch_ids(self, epoch: int) -> np.ndarray:
-        """Return the samples of an epoch in its order: all, or those that a dynamic method leaves (int64 [n])."""
-        order = epoch_order(len(self.ids), self.recipe.seed, epoch)
-        if self.running is not None:
-            prune = self.recipe.prune
-            full = epoch >= self.recipe.train.epochs * (1 - prune.full_epochs_ratio)
-            kept_M = self.running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
-            order = order[kept_M[order]]
-        return self.ids[order]
-
-    def batches(self, ids: np.ndarray, epoch: int) -> Generator[Batch, None, None]:
-        """Load samples in the order given, as an epoch sees them."""
-        view, px = self.recipe.view_of(epoch), self.recipe.px_of(epoch)
-        return self.loader.batches(ids, last="drop", view=view, stored=self.teacher.stored(view), input_px=px)
-
-
-def prepare(chain: "Chain") -> Job:
-    """Build all that the first step needs, compile it, and divide the cores."""
-    recipe, runtime = chain.recipe, chain.runtime
-    train, watch = recipe.train, chain.watch
-    with watch.on("setup"):
-        loader = chain.loader("train", train.batch_size)
-        ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
-        loader.full_batches(len(ids_M))
-        student = _new_student(chain)
-        student.train()
-        teacher = teacher_feed(chain)
-        state = TrainState(
-            runtime,
-            runtime.compiled(Objective(student, loss_of(recipe), teacher.read)),
-            runtime.optimizer(recipe.optim, student.parameters()),
-            runtime.scaler(),
-            parts=train.accumulate,
-            clip_norm=recipe.optim.clip_norm,
-            average=MovingAverage(student, train.ema_decay) if train.ema_decay else None,
-        )
-        running = RunningLosses(ids_M, runtime.device) if recipe.prune.dynamic else None
-        job = Job(recipe, loader, student, state, ids_M, teacher, running)
-    with watch.on("compile"):
-        if runtime.compile:
-            console.say("train: compiling; the first time on a machine this takes up to a minute")
-        sizes = {recipe.px_of(epoch): epoch for epoch in reversed(range(train.epochs))}
-        for epoch in sorted(sizes.values()):
-            step_s = _warm_up(job, epoch)
-    with watch.on("setup"):
-        if not recipe.data.workers:
-            _divide_cores(job, epoch, step_s)
-    return job
-
-
-def _warm_up(job: Job, epoch: int) -> float:
-    """Compile a step as an epoch takes it; return the seconds of another one, without its update."""
-    state, size = job.state, job.recipe.train.batch_size
-    with closing(feed(job.batches(job.ids[:size], epoch), state.runtime)) as batches:
-        batch = next(batches)
-        weight_B = None if job.running is None else job.running.weight_N[batch.sample_ids]
-        for _ in range(2):
-            start = state.runtime.clock()
-            warm_up(state, batch, job.teacher.live, weight_B)
-        return state.runtime.clock() - start
-
-
-def _divide_cores(job: Job, epoch: int, step_s: float) -> None:
-    """Give the loader as many threads as keep it well ahead of the step, by measurement, and the others to the step."""
-    loader, size = job.loader, job.recipe.train.batch_size
-    most, loader.workers = loader.workers, 1
-    if most == 1:
-        return
-    ids = job.ids[: MEASURED_BATCHES * size]
-    with closing(job.batches(ids, epoch)) as batches:
-        for _ in zip(range(BATCHES_AHEAD + 1), batches, strict=False):
-            pass  # loaded while nobody waited
-        start, count = time.perf_counter(), 0
-        for _ in batches:
-            count += 1
-            if time.perf_counter() - start > MEASURED_S:
-                break
-    batch_s = (time.perf_counter() - start) / max(count, 1)
-    loader.workers = max(1, min(most, math.ceil(LOADER_AHEAD * batch_s / step_s)))
-    console.say(
-        f"train: a step takes {1e3 * step_s:.2f} ms, loading a batch {1e3 * batch_s:.2f} ms in one thread: "
-        f"the loader gets {loader.workers} of {most}"
-    )
-
-
-def _new_student(chain: "Chain") -> models.Normalised:
-    """Build the student on the device, initialised from the recipe's seed alone."""
-    student = chain.recipe.student
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(mix64(np.array([0]), chain.recipe.seed, "init")[0] >> np.uint64(1)))
-        net = models.build(student.model, chain.num_classes)
-    if student.weights is not None:
-        models.load_weights(net, student.weights, name=student.model)
-    normalised = models.Normalised(net, chain.normalisation)
-    chain.runtime.place(normalised)
-    return normalised
-
-
-def loss_of(recipe: recipes.Recipe) -> LossFn:
-    """Return the loss that a recipe says: of KD, or without a teacher of the labels alone."""
-    loss = recipe.loss
-    if recipe.teacher is None:
-        return partial(supervised_loss, label_smoothing=loss.label_smoothing)
-    return partial(
-        kd_loss,
-        alpha=loss.alpha,
-        gamma=loss.gamma,
-        temperature=loss.temperature,
-        label_smoothing=loss.label_smoothing,
-    )
-
-
-def teacher_feed(chain: "Chain") -> TeacherFeed:
-    """Return where the teacher's logits come from, as the recipe says."""
-    recipe, runtime = chain.recipe, chain.runtime
-    if recipe.teacher is None:
-        return TeacherFeed(lambda view: None, None, lambda told: None)
-
-    if recipe.labels.mode == "stored":
-        ids_M = np.asarray(chain.subset.array("indices.npy"))
-        plain = StoredRows(ids_M, [chain.subset.array("logits.npy")])
-        return TeacherFeed(
-            lambda view: plain if view is None else labelling.open_view(chain.labels, ids_M, view),
-            None,
-            partial(stored_logits, num_classes=chain.num_classes, temperature=recipe.loss.temperature),
-        )
-
-    net = chain.teacher.net
-    sigma_K = None
-    if recipe.labels.reshape:
-        sigma_K = torch.tensor(chain.subset.array("class_std.npy"), dtype=torch.float32, device=runtime.device)
-
-    def live(images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad(), runtime.autocast():
-            logits_BK = net(images).float()
-            return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K)
-
-    return TeacherFeed(lambda view: None, live, lambda told: told[0])
+            if epoch.steps < len(lr_S):
+                with watch.on("train"):
+                    train_epoch(
+                        job.state,
+                        job.batches(ids[epoch.steps * train.batch_size :], number),
+                        job.teacher.live,
+                        lr_S,
+                        log_every_steps=recipe.log.every_steps,
+                        on_log=on_log,
+                        running=job.running,
+                        epoch=epoch,
+                        stop=lambda: stop.requested,
+                    )
+            history.end_epoch()
+            every = train.eval_every_epochs
+            if every and (number + 1) % every == 0 and number + 1 < train.epochs and len(chain.holdout_ids):
+                with watch.on("evaluate"):
+                    _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", number)
+            if history.is_due(train.checkpoint_every_s):
+                save()
 
 
 def _look(
-    chain: "Chain", net: nn.Module, journal: Journal, split: str, ids: np.ndarray, name: str, epoch: int
+    chain: "Chain", net: nn.Module, history: History, split: str, ids: np.ndarray, name: str, epoch: int
 ) -> float:
     """Evaluate on a split; uncompiled, since compiling another graph costs more than one look saves."""
     loader: Loader = chain.loader(split, min(EVAL_BATCH_SIZE, len(ids)))
@@ -445,7 +253,7 @@ def _look(
     net.eval()
     top1 = evaluate(chain.runtime, net, loader.batches(ids, last="pad"), chain.num_classes)
     net.train(was_training)
-    journal.write("evaluate", epoch=epoch, split=name, top1=top1)
+    history.write("evaluate", epoch=epoch, split=name, top1=top1)
     if name == "holdout":
         console.say(f"epoch {epoch + 1}: top-1 {top1:.2%} on the hold-out")
     return top1

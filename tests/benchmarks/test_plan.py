@@ -56,6 +56,7 @@ def test_the_command_measures_and_shows_the_recipe_among_others(tiny_recipe, tmp
     )
     assert code == 0, said
     report = json.loads((tmp_path / "p" / "plan.json").read_text())
+    assert (tmp_path / "p" / "plan.png").stat().st_size > 10_000
     assert {line["views"] for line in report["lines"]} == {1, 2, 4, 6}
     assert [line["views"] for line in report["lines"] if line["recipe"]] == [2]
     assert all(rate > 0 for rate in report["measured"].values())

@@ -16,7 +16,7 @@ from fastkd.engine.feed import feed
 from fastkd.engine.loop import evaluate, train_step
 from fastkd.recipe import View
 from fastkd.stages import Chain
-from fastkd.stages.training import prepare
+from fastkd.stages.job import prepare
 
 
 def reference_chain(loaded: recipe.Recipe) -> Chain:

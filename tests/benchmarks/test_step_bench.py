@@ -30,6 +30,7 @@ def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, 
             assert 0 < line[kind]["least"] <= line[kind]["median"] <= line[kind]["most"]
             assert len(line[kind]["repeats"]) == 2
     assert report["stall"]["fed"]["median"] > 0
+    assert (tmp_path / "step.png").stat().st_size > 10_000
     for words in ("cifar/resnet8", "fp32, channels_last, eager", "fed by its loader", "machine:", "step.json"):
         assert words in said
     assert not list((tmp_path / "runs").glob("student-*"))  # nothing was trained for it
@@ -46,7 +47,7 @@ def report_of(best: float, own: float, large: float, fed: float) -> dict:
         "batch_size": 64,
         "best": {"student": bf16},
         "recipe_way": fp32,
-        "stall": {"fed_share": {"median": fed}},
+        "stall": {"fed_share": {"median": fed}, "score_share": {"median": 0.96}},
     }
 
 
@@ -56,6 +57,7 @@ def test_advice_names_what_is_faster_and_what_is_the_limit():
     assert "train.precision=bf16 train.channels_last=true train.compile=true" in said
     assert "batches of 256 would be 2.00× as fast as those of 64" in said
     assert "loading is the limit" in said
+    assert "scoring reaches 96.0% of the teacher's rate" in said
     said = " ".join(advice(report_of(best=101, own=100, large=101, fed=0.99)))
     assert "is the fastest here or as good" in said
     assert "batches of" not in said

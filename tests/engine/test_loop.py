@@ -1,4 +1,7 @@
+import itertools
+import json
 from collections.abc import Generator
+from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -10,7 +13,17 @@ from torch import nn
 from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
 from fastkd.engine.feed import feed
-from fastkd.engine.loop import Objective, TrainState, evaluate, predict, train_epoch, train_step, warm_up
+from fastkd.engine.loop import (
+    Epoch,
+    Objective,
+    StoppedError,
+    TrainState,
+    evaluate,
+    predict,
+    train_epoch,
+    train_step,
+    warm_up,
+)
 from fastkd.engine.losses import kd_loss, supervised_loss
 from fastkd.engine.runtime import Runtime, has_bf16
 from fastkd.errors import FastkdError, InputError
@@ -148,7 +161,7 @@ def test_an_epoch_takes_each_rate_logs_and_reads_what_is_stored():
         None,
         lr_S,
         log_every_steps=2,
-        on_log=lambda steps, loss, wait: logged.append((steps, loss)),
+        on_log=lambda epoch, loss: logged.append((epoch.steps, loss)),
     )
     for (found,), batch in zip(rows, batches(5), strict=True):
         assert torch.equal(found, batch.stored[0])
@@ -206,17 +219,49 @@ def test_a_dynamic_epoch_weighs_each_sample_and_keeps_its_loss():
 def test_running_losses_choose_among_their_samples_alone():
     ids = np.array([1, 4, 5, 8, 9])
     running = RunningLosses(ids, CPU.device)
-    assert running.infobatch(0.5, seed=0, epoch=0).all()  # no sample has had a loss
+    running.infobatch(0.5, seed=0, epoch=0)
+    assert running.kept().all()  # no sample has had a loss
     running.loss_N[torch.from_numpy(ids)] = torch.tensor([0.1, 0.2, 0.3, 0.4, 9.0])
-    kept_M = running.infobatch(0.5, seed=0, epoch=1)
+    running.infobatch(0.5, seed=0, epoch=1)
+    kept_M = running.kept()
     assert kept_M.sum() == 3
     assert kept_M[4]
     weights = running.weight_N[torch.from_numpy(ids)].numpy()
     np.testing.assert_array_equal(weights, np.where(kept_M, [2, 2, 2, 2, 1], 0))
     others = np.setdiff1d(np.arange(10), ids)
     assert (running.weight_N[torch.from_numpy(others)] == 1).all()
-    choices = {tuple(running.infobatch(0.5, seed=s, epoch=e)) for s in range(4) for e in range(4)}
+    choices = set()
+    for seed in range(4):
+        for epoch in range(4):
+            running.infobatch(0.5, seed=seed, epoch=epoch)
+            choices.add(tuple(running.kept()))
     assert len(choices) > 3
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
+def test_an_epoch_that_stops_goes_on_to_the_same_end(stop_after):
+    """Logged every 3 of 8 steps: it stops within a stretch as well as at its end."""
+    lr_S, logs = np.linspace(0.1, 0.01, 8), ([], [])
+
+    def train(state, log, epoch=None, first=0, stop=lambda: False):
+        left = itertools.islice(batches(8), first, None)
+        return train_epoch(
+            state, (b for b in left), None, lr_S, log_every_steps=3,
+            on_log=lambda epoch, loss: log.append((epoch.steps, loss)), epoch=epoch, stop=stop,
+        )  # fmt: skip
+
+    whole, parted = make_state(), make_state()
+    expected = train(whole, logs[0])
+    epoch = Epoch()
+    with pytest.raises(StoppedError):
+        train(parted, logs[1], epoch, stop=lambda: epoch.steps == stop_after)
+    assert (epoch.steps, epoch.images) == (stop_after, 4 * stop_after)
+    epoch = Epoch(**json.loads(json.dumps(asdict(epoch))))
+    found = train(parted, logs[1], epoch, first=stop_after)
+    assert logs[0] == logs[1]
+    assert (found.loss, found.steps, found.images) == (expected.loss, 8, 32)
+    for a, b in zip(whole.objective.parameters(), parted.objective.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_data_wait_counts_the_time_before_a_batch_arrives():

@@ -10,7 +10,7 @@ from fastkd import artifacts, models, recipe, stages
 from fastkd.data.order import epoch_order, split_holdout
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import Chain
-from fastkd.stages.training import prepare, teacher_feed
+from fastkd.stages.job import prepare, teacher_feed
 
 
 def metrics(run, event):

@@ -18,8 +18,8 @@ from fastkd import artifacts, check, label, recipe, stages
 from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.stages import Chain, checking, labelling
+from fastkd.stages.job import prepare
 from fastkd.stages.rows import RowFile
-from fastkd.stages.training import prepare
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.batch_size=32")
 

@@ -9,7 +9,7 @@ import torch
 from fastkd import models, stages
 from fastkd.doctor import usable_cores
 from fastkd.stages import Chain
-from fastkd.stages.training import prepare
+from fastkd.stages.job import prepare
 
 
 def events(run, event: str) -> list[dict]:
@@ -67,7 +67,7 @@ def test_parts_of_a_batch_sum_to_it(tiny_recipe):
 def test_the_loader_gets_the_threads_that_it_needs(tiny_recipe, monkeypatch):
     job = prepare(Chain(tiny_recipe()))
     assert job.loader.workers == 1  # 25 images of 16 px are loaded in less time than a step takes
-    monkeypatch.setattr("fastkd.stages.training.LOADER_AHEAD", 1e9)
+    monkeypatch.setattr("fastkd.stages.job.LOADER_AHEAD", 1e9)
     assert prepare(Chain(tiny_recipe())).loader.workers == usable_cores()
     assert prepare(Chain(tiny_recipe("data.workers=1"))).loader.workers == 1
 

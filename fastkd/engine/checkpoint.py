@@ -1,0 +1,137 @@
+"""Checkpoints of a training: everything that the next step depends on, in one file that is whole or not there.
+
+A file is named by its step and by the xxh3-128 of its bytes, so that a damaged one is known before it is read.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastkd import console
+from fastkd.artifacts import file_digest, fsync
+from fastkd.engine.dynamic import RunningLosses
+from fastkd.engine.loop import TrainState
+
+NAME = re.compile(r"step-(\d{9})-([0-9a-f]{32})\.safetensors")
+STATE = "state"  # of the metadata: JSON
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was read from a file.
+
+    Attributes
+    ----------
+    tensors
+        By name, on the CPU.
+    state
+        What is no tensor, as it was given to `save`.
+    """
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    step: int,
+    student: nn.Module,
+    train: TrainState,
+    running: RunningLosses | None,
+    state: dict[str, Any],
+    *,
+    keep_last: int = 2,
+) -> Path:
+    """Write a checkpoint, and remove all but the last ones.
+
+    Parameters
+    ----------
+    step
+        Steps done in all.
+    state
+        Whatever else there is to remember, as JSON takes it.
+    """
+    tensors = dict(_tensors(student, train, running))
+    plain = {k: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    whole = {"scaler": train.scaler.state_dict(), "state": state}
+    data = safetensors.torch.save(plain, {STATE: json.dumps(whole, allow_nan=False)})
+    path = folder / f"step-{step:09}-{xxhash.xxh3_128_hexdigest(data)}.safetensors"
+    folder.mkdir(exist_ok=True)
+    temporary = folder / "unfinished"
+    temporary.write_bytes(data)
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(folder)
+    for old in _files(folder)[keep_last:]:
+        old.unlink()
+    return path
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """Read the newest checkpoint that is not damaged, saying so where that is not the newest; None: there is none."""
+    for file in _files(folder):
+        if file_digest(file) == file.stem.rpartition("-")[2]:
+            with safe_open(file, "pt") as stream:
+                whole = json.loads(stream.metadata()[STATE])
+            tensors = safetensors.torch.load_file(file)
+            return Checkpoint(tensors, {**whole["state"], "scaler": whole["scaler"]})
+        console.warn(f"{file}: this checkpoint is damaged; going back to the one before")
+        file.unlink()
+    return None
+
+
+def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: RunningLosses | None) -> None:
+    """Put a training back to where it was when the checkpoint was written."""
+    optimizer = train.optimizer.state_dict()
+    parameters = train.optimizer.param_groups[0]["params"]
+    optimizer["state"] = {}
+    for name, tensor in found.tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "optimizer":
+            number, _, entry = rest.partition(".")
+            like = parameters[int(number)]
+            # Fused kernels go through weights and buffers as they lie in memory: both must lie alike.
+            placed = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+            optimizer["state"].setdefault(int(number), {})[entry] = placed
+    train.optimizer.load_state_dict(optimizer)
+    train.scaler.load_state_dict(found.state["scaler"])
+    with torch.no_grad():
+        for name, tensor in _tensors(student, train, running):
+            if not name.startswith("optimizer.") and not name.startswith("random."):
+                tensor.copy_(found.tensors[name])
+    torch.set_rng_state(found.tensors["random.cpu"])
+    if "random.device" in found.tensors and train.runtime.device.type == "cuda":
+        torch.cuda.set_rng_state(found.tensors["random.device"], train.runtime.device)
+
+
+def _tensors(student: nn.Module, train: TrainState, running: RunningLosses | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield all that a step reads and changes, under names of their own."""
+    for name, tensor in student.state_dict().items():
+        yield f"student.{name}", tensor
+    for number, entries in train.optimizer.state_dict()["state"].items():
+        for entry, value in entries.items():
+            if isinstance(value, Tensor):
+                yield f"optimizer.{number}.{entry}", value
+    if train.average is not None:
+        for name, tensor in train.average.net.state_dict().items():
+            yield f"average.{name}", tensor
+    if running is not None:
+        yield "running.loss", running.loss_N
+        yield "running.weight", running.weight_N
+    yield "random.cpu", torch.get_rng_state()
+    if train.runtime.device.type == "cuda":
+        yield "random.device", torch.cuda.get_rng_state(train.runtime.device)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest first."""
+    return sorted((f for f in folder.glob("step-*.safetensors") if NAME.fullmatch(f.name)), reverse=True)

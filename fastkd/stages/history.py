@@ -1,0 +1,130 @@
+"""What a training leaves behind while it goes on: its metrics, its times, and how far it has come."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fastkd.engine.loop import Epoch
+
+
+class Stopwatch:
+    """Wall seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: tuple[str, float] | None = None
+
+    @contextlib.contextmanager
+    def on(self, what: str) -> Iterator[None]:
+        """Charge the time inside to `what`."""
+        start = time.perf_counter()
+        self._open = what, start
+        try:
+            yield
+        finally:
+            self.charge(what, time.perf_counter() - start)
+            self._open = None
+
+    def charge(self, what: str, seconds: float) -> None:
+        """Add seconds."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+    def so_far(self) -> dict[str, float]:
+        """Return the seconds up to this moment."""
+        seconds = dict(self.seconds)
+        if self._open is not None:
+            what, start = self._open
+            seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - start
+        return seconds
+
+
+class History:
+    """What has happened in a training: metrics.jsonl, one JSON object a line as it happens, and how far it has come.
+
+    Parameters
+    ----------
+    directory : Path
+        Of the RUN.
+    key : str
+        Its key: what a checkpoint must be of to be gone on with.
+    before : dict, optional
+        What `state` returned when the checkpoint was written that is gone on with: metrics.jsonl is cut back to that,
+        and what was done since then, and is lost, is charged to training.
+
+    Attributes
+    ----------
+    epochs
+        A summary of each that has ended.
+    epoch
+        The one that is going on.
+    earlier_s : float
+        Seconds that were spent before this process.
+    """
+
+    def __init__(self, directory: Path, key: str, watch: Stopwatch, before: dict[str, Any] | None = None) -> None:
+        self.key, self._watch = key, watch
+        self._file = directory / "metrics.jsonl"
+        self.epochs: list[dict[str, float]] = []
+        self.epoch = Epoch()
+        self.earlier_s = 0.0
+        self._saved = time.monotonic()
+        if before is None:
+            self._file.unlink(missing_ok=True)
+        else:
+            lost_s = max(0.0, self._file.stat().st_mtime - before["saved_at"])
+            os.truncate(self._file, before["metrics_bytes"])
+            self.epochs, self.epoch = before["epochs"], Epoch(**before["epoch"])
+            self.earlier_s = sum(before["seconds"].values()) + lost_s
+            for what, seconds in before["seconds"].items():
+                watch.charge(what, seconds)
+            watch.charge("train", lost_s)
+        self._stream = self._file.open("a", buffering=1)
+
+    @property
+    def steps_before(self) -> int:
+        """Steps of the epochs that have ended."""
+        return int(sum(epoch["steps"] for epoch in self.epochs))
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append an event."""
+        self._stream.write(json.dumps({"event": event, **values}) + "\n")
+
+    def end_epoch(self) -> None:
+        """Sum the epoch up, and begin the next."""
+        done = self.epoch
+        summary = {
+            "loss": done.loss,
+            "images": done.images,
+            "steps": done.steps,
+            "wall_s": done.wall_s,
+            "data_wait_s": done.data_wait_s,
+            "images_per_s": done.images_per_s,
+        }
+        self.write("epoch", epoch=len(self.epochs), **summary)
+        self.epochs.append(summary)
+        self.epoch = Epoch()
+
+    def is_due(self, every_s: float) -> bool:
+        """Tell whether it is time for a checkpoint."""
+        return time.monotonic() - self._saved >= every_s
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint remembers of it."""
+        self._saved = time.monotonic()
+        return {
+            "key": self.key,
+            "epochs": self.epochs,
+            "epoch": asdict(self.epoch),
+            "metrics_bytes": self._file.stat().st_size,
+            "seconds": self._watch.so_far(),
+            "saved_at": time.time(),
+        }
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()

@@ -1,0 +1,240 @@
+"""What a training works with: the student, its loader, its teacher's word, compiled and ready for the first step."""
+
+import math
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd import console, models
+from fastkd import recipe as recipes
+from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader
+from fastkd.data.order import epoch_order
+from fastkd.data.stored import StoredRows
+from fastkd.engine.average import MovingAverage
+from fastkd.engine.dynamic import RunningLosses
+from fastkd.engine.feed import feed
+from fastkd.engine.loop import LiveTeacher, Objective, ReadFn, TrainState, warm_up
+from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
+from fastkd.kernels import mix64
+from fastkd.stages import labelling
+
+if TYPE_CHECKING:
+    from fastkd.stages.chain import Chain
+
+MEASURED_BATCHES, MEASURED_S = 64, 0.5
+LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
+
+
+def uses_subset(chain: "Chain") -> bool:
+    """Tell whether a recipe needs the teacher's scores: not for plain KD on all data with a live teacher."""
+    recipe = chain.recipe
+    needed = recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.keep_ratio < 1
+    return recipe.teacher is not None and (needed or chain.export is not None)
+
+
+def uses_labels(recipe: recipes.Recipe) -> bool:
+    """Tell whether a recipe reads stored logits of numbered views."""
+    return recipe.teacher is not None and recipe.labels.mode == "stored" and recipe.num_views is not None
+
+
+@dataclass(frozen=True)
+class TeacherFeed:
+    """Where the teacher's logits of each batch come from."""
+
+    stored: Callable[[int | None], StoredRows | None]
+    """For a view's number (None: the plain view), the rows that the loader brings along."""
+    live: LiveTeacher | None
+    """The teacher itself, where nothing is stored."""
+    read: ReadFn
+    """Logits from rows, or from what the live teacher said; part of what is compiled."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that training needs, compiled and ready for the first step.
+
+    Attributes
+    ----------
+    ids : int64 [M]
+        Samples to train on, ascending.
+    running
+        The samples' losses, where a dynamic method goes by them.
+    """
+
+    recipe: recipes.Recipe
+    loader: Loader
+    student: models.Normalised
+    state: TrainState
+    ids: np.ndarray
+    teacher: TeacherFeed
+    running: RunningLosses | None
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of an epoch that leaves nothing out but the last batch, if that is not full."""
+        return self.loader.full_batches(len(self.ids)) * self.recipe.train.batch_size
+
+    @property
+    def result(self) -> models.Normalised:
+        """The net that is evaluated and saved: the student, or the average of its weights."""
+        average = self.state.average
+        return cast(models.Normalised, average.net) if average else self.student
+
+    def epoch_ids(self, epoch: int, *, begun: bool = False) -> np.ndarray:
+        """Return the samples of an epoch in its order: all, or those that a dynamic method leaves (int64 [n]).
+
+        Parameters
+        ----------
+        begun
+            A dynamic method has chosen for this epoch already.
+        """
+        order = epoch_order(len(self.ids), self.recipe.seed, epoch)
+        if self.running is not None:
+            prune = self.recipe.prune
+            full = epoch >= self.recipe.train.epochs * (1 - prune.full_epochs_ratio)
+            if not begun:
+                self.running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
+            order = order[self.running.kept()[order]]
+        return self.ids[order]
+
+    def batches(self, ids: np.ndarray, epoch: int) -> Generator[Batch, None, None]:
+        """Load samples in the order given, as an epoch sees them."""
+        view, px = self.recipe.view_of(epoch), self.recipe.px_of(epoch)
+        return self.loader.batches(ids, last="drop", view=view, stored=self.teacher.stored(view), input_px=px)
+
+
+def prepare(chain: "Chain") -> Job:
+    """Build all that the first step needs, compile it, and divide the cores."""
+    recipe, runtime = chain.recipe, chain.runtime
+    train, watch = recipe.train, chain.watch
+    with watch.on("setup"):
+        loader = chain.loader("train", train.batch_size)
+        ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
+        loader.full_batches(len(ids_M))
+        student = _new_student(chain)
+        student.train()
+        teacher = teacher_feed(chain)
+        state = TrainState(
+            runtime,
+            runtime.compiled(Objective(student, loss_of(recipe), teacher.read)),
+            runtime.optimizer(recipe.optim, student.parameters()),
+            runtime.scaler(),
+            parts=train.accumulate,
+            clip_norm=recipe.optim.clip_norm,
+            average=MovingAverage(student, train.ema_decay) if train.ema_decay else None,
+        )
+        running = RunningLosses(ids_M, runtime.device) if recipe.prune.dynamic else None
+        job = Job(recipe, loader, student, state, ids_M, teacher, running)
+    with watch.on("compile"):
+        if runtime.compile:
+            console.say("train: compiling; the first time on a machine this takes up to a minute")
+        sizes = {recipe.px_of(epoch): epoch for epoch in reversed(range(train.epochs))}
+        for epoch in sorted(sizes.values()):
+            step_s = compile_step(job, epoch)
+    console.say(f"train: ready for the first step after {watch.seconds['compile']:.1f} s of compiling and warming up")
+    with watch.on("setup"):
+        if not recipe.data.workers:
+            divide_cores(job, epoch, step_s)
+    return job
+
+
+def compile_step(job: Job, epoch: int) -> float:
+    """Compile a step as an epoch takes it; return the seconds of another one, without its update."""
+    state, size = job.state, job.recipe.train.batch_size
+    with closing(feed(job.batches(job.ids[:size], epoch), state.runtime)) as batches:
+        batch = next(batches)
+        weight_B = None if job.running is None else job.running.weight_N[batch.sample_ids]
+        for _ in range(2):
+            start = state.runtime.clock()
+            warm_up(state, batch, job.teacher.live, weight_B)
+        return state.runtime.clock() - start
+
+
+def divide_cores(job: Job, epoch: int, step_s: float) -> None:
+    """Give the loader as many threads as keep it well ahead of the step, by measurement, and the others to the step."""
+    loader, size = job.loader, job.recipe.train.batch_size
+    most, loader.workers = loader.workers, 1
+    if most == 1:
+        return
+    ids = job.ids[: MEASURED_BATCHES * size]
+    with closing(job.batches(ids, epoch)) as batches:
+        for _ in zip(range(BATCHES_AHEAD + 1), batches, strict=False):
+            pass  # loaded while nobody waited
+        start, count = time.perf_counter(), 0
+        for _ in batches:
+            count += 1
+            if time.perf_counter() - start > MEASURED_S:
+                break
+    batch_s = (time.perf_counter() - start) / max(count, 1)
+    loader.workers = max(1, min(most, math.ceil(LOADER_AHEAD * batch_s / step_s)))
+    console.say(
+        f"train: a step takes {1e3 * step_s:.2f} ms, loading a batch {1e3 * batch_s:.2f} ms in one thread: "
+        f"the loader gets {loader.workers} of {most}"
+    )
+
+
+def _new_student(chain: "Chain") -> models.Normalised:
+    """Build the student on the device, initialised from the recipe's seed alone."""
+    student = chain.recipe.student
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(word(chain.recipe.seed, "init"))
+        net = models.build(student.model, chain.num_classes)
+    if student.weights is not None:
+        models.load_weights(net, student.weights, name=student.model)
+    normalised = models.Normalised(net, chain.normalisation)
+    chain.runtime.place(normalised)
+    return normalised
+
+
+def word(seed: int, purpose: str) -> int:
+    """Return a seed of its own for a purpose."""
+    return int(mix64(np.array([0]), seed, purpose)[0] >> np.uint64(1))
+
+
+def loss_of(recipe: recipes.Recipe) -> LossFn:
+    """Return the loss that a recipe says: of KD, or without a teacher of the labels alone."""
+    loss = recipe.loss
+    if recipe.teacher is None:
+        return partial(supervised_loss, label_smoothing=loss.label_smoothing)
+    return partial(
+        kd_loss,
+        alpha=loss.alpha,
+        gamma=loss.gamma,
+        temperature=loss.temperature,
+        label_smoothing=loss.label_smoothing,
+    )
+
+
+def teacher_feed(chain: "Chain") -> TeacherFeed:
+    """Return where the teacher's logits come from, as the recipe says."""
+    recipe, runtime = chain.recipe, chain.runtime
+    if recipe.teacher is None:
+        return TeacherFeed(lambda view: None, None, lambda told: None)
+
+    if recipe.labels.mode == "stored":
+        ids_M = np.asarray(chain.subset.array("indices.npy"))
+        plain = StoredRows(ids_M, [chain.subset.array("logits.npy")])
+        return TeacherFeed(
+            lambda view: plain if view is None else labelling.open_view(chain.labels, ids_M, view),
+            None,
+            partial(stored_logits, num_classes=chain.num_classes, temperature=recipe.loss.temperature),
+        )
+
+    net = chain.teacher.net
+    sigma_K = None
+    if recipe.labels.reshape:
+        sigma_K = torch.tensor(chain.subset.array("class_std.npy"), dtype=torch.float32, device=runtime.device)
+
+    def live(images: Tensor, labels: Tensor) -> Tensor:
+        with torch.no_grad(), runtime.autocast():
+            logits_BK = net(images).float()
+            return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K)
+
+    return TeacherFeed(lambda view: None, live, lambda told: told[0])

@@ -1,0 +1,43 @@
+"""Stopping where nothing is lost: Ctrl-C and SIGTERM as a wish that is granted between two steps."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from fastkd.errors import Terminated
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While it is entered, the first Ctrl-C or SIGTERM sets `requested`; a second one stops at once.
+
+    In a thread other than the main one, which gets no signals, nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._signal = signal.SIGINT
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *told: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def reason(self) -> KeyboardInterrupt:
+        """Return what is to be raised once it is safe."""
+        return Terminated() if self._signal == signal.SIGTERM else KeyboardInterrupt()
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._signal = signal.Signals(number)
+        if self.requested:
+            raise self.reason()
+        self.requested = True
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may hold a lock just now

@@ -1,0 +1,259 @@
+"""Trainings that are killed, terminated or stopped anywhere, and go on to the very student of one that was not."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastkd import artifacts, stages
+from fastkd.errors import InputError
+from fastkd.stages import scoring, stopping, training
+
+WAYS = {
+    "plain": [],
+    "everything": [
+        "prune={method: infobatch, keep_ratio: 1.0}", "data.view.family=flip", "labels.views=2", "train.epochs=3",
+        "optim={name: adamw, lr: 0.01, clip_norm: 1.0}", "train.ema_decay=0.9", "train.accumulate=5",
+    ],
+}  # fmt: skip
+
+
+def steps(run: artifacts.Artifact) -> list[dict]:
+    lines = map(json.loads, run.file("metrics.jsonl").read_text().splitlines())
+    return [{k: line[k] for k in ("epoch", "step", "loss", "lr")} for line in lines if line["event"] == "steps"]
+
+
+def assert_same(found: artifacts.Artifact, expected: artifacts.Artifact) -> None:
+    """The student and its trace equal, bit for bit, and nothing is left over."""
+    assert found.manifest.files["student.safetensors"] == expected.manifest.files["student.safetensors"]
+    assert steps(found) == steps(expected)
+    assert found.facts["top1"] == expected.facts["top1"]
+    assert not any("checkpoints" in name for name in found.manifest.files)
+    assert not found.path.with_name(found.path.name + artifacts.PARTIAL).exists()
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Return a function that lets the next training stop after so many questions whether to."""
+
+    def set_it(count: int) -> None:
+        class Request(stopping.StopRequest):
+            left = count
+
+            @property
+            def requested(self) -> bool:
+                type(self).left -= 1
+                return type(self).left < 0
+
+            @requested.setter
+            def requested(self, value: bool) -> None:
+                pass
+
+        monkeypatch.setattr(training, "StopRequest", Request)
+
+    return set_it
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_training_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(tiny_recipe, tmp_path, stop_after, way):
+    loaded = tiny_recipe("log.every_steps=2", *WAYS[way])
+    stop_after(10**9)
+    expected, _ = stages.train(loaded, out=tmp_path / "straight")
+    broken_off = 0
+    while True:
+        stop_after(3)  # not a divisor of an epoch's steps, nor of a log's
+        try:
+            found, _ = stages.train(loaded, out=tmp_path / "stopped")
+            break
+        except KeyboardInterrupt:
+            broken_off += 1
+            assert (tmp_path / f"stopped{artifacts.PARTIAL}" / "checkpoints").is_dir()
+    assert broken_off >= 3
+    assert_same(found, expected)
+    assert found.key == expected.key
+
+
+def command(recipe: Path, *overrides: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastkd.train", recipe, *overrides], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_steps(runs: Path, count: int, process: subprocess.Popen) -> None:
+    give_up = time.monotonic() + 120
+    while time.monotonic() < give_up and process.poll() is None:
+        for file in runs.glob(f"student-*{artifacts.PARTIAL}/metrics.jsonl"):
+            if file.read_text().count('"steps"') >= count:
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"it did not come so far: {process.communicate()[0]}")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGKILL, -9, ""), (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    ids=["kill -9", "SIGTERM", "Ctrl-C"],
+)
+def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_recipe, tmp_path, monkeypatch, number, code, word):
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    overrides = ("train.epochs=40", "train.checkpoint_every_s=0", "data.workers=1")
+    loaded = tiny_recipe(*overrides)
+    process = command(tiny_recipe.path, *overrides)
+    wait_for_steps(tmp_path / "runs", 25, process)
+    asked = time.monotonic()
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 5
+    assert process.returncode == code, said
+    assert word in said
+    (partial,) = (tmp_path / "runs").glob(f"student-*{artifacts.PARTIAL}")
+    left = len(list((partial / "checkpoints").glob("step-*.safetensors")))
+    assert 1 <= left <= 2
+    try:
+        found, built = stages.train(loaded)
+        expected, _ = stages.train(loaded, out=tmp_path / "straight")
+    finally:
+        torch.set_num_threads(threads)
+    assert built
+    assert found.path.with_name(found.path.name + artifacts.PARTIAL) == partial
+    assert_same(found, expected)
+    own, straight = (json.loads(run.file("timing.json").read_text()) for run in (found, expected))
+    assert {s["stage"] for s in own["stages"]} == {s["stage"] for s in straight["stages"]}
+    assert found.cost_s > 0
+
+
+def test_what_is_lost_is_charged(tiny_recipe, tmp_path, stop_after):
+    loaded = tiny_recipe()
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(loaded, out=tmp_path / "run")
+    metrics = tmp_path / f"run{artifacts.PARTIAL}" / "metrics.jsonl"
+    later = time.time() + 1000
+    with metrics.open("a") as stream:
+        stream.write('{"event": "steps", "step": 6}\n')  # done after the checkpoint, and lost
+    os.utime(metrics, (later, later))
+    stop_after(10**9)
+    found, _ = stages.train(loaded, out=tmp_path / "run")
+    timing = json.loads(found.file("timing.json").read_text())
+    train_s = next(s["seconds"] for s in timing["stages"] if s["stage"] == "train")
+    assert 990 < train_s < 1100
+    assert found.cost_s > 990
+    assert [line["step"] for line in steps(found)] == list(range(1, 19))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_recipe, tmp_path, stop_after, capfd):
+    loaded = tiny_recipe("train.checkpoint_every_s=0")
+    stop_after(10**9)
+    expected, _ = stages.train(loaded, out=tmp_path / "straight")
+    stop_after(7)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(loaded, out=tmp_path / "run")
+    files = sorted((tmp_path / f"run{artifacts.PARTIAL}" / "checkpoints").glob("step-*"))
+    assert len(files) == 2
+    files[-1].write_bytes(files[-1].read_bytes()[:-100])
+    stop_after(10**9)
+    found, _ = stages.train(loaded, out=tmp_path / "run")
+    assert "this checkpoint is damaged" in capfd.readouterr().err
+    assert_same(found, expected)
+
+
+def test_what_was_begun_for_another_recipe_is_not_gone_on_with(tiny_recipe, tmp_path, stop_after, capfd):
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(tiny_recipe(), out=tmp_path / "run")
+    stop_after(10**9)
+    other = tiny_recipe("optim.lr=0.01")
+    found, _ = stages.train(other, out=tmp_path / "run")
+    assert "of another recipe; training anew" in capfd.readouterr().out
+    expected, _ = stages.train(other, out=tmp_path / "straight")
+    assert_same(found, expected)
+
+
+def test_a_wrong_setting_leaves_what_was_begun(tiny_recipe, tmp_path, stop_after):
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(tiny_recipe(), out=tmp_path / "run")
+    with pytest.raises(InputError, match=r"data\.workers=999"):
+        stages.train(tiny_recipe("data.workers=999"), out=tmp_path / "run")
+    assert list((tmp_path / f"run{artifacts.PARTIAL}" / "checkpoints").glob("step-*"))
+    with pytest.raises(InputError, match=r"data\.workers=999"):
+        stages.train(tiny_recipe("data.workers=999"), out=tmp_path / "new")
+    assert not (tmp_path / f"new{artifacts.PARTIAL}").exists()
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+SLOW_SCORING = """
+import sys, time
+from fastkd import cli, score
+from fastkd.stages import scoring
+scoring.SAVE_EVERY_S = 0.0
+real = scoring.predict
+def slow(*a):
+    for item in real(*a):
+        yield item
+        time.sleep(0.3)
+scoring.predict = slow
+sys.argv = ["fastkd.score", *sys.argv[1:]]
+cli.run(score.main)
+"""
+
+
+def rows_safe(folder: Path) -> int:
+    (file,) = folder.glob(".scores-*.progress.json")
+    return json.loads(file.read_text())["0"]["rows"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_a_killed_scoring_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, number):
+    overrides = ("score.batch_size=16",)
+    process = subprocess.Popen([sys.executable, "-c", SLOW_SCORING, tiny_recipe.path, *overrides])
+    folder, give_up = tmp_path / "artifacts", time.monotonic() + 120
+    while not list(folder.glob(".scores-*.progress.json")) or rows_safe(folder) < 48:
+        assert time.monotonic() < give_up
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == (-9 if number == signal.SIGKILL else 143)
+    safe = rows_safe(folder)
+    capfd.readouterr()
+    scores, built = stages.score(tiny_recipe(*overrides))
+    assert built
+    assert f"going on with what was begun: {safe} of 150 rows are there" in capfd.readouterr().out
+    whole, _ = stages.score(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
+    assert scores.manifest.files == whole.manifest.files
+    assert not list(folder.glob("*progress*"))
+
+
+def test_a_damaged_beginning_is_scored_anew(tiny_recipe, tmp_path, monkeypatch, capfd):
+    loaded = tiny_recipe("score.batch_size=16")
+    whole, _ = stages.score(tiny_recipe("score.batch_size=16", f"data.artifacts_dir={tmp_path / 'whole'}"))
+    real = scoring.predict
+
+    def breaks(*arguments):
+        yield from itertools.islice(real(*arguments), 4)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(scoring, "predict", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        stages.score(loaded)
+    (file,) = (tmp_path / "artifacts").glob(f"scores-*{artifacts.PARTIAL}/logits.npy")
+    data = bytearray(file.read_bytes())
+    data[150] ^= 255
+    file.write_bytes(data)
+    monkeypatch.setattr(scoring, "predict", real)
+    scores, _ = stages.score(loaded)
+    assert "what was begun is damaged; scoring anew" in capfd.readouterr().err
+    assert scores.manifest.files == whole.manifest.files
