@@ -314,9 +314,8 @@ def build(
                 cost_s=built.earlier_s + time.perf_counter() - start,
                 known=built.stamps,
             )
-        except BaseException as error:
-            # A RUN that began tells what happened until it failed; what cannot be gone on with is of no use half done.
-            if not resumable and (kind != "RUN" or isinstance(error, InputError)):
+        except BaseException:
+            if not resumable:  # then it is of no use half done
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         _publish(partial, path)

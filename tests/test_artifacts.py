@@ -200,13 +200,13 @@ def test_a_place_that_cannot_be_written_says_so(tmp_path):
         artifacts.build(tmp_path / "file" / "subset", "SUBSET", INPUTS, fill)
 
 
-def test_a_failed_run_keeps_its_folder_for_reading(tmp_path):
+def test_what_failed_and_can_be_gone_on_with_keeps_its_folder(tmp_path):
     def fails(directory: Path) -> Built:
         (directory / "metrics.jsonl").write_text("{}\n")
         raise RuntimeError("loss")
 
     with pytest.raises(RuntimeError):
-        artifacts.build(tmp_path / "run", "RUN", INPUTS, fails)
+        artifacts.build(tmp_path / "run", "RUN", INPUTS, fails, resumable=True)
     assert (tmp_path / "run.fastkd-partial" / "metrics.jsonl").read_text() == "{}\n"
     with pytest.raises(ArtifactError, match=r"run\.fastkd-partial beside it was not finished"):
         artifacts.load(tmp_path / "run")
