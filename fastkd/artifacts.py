@@ -146,11 +146,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and validate the manifest of the artifact at `path`, without looking at its files."""
     file = path / MANIFEST
     if not file.is_file():
-        hint = (
-            f" ({path.name}{PARTIAL} beside it was not finished)"
-            if path.with_name(path.name + PARTIAL).exists()
-            else ""
-        )
+        hint = f" ({path.name}{PARTIAL} beside it was not finished)" if partial_of(path).exists() else ""
         raise ArtifactError(f"{path}: no artifact here: {MANIFEST} is missing{hint}")
     if file.stat().st_size > MAX_MANIFEST_BYTES:
         raise ArtifactError(f"{file}: {file.stat().st_size} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
@@ -296,7 +292,7 @@ def build(
         _undo_half_published(path)
         if artifact := existing():  # another process published it while this one waited
             return artifact, False
-        partial = path.with_name(path.name + PARTIAL)
+        partial = partial_of(path)
         if partial.exists() and (force or not resumable):  # the lock is ours, so whoever left it is dead
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=resumable)
@@ -322,6 +318,11 @@ def build(
     artifact = Artifact(path, manifest)
     _write_verdict(artifact)
     return artifact, True
+
+
+def partial_of(path: Path) -> Path:
+    """Return where the artifact at `path` is while it is being built."""
+    return path.with_name(path.name + PARTIAL)
 
 
 @contextlib.contextmanager

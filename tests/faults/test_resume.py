@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import artifacts, stages
+from fastkd import artifacts, stages, train
 from fastkd.errors import InputError
 from fastkd.stages import scoring, stopping, training
 
@@ -79,7 +79,7 @@ def test_a_training_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(t
     assert found.key == expected.key
 
 
-def command(recipe: Path, *overrides: str) -> subprocess.Popen:
+def start(recipe: Path, *overrides: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "fastkd.train", recipe, *overrides], env=environment, stdout=subprocess.PIPE,
@@ -109,7 +109,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_recipe, tmp_pat
     torch.set_num_threads(1)
     overrides = ("train.epochs=40", "train.checkpoint_every_s=0", "data.workers=1")
     loaded = tiny_recipe(*overrides)
-    process = command(tiny_recipe.path, *overrides)
+    process = start(tiny_recipe.path, *overrides)
     wait_for_steps(tmp_path / "runs", 25, process)
     asked = time.monotonic()
     process.send_signal(number)
@@ -178,6 +178,20 @@ def test_what_was_begun_for_another_recipe_is_not_gone_on_with(tiny_recipe, tmp_
     assert "of another recipe; training anew" in capfd.readouterr().out
     expected, _ = stages.train(other, out=tmp_path / "straight")
     assert_same(found, expected)
+
+
+def test_resume_goes_on_at_a_path_of_ones_own(tiny_recipe, tmp_path, stop_after, command):
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(tiny_recipe(), out=tmp_path / "mine")
+    stop_after(10**9)
+    code, said = command(train.main, tiny_recipe.path, "--resume", tmp_path / "mine")
+    assert code == 0, said
+    assert "going on with epoch 2, step 3, from the last checkpoint" in said
+    assert artifacts.load(tmp_path / "mine").facts["top1"]["val"] > 0.4
+    code, said = command(train.main, tiny_recipe.path, "--resume", tmp_path / "elsewhere")
+    assert code == 2
+    assert "nothing was begun there" in said
 
 
 def test_a_wrong_setting_leaves_what_was_begun(tiny_recipe, tmp_path, stop_after):
