@@ -255,6 +255,7 @@ def build(
     force: bool = False,
     enough: Callable[[Artifact], bool] = lambda artifact: True,
     resumable: bool = False,
+    scratch: str | None = None,
 ) -> tuple[Artifact, bool]:
     """Return the artifact at `path`, building and publishing it if it is not there.
 
@@ -273,6 +274,8 @@ def build(
         Whether an artifact that is there holds all that is asked for; else the builder is called to make it grow.
     resumable
         What a broken-off build left is handed to the builder, which goes on from there.
+    scratch
+        A folder that serves the building alone: it is no part of the artifact, and removed once that is published.
 
     Returns
     -------
@@ -309,12 +312,15 @@ def build(
                 facts=built.facts,
                 cost_s=built.earlier_s + time.perf_counter() - start,
                 known=built.stamps,
+                scratch=scratch,
             )
         except BaseException:
             if not resumable:  # then it is of no use half done
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         _publish(partial, path)
+        if scratch:
+            shutil.rmtree(path / scratch, ignore_errors=True)
     artifact = Artifact(path, manifest)
     _write_verdict(artifact)
     return artifact, True
@@ -353,9 +359,11 @@ def _seal(
     facts: dict,
     cost_s: float,
     known: Mapping[str, FileStamp],
+    scratch: str | None,
 ) -> Manifest:
     """Stamp every file, write the manifest and flush all of it to disk."""
     files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
+    files = {name: p for name, p in files.items() if scratch is None or Path(name).parts[0] != scratch}
     manifest = Manifest(
         kind=kind,
         format_version=FORMAT_VERSION,

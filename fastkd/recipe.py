@@ -259,6 +259,8 @@ class Optim(Section):
             raise ValueError("`nesterov` needs a momentum above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"`betas` {list(self.betas)}: expected two numbers from 0 up to below 1")
+        if list(self.milestones_epochs) != sorted(self.milestones_epochs):
+            raise ValueError(f"`milestones_epochs` {list(self.milestones_epochs)}: expected in ascending order")
         if (self.schedule == "step") != bool(self.milestones_epochs):
             raise ValueError("`milestones_epochs` goes with `schedule: step`, and that needs them")
         return self
@@ -279,7 +281,7 @@ class Train(Section):
     """Parts that each batch is cut into where it does not fit into memory; their gradients are summed."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an exponential moving average of the weights, and evaluate and save that; default: none."""
-    progressive_px: dict[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] = {}
+    progressive_px: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[int, Field(ge=1)]] = {}
     """Side of the images from an epoch on: {0: 128, 10: 160}; before the first and without any, `data.input_px`."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 …"""

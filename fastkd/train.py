@@ -28,6 +28,8 @@ def main(
     from fastkd import stages
 
     resolved = recipe.load(path, overrides or ())
+    if resume and resume.name.endswith(artifacts.PARTIAL):
+        resume = resume.with_name(resume.name.removesuffix(artifacts.PARTIAL))
     if resume and not (resume.exists() or artifacts.partial_of(resume).exists()):
         raise InputError(f"--resume {resume}: nothing was begun there")
     run, built = stages.train(resolved, out=resume, source=Path(path), force=frozenset(force or ()))

@@ -103,6 +103,10 @@ def test_all_errors_come_at_once_with_the_nearest_key(write):
         ("teacher.mean=[0,0,0]", "give either `recipe`, or `model` and `weights`"),
         ("prune={method: infobatch, keep_ratio: 0.5}", "`infobatch` keeps all samples; `easy_drop_ratio` says"),
         ("prune.easy_drop_ratio=1", "prune.easy_drop_ratio: 1 is wrong: should be less than 1"),
+        (
+            "optim={lr: 1.0, schedule: step, milestones_epochs: [3, 2]}",
+            "`milestones_epochs` [3.0, 2.0]: expected in asc",
+        ),
         ("train.accumulate=3", "`train.accumulate` 3 does not divide the batch of 8"),
         ("train.compile_mode=fast", "train.compile_mode: 'fast' is wrong: should be 'default', 'reduce-overhead'"),
         ("train.progressive_px={0: 1, 1: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: 7}", "at most 6 sizes"),
@@ -183,3 +187,9 @@ def test_how_large_an_epoch_sees_the_images(write):
     live = write(teacher={"model": "cifar/resnet8", "weights": "w"}, labels={"mode": "online"})
     with pytest.raises(InputError, match=r"`train.progressive_px` needs stored labels"):
         recipe.load(live, ["train.progressive_px={0: 16}"])
+
+
+def test_sizes_by_epoch_survive_being_written_down(write, tmp_path):
+    loaded = recipe.load(write(), ["train.progressive_px={0: 16, 1: 24}"])
+    (tmp_path / "resolved.yaml").write_text(recipe.dump(loaded))
+    assert recipe.load(tmp_path / "resolved.yaml") == loaded

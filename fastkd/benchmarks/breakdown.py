@@ -112,7 +112,13 @@ class FastkdLoop:
         segment = (batch for batch in itertools.islice(self._batches, steps))  # closing it leaves the epoch alive
         lr_S = np.full(steps, LEARNING_RATE)
         return train_epoch(
-            self._job.state, segment, self._job.teacher.live, lr_S, log_every_steps=steps, on_log=lambda *_: None
+            self._job.state,
+            segment,
+            self._job.teacher.live,
+            lr_S,
+            log_every_steps=steps,
+            on_log=lambda *_: None,
+            running=self._job.running,
         ).wall_s
 
 

@@ -43,7 +43,7 @@ def ways(recipe: Recipe) -> list[Way]:
     ratio, epochs = recipe.prune.keep_ratio, recipe.train.epochs
     live = {"mode": "online", "reshape": False, "views": "epochs", "topk": None}
     # Prune() rather than a ratio of 1, at which a dynamic method leaves samples out as well.
-    vanilla = changed(recipe, labels=live).model_copy(update={"prune": Prune()})
+    vanilla = changed(recipe, labels=live, train={"progressive_px": {}}).model_copy(update={"prune": Prune()})
     columns = [
         Way("vanilla", "vanilla KD (all data)", vanilla),
         Way("recipe", recipe.prune.method + ("" if recipe.prune.dynamic else f" (keep {ratio:g})"), recipe),
@@ -56,7 +56,10 @@ def ways(recipe: Recipe) -> list[Way]:
         same = changed(
             recipe,
             prune={"keep_ratio": 1.0},
-            train={"epochs": fewer},
+            train={
+                "epochs": fewer,
+                "progressive_px": {round(e * fewer / epochs): px for e, px in recipe.train.progressive_px.items()},
+            },
             optim={
                 "milestones_epochs": tuple(m * fewer / epochs for m in recipe.optim.milestones_epochs),
                 "warmup_epochs": recipe.optim.warmup_epochs * fewer / epochs,

@@ -90,6 +90,8 @@ class Workbench:
             runtime.optimizer(self.recipe.optim, student.parameters()),
             runtime.scaler(),
         )
+        for group in state.optimizer.param_groups:
+            group["lr"] = LR  # the batches are noise
         loader = self.chain.loader("train", self.recipe.train.batch_size)
         return Job(self.recipe, loader, student, state, self.ids, teacher, None)
 

@@ -103,7 +103,8 @@ def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: R
             placed = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
             optimizer["state"].setdefault(int(number), {})[entry] = placed
     train.optimizer.load_state_dict(optimizer)
-    train.scaler.load_state_dict(found.state["scaler"])
+    if found.state["scaler"] and train.scaler.is_enabled():  # it is at work in fp16 alone
+        train.scaler.load_state_dict(found.state["scaler"])
     with torch.no_grad():
         for name, tensor in _tensors(student, train, running):
             if not name.startswith("optimizer.") and not name.startswith("random."):

@@ -211,7 +211,7 @@ def train_epoch(
                 running.loss_N[batch.sample_ids] = loss_B
             unlogged += mean
             epoch.images, epoch.steps = epoch.images + len(batch.labels), epoch.steps + 1
-            if epoch.steps - epoch.logged == log_every_steps or epoch.steps == len(lr_S):
+            if epoch.steps - epoch.logged >= log_every_steps or epoch.steps == len(lr_S):
                 catch_up()
                 loss = epoch.unlogged / (epoch.steps - epoch.logged)
                 if not np.isfinite(loss):

@@ -55,6 +55,7 @@ class Runtime:
         if chosen.type == "cuda":
             if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
                 raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+            torch.cuda.set_device(chosen)  # streams and events belong to the current device
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = True
             torch.set_float32_matmul_precision("high")

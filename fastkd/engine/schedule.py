@@ -24,7 +24,7 @@ def learning_rates(optim: Optim, epochs: int, epoch: int, steps: int) -> np.ndar
         share = (at - optim.warmup_epochs) / (epochs - optim.warmup_epochs)
         lr = optim.lr * (1 - _half_cosine(np.clip(share, 0, 1)))
     elif optim.schedule == "one_cycle":
-        peak = optim.warmup_epochs or CYCLE_UP * epochs
+        peak = max(optim.warmup_epochs, 1e-6) if optim.warmup_epochs else CYCLE_UP * epochs
         up = _half_cosine(np.clip(at / peak, 0, 1))
         down = _half_cosine(np.clip((at - peak) / (epochs - peak), 0, 1))
         lowest, last = optim.lr / CYCLE_START, optim.lr / CYCLE_START / CYCLE_END

@@ -76,8 +76,10 @@ class History:
         if before is None:
             self._file.unlink(missing_ok=True)
         else:
+            if not self._file.exists():
+                self._file.touch()
             lost_s = max(0.0, self._file.stat().st_mtime - before["saved_at"])
-            os.truncate(self._file, before["metrics_bytes"])
+            os.truncate(self._file, min(before["metrics_bytes"], self._file.stat().st_size))
             self.epochs, self.epoch = before["epochs"], Epoch(**before["epoch"])
             self.earlier_s = sum(before["seconds"].values()) + lost_s
             for what, seconds in before["seconds"].items():

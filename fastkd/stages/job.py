@@ -98,7 +98,8 @@ class Job:
         order = epoch_order(len(self.ids), self.recipe.seed, epoch)
         if self.running is not None:
             prune = self.recipe.prune
-            full = epoch >= self.recipe.train.epochs * (1 - prune.full_epochs_ratio)
+            epochs = self.recipe.train.epochs
+            full = epoch >= epochs - round(epochs * prune.full_epochs_ratio, 9)
             if not begun:
                 self.running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
             order = order[self.running.kept()[order]]
@@ -118,6 +119,8 @@ def prepare(chain: "Chain") -> Job:
         loader = chain.loader("train", train.batch_size)
         ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
         loader.full_batches(len(ids_M))
+        if recipe.prune.dynamic:
+            loader.full_batches(len(ids_M) - int(recipe.prune.easy_drop_ratio * len(ids_M)))  # the least it may leave
         student = _new_student(chain)
         student.train()
         teacher = teacher_feed(chain)
@@ -234,7 +237,7 @@ def teacher_feed(chain: "Chain") -> TeacherFeed:
 
     def live(images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), runtime.autocast():
-            logits_BK = net(images).float()
+            logits_BK = net(images).float().clone()  # CUDA graphs use their outputs again
             return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K)
 
     return TeacherFeed(lambda view: None, live, lambda told: told[0])

@@ -1,5 +1,6 @@
 """score: one pass of the teacher over all of train, in the plain view → SCORES."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,21 +31,21 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
     }
 
     path = chain.place("SCORES", inputs)
-    progress = Progress.load(path.with_name(f".{path.name}.progress.json"))
+    file = path.with_name(f".{path.name}.progress.json")
     if "score" in chain.force:
-        progress.views.clear()
+        file.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):
         scores, built = artifacts.build(
             path,
             "SCORES",
             inputs,
-            lambda directory: _fill(chain, directory, progress),
+            lambda directory: _fill(chain, directory, Progress.load(file)),
             parents={"DATASET": chain.dataset.key},
             settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.score.batch_size},
             force="score" in chain.force,
             resumable=True,
         )
-    progress.file.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
     return scores, built
 
 
@@ -84,7 +85,12 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
                     progress.save()
                     saved = now
     np.save(directory / "labels.npy", labels_N)
-    top1 = float(score_chunks(np.load(file, mmap_mode="r"), labels_N).correct.mean())
+    try:
+        top1 = float(score_chunks(np.load(file, mmap_mode="r"), labels_N).correct.mean())
+    except InputError:  # the logits are of no use, and would not be when gone on with
+        progress.file.unlink(missing_ok=True)
+        shutil.rmtree(directory)
+        raise
     console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
     facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count}
     return Built(facts=facts, earlier_s=earlier_s)

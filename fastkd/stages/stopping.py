@@ -1,5 +1,6 @@
 """Stopping where nothing is lost: Ctrl-C and SIGTERM as a wish that is granted between two steps."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -14,7 +15,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """While it is entered, the first Ctrl-C or SIGTERM sets `requested`; a second one stops at once.
 
-    In a thread other than the main one, which gets no signals, nothing is ever requested.
+    A signal that the process was started to ignore stays ignored. In a thread other than the main one, which gets no
+    signals, nothing is ever requested.
     """
 
     def __init__(self) -> None:
@@ -24,7 +26,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._ask) for number in heeded}
         return self
 
     def __exit__(self, *told: object) -> None:
@@ -40,4 +43,5 @@ class StopRequest:
         if self.requested:
             raise self.reason()
         self.requested = True
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may hold a lock just now
+        with contextlib.suppress(OSError):  # print may hold a lock just now
+            os.write(2, b"\nstopping after this step; once more stops at once\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from importlib import metadata
@@ -22,6 +23,7 @@ from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages.history import History
 from fastkd.stages.job import Job, prepare, uses_labels, uses_subset, word
+from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.stopping import StopRequest
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
         settings={"precision": chain.runtime.precision, "device": chain.runtime.device.type},
         force="train" in chain.force,
         resumable=True,
+        scratch=CHECKPOINTS,
     )
 
 
@@ -91,6 +94,8 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
         }
     if uses_subset(chain):
         inputs["subset"] = chain.subset.key
+    elif recipe.loss.label_smoothing:
+        inputs["loss"] = {"label_smoothing": recipe.loss.label_smoothing}
     if recipe.prune.dynamic:
         inputs["prune"] = recipe.prune.deciding()
     if uses_labels(recipe):
@@ -124,10 +129,14 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     recipe, runtime, watch = chain.recipe, chain.runtime, chain.watch
     console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
     key = artifacts.key_of("RUN", run_inputs(chain))
-    found = checkpoint.newest(directory / CHECKPOINTS)
+    checkpoints = directory / CHECKPOINTS
+    begun = checkpoints.exists()
+    found = checkpoint.newest(checkpoints)
     if found and found.state["key"] != key:
-        console.say("train: what was begun here is of another recipe; training anew")
-        found = None
+        raise InputError(
+            f"{directory}: was begun for another recipe, or with other settings; give those again to go on, choose "
+            "another place, or begin anew with --force train"
+        )
     if source is not None:
         shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
     (directory / "resolved.yaml").write_text(recipes.dump(recipe))
@@ -135,8 +144,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     try:
         job = prepare(chain)
     except InputError:
-        if found is None:
-            shutil.rmtree(directory)  # nothing had begun
+        if not begun:
+            shutil.rmtree(directory)
         raise
     torch.manual_seed(word(recipe.seed, "train"))  # for what nets draw while they train: dropout
     history = History(directory, key, watch, found.state if found else None)
@@ -147,17 +156,24 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             f"checkpoint; {history.earlier_s:.1f} s went into it before"
         )
 
-    def save() -> Path:
+    def save() -> None:
         step = history.steps_before + history.epoch.steps
-        return checkpoint.save(directory / CHECKPOINTS, step, job.student, job.state, job.running, history.state())
+        with full_disk_explained(directory, "the next run goes on from the checkpoint before"):
+            checkpoint.save(checkpoints, step, job.student, job.state, job.running, history.state())
 
+    if found:
+        save()  # what was lost is charged to it, and not again
     with StopRequest() as stop:
         try:
             _train_epochs(chain, job, history, save, stop)
+            save()  # evaluating and publishing may be broken off as well
         except StoppedError:
-            save()
-            console.say("train: stopped; the next run of this recipe goes on from here")
+            if math.isfinite(history.epoch.unlogged):
+                save()
+            console.say("train: stopped; the same command goes on from the last checkpoint")
             raise stop.reason() from None
+        if stop.requested:
+            raise stop.reason()
     accuracy = {}
     epoch = recipe.train.epochs - 1
     with watch.on("evaluate"):
@@ -170,7 +186,6 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     _save_student(chain, job, directory)
     timing = _timing(chain, history.epochs)
     _write_json(directory / "timing.json", timing)
-    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)  # what they hold is in the student now
     facts = {"model": recipe.student.model, "top1": accuracy, "images_per_s": timing["images_per_s"]}
     if recipe.prune.dynamic:
         images = recipe.train.epochs * job.images_per_epoch
@@ -190,7 +205,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     return Built(facts=facts, earlier_s=history.earlier_s)
 
 
-def _train_epochs(chain: "Chain", job: "Job", history: History, save: Callable[[], Path], stop: StopRequest) -> None:
+def _train_epochs(chain: "Chain", job: "Job", history: History, save: Callable[[], None], stop: StopRequest) -> None:
     """Train the epochs that are left, writing a checkpoint every now and then.
 
     Raises

@@ -320,9 +320,13 @@ def test_an_error_in_the_callers_progress_ends_it(noise, tmp_path, traces):
 
 
 def test_interrupt(noise, tmp_path, traces):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        write_watched(noise, tmp_path, sleep_s=0.5, workers=2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_watched(noise, tmp_path, sleep_s=0.5, workers=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(tmp_path.iterdir()) == []
     assert traces.gone()
 

@@ -35,6 +35,7 @@ def assert_same(found: artifacts.Artifact, expected: artifacts.Artifact) -> None
     assert steps(found) == steps(expected)
     assert found.facts["top1"] == expected.facts["top1"]
     assert not any("checkpoints" in name for name in found.manifest.files)
+    assert not (found.path / "checkpoints").exists()
     assert not found.path.with_name(found.path.name + artifacts.PARTIAL).exists()
 
 
@@ -83,8 +84,13 @@ def start(recipe: Path, *overrides: str) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "fastkd.train", recipe, *overrides], env=environment, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
+        stderr=subprocess.STDOUT, text=True, preexec_fn=heed_ctrl_c,
     )  # fmt: skip
+
+
+def heed_ctrl_c() -> None:
+    """Background jobs of a shell without job control ignore SIGINT, and hand that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def wait_for_steps(runs: Path, count: int, process: subprocess.Popen) -> None:
@@ -168,15 +174,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_recipe, tmp_path
     assert_same(found, expected)
 
 
-def test_what_was_begun_for_another_recipe_is_not_gone_on_with(tiny_recipe, tmp_path, stop_after, capfd):
+def test_what_was_begun_for_another_recipe_is_neither_gone_on_with_nor_lost(tiny_recipe, tmp_path, stop_after):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         stages.train(tiny_recipe(), out=tmp_path / "run")
+    for override in ("optim.lr=0.01", "train.batch_size=1000"):
+        with pytest.raises(InputError, match="was begun for another recipe"):
+            stages.train(tiny_recipe(override), out=tmp_path / "run")
     stop_after(10**9)
-    other = tiny_recipe("optim.lr=0.01")
-    found, _ = stages.train(other, out=tmp_path / "run")
-    assert "of another recipe; training anew" in capfd.readouterr().out
-    expected, _ = stages.train(other, out=tmp_path / "straight")
+    found, _ = stages.train(tiny_recipe(), out=tmp_path / "run")
+    expected, _ = stages.train(tiny_recipe(), out=tmp_path / "straight")
     assert_same(found, expected)
 
 
@@ -187,7 +194,7 @@ def test_resume_goes_on_at_a_path_of_ones_own(tiny_recipe, tmp_path, stop_after,
     stop_after(10**9)
     code, said = command(train.main, tiny_recipe.path, "--resume", tmp_path / "mine")
     assert code == 0, said
-    assert "going on with epoch 2, step 3, from the last checkpoint" in said
+    assert "going on with epoch 2, step 4, from the last checkpoint" in said
     assert artifacts.load(tmp_path / "mine").facts["top1"]["val"] > 0.4
     code, said = command(train.main, tiny_recipe.path, "--resume", tmp_path / "elsewhere")
     assert code == 2

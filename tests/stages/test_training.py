@@ -81,3 +81,14 @@ def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
     for (a, rows_a), (b, rows_b) in zip(many, one, strict=True):
         np.testing.assert_array_equal(a, b)
         np.testing.assert_array_equal(rows_a, rows_b)
+
+
+def test_smoothed_labels_make_another_run(tiny_recipe):
+    from fastkd import recipe
+    from fastkd.stages.training import run_inputs
+
+    plain, smooth = (
+        run_inputs(Chain(recipe.load(tiny_recipe.path.with_name("teacher.yaml"), overrides)))
+        for overrides in ([], ["loss.label_smoothing=0.1"])
+    )
+    assert plain != smooth
