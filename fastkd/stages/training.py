@@ -92,10 +92,10 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
             "loss": recipe.loss.model_dump(mode="json"),
             "labels": recipe.labels.model_dump(mode="json", include={"mode", "reshape", "topk"}),
         }
-    if uses_subset(chain):
-        inputs["subset"] = chain.subset.key
     elif recipe.loss.label_smoothing:
         inputs["loss"] = {"label_smoothing": recipe.loss.label_smoothing}
+    if uses_subset(chain):
+        inputs["subset"] = chain.subset.key
     if recipe.prune.dynamic:
         inputs["prune"] = recipe.prune.deciding()
     if uses_labels(recipe):

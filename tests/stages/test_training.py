@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import models, stages
+from fastkd import models, recipe, stages
 from fastkd.doctor import usable_cores
 from fastkd.stages import Chain
 from fastkd.stages.job import prepare
+from fastkd.stages.training import run_inputs
 
 
 def events(run, event: str) -> list[dict]:
@@ -84,11 +85,15 @@ def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
 
 
 def test_smoothed_labels_make_another_run(tiny_recipe):
-    from fastkd import recipe
-    from fastkd.stages.training import run_inputs
-
     plain, smooth = (
         run_inputs(Chain(recipe.load(tiny_recipe.path.with_name("teacher.yaml"), overrides)))
         for overrides in ([], ["loss.label_smoothing=0.1"])
     )
     assert plain != smooth
+
+
+def test_all_of_the_kd_loss_is_in_the_key_of_a_live_teacher_too(tiny_recipe):
+    live = ("labels.mode=online", "labels.reshape=false", "prune.keep_ratio=1.0", "loss.label_smoothing=0.1")
+    warm, cold = (run_inputs(Chain(tiny_recipe(*live, f"loss.temperature={t}"))) for t in (2.0, 4.0))
+    assert warm["loss"]["label_smoothing"] == cold["loss"]["label_smoothing"] == 0.1
+    assert (warm["loss"]["temperature"], cold["loss"]["temperature"]) == (2.0, 4.0)
