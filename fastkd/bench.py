@@ -3,11 +3,12 @@
 import shlex
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fastkd import cli, console, recipe
+from fastkd.benchmarks import machine_line
 
 
 class Reference(StrEnum):
@@ -57,8 +58,8 @@ def savings(
     console.say(
         f"outside the table: filling the compilers' caches took {report['cold_compile_s']:.1f} s, once per machine"
     )
-    env, cpu = report["environment"], report["environment"]["machine"]
-    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, {env['gpu'] or 'no GPU'}, {env['precision']}")
+    env = report["environment"]
+    console.say(f"machine: {machine_line(env['machine'], env['gpu'])}, {env['precision']}")
     console.say(report["conclusion"])
     console.say(f"written: {out / 'savings.json'}, {out / 'savings.png'}")
 
@@ -112,7 +113,7 @@ def step(
     console.show(benchmark.table(report))
     for sentence in report["advice"]:
         console.say(sentence)
-    console.say(f"machine: {_machine(report)}, {report['threads']} threads")
+    console.say(f"machine: {machine_line(report['machine'], report['gpu'])}, {report['threads']} threads")
     console.say(f"written: {out / 'step.json'}, {out / 'step.png'}")
 
 
@@ -142,7 +143,7 @@ def plan(
         f"outside the table: training the teacher. Each row pays for {report['sizes']['epochs']} epochs; "
         "the recipe's precision, batch and loader"
     )
-    console.say(f"machine: {_machine(report)}, {report['precision']}")
+    console.say(f"machine: {machine_line(report['machine'], report['gpu'])}, {report['precision']}")
     console.say(f"written: {out / 'plan.json'}, {out / 'plan.png'}")
 
 
@@ -219,11 +220,6 @@ def synthetic(
     console.say(f"written: {out}, {count:,} train and {val:,} val photos of {classes} classes")
     root, dataset = shlex.quote(str(out)), shlex.quote(f"{out}-dataset")
     console.say(f"as a data set: python -m fastkd.write image_folder {dataset} root={root}")
-
-
-def _machine(report: dict[str, Any]) -> str:
-    cpu = report["machine"]
-    return f"{cpu['cpu']}, {cpu['cores']} cores, {report['gpu'] or 'no GPU'}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Where the speed-up comes from: ways from the reference's to the recipe's, each changing one thing, timed in turn."""
 
-import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -8,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from rich.table import Table
 
 from fastkd import console
 from fastkd.benchmarks.reference import Reference
-from fastkd.benchmarks.workbench import epochs_of
+from fastkd.benchmarks.workbench import epochs_of, some_steps
 from fastkd.doctor import usable_cores
-from fastkd.engine.loop import train_epoch
 from fastkd.recipe import Prune, Recipe
 from fastkd.stages import Chain
 from fastkd.stages.job import prepare
@@ -26,7 +23,6 @@ WARM_UP_STEPS = 30
 LEAD_STEPS = 2 * usable_cores() + 4
 """Steps before each segment, not timed: batches that a way's workers prepared while another's turn it was are used up,
 and those of the other come to rest."""
-LEARNING_RATE = 1e-4  # no time depends on it, and with it no loss becomes infinite, however few epochs it came from
 
 
 @dataclass(frozen=True)
@@ -109,17 +105,7 @@ class FastkdLoop:
 
     def advance(self, steps: int) -> float:
         """Train for some steps and return the wall seconds that they took."""
-        segment = (batch for batch in itertools.islice(self._batches, steps))  # closing it leaves the epoch alive
-        lr_S = np.full(steps, LEARNING_RATE)
-        return train_epoch(
-            self._job.state,
-            segment,
-            self._job.teacher.live,
-            lr_S,
-            log_every_steps=steps,
-            on_log=lambda *_: None,
-            running=self._job.running,
-        ).wall_s
+        return some_steps(self._job, self._batches, steps).wall_s
 
 
 def measure(

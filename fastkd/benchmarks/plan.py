@@ -11,12 +11,12 @@ import torch
 from rich.table import Table
 
 from fastkd import console, doctor
-from fastkd.benchmarks import charts, workbench
+from fastkd.benchmarks import charts, machine_line, workbench
 from fastkd.benchmarks.savings import break_even
 from fastkd.benchmarks.step import LOADER_LIMITS
 from fastkd.benchmarks.workbench import Workbench, bare_steps, fed_steps, in_turn, steps_for
 from fastkd.recipe import Recipe
-from fastkd.stages.job import compile_step
+from fastkd.stages.job import LOADING_HELP, compile_step
 from fastkd.stages.labelling import VIEWS_PER_PASS, row_bytes
 from fastkd.stages.scoring import score_chunks
 from fastkd.stages.training import EVAL_BATCH_SIZE
@@ -235,10 +235,7 @@ def limit(m: Measured) -> str:
     """Say what a student's training waits for."""
     share = m.step / m.bare_step
     if share < LOADER_LIMITS:
-        return (
-            f"loading: the student gets {share:.0%} of the rate that it has on a resident batch; more data.workers, "
-            "images stored raw or smart, a lower max_resolution or data.input_px would help"
-        )
+        return f"loading: the student gets {share:.0%} of the rate that it has on a resident batch; {LOADING_HELP}"
     return f"the student's own step: loading costs {max(0.0, 1 - share):.1%} of its rate"
 
 
@@ -254,7 +251,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         {name: [charts.Spread(*[total(line, n) / 60] * 3) for n in STUDENTS] for name, line in ways.items()},
         path,
         "minutes, predicted",
-        note=f"{report['machine']['cpu']}, {report['machine']['cores']} cores, {report['gpu'] or 'no GPU'}",
+        note=machine_line(report["machine"], report["gpu"]),
         highlight=[name for name, line in ways.items() if line.get("recipe")],
     )
 

@@ -12,10 +12,11 @@ import torch._dynamo.config
 from rich.table import Table
 
 from fastkd import console, doctor
-from fastkd.benchmarks import charts, workbench
+from fastkd.benchmarks import charts, machine_line, workbench
 from fastkd.benchmarks.workbench import Workbench, bare_forward, bare_steps, fed_steps, in_turn, steps_for, summary
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
+from fastkd.stages.job import LOADING_HELP
 
 SEGMENT_S = 1.0
 LOADER_LIMITS = 0.97  # below this share of the bare rate the loader is called the limit
@@ -96,7 +97,7 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
         },
         out / "step.png",
         f"images/s, median (least … most) of {repeats}",
-        note=f"{report['machine']['cpu']}, {report['machine']['cores']} cores, {report['gpu'] or 'no GPU'}",
+        note=machine_line(report["machine"], report["gpu"]),
         highlight=[str(Way(**report["recipe_way"]))],
     )
     return report
@@ -179,10 +180,7 @@ def advice(report: dict[str, Any]) -> list[str]:
     share = report["stall"]["fed_share"]["median"]
     said.append(f"fed by its loader, the step reaches {share:.1%} of its rate on a resident batch")
     if share < LOADER_LIMITS:
-        said.append(
-            "so loading is the limit: more data.workers, images stored raw or smart instead of jpg, a lower "
-            "max_resolution when writing, or a smaller data.input_px would help"
-        )
+        said.append(f"so loading is the limit: {LOADING_HELP}")
     said.append(f"scoring reaches {report['stall']['score_share']['median']:.1%} of the teacher's rate on one")
     return said
 

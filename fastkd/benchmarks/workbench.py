@@ -20,14 +20,14 @@ from fastkd import recipe as recipes
 from fastkd.data.loader import Batch, Loader
 from fastkd.data.stored import StoredRows
 from fastkd.engine.feed import Fed
-from fastkd.engine.loop import Objective, TrainState, predict, train_epoch, train_step
+from fastkd.engine.loop import Epoch, Objective, TrainState, predict, told_of, train_epoch, train_step
 from fastkd.engine.losses import stored_logits
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.stages import Chain
-from fastkd.stages.job import Job, TeacherFeed, compile_step, divide_cores, loss_of
+from fastkd.stages.job import Job, TeacherFeed, compile_step, divide_cores, live_feed, loss_of
 
-LR = 1e-4
+LR = 1e-4  # no time depends on it, and with it no loss becomes infinite, however few epochs it came from
 UNTIMED_STEPS = 4  # more than the loader has ready when a segment begins
 
 
@@ -83,7 +83,7 @@ class Workbench:
             read = partial(stored_logits, num_classes=self.chain.num_classes, temperature=self.recipe.loss.temperature)
             teacher = TeacherFeed(lambda view: self.rows, None, read)
         else:
-            teacher = TeacherFeed(lambda view: None, _live(runtime, live), lambda told: told[0])
+            teacher = live_feed(runtime, live)
         state = TrainState(
             runtime,
             runtime.compiled(Objective(student, loss_of(self.recipe), teacher.read)),
@@ -140,14 +140,6 @@ class Workbench:
         return Fed(images.to(device), labels.to(device), labels.to(device), (rows.to(device),), batch_size)
 
 
-def _live(runtime: Runtime, net: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    def live(images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad(), runtime.autocast():
-            return net(images).float()
-
-    return live
-
-
 def epochs_of(job: Job) -> Generator[Batch, None, None]:
     """Yield the batches of one epoch after another, without end."""
     for epoch in itertools.count():
@@ -158,30 +150,27 @@ def bare_steps(job: Job, batch: Fed, steps: int) -> float:
     """Take steps on one batch that is on the device; return images/s."""
     start = job.state.runtime.clock()
     for _ in range(steps):
-        told = batch.stored if job.teacher.live is None else (job.teacher.live(batch.images, batch.labels),)
-        train_step(job.state, batch.images, batch.labels, told)
+        train_step(job.state, batch.images, batch.labels, told_of(batch, job.teacher.live))
     return steps * len(batch.labels) / (job.state.runtime.clock() - start)
 
 
+def some_steps(job: Job, batches: Iterator[Batch], steps: int) -> Epoch:
+    """Take steps on batches as they come, by the very loop that trains; the epoch they come from stays alive."""
+    return train_epoch(
+        job.state,
+        (batch for batch in itertools.islice(batches, steps)),
+        job.teacher.live,
+        np.full(steps, LR),
+        log_every_steps=steps,
+        on_log=lambda *told: None,
+        running=job.running,
+    )
+
+
 def fed_steps(job: Job, batches: Iterator[Batch], steps: int) -> float:
-    """Take steps on batches as they come, by the very loop that trains; return images/s.
-
-    Those that the loader had ready are used up first, untimed.
-    """
-
-    def some(count: int) -> Generator[Batch, None, None]:
-        yield from itertools.islice(batches, count)
-
-    for count in (UNTIMED_STEPS, steps):
-        result = train_epoch(
-            job.state,
-            some(count),
-            job.teacher.live,
-            np.full(count, LR),
-            log_every_steps=count + 1,
-            on_log=lambda *told: None,
-        )
-    return result.images_per_s
+    """Take steps on batches as they come; return images/s. Those that were ready are used up first, untimed."""
+    some_steps(job, batches, UNTIMED_STEPS)
+    return some_steps(job, batches, steps).images_per_s
 
 
 @torch.inference_mode()

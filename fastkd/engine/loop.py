@@ -202,7 +202,7 @@ def train_epoch(
             epoch.data_wait_s += time.perf_counter() - asked
             for group in state.optimizer.param_groups:
                 group["lr"] = float(lr_S[epoch.steps])
-            told = _told(batch, live)
+            told = told_of(batch, live)
             if running is None:
                 mean, _ = train_step(state, batch.images, batch.labels, told)
             else:
@@ -230,7 +230,8 @@ def train_epoch(
     return epoch
 
 
-def _told(batch: Fed, live: LiveTeacher | None) -> Told:
+def told_of(batch: Fed, live: LiveTeacher | None) -> Told:
+    """Return what the teacher says of a batch."""
     return batch.stored if live is None else (live(batch.images, batch.labels),)
 
 
@@ -293,7 +294,7 @@ def _later(runtime: Runtime, logits: Tensor, batch: Fed) -> Callable[[], Predict
 def warm_up(state: TrainState, batch: Fed, live: LiveTeacher | None, weight_B: Tensor | None = None) -> None:
     """Run one forward and backward pass, to compile, and leave the student as it was."""
     buffers = {name: b.clone() for name, b in state.objective.named_buffers()}
-    for part in _parts(state.parts, batch.images, batch.labels, _told(batch, live), weight_B):
+    for part in _parts(state.parts, batch.images, batch.labels, told_of(batch, live), weight_B):
         with state.runtime.autocast():
             mean, _ = state.objective(*part)
         mean.backward()

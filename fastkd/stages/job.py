@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd import console, models
 from fastkd import recipe as recipes
@@ -22,12 +22,17 @@ from fastkd.engine.dynamic import RunningLosses
 from fastkd.engine.feed import feed
 from fastkd.engine.loop import LiveTeacher, Objective, ReadFn, TrainState, warm_up
 from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
+from fastkd.engine.runtime import Runtime
 from fastkd.kernels import mix64
 from fastkd.stages import labelling
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
 
+LOADING_HELP = (
+    "more data.workers, images stored raw or smart instead of jpg, a lower max_resolution when writing, or a smaller "
+    "data.input_px would help"
+)
 MEASURED_BATCHES, MEASURED_S = 64, 0.5
 LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 
@@ -234,6 +239,12 @@ def teacher_feed(chain: "Chain") -> TeacherFeed:
     sigma_K = None
     if recipe.labels.reshape:
         sigma_K = torch.tensor(chain.subset.array("class_std.npy"), dtype=torch.float32, device=runtime.device)
+
+    return live_feed(runtime, net, sigma_K)
+
+
+def live_feed(runtime: Runtime, net: nn.Module, sigma_K: Tensor | None = None) -> TeacherFeed:
+    """Return the word of a teacher that looks at every batch, reshaped where σ is given."""
 
     def live(images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), runtime.autocast():

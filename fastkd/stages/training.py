@@ -22,7 +22,7 @@ from fastkd.engine.loop import Epoch, StoppedError, evaluate, train_epoch
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages.history import History
-from fastkd.stages.job import Job, prepare, uses_labels, uses_subset, word
+from fastkd.stages.job import LOADING_HELP, Job, prepare, uses_labels, uses_subset, word
 from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.stopping import StopRequest
 
@@ -198,14 +198,13 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     )
     if timing["data_wait_share"] > LOADER_LIMITS:
         console.warn(
-            "train: the step waited for data; more data.workers, images stored raw or smart instead of jpg, a lower "
-            "max_resolution when writing or a smaller data.input_px would help; python -m fastkd.bench step RECIPE "
-            "tells what each step could reach"
+            f"train: the step waited for data; {LOADING_HELP}; python -m fastkd.bench step RECIPE tells what each step "
+            "could reach"
         )
     return Built(facts=facts, earlier_s=history.earlier_s)
 
 
-def _train_epochs(chain: "Chain", job: "Job", history: History, save: Callable[[], None], stop: StopRequest) -> None:
+def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[], None], stop: StopRequest) -> None:
     """Train the epochs that are left, writing a checkpoint every now and then.
 
     Raises
