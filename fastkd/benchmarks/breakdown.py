@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastkd import console
 from fastkd.benchmarks.reference import Reference
-from fastkd.benchmarks.workbench import epochs_of, some_steps
+from fastkd.benchmarks.workbench import Epochs
 from fastkd.doctor import usable_cores
 from fastkd.recipe import Prune, Recipe
 from fastkd.stages import Chain
@@ -99,13 +99,9 @@ class FastkdLoop:
     """fastkd's own loop, a few steps at a time."""
 
     def __init__(self, chain: Chain) -> None:
-        self._job = prepare(chain)
-        self.images_per_epoch = self._job.images_per_epoch
-        self._batches = epochs_of(self._job)
-
-    def advance(self, steps: int) -> float:
-        """Train for some steps and return the wall seconds that they took."""
-        return some_steps(self._job, self._batches, steps).wall_s
+        job = prepare(chain)
+        self.images_per_epoch = job.images_per_epoch
+        self.advance = Epochs(chain, job).advance
 
 
 def measure(

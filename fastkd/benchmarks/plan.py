@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from rich.table import Table
 
 from fastkd import console, doctor
-from fastkd.benchmarks import charts, machine_line, workbench
+from fastkd.benchmarks import charts, machine_line
+from fastkd.benchmarks.breakdown import changed
 from fastkd.benchmarks.savings import break_even
 from fastkd.benchmarks.step import LOADER_LIMITS
-from fastkd.benchmarks.workbench import Workbench, bare_steps, fed_steps, in_turn, steps_for
+from fastkd.benchmarks.workbench import Epochs, Workbench, bare_steps, fed_steps, in_turn, shares, steps_for
 from fastkd.recipe import Recipe
-from fastkd.stages.job import LOADING_HELP, compile_step
+from fastkd.stages.job import LOADING_HELP, compile_sizes
 from fastkd.stages.labelling import VIEWS_PER_PASS, row_bytes
 from fastkd.stages.scoring import score_chunks
 from fastkd.stages.training import EVAL_BATCH_SIZE
@@ -42,8 +43,10 @@ class Measured:
         Images/s of the teacher over plain views, over numbered ones, and of the student over val.
     prune : float
         Rows of logits a second.
-    write_s, setup_s, compile_s : float
+    write_s, setup_s, compile_s, vanilla_compile_s : float
         Seconds; compiling with the compilers' caches filled.
+    score_start_s, label_start_s : float
+        Seconds until the teacher's first batch is done, beyond what its images take: compiling, which happens once.
     """
 
     step: float
@@ -56,6 +59,9 @@ class Measured:
     write_s: float
     setup_s: float
     compile_s: float
+    vanilla_compile_s: float
+    score_start_s: float
+    label_start_s: float
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,9 @@ def predict(m: Measured, s: Sizes, keep_ratio: float, views: int | None) -> dict
     further = m.setup_s + m.compile_s + s.epochs * full / m.step + s.val / m.evaluate
     before = {
         "write": m.write_s,
-        "score": s.train / m.score,
+        "score": m.score_start_s + s.train / m.score,
         "prune": s.train / m.prune,
-        "label": (views or 0) * kept / m.label,
+        "label": m.label_start_s + views * kept / m.label if views else 0.0,
     }
     stored = s.train * s.classes * s.score_bytes + kept * (2 * s.classes + (views or 0) * s.row_bytes)
     return {
@@ -102,7 +108,7 @@ def predict(m: Measured, s: Sizes, keep_ratio: float, views: int | None) -> dict
 def predict_vanilla(m: Measured, s: Sizes) -> dict[str, float]:
     """Return the same of vanilla KD: all data, a live teacher at every step."""
     train = s.epochs * (s.samples // s.batch_size * s.batch_size) / m.vanilla_step
-    further = m.setup_s + m.compile_s + train + s.val / m.evaluate
+    further = m.setup_s + m.vanilla_compile_s + train + s.val / m.evaluate
     return {
         "write": m.write_s,
         "train": train,
@@ -177,47 +183,59 @@ def _measure(bench: Workbench, repeats: int) -> Measured:
     recipe, chain, runtime = bench.recipe, bench.chain, bench.chain.runtime
     console.heading("plan: compiling")
     start = time.perf_counter()
-    job = bench.job(runtime)
+    job, teacher = bench.job(runtime), bench.teacher(runtime)
     setup_s = time.perf_counter() - start
-    compile_step(job, 0)
+    compile_sizes(job)
+    compile_sizes(bench.job(runtime, live=teacher))
     if runtime.compile:
         torch.compiler.reset()  # the caches on disk are filled now, as they are for most students
     start = time.perf_counter()
     job = bench.fed_job(runtime)
     compile_s = time.perf_counter() - start
-    batch = bench.resident(job, recipe.train.batch_size)
-
-    teacher = bench.teacher(runtime)
+    start = time.perf_counter()
     vanilla = bench.fed_job(runtime, live=teacher)
-    stored_batches, vanilla_batches = workbench.epochs_of(job), workbench.epochs_of(vanilla)
+    vanilla_compile_s = time.perf_counter() - start
+    vanilla = replace(vanilla, recipe=changed(recipe, train={"progressive_px": {}}))  # its images do not grow
+
     views, per_pass = recipe.num_views, min(recipe.num_views or 1, VIEWS_PER_PASS)
     labeller = chain.loader("train", max(1, recipe.labels.batch_size // per_pass), input_px=chain.teacher_px)
     val = chain.loader("val", min(EVAL_BATCH_SIZE, chain.dataset.facts["counts"]["val"]))
     student = bench.student(runtime).eval()
-
-    steps = steps_for(SEGMENT_S, lambda n: fed_steps(job, stored_batches, n), recipe.train.batch_size)
-    vanilla_steps = steps_for(SEGMENT_S, lambda n: fed_steps(vanilla, vanilla_batches, n), recipe.train.batch_size)
     segments = {
-        "step": lambda: fed_steps(job, stored_batches, steps),
-        "bare_step": lambda: bare_steps(job, batch, steps),
-        "vanilla_step": lambda: fed_steps(vanilla, vanilla_batches, vanilla_steps),
         "score": lambda: bench.score(runtime, teacher, SEGMENT_S),
         "evaluate": lambda: bench.passes(runtime, student, val, SEGMENT_S),
     }
     if views is not None:
         segments["label"] = lambda: bench.passes(runtime, teacher, labeller, SEGMENT_S, view=range(per_pass))
+    start_s = {}
+    for name, segment in segments.items():  # shapes of their own, compiled now
+        start = time.perf_counter()
+        segment()
+        start_s[name] = max(0.0, time.perf_counter() - start - SEGMENT_S)
+
+    fed, vanilla_fed = Epochs(chain, job), Epochs(chain, vanilla)
+    size = recipe.train.batch_size
+    steps = steps_for(SEGMENT_S, lambda n: fed_steps(fed, n), size)
+    vanilla_steps = steps_for(SEGMENT_S, lambda n: fed_steps(vanilla_fed, n), size)
+    resident = [(share, bench.resident(job, size, px)) for px, share in shares(recipe).items()]
     console.heading("plan: measuring")
-    for name in ("score", "evaluate", *(["label"] if views is not None else [])):
-        segments[name]()  # shapes of their own, compiled now
+    segments |= {
+        "step": lambda: fed_steps(fed, steps),
+        "bare_step": lambda: 1 / sum(share / bare_steps(job, batch, steps) for share, batch in resident),
+        "vanilla_step": lambda: fed_steps(vanilla_fed, vanilla_steps),
+    }
     rates = {name: float(np.median(values)) for name, values in in_turn(repeats, segments).items()}
-    stored_batches.close()
-    vanilla_batches.close()
+    fed.close()
+    vanilla_fed.close()
     return Measured(
         **{"label": rates["score"], **rates},
         prune=_prune_rate(chain.num_classes),
         write_s=chain.dataset.cost_s,
         setup_s=setup_s,
         compile_s=compile_s,
+        vanilla_compile_s=vanilla_compile_s,
+        score_start_s=start_s["score"],
+        label_start_s=start_s.get("label", 0.0),
     )
 
 

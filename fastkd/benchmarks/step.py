@@ -12,8 +12,18 @@ import torch._dynamo.config
 from rich.table import Table
 
 from fastkd import console, doctor
-from fastkd.benchmarks import charts, machine_line, workbench
-from fastkd.benchmarks.workbench import Workbench, bare_forward, bare_steps, fed_steps, in_turn, steps_for, summary
+from fastkd.benchmarks import charts, machine_line
+from fastkd.benchmarks.breakdown import changed
+from fastkd.benchmarks.workbench import (
+    Epochs,
+    Workbench,
+    bare_forward,
+    bare_steps,
+    fed_steps,
+    in_turn,
+    steps_for,
+    summary,
+)
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
 from fastkd.stages.job import LOADING_HELP
@@ -46,15 +56,15 @@ def ways(device: str) -> list[Way]:
 def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repeats: int = 5) -> dict[str, Any]:
     """Time the student's step and the teacher's forward pass each way, then the best way fed; write `out/step.json`.
 
-    Nets have random weights. The ways take turns at the recipe's batch size; then the fastest, and the recipe's own, at
-    other sizes.
+    Nets have random weights; images have the size that training ends with. The ways take turns at the recipe's batch
+    size; then the fastest, and the recipe's own, at other sizes.
 
     Parameters
     ----------
     batch_sizes
         Further sizes; default: half, twice and four times the recipe's.
     """
-    bench = Workbench(recipe)
+    bench = Workbench(changed(recipe, train={"progressive_px": {}}))
     size = recipe.train.batch_size
     own = bench.chain.runtime
     try:
@@ -133,7 +143,7 @@ def _stall(bench: Workbench, own: Runtime, repeats: int) -> dict[str, Any]:
     """
     job = bench.fed_job(own)
     batch = bench.resident(job, bench.recipe.train.batch_size)
-    batches = workbench.epochs_of(job)
+    epochs = Epochs(bench.chain, job)
     count = steps_for(2 * SEGMENT_S, lambda n: bare_steps(job, batch, n), bench.recipe.train.batch_size)
     teacher, scored = bench.teacher(own), bench.resident(job, bench.recipe.score.batch_size)
     forwards = steps_for(2 * SEGMENT_S, lambda n: bare_forward(own, teacher, scored.images, n), len(scored.labels))
@@ -142,12 +152,12 @@ def _stall(bench: Workbench, own: Runtime, repeats: int) -> dict[str, Any]:
         2 * repeats,
         {
             "bare": lambda: bare_steps(job, batch, count),
-            "fed": lambda: fed_steps(job, batches, count),
+            "fed": lambda: fed_steps(epochs, count),
             "score_bare": lambda: bare_forward(own, teacher, scored.images, forwards),
             "score_fed": lambda: bench.score(own, teacher, 2 * SEGMENT_S),
         },
     )
-    batches.close()
+    epochs.close()
     shares = {
         name: summary([fed / bare for fed, bare in zip(found[fed_name], found[bare_name], strict=True)])
         for name, fed_name, bare_name in (("fed_share", "fed", "bare"), ("score_share", "score_fed", "score_bare"))

@@ -4,8 +4,10 @@ import itertools
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from fastkd import recipe as recipes
 from fastkd.data.loader import Batch, Loader
 from fastkd.data.stored import StoredRows
 from fastkd.engine.feed import Fed
-from fastkd.engine.loop import Epoch, Objective, TrainState, predict, told_of, train_epoch, train_step
+from fastkd.engine.loop import Epoch, predict, told_of, train_epoch, train_step
 from fastkd.engine.losses import stored_logits
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.stages import Chain
-from fastkd.stages.job import Job, TeacherFeed, compile_step, divide_cores, live_feed, loss_of
+from fastkd.stages.job import Job, TeacherFeed, assemble, compile_sizes, divide_cores, live_feed, uses_labels
+from fastkd.stages.labelling import view_files
 
 LR = 1e-4  # no time depends on it, and with it no loss becomes infinite, however few epochs it came from
 UNTIMED_STEPS = 4  # more than the loader has ready when a segment begins
@@ -47,10 +50,12 @@ class Workbench:
         self.chain = Chain(recipe)
         self.ids = self.chain.train_ids
         self._folder = tempfile.TemporaryDirectory(prefix="fastkd-bench-")
-        zeros_NK = open_memmap(  # a file of holes: read like any other, on disk nothing
-            Path(self._folder.name) / "rows.npy", "w+", np.float16, (len(self.ids), self.chain.num_classes)
-        )
-        self.rows = StoredRows(self.ids, [zeros_NK])
+        topk = recipe.labels.topk if uses_labels(recipe) else None
+        files = [  # of holes: read like any other, on disk nothing
+            open_memmap(Path(self._folder.name) / name, "w+", dtype, (len(self.ids), width))
+            for name, dtype, width in view_files(0, self.chain.num_classes, topk)
+        ]
+        self.rows = StoredRows(self.ids, files)
 
     def close(self) -> None:
         """Remove the empty labels."""
@@ -78,29 +83,20 @@ class Workbench:
 
     def job(self, runtime: Runtime, *, live: nn.Module | None = None) -> Job:
         """Build a student with its loader, that learns from stored rows or from a live teacher."""
-        student = self.student(runtime)
         if live is None:
             read = partial(stored_logits, num_classes=self.chain.num_classes, temperature=self.recipe.loss.temperature)
             teacher = TeacherFeed(lambda view: self.rows, None, read)
         else:
             teacher = live_feed(runtime, live)
-        state = TrainState(
-            runtime,
-            runtime.compiled(Objective(student, loss_of(self.recipe), teacher.read)),
-            runtime.optimizer(self.recipe.optim, student.parameters()),
-            runtime.scaler(),
-        )
-        for group in state.optimizer.param_groups:
+        job = assemble(self.chain, runtime, self.ids, self.student(runtime), teacher)
+        for group in job.state.optimizer.param_groups:
             group["lr"] = LR  # the batches are noise
-        loader = self.chain.loader("train", self.recipe.train.batch_size)
-        return Job(self.recipe, loader, student, state, self.ids, teacher, None)
+        return job
 
     def fed_job(self, runtime: Runtime, *, live: nn.Module | None = None) -> Job:
         """Build a student and divide the cores between its loader and its step, as training does."""
         job = self.job(runtime, live=live)
-        step_s = compile_step(job, 0)
-        if not self.recipe.data.workers:
-            divide_cores(job, 0, step_s)
+        divide_cores(job, compile_sizes(job))
         return job
 
     def passes(self, runtime: Runtime, net: nn.Module, loader: Loader, seconds: float, **asked: Any) -> float:
@@ -128,22 +124,60 @@ class Workbench:
         """Run the teacher as it scores; return images/s."""
         return self.passes(runtime, teacher, self._scorer, seconds)
 
-    def resident(self, job: Job, batch_size: int) -> Fed:
-        """Return a batch of noise on the device, with rows as they are stored."""
-        height, width = job.loader.image_hw
+    def resident(self, job: Job, batch_size: int, px: int | None = None) -> Fed:
+        """Return a batch of noise on the device, with rows as they are stored, of a size or as the job ends with."""
+        height, width = (px, px) if px else job.loader.image_hw
         images = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         labels = torch.arange(batch_size) % self.chain.num_classes
-        rows = torch.zeros(batch_size, self.chain.num_classes, dtype=torch.float16)
         device = job.state.runtime.device
+        rows = tuple(torch.from_numpy(np.zeros_like(rows)).to(device) for rows in self.rows.buffers(batch_size))
         if not job.state.runtime.channels_last:
             images = images.contiguous()
-        return Fed(images.to(device), labels.to(device), labels.to(device), (rows.to(device),), batch_size)
+        return Fed(
+            images.to(device), labels.to(device), labels.to(device), tuple(one.to(device) for one in rows), batch_size
+        )
 
 
-def epochs_of(job: Job) -> Generator[Batch, None, None]:
-    """Yield the batches of one epoch after another, without end."""
-    for epoch in itertools.count():
-        yield from job.batches(job.epoch_ids(epoch), epoch % job.recipe.train.epochs)
+def shares(recipe: recipes.Recipe) -> dict[int | None, float]:
+    """Return, by the size of images, the share of the epochs that has it."""
+    sizes = Counter(map(recipe.px_of, range(recipe.train.epochs)))
+    return {px: count / recipe.train.epochs for px, count in sizes.items()}
+
+
+class Epochs:
+    """The batches of one epoch after another, without end, and steps on them.
+
+    Where images grow in training, there are batches of each size, and of the steps each size has its share of the
+    epochs; each has a loader of its own, since a loader does one thing at a time.
+    """
+
+    def __init__(self, chain: Chain, job: Job) -> None:
+        self.job = job
+        self._parts = []
+        for px, share in shares(job.recipe).items():
+            own = replace(job, loader=chain.loader("train", job.recipe.train.batch_size))
+            own.loader.workers = job.loader.workers
+            self._parts.append((share, _endless(own, px)))
+
+    def advance(self, steps: int) -> float:
+        """Train for some steps, by the very loop that trains; return the wall seconds that they take."""
+        seconds = 0.0
+        for share, batches in self._parts:
+            own = max(1, round(share * steps))
+            seconds += share * steps / own * some_steps(self.job, batches, own).wall_s
+        return seconds
+
+    def close(self) -> None:
+        """Let go of the loaders."""
+        for _, batches in self._parts:
+            batches.close()
+
+
+def _endless(job: Job, px: int | None) -> Generator[Batch, None, None]:
+    """Yield the batches of epochs whose images have a size."""
+    epochs = [epoch for epoch in range(job.recipe.train.epochs) if job.recipe.px_of(epoch) == px]
+    for number in itertools.count():
+        yield from job.batches(job.epoch_ids(number), epochs[number % len(epochs)])
 
 
 def bare_steps(job: Job, batch: Fed, steps: int) -> float:
@@ -167,10 +201,10 @@ def some_steps(job: Job, batches: Iterator[Batch], steps: int) -> Epoch:
     )
 
 
-def fed_steps(job: Job, batches: Iterator[Batch], steps: int) -> float:
+def fed_steps(epochs: Epochs, steps: int) -> float:
     """Take steps on batches as they come; return images/s. Those that were ready are used up first, untimed."""
-    some_steps(job, batches, UNTIMED_STEPS)
-    return some_steps(job, batches, steps).images_per_s
+    epochs.advance(UNTIMED_STEPS)
+    return steps * epochs.job.recipe.train.batch_size / epochs.advance(steps)
 
 
 @torch.inference_mode()

@@ -118,39 +118,53 @@ class Job:
 
 def prepare(chain: "Chain") -> Job:
     """Build all that the first step needs, compile it, and divide the cores."""
-    recipe, runtime = chain.recipe, chain.runtime
-    train, watch = recipe.train, chain.watch
+    runtime, watch = chain.runtime, chain.watch
     with watch.on("setup"):
-        loader = chain.loader("train", train.batch_size)
         ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
-        loader.full_batches(len(ids_M))
-        if recipe.prune.dynamic:
-            loader.full_batches(len(ids_M) - int(recipe.prune.easy_drop_ratio * len(ids_M)))  # the least it may leave
-        student = _new_student(chain)
-        student.train()
-        teacher = teacher_feed(chain)
-        state = TrainState(
-            runtime,
-            runtime.compiled(Objective(student, loss_of(recipe), teacher.read)),
-            runtime.optimizer(recipe.optim, student.parameters()),
-            runtime.scaler(),
-            parts=train.accumulate,
-            clip_norm=recipe.optim.clip_norm,
-            average=MovingAverage(student, train.ema_decay) if train.ema_decay else None,
-        )
-        running = RunningLosses(ids_M, runtime.device) if recipe.prune.dynamic else None
-        job = Job(recipe, loader, student, state, ids_M, teacher, running)
+        job = assemble(chain, runtime, ids_M, _new_student(chain), teacher_feed(chain))
     with watch.on("compile"):
         if runtime.compile:
             console.say("train: compiling; the first time on a machine this takes up to a minute")
-        sizes = {recipe.px_of(epoch): epoch for epoch in reversed(range(train.epochs))}
-        for epoch in sorted(sizes.values()):
-            step_s = compile_step(job, epoch)
+        step_s = compile_sizes(job)
     console.say(f"train: ready for the first step after {watch.seconds['compile']:.1f} s of compiling and warming up")
     with watch.on("setup"):
-        if not recipe.data.workers:
-            divide_cores(job, epoch, step_s)
+        divide_cores(job, step_s)
     return job
+
+
+def assemble(
+    chain: "Chain", runtime: Runtime, ids_M: np.ndarray, student: models.Normalised, teacher: TeacherFeed
+) -> Job:
+    """Put a student together with its samples (int64 [M]), its teacher's word and its optimizer, not yet compiled.
+
+    Raises
+    ------
+    InputError
+        There are fewer samples than a batch has, or a dynamic method may leave fewer.
+    """
+    recipe, train = chain.recipe, chain.recipe.train
+    loader = chain.loader("train", train.batch_size)
+    loader.full_batches(len(ids_M))
+    if recipe.prune.dynamic:
+        loader.full_batches(len(ids_M) - int(recipe.prune.easy_drop_ratio * len(ids_M)))  # the least it may leave
+    student.train()
+    state = TrainState(
+        runtime,
+        runtime.compiled(Objective(student, loss_of(recipe), teacher.read)),
+        runtime.optimizer(recipe.optim, student.parameters()),
+        runtime.scaler(),
+        parts=train.accumulate,
+        clip_norm=recipe.optim.clip_norm,
+        average=MovingAverage(student, train.ema_decay) if train.ema_decay else None,
+    )
+    running = RunningLosses(ids_M, runtime.device) if recipe.prune.dynamic else None
+    return Job(recipe, loader, student, state, ids_M, teacher, running)
+
+
+def compile_sizes(job: Job) -> float:
+    """Compile a step at each size of images that training goes through; return the seconds of one at the last."""
+    sizes = {job.recipe.px_of(epoch): epoch for epoch in reversed(range(job.recipe.train.epochs))}
+    return [compile_step(job, epoch) for epoch in sorted(sizes.values())][-1]
 
 
 def compile_step(job: Job, epoch: int) -> float:
@@ -165,14 +179,21 @@ def compile_step(job: Job, epoch: int) -> float:
         return state.runtime.clock() - start
 
 
-def divide_cores(job: Job, epoch: int, step_s: float) -> None:
-    """Give the loader as many threads as keep it well ahead of the step, by measurement, and the others to the step."""
+def divide_cores(job: Job, step_s: float) -> None:
+    """Give the loader as many threads as keep it well ahead of the step, by measurement, and the others to the step.
+
+    Parameters
+    ----------
+    step_s : float
+        What a step takes at the size of images that training ends with. Nothing is measured where the recipe says how
+        many threads the loader has.
+    """
     loader, size = job.loader, job.recipe.train.batch_size
-    most, loader.workers = loader.workers, 1
-    if most == 1:
+    if job.recipe.data.workers or loader.workers == 1:
         return
+    most, loader.workers = loader.workers, 1
     ids = job.ids[: MEASURED_BATCHES * size]
-    with closing(job.batches(ids, epoch)) as batches:
+    with closing(job.batches(ids, job.recipe.train.epochs - 1)) as batches:
         for _ in zip(range(BATCHES_AHEAD + 1), batches, strict=False):
             pass  # loaded while nobody waited
         start, count = time.perf_counter(), 0

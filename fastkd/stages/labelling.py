@@ -114,17 +114,17 @@ def share_of(labels: Artifact, views: int) -> float:
 
 def open_view(labels: Artifact, sample_ids: np.ndarray, view: int) -> StoredRows:
     """Open the rows of one view, to be found by sample_id."""
-    names = [f"views/{name}" for name, _, _ in _files(view, labels.facts["classes"], labels.facts["topk"])]
+    names = [f"views/{name}" for name, _, _ in view_files(view, labels.facts["classes"], labels.facts["topk"])]
     return StoredRows(sample_ids, [labels.array(name) for name in names])
 
 
 def row_bytes(num_classes: int, topk: int | None) -> int:
     """Return what the row of one image and view takes on disk."""
-    return sum(np.dtype(dtype).itemsize * width for _, dtype, width in _files(0, num_classes, topk))
+    return sum(np.dtype(dtype).itemsize * width for _, dtype, width in view_files(0, num_classes, topk))
 
 
-def _files(view: int, num_classes: int, topk: int | None) -> list[tuple[str, str, int]]:
-    """Return name, type and width of the arrays that hold a view."""
+def view_files(view: int, num_classes: int, topk: int | None) -> list[tuple[str, str, int]]:
+    """Return name, type and width of the arrays that hold a view, all numbers or the k largest of each row."""
     if topk is None:
         return [(f"v{view:04}.npy", "<f2", num_classes)]
     return [
@@ -182,7 +182,7 @@ def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown
             done = left - sum(len(kept) - progress.rows(v) for v in wanted)
             _label(chain, folder, progress, kept, group, partial(_move, update, done))
             missing = [v for v in missing if v not in group]
-    expected = {name for v in range(views) for name, _, _ in _files(v, K, topk)}
+    expected = {name for v in range(views) for name, _, _ in view_files(v, K, topk)}
     for file in folder.iterdir():
         if file.name not in expected:  # begun when more views were asked for
             file.unlink()
@@ -225,7 +225,7 @@ def _as_left(chain: "Chain", folder: Path, progress: Progress, kept: np.ndarray,
         console.say(f"label: view {view} was begun in {state['precision']}; labelling it anew")
         return False
     digests = []
-    for name, dtype, width in _files(view, chain.num_classes, chain.recipe.labels.topk):
+    for name, dtype, width in view_files(view, chain.num_classes, chain.recipe.labels.topk):
         try:
             with RowFile(folder / name, dtype, len(kept), width, done=state["rows"]) as file:
                 digests.append(file.digest)
@@ -251,7 +251,7 @@ def _label(
         files = [
             [
                 stack.enter_context(RowFile(folder / name, dtype, len(kept), width, done=start))
-                for name, dtype, width in _files(v, chain.num_classes, labels.topk)
+                for name, dtype, width in view_files(v, chain.num_classes, labels.topk)
             ]
             for v in group
         ]

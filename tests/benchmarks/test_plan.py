@@ -4,12 +4,13 @@ from dataclasses import replace
 import pytest
 
 from fastkd import bench
-from fastkd.benchmarks import plan
+from fastkd.benchmarks import plan, workbench
 from fastkd.benchmarks.plan import Measured, Sizes, duration, limit, predict, predict_vanilla, total
+from fastkd.benchmarks.workbench import shares
 
 RATES = Measured(
     step=100, vanilla_step=40, bare_step=101, score=200, label=250, evaluate=500, prune=1e4, write_s=3, setup_s=1,
-    compile_s=2,
+    compile_s=2, vanilla_compile_s=3, score_start_s=4, label_start_s=5,
 )  # fmt: skip
 SIZES = Sizes(
     samples=900, train=1000, val=100, classes=10, epochs=4, batch_size=64, row_bytes=20, score_bytes=4
@@ -19,14 +20,15 @@ SIZES = Sizes(
 def test_a_prediction_is_what_each_stage_takes():
     found = predict(RATES, SIZES, 0.5, 8)
     train = 4 * 448 / 100  # 450 kept make seven full batches
-    assert found["label"] == 8 * 450 / 250
+    assert found["score"] == 4 + 1000 / 200
+    assert found["label"] == 5 + 8 * 450 / 250
     assert found["train"] == train
     assert found["further_student_s"] == pytest.approx(1 + 2 + train + 100 / 500)
-    assert found["first_student_s"] == pytest.approx(found["further_student_s"] + 3 + 5 + 0.1 + 14.4)
+    assert found["first_student_s"] == pytest.approx(found["further_student_s"] + 3 + 9 + 0.1 + 19.4)
     assert found["stored_bytes"] == 1000 * 10 * 4 + 450 * (20 + 8 * 20)
     assert predict(RATES, SIZES, 0.5, None)["label"] == 0
     vanilla = predict_vanilla(RATES, SIZES)
-    assert vanilla["first_student_s"] == pytest.approx(3 + 3 + 4 * 896 / 40 + 0.2)
+    assert vanilla["first_student_s"] == pytest.approx(3 + 4 + 4 * 896 / 40 + 0.2)
     assert total(vanilla, 5) == pytest.approx(3 + 5 * vanilla["further_student_s"])
 
 
@@ -59,7 +61,7 @@ def test_the_command_measures_and_shows_the_recipe_among_others(tiny_recipe, tmp
     assert (tmp_path / "p" / "plan.png").stat().st_size > 10_000
     assert {line["views"] for line in report["lines"]} == {1, 2, 4, 6}
     assert [line["views"] for line in report["lines"] if line["recipe"]] == [2]
-    assert all(rate > 0 for rate in report["measured"].values())
+    assert all(value >= 0 if name.endswith("_start_s") else value > 0 for name, value in report["measured"].items())
     for words in ("vanilla KD", "keep 0.5, V = 2 (recipe)", "keep 1, V = 6", "the limit is", "machine:", "5 students"):
         assert words in said
     assert not list((tmp_path / "artifacts").glob("*"))  # nothing was scored or labelled for it
@@ -72,3 +74,25 @@ def test_without_views_there_is_one_line_a_ratio(tiny_recipe, tmp_path, monkeypa
     assert [(line["keep_ratio"], line["views"]) for line in report["lines"]] == [
         (keep, None) for keep in (0.3, 0.4, 0.5, 0.7, 1.0)
     ]
+
+
+def test_of_images_that_grow_each_size_counts_by_its_share_of_the_epochs(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
+    monkeypatch.setattr(plan, "SCORED_ROWS", 100)
+    stepped = []
+    some_steps = workbench.some_steps
+
+    def noted(job, batches, steps):
+        def look():
+            for batch in batches:
+                stepped.append(batch.images.shape[-1])
+                yield batch
+
+        return some_steps(job, look(), steps)
+
+    monkeypatch.setattr(workbench, "some_steps", noted)
+    grown = tiny_recipe("train.epochs=4", "train.progressive_px={0: 8, 3: 16}", "data.input_px=16")
+    report = plan.measure(grown, tmp_path / "p", repeats=1)
+    assert set(stepped) == {8, 16}
+    assert shares(grown) == {8: 0.75, 16: 0.25}
+    assert report["limit"]
