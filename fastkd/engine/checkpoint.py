@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from fastkd import console
 from fastkd.artifacts import file_digest, fsync
 from fastkd.engine.dynamic import RunningLosses
-from fastkd.engine.loop import TrainState
+from fastkd.engine.loop import DIVERGED_HELP, TrainState
+from fastkd.errors import FastkdError
 
 NAME = re.compile(r"step-(\d{9})-([0-9a-f]{32})\.safetensors")
 STATE = "state"  # of the metadata: JSON
@@ -59,9 +60,19 @@ def save(
         Steps done in all.
     state
         Whatever else there is to remember, as JSON takes it.
+
+    Raises
+    ------
+    FastkdError
+        What the last update left is not finite: the checkpoints before stay the newest.
     """
     tensors = dict(_tensors(student, train, running))
     plain = {k: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, t in tensors.items()}
+    for name, tensor in plain.items():
+        if not name.startswith("running.") and not tensor.isfinite().all():  # losses are infinite before the first
+            raise FastkdError(
+                f"{name} is not finite after step {step}: {DIVERGED_HELP}. Checkpoints of earlier steps are kept"
+            )
     whole = {"scaler": train.scaler.state_dict(), "state": state}
     data = safetensors.torch.save(plain, {STATE: json.dumps(whole, allow_nan=False)})
     path = folder / f"step-{step:09}-{xxhash.xxh3_128_hexdigest(data)}.safetensors"

@@ -25,6 +25,9 @@ ReadFn = Callable[[Told], Tensor | None]
 """``read(told) -> teacher_logits_BK``, on the device."""
 LiveTeacher = Callable[[Tensor, Tensor], Tensor]
 """``live(images, labels) -> teacher_logits_BK``."""
+DIVERGED_HELP = "try a lower optim.lr, optim.warmup_epochs, optim.clip_norm or train.precision=fp32"
+LEAST_SCALE = 2.0**-14
+"""Of the gradient scaler, which halves its scale at each step whose gradients overflow; below this it will not help."""
 
 
 class Objective(nn.Module):
@@ -214,11 +217,7 @@ def train_epoch(
             if epoch.steps - epoch.logged >= log_every_steps or epoch.steps == len(lr_S):
                 catch_up()
                 loss = epoch.unlogged / (epoch.steps - epoch.logged)
-                if not np.isfinite(loss):
-                    raise FastkdError(
-                        f"the loss became {loss} in steps {epoch.logged} … {epoch.steps - 1} of this epoch; "
-                        "try a lower optim.lr, optim.warmup_epochs, or train.precision=fp32"
-                    )
+                _check(state, epoch, loss)
                 epoch.loss_sum += epoch.unlogged
                 epoch.logged, epoch.unlogged = epoch.steps, 0.0
                 unlogged.zero_()
@@ -228,6 +227,15 @@ def train_epoch(
                 raise StoppedError
     catch_up()
     return epoch
+
+
+def _check(state: TrainState, epoch: Epoch, loss: float) -> None:
+    """Refuse to go on where the steps since the last log led nowhere."""
+    steps = f"in steps {epoch.logged} … {epoch.steps - 1} of this epoch"
+    if not np.isfinite(loss):
+        raise FastkdError(f"the loss became {loss} {steps}: {DIVERGED_HELP}")
+    if state.scaler.is_enabled() and state.scaler.get_scale() < LEAST_SCALE:
+        raise FastkdError(f"the gradients were not finite again and again {steps}: {DIVERGED_HELP}")
 
 
 def told_of(batch: Fed, live: LiveTeacher | None) -> Told:

@@ -140,7 +140,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     if source is not None:
         shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
     (directory / "resolved.yaml").write_text(recipes.dump(recipe))
-    _write_json(directory / "env.json", environment(chain))
+    _write_environment(chain, directory / "env.json", begun=found is not None)
     try:
         job = prepare(chain)
     except InputError:
@@ -339,6 +339,20 @@ def environment(chain: "Chain") -> dict[str, Any]:
         "compile": runtime.compile,
         "versions": versions,
     }
+
+
+def _write_environment(chain: "Chain", path: Path, *, begun: bool) -> None:
+    """Write what a run is made with; of one that was begun with something else, that as well, under `earlier`."""
+    now, earlier = environment(chain), []
+    if begun:
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # it was being written at that moment
+            before = json.loads(path.read_text())
+            earlier = before.pop("earlier")
+            if before != now:
+                earlier.append(before)
+            if before["precision"] != now["precision"]:
+                console.warn(f"train: was begun in {before['precision']}, and goes on in {now['precision']}")
+    _write_json(path, {**now, "earlier": earlier})
 
 
 def _write_json(path: Path, value: Any) -> None:

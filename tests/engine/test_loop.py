@@ -190,8 +190,20 @@ def test_a_live_teacher_is_asked_at_each_step_and_what_it_says_is_read():
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_steps():
     state = make_state(lambda s, y, t: s.sum(1) * float("nan"))
-    with pytest.raises(FastkdError, match=r"the loss became nan in steps 0 … 2 of this epoch; try a lower optim\.lr"):
+    with pytest.raises(FastkdError, match=r"the loss became nan in steps 0 … 2 of this epoch: try a lower optim\.lr"):
         train_epoch(state, batches(6), None, np.full(6, 0.1), log_every_steps=3, on_log=lambda *a: None)
+
+
+def test_gradients_that_overflow_at_every_step_stop_instead_of_training_nothing():
+    state = make_state()
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6)
+    for parameter in state.objective.parameters():
+        parameter.register_hook(lambda gradient: gradient * torch.inf)
+    before = [parameter.clone() for parameter in state.objective.parameters()]
+    with pytest.raises(FastkdError, match=r"gradients were not finite again and again in steps 10 … 19 .* try a lower"):
+        train_epoch(state, batches(40), None, np.full(40, 0.1), log_every_steps=10, on_log=lambda *a: None)
+    for old, new in zip(before, state.objective.parameters(), strict=True):
+        assert torch.equal(old, new)
 
 
 def test_a_dynamic_epoch_weighs_each_sample_and_keeps_its_loss():

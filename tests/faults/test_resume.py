@@ -62,7 +62,7 @@ def stop_after(monkeypatch):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_training_that_is_stopped_again_and_again_ends_as_if_it_had_not_been(tiny_recipe, tmp_path, stop_after, way):
+def test_a_training_stopped_again_and_again__ends_with_the_very_same_student(tiny_recipe, tmp_path, stop_after, way):
     loaded = tiny_recipe("log.every_steps=2", *WAYS[way])
     stop_after(10**9)
     expected, _ = stages.train(loaded, out=tmp_path / "straight")
@@ -108,7 +108,9 @@ def wait_for_steps(runs: Path, count: int, process: subprocess.Popen) -> None:
     [(signal.SIGKILL, -9, ""), (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
     ids=["kill -9", "SIGTERM", "Ctrl-C"],
 )
-def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_recipe, tmp_path, monkeypatch, number, code, word):
+def test_a_killed_terminated_or_interrupted_training__goes_on_to_the_very_same_student(
+    tiny_recipe, tmp_path, monkeypatch, number, code, word
+):
     import torch
 
     threads = torch.get_num_threads()
@@ -139,7 +141,7 @@ def test_a_killed_training_goes_on_from_its_last_checkpoint(tiny_recipe, tmp_pat
     assert found.cost_s > 0
 
 
-def test_what_is_lost_is_charged(tiny_recipe, tmp_path, stop_after):
+def test_work_that_is_lost__is_charged_to_the_run(tiny_recipe, tmp_path, stop_after):
     loaded = tiny_recipe()
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
@@ -158,7 +160,7 @@ def test_what_is_lost_is_charged(tiny_recipe, tmp_path, stop_after):
     assert [line["step"] for line in steps(found)] == list(range(1, 19))
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_recipe, tmp_path, stop_after, capfd):
+def test_a_damaged_checkpoint__falls_back_to_the_one_before_and_says_so(tiny_recipe, tmp_path, stop_after, capfd):
     loaded = tiny_recipe("train.checkpoint_every_s=0")
     stop_after(10**9)
     expected, _ = stages.train(loaded, out=tmp_path / "straight")
@@ -174,7 +176,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny_recipe, tmp_path
     assert_same(found, expected)
 
 
-def test_what_was_begun_for_another_recipe_is_neither_gone_on_with_nor_lost(tiny_recipe, tmp_path, stop_after):
+def test_a_beginning_of_another_recipe__is_neither_gone_on_with_nor_lost(tiny_recipe, tmp_path, stop_after):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         stages.train(tiny_recipe(), out=tmp_path / "run")
@@ -187,7 +189,7 @@ def test_what_was_begun_for_another_recipe_is_neither_gone_on_with_nor_lost(tiny
     assert_same(found, expected)
 
 
-def test_resume_goes_on_at_a_path_of_ones_own(tiny_recipe, tmp_path, stop_after, command):
+def test_a_broken_off_run_at_a_path_of_ones_own__goes_on_with_resume(tiny_recipe, tmp_path, stop_after, command):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         stages.train(tiny_recipe(), out=tmp_path / "mine")
@@ -201,7 +203,18 @@ def test_resume_goes_on_at_a_path_of_ones_own(tiny_recipe, tmp_path, stop_after,
     assert "nothing was begun there" in said
 
 
-def test_a_wrong_setting_leaves_what_was_begun(tiny_recipe, tmp_path, stop_after):
+def test_a_run_that_goes_on_in_another_precision__says_so_and_tells_both(tiny_recipe, tmp_path, stop_after, capfd):
+    stop_after(5)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(tiny_recipe("train.precision=fp32"), out=tmp_path / "run")
+    stop_after(10**9)
+    found, _ = stages.train(tiny_recipe("train.precision=bf16"), out=tmp_path / "run")
+    assert "was begun in fp32, and goes on in bf16" in capfd.readouterr().err
+    told = json.loads(found.file("env.json").read_text())
+    assert [told["precision"]] + [one["precision"] for one in told["earlier"]] == ["bf16", "fp32"]
+
+
+def test_a_wrong_setting_when_going_on__leaves_what_was_begun(tiny_recipe, tmp_path, stop_after):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         stages.train(tiny_recipe(), out=tmp_path / "run")
@@ -237,7 +250,7 @@ def rows_safe(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
-def test_a_killed_scoring_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, number):
+def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_path, capfd, number):
     overrides = ("score.batch_size=16",)
     process = subprocess.Popen([sys.executable, "-c", SLOW_SCORING, tiny_recipe.path, *overrides])
     folder, give_up = tmp_path / "artifacts", time.monotonic() + 120
@@ -257,7 +270,7 @@ def test_a_killed_scoring_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, num
     assert not list(folder.glob("*progress*"))
 
 
-def test_a_damaged_beginning_is_scored_anew(tiny_recipe, tmp_path, monkeypatch, capfd):
+def test_a_damaged_beginning_of_scores__is_scored_anew_and_says_so(tiny_recipe, tmp_path, monkeypatch, capfd):
     loaded = tiny_recipe("score.batch_size=16")
     whole, _ = stages.score(tiny_recipe("score.batch_size=16", f"data.artifacts_dir={tmp_path / 'whole'}"))
     real = scoring.predict

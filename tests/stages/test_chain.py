@@ -291,12 +291,3 @@ def test_damaged_and_foreign_artifacts_are_refused(tiny_recipe):
     with pytest.raises(ArtifactError, match="holds a SUBSET, where a DATASET is expected"):
         stages.train(tiny_recipe(f"data.path={chain.subset.path}"))
     artifacts.load(chain.scores.path, "SCORES")
-
-
-def test_a_loss_that_explodes_stops_and_leaves_its_story(tiny_recipe, tmp_path):
-    from fastkd.errors import FastkdError
-
-    with pytest.raises(FastkdError, match=r"the loss became (nan|inf) in steps"):
-        stages.train(tiny_recipe("optim.lr=1e30"))
-    partial = next((tmp_path / "runs").glob("student-*.fastkd-partial"))
-    assert (partial / "metrics.jsonl").exists()
