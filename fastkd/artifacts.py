@@ -13,6 +13,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,13 +27,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fastkd import __version__
 from fastkd.errors import ArtifactError, InputError
 
-Kind = Literal["DATASET", "SCORES", "SUBSET", "LABELS", "RUN"]
+Kind = Literal["DATASET", "SCORES", "SUBSET", "LABELS", "RUN", "STUDENT"]
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20  # read before anything is allocated for it
 _VERDICT = ".verified.json"
 PARTIAL = ".fastkd-partial"  # names that no one else would give to a directory: what bears them may be deleted
 _OLD = ".fastkd-old"
+
+_keeps_verdicts: ContextVar[bool] = ContextVar("keeps_verdicts", default=True)
 
 log = logging.getLogger("fastkd")
 
@@ -226,7 +229,19 @@ def _file_state(artifact: Artifact) -> dict[str, list[int]]:
     return state
 
 
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """Write nothing beside artifacts that are loaded inside: they are verified, and no verdict is kept."""
+    token = _keeps_verdicts.set(False)
+    try:
+        yield
+    finally:
+        _keeps_verdicts.reset(token)
+
+
 def _write_verdict(artifact: Artifact) -> None:
+    if not _keeps_verdicts.get():
+        return
     with contextlib.suppress(OSError):  # a read-only place: checksums are computed at each load instead
         temporary = artifact.path / f"{_VERDICT}.{os.getpid()}"
         temporary.write_text(json.dumps(_file_state(artifact)))

@@ -130,7 +130,7 @@ def plan(
     resolved = recipe.load(path, overrides or ())
     from fastkd.benchmarks import plan as benchmark
 
-    out = out or Path(resolved.train.runs_dir) / f"plan-{resolved.name}"
+    out = out or benchmark.out_of(resolved)
     report = benchmark.measure(resolved, out, repeats=repeats)
     console.show(benchmark.table(report))
     rates = report["measured"]

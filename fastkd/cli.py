@@ -1,6 +1,7 @@
 """What every command shares: parsing by typer, and one place where errors become messages and exit codes."""
 
 import functools
+import inspect
 import logging
 import signal
 import sys
@@ -27,10 +28,15 @@ def run(*commands: Callable[..., None], named: bool = False) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in commands:
-        app.command(no_args_is_help=True)(_explained(command))
+        name = command.__name__.rstrip("_") if named else None  # `list_` is called `list`
+        app.command(name, no_args_is_help=_has_arguments(command))(_explained(command))
     if named:
         app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
     app()
+
+
+def _has_arguments(command: Callable[..., None]) -> bool:
+    return bool(inspect.signature(command).parameters)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

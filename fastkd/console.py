@@ -37,7 +37,17 @@ def heading(message: str) -> None:
 
 def show(table: Table) -> None:
     """Print a table; into a file it is as wide as it needs to be."""
-    (out if out.is_terminal else Console(highlight=False, width=200)).print(table)
+    (out if out.is_terminal else Console(highlight=False, width=200, quiet=out.quiet)).print(table)
+
+
+@contextlib.contextmanager
+def quieted(quiet: bool = True) -> Iterator[None]:
+    """Print nothing to stdout inside, if so chosen; warnings and errors go to stderr as ever."""
+    before, out.quiet = out.quiet, out.quiet or quiet
+    try:
+        yield
+    finally:
+        out.quiet = before
 
 
 def warn(message: str) -> None:

@@ -27,6 +27,12 @@ PROBE_TIMEOUT_S = 180  # importing torch and ffcv on a cold disk takes a while
 
 OK, MISSING, NOTE, FACT = "ok", "missing", "note", ""
 KEY_PACKAGES = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "pydantic", "timm", "torch", "torchvision")
+EXTRAS = {
+    "export": "exporting a student as ONNX",
+    "tensorboard": "log.tensorboard",
+    "timm": "models named timm/…",
+}
+"""What the optional packages are for."""
 FASHION_MNIST = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
@@ -322,17 +328,17 @@ def package_command(requirement: Requirement) -> str:
 def package_findings(
     wanted: Sequence[Requirement], version_of: Callable[[str], str] = installed_version
 ) -> list[Finding]:
-    """Compare the needed packages with the installed ones. Of the extras only `timm` is for users, and optional."""
+    """Compare the needed packages with the installed ones, and name those that are for users who want more."""
     findings = []
     for one in wanted:
-        if one.extra not in ("", "timm"):
+        if one.extra and one.extra not in EXTRAS:
             continue
         version = version_of(one.name)
         least = f" >= {one.least}" if one.least else ""
         if version and version_tuple(version) >= version_tuple(one.least):
             findings.append(Finding(OK, one.name, version))
         elif one.extra:
-            findings.append(Finding(NOTE, one.name, f"optional{least}: for models named {one.extra}/…"))
+            findings.append(Finding(NOTE, one.name, f"optional{least}: for {EXTRAS[one.extra]}"))
         else:
             text = f"{version}, but needs{least}" if version else f"not installed, needs{least}"
             findings.append(Finding(MISSING, one.name, text, package_command(one)))

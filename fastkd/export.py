@@ -1,30 +1,66 @@
-"""``python -m fastkd.export SUBSET OUT``: the kept samples and their labels as a data set of their own."""
+"""``python -m fastkd.export RUN|SUBSET OUT``: a student for use elsewhere, or the kept samples as a data set."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fastkd import cli, console
+from fastkd import artifacts, cli, console
+from fastkd.errors import InputError
 
 
 def main(
-    subset: Annotated[Path, typer.Argument(metavar="SUBSET", help="Directory of a SUBSET, as prune prints it.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The data set: a new directory.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN|SUBSET", help="Directory of a RUN or a SUBSET, as train and prune print it.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="What is made: a new directory.")],
     data: Annotated[
-        Path | None, typer.Option(metavar="DATASET", help="The data set that was pruned, where it is not found.")
+        Path | None,
+        typer.Option(metavar="DATASET", help="Of a SUBSET: the data set that was pruned, where it is not found."),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(metavar="LABELS", help="The labels to take along; default: those beside the SUBSET.")
+        Path | None,
+        typer.Option(metavar="LABELS", help="Of a SUBSET: the labels to take along; default: those beside it."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Copy the samples that a SUBSET keeps, and the labels made for it, into a data set that needs nothing else.
+    """Make what a RUN or a SUBSET holds usable elsewhere.
 
-    Images are copied as they are stored; samples keep their ids, and the data set its mean and std.
+    Of a RUN: its student as ONNX, as torch.export's .pt2 and as weights, with model.json, which says what images it
+    takes. Both files take uint8 images and hold the normalisation; what they say is compared with the net.
+
+    Of a SUBSET: the samples that it keeps, and the labels made for it, as a data set that needs nothing else. Images
+    are copied as they are stored; samples keep their ids, and the data set its mean and std.
+
+    Example: python -m fastkd.export runs/quickstart-01234567 student
 
     Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab data/cifar10_half
     """
+    if artifacts.read_manifest(path).kind != "RUN":
+        _export_subset(path, out, data, labels, force)
+    elif data is None and labels is None:
+        _export_run(path, out, force)
+    else:
+        raise InputError(f"{path}: is a RUN, whose student needs neither --data nor --labels")
+
+
+def _export_run(run: Path, out: Path, force: bool) -> None:
+    from fastkd import stages
+
+    console.heading(f"export {run} → {out}")
+    artifact, built = stages.deploy(run, out, force=force)
+    files = {name: stamp for name, stamp in artifact.manifest.files.items() if name != "model.json"}
+    for name, stamp in files.items():
+        worst = artifact.facts["worst_difference"].get(name)
+        told = "the weights" if worst is None else f"off the net by {worst:.1g} of the largest logit, at most"
+        console.say(f"{artifact.path / name}: {stamp.size / 1e6:,.1f} MB; {told}")
+    console.say(f"{artifact.path / 'model.json'}: what images it takes, and what it gives")
+    done = f"built in {artifact.cost_s:.1f} s" if built else "reused: it was exported before"
+    console.say(f"STUDENT: {artifact.path} ({artifact.facts['model']}), {done}")
+    console.say(f"try it: python -m fastkd.predict {artifact.path} IMAGES…")
+
+
+def _export_subset(subset: Path, out: Path, data: Path | None, labels: Path | None, force: bool) -> None:
     from fastkd import stages
 
     console.heading(f"export {subset} → {out}")

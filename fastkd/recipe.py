@@ -19,7 +19,9 @@ MAX_SIZES = 6
 class Section(BaseModel):
     """A part of a recipe: its keys are fixed, its values do not change, its types are not guessed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
@@ -296,6 +298,9 @@ class Log(Section):
     """How much is written down."""
 
     every_steps: int = Field(50, ge=1)
+    """A line of metrics.jsonl every so many steps."""
+    tensorboard: bool = False
+    """Write the same metrics for TensorBoard (tensorboard --logdir runs), into the RUN; needs fastkd[tensorboard]."""
 
 
 class Recipe(Section):
@@ -404,6 +409,11 @@ def locate(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     raise InputError(f"recipe {path}: no such file")
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, for editors: every key with its type, its default and what it means."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
 def _plain_yaml(file: Path) -> dict[str, Any]:

@@ -90,6 +90,27 @@ def tiny_teacher(tiny: artifacts.Artifact, tmp_path_factory: pytest.TempPathFact
     return Chain(recipe.load(write_recipes(tiny, tmp_path_factory.mktemp("teacher")))).teacher_run.path
 
 
+@pytest.fixture(scope="session")
+def tiny_run(
+    tiny: artifacts.Artifact, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> artifacts.Artifact:
+    """The RUN of a student over `tiny`; not to be changed."""
+    from fastkd import stages
+
+    folder = tmp_path_factory.mktemp("student")
+    student = write_recipes(tiny, folder)
+    shutil.copytree(tiny_teacher, folder / "runs" / tiny_teacher.name)
+    return stages.train(recipe.load(student), source=student)[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tiny_run: artifacts.Artifact, tmp_path_factory: pytest.TempPathFactory) -> artifacts.Artifact:
+    """The student of `tiny_run`, exported; not to be changed."""
+    from fastkd import stages
+
+    return stages.deploy(tiny_run.path, tmp_path_factory.mktemp("exported") / "student")[0]
+
+
 @pytest.fixture
 def tiny_recipe(tiny: artifacts.Artifact, tiny_teacher: Path, tmp_path: Path) -> Callable[..., recipe.Recipe]:
     """Return a function that makes a recipe over `tiny` with a trained teacher, changed by a.b=c overrides."""

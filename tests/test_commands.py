@@ -1,6 +1,8 @@
 """The commands as a user meets them: what they print, where they stop, with which exit code."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,12 @@ from fastkd.errors import FastkdError
 PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
 
 
-@pytest.mark.parametrize("name", ["write", "score", "prune", "label", "train", "bench", "check", "export", "doctor"])
+COMMANDS = ("write", "score", "prune", "label", "train", "bench", "check", "export", "predict", "recipes", "doctor")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(name):
-    arguments = ["savings"] if name == "bench" else []
+    arguments = {"bench": ["savings"], "recipes": ["copy"]}.get(name, [])
     done = subprocess.run(
         [sys.executable, "-m", f"fastkd.{name}", *arguments, "--help"], capture_output=True, text=True, timeout=120
     )
@@ -39,6 +44,44 @@ def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_reci
     assert text.splitlines()[-1].endswith(f"RUN: {run}")
     code, text = command(train.main, tiny_recipe.path, another_teacher, "--force", "train")
     assert "train: built" in text
+
+
+def test_train_may_be_quiet_and_end_with_json(command, tiny_recipe):
+    """--quiet leaves the last line, --json makes it an object; errors are told as ever."""
+    code, text = command(train.main, tiny_recipe.path, "--quiet")
+    assert code == 0
+    (line,) = text.splitlines()
+    run = artifacts.load(line.partition("RUN: ")[2], "RUN")
+    code, text = command(train.main, tiny_recipe.path, "--json")
+    assert "this recipe has been trained" in text
+    told = json.loads(text.splitlines()[-1])
+    assert told["run"] == str(run.path)
+    assert told["built"] is False
+    assert told["top1"] == run.facts["top1"]
+    assert Path(told["student"]).is_file()
+    assert Path(told["metrics"]).is_file()
+    assert told["first_student_s"] > told["further_student_s"] > 0
+    assert {stage["stage"] for stage in told["stages"]} >= {"write", "score", "prune", "train"}
+    code, text = command(train.main, tiny_recipe.path, "seed=1", "--quiet", "--json")
+    assert json.loads(text)["built"] is True
+    code, text = command(train.main, tiny_recipe.path, "train.batch_size=1000", "--quiet")
+    assert code == 2
+    assert text.startswith("error: ")
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_no_color_is_heeded(no_color):
+    """By every command: all print through one console."""
+    code = "from fastkd import console; console.warn('w'); console.error('e'); console.heading('h')"
+    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {
+        "FORCE_COLOR": "1",
+        "TERM": "xterm-256color",
+    }
+    environment |= {"NO_COLOR": "1"} if no_color else {}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    coloured = re.search(r"\x1b\[(\d+;)*3\d", done.stdout + done.stderr) is not None
+    assert coloured is not no_color
 
 
 def test_score_and_prune_print_what_they_made(command, tiny_recipe):

@@ -16,6 +16,7 @@ from fastkd.benchmarks.breakdown import changed
 from fastkd.benchmarks.savings import break_even
 from fastkd.benchmarks.step import LOADER_LIMITS
 from fastkd.benchmarks.workbench import Epochs, Workbench, bare_steps, fed_steps, in_turn, shares, steps_for
+from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
 from fastkd.stages.job import LOADING_HELP, compile_sizes
 from fastkd.stages.labelling import VIEWS_PER_PASS, row_bytes
@@ -163,8 +164,9 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3) -> dict[str, Any]:
     own = bench.chain.runtime
     report = {
         "recipe": recipe.name,
+        "rates_of": rates_of(recipe),
         "machine": doctor.machine(),
-        "gpu": torch.cuda.get_device_name(own.device) if own.device.type == "cuda" else None,
+        "gpu": gpu_name(own),
         "precision": own.precision,
         "measured": asdict(measured),
         "sizes": asdict(sizes),
@@ -176,6 +178,50 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3) -> dict[str, Any]:
     (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n")
     draw(report, out / "plan.png")
     return report
+
+
+def rates_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that measured rates depend on."""
+    return recipe.model_dump(
+        mode="json",
+        include={"data", "teacher", "score", "labels", "student", "train"},
+        exclude={
+            "data": {"artifacts_dir", "holdout_ratio"},
+            "labels": {"views", "view_seed", "reshape"},
+            "train": {"epochs", "runs_dir", "checkpoint_every_s", "eval_every_epochs"},
+        },
+    )
+
+
+def expected(recipe: Recipe, runtime: Runtime) -> dict[str, float] | None:
+    """Return the seconds that each stage takes by what `measure` wrote, where it goes by default.
+
+    None where it was measured for other settings, on another machine, or never.
+    """
+    try:
+        report = json.loads((out_of(recipe) / "plan.json").read_bytes())
+        there = report["machine"], report["gpu"], report["precision"], report["rates_of"]
+        measured, sizes = Measured(**report["measured"]), Sizes(**report["sizes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    here = doctor.machine(), gpu_name(runtime), runtime.precision, rates_of(recipe)
+    if [there[0].get(key) for key in ("cpu", "cores")] != [here[0][key] for key in ("cpu", "cores")]:
+        return None
+    if there[1:] != here[1:]:
+        return None
+    sizes = replace(sizes, epochs=recipe.train.epochs)
+    told = predict(measured, sizes, recipe.prune.static.keep_ratio, recipe.num_views)
+    return {name: told[name] for name in ("score", "prune", "label")} | {"train": told["further_student_s"]}
+
+
+def out_of(recipe: Recipe) -> Path:
+    """Return where plan.json goes, unless another place is given."""
+    return Path(recipe.train.runs_dir) / f"plan-{recipe.name}"
+
+
+def gpu_name(runtime: Runtime) -> str | None:
+    """Return the name of the GPU that is computed on, if it is one."""
+    return torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
 
 
 def _measure(bench: Workbench, repeats: int) -> Measured:

@@ -110,14 +110,19 @@ def decode_jpeg(data: np.ndarray, height: int, width: int) -> np.ndarray | None:
 
 
 @functools.cache
-def _ffcv_imdecode() -> Any:
-    # FFCV's compiled half alone, found by path: `import ffcv` takes 11 s, most of it compiling what only loading needs.
+def ffcv_library() -> ctypes.CDLL:
+    """Open FFCV's compiled half alone, by its path: ``import ffcv`` takes 11 s, to compile what only loading needs."""
     package = importlib.util.find_spec("ffcv")
     places = package.submodule_search_locations if package else None
     library = importlib.machinery.PathFinder.find_spec("_libffcv", list(places or []))
     if library is None or library.origin is None:
         raise ImportError("ffcv's compiled library _libffcv is missing; install ffcv again (python -m fastkd.doctor)")
-    function = ctypes.CDLL(library.origin).imdecode
+    return ctypes.CDLL(library.origin)
+
+
+@functools.cache
+def _ffcv_imdecode() -> Any:
+    function = ffcv_library().imdecode
     size, pointer, flag = ctypes.c_uint32, ctypes.c_void_p, ctypes.c_bool
     function.argtypes = [pointer, ctypes.c_uint64, size, size, pointer, size, size, size, size, size, size, flag, flag]
     function.restype = ctypes.c_int

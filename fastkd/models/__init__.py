@@ -8,7 +8,7 @@ A net is named ``cifar/NAME`` (the small nets of the distillation literature, be
 from fastkd.models.head import Float32Linear, float32_head
 from fastkd.models.normalisation import Normalisation, Normalised, native_normalisation
 from fastkd.models.registry import build, names
-from fastkd.models.weights import load_weights, save_weights, weights_digest
+from fastkd.models.weights import is_at_hand, load_weights, save_weights, weights_digest
 
 __all__ = [
     "Float32Linear",
@@ -16,6 +16,7 @@ __all__ = [
     "Normalised",
     "build",
     "float32_head",
+    "is_at_hand",
     "load_weights",
     "names",
     "native_normalisation",

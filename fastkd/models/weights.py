@@ -43,6 +43,17 @@ def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = N
                 tensor.copy_(state[entry])
 
 
+def is_at_hand(weights: str | Path, name: str) -> bool:
+    """Tell whether `load_weights` has nothing to fetch: not whether the weights are right."""
+    library, net = split(name)
+    if Path(weights).exists():
+        return True
+    if library == "timm":
+        return str(weights) != "pretrained"
+    published = torchvision_weights(net).get(str(weights)) if library == "torchvision" else None
+    return published is None or (Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name).is_file()
+
+
 def save_weights(module: nn.Module, path: str | Path) -> None:
     """Write the state_dict to a safetensors file; tensors that share memory are written each on its own."""
     state = unwrapped(module.state_dict())

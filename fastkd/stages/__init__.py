@@ -10,13 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import STAGES, Chain, label, prune, score, train
+    from fastkd.stages.deploying import deploy
     from fastkd.stages.exporting import export
+    from fastkd.stages.predicting import predict
     from fastkd.stages.pruning import prune_arrays
     from fastkd.stages.writing import write
 
-__all__ = ["STAGES", "Chain", "export", "label", "prune", "prune_arrays", "score", "train", "write"]
+__all__ = [
+    "STAGES",
+    "Chain",
+    "deploy",
+    "export",
+    "label",
+    "predict",
+    "prune",
+    "prune_arrays",
+    "score",
+    "train",
+    "write",
+]
 
-_HOMES = {"export": "exporting", "prune_arrays": "pruning", "write": "writing"}
+_HOMES = {
+    "deploy": "deploying",
+    "export": "exporting",
+    "predict": "predicting",
+    "prune_arrays": "pruning",
+    "write": "writing",
+}
 
 
 def __getattr__(name: str) -> Any:

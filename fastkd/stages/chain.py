@@ -46,6 +46,14 @@ class LoadedTeacher:
     """Model, digest of the weights and normalisation: the part of a key that is the teacher's."""
 
 
+class MissingError(InputError):
+    """An artifact of a recipe is not there, and is not to be built now."""
+
+    def __init__(self, kind: Kind, path: Path) -> None:
+        super().__init__(f"{path}: no {kind} for this recipe yet: python -m fastkd.train RECIPE builds it")
+        self.path = path
+
+
 class Chain:
     """The artifacts that one recipe needs.
 
@@ -202,9 +210,9 @@ class Chain:
             raise self.missing(kind, path)
         return path
 
-    def missing(self, kind: Kind, path: Path) -> InputError:
+    def missing(self, kind: Kind, path: Path) -> "MissingError":
         """Return the error for what is not there and is not to be built."""
-        return InputError(f"{path}: no {kind} for this recipe yet: python -m fastkd.train RECIPE builds it")
+        return MissingError(kind, path)
 
     @cached_property
     def teacher_run(self) -> Artifact | None:

@@ -137,10 +137,7 @@ class _Sources:
 
 def _open(path: Path, data: str | os.PathLike[str] | None, labels: str | os.PathLike[str] | None) -> _Sources:
     """Open all that goes into an export, and see that it belongs together."""
-    kind = read_manifest(path).kind
-    if kind == "RUN":
-        raise InputError(f"{path}: is a RUN; exporting a student comes in a later version: give a SUBSET")
-    if kind != "SUBSET":
+    if (kind := read_manifest(path).kind) != "SUBSET":
         raise InputError(f"{path}: is of kind {kind}; expected a SUBSET, as python -m fastkd.prune makes it")
     subset = artifacts.load(path, "SUBSET")
     sample_ids = np.asarray(subset.array("indices.npy"))

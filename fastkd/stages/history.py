@@ -1,8 +1,10 @@
 """What a training leaves behind while it goes on: its metrics, its times, and how far it has come."""
 
 import contextlib
+import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.engine.loop import Epoch
+from fastkd.errors import InputError
 
 
 class Stopwatch:
@@ -55,6 +58,8 @@ class History:
     before : dict, optional
         What `state` returned when the checkpoint was written that is gone on with: metrics.jsonl is cut back to that,
         and what was done since then, and is lost, is charged to training.
+    tensorboard : bool
+        Write the same for TensorBoard, in a folder of that name.
 
     Attributes
     ----------
@@ -66,7 +71,15 @@ class History:
         Seconds that were spent before this process.
     """
 
-    def __init__(self, directory: Path, key: str, watch: Stopwatch, before: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        key: str,
+        watch: Stopwatch,
+        before: dict[str, Any] | None = None,
+        *,
+        tensorboard: bool = False,
+    ) -> None:
         self.key, self._watch = key, watch
         self._file = directory / "metrics.jsonl"
         self.epochs: list[dict[str, float]] = []
@@ -86,6 +99,8 @@ class History:
                 watch.charge(what, seconds)
             watch.charge("train", lost_s)
         self._stream = self._file.open("a", buffering=1)
+        steps = self.steps_before + self.epoch.steps
+        self._board = Board(directory / "tensorboard", steps) if tensorboard else None
 
     @property
     def steps_before(self) -> int:
@@ -95,6 +110,8 @@ class History:
     def write(self, event: str, **values: Any) -> None:
         """Append an event."""
         self._stream.write(json.dumps({"event": event, **values}) + "\n")
+        if self._board is not None:
+            self._board.write(event, values)
 
     def end_epoch(self) -> None:
         """Sum the epoch up, and begin the next."""
@@ -118,6 +135,8 @@ class History:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint remembers of it."""
         self._saved = time.monotonic()
+        if self._board is not None:
+            self._board.flush()
         return {
             "key": self.key,
             "epochs": self.epochs,
@@ -128,5 +147,48 @@ class History:
         }
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the files."""
         self._stream.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def require_tensorboard() -> None:
+    """Refuse what `log.tensorboard` asks for where its package is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("log.tensorboard needs a package that is not installed: pip install 'fastkd[tensorboard]'")
+
+
+class Board:
+    """The numbers of metrics.jsonl as TensorBoard has them, over the steps.
+
+    Parameters
+    ----------
+    folder : Path
+    steps : int
+        How many were done before: 0 begins anew, else what was written of later ones is taken back.
+    """
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if not steps:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._step = steps
+        self._writer = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
+
+    def write(self, event: str, values: dict[str, Any]) -> None:
+        """Add an event's numbers: loss, lr and data_wait_share of steps, top-1 of looks and so on."""
+        self._step = values.get("step", self._step)
+        prefix = "/".join([event, *([values["split"]] if "split" in values else [])])
+        for name, value in values.items():
+            if isinstance(value, int | float) and name not in ("epoch", "step"):
+                self._writer.add_scalar(f"{prefix}/{name}", value, self._step)
+
+    def flush(self) -> None:
+        """Return once all is in the file."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()

@@ -37,11 +37,15 @@ MEASURED_BATCHES, MEASURED_S = 64, 0.5
 LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 
 
-def uses_subset(chain: "Chain") -> bool:
+def needs_scores(recipe: recipes.Recipe) -> bool:
     """Tell whether a recipe needs the teacher's scores: not for plain KD on all data with a live teacher."""
-    recipe = chain.recipe
     needed = recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.keep_ratio < 1
-    return recipe.teacher is not None and (needed or chain.export is not None)
+    return recipe.teacher is not None and needed
+
+
+def uses_subset(chain: "Chain") -> bool:
+    """Tell whether a recipe trains on a SUBSET: where it needs scores, and on what was exported with one."""
+    return needs_scores(chain.recipe) or (chain.recipe.teacher is not None and chain.export is not None)
 
 
 def uses_labels(recipe: recipes.Recipe) -> bool:

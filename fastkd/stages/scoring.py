@@ -45,7 +45,8 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
             force="score" in chain.force,
             resumable=True,
         )
-    file.unlink(missing_ok=True)
+    if chain.build:
+        file.unlink(missing_ok=True)
     return scores, built
 
 

@@ -21,10 +21,11 @@ from fastkd.engine import checkpoint
 from fastkd.engine.loop import Epoch, StoppedError, evaluate, train_epoch
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
-from fastkd.stages.history import History
+from fastkd.stages.history import History, require_tensorboard
 from fastkd.stages.job import LOADING_HELP, Job, prepare, uses_labels, uses_subset, word
 from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.stopping import StopRequest
+from fastkd.stages.student import STORED
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -46,6 +47,8 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
         The recipe file, kept in the RUN as it was given.
     """
     recipe = chain.recipe
+    if recipe.log.tensorboard:
+        require_tensorboard()
     inputs = run_inputs(chain)
     path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
     if not chain.build and not path.exists():
@@ -148,7 +151,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             shutil.rmtree(directory)
         raise
     torch.manual_seed(word(recipe.seed, "train"))  # for what nets draw while they train: dropout
-    history = History(directory, key, watch, found.state if found else None)
+    history = History(directory, key, watch, found.state if found else None, tensorboard=recipe.log.tensorboard)
     if found:
         checkpoint.restore(found, job.student, job.state, job.running)
         console.say(
@@ -282,6 +285,8 @@ def _save_student(chain: "Chain", job: Job, directory: Path) -> None:
         "num_classes": chain.num_classes,
         "classes": chain.dataset.facts["classes"],
         "input_hw": list(job.loader.image_hw),
+        "crop_ratio": chain.crop_ratio,
+        "stored": {name: chain.dataset.facts["options"][name] for name in STORED},
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
         "ema": job.state.average is not None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd import shipped
-from fastkd.artifacts import MANIFEST, Artifact, Built, build, differences, file_digest, read_manifest
+from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, read_manifest
 from fastkd.data.beton import Progress, write_betons
 from fastkd.data.source import Writer, load_writer
 from fastkd.errors import ArtifactError, FastkdError, InputError
@@ -102,11 +102,12 @@ def _content(settings: dict[str, Any]) -> dict[str, Any]:
     return settings | {"options": options}
 
 
-def refuse_foreign(out_dir: Path) -> None:
-    """Let pass: nothing, an empty directory (removed, to be published over), or a data set of ours."""
+def refuse_foreign(out_dir: Path, kind: Kind = "DATASET") -> None:
+    """Let pass: nothing, an empty directory (removed, to be published over), or an artifact of the kind."""
     if not os.path.lexists(out_dir):
         return
     elsewhere = "choose another directory; nothing was touched"
+    what = "data set" if kind == "DATASET" else kind
     if not out_dir.is_dir():
         raise InputError(f"{out_dir}: is not a directory; {elsewhere}")
     try:
@@ -116,10 +117,10 @@ def refuse_foreign(out_dir: Path) -> None:
     except OSError as error:
         raise InputError(f"{out_dir}: cannot be used ({error.strerror}); {elsewhere}") from None
     if not (out_dir / MANIFEST).is_file():
-        raise InputError(f"{out_dir}: is not empty and holds no fastkd data set; {elsewhere}")
+        raise InputError(f"{out_dir}: is not empty and holds no fastkd {what}; {elsewhere}")
     try:
-        kind = read_manifest(out_dir).kind
+        found = read_manifest(out_dir).kind
     except ArtifactError as error:
         raise InputError(f"{error} Writing to {out_dir} is refused: {elsewhere}") from None
-    if kind != "DATASET":
-        raise InputError(f"{out_dir}: holds a {kind}; {elsewhere}")
+    if found != kind:
+        raise InputError(f"{out_dir}: holds a {found}; {elsewhere}")

@@ -368,9 +368,7 @@ def test_damaged_labels_are_refused(subset, tmp_path):
 def test_other_artifacts_are_refused(tiny, subset, tmp_path):
     labels = make_labels(tmp_path / "labels", subset)
     run = artifacts.build(tmp_path / "run", "RUN", {"a": 1}, lambda directory: Built())[0]
-    with pytest.raises(InputError, match="is a RUN; exporting a student comes in a later version"):
-        export(run.path, tmp_path / "out")
-    for other, kind in ((tiny, "DATASET"), (labels, "LABELS")):
+    for other, kind in ((tiny, "DATASET"), (labels, "LABELS"), (run, "RUN")):
         with pytest.raises(InputError, match=f"is of kind {kind}; expected a SUBSET"):
             export(other.path, tmp_path / "out")
     with pytest.raises(ArtifactError, match="no artifact here"):

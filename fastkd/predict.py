@@ -1,0 +1,70 @@
+"""``python -m fastkd.predict RUN IMAGES…``: what a trained student sees in images."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from fastkd import cli, console
+from fastkd.errors import InputError
+
+if TYPE_CHECKING:
+    from fastkd.stages.predicting import Prediction
+
+
+def main(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a RUN, or of a student that was exported.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(min=1, help="How many classes are told of each image.")] = 3,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For machines: a JSON object per image, each on a line of its own.")
+    ] = False,
+) -> None:
+    """Tell the most probable classes of images from anywhere.
+
+    Images are decoded, cut and resized as those were that the student was evaluated on. One that cannot be read is an
+    error line of its own, the others go on, and the exit code is 2 at the end.
+
+    Example: python -m fastkd.predict runs/quickstart-01234567 boot.png photos/ --top 5
+    """
+    from fastkd.stages.predicting import find_images, predict
+    from fastkd.stages.student import open_student
+
+    student = open_student(run)
+    files = find_images(images)
+    table = Table(title=f"predict: {student.described['model']}", title_justify="left")
+    table.add_column("image", overflow="fold")
+    told = min(top, len(student.classes))
+    for place in range(told):
+        table.add_column(f"{place + 1}.", overflow="fold")
+        table.add_column("", justify="right")
+    broken = 0
+    for prediction in predict(student, files):
+        if prediction.logits is None:
+            broken += 1
+            console.error(f"{prediction.path}: {prediction.error}")
+            continue
+        best = _best(prediction, student.classes, told)
+        if as_json:
+            print(json.dumps({"image": str(prediction.path), "top": best}), flush=True)
+        else:
+            cells = [cell for one in best for cell in (one["class"], f"{one['probability']:.2%}")]
+            table.add_row(*map(escape, (str(prediction.path), *cells)))
+    if not as_json and broken < len(files):
+        console.show(table)
+    if broken:
+        raise InputError(f"{broken} of {len(files)} images could not be read")
+
+
+def _best(prediction: "Prediction", classes: list[str], count: int) -> list[dict[str, Any]]:
+    probabilities = prediction.probabilities
+    best = np.argsort(-probabilities, kind="stable")[:count]
+    return [{"class": classes[i], "index": int(i), "probability": float(probabilities[i])} for i in best]
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,85 @@
+"""``python -m fastkd.recipes list|show|copy|schema``: the recipes that ship with fastkd."""
+
+import difflib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from fastkd import cli, console, recipe, shipped
+from fastkd.errors import InputError
+
+SCHEMA = "recipe.schema.json"
+"""Lies beside the recipes, which name it for editors."""
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, as `list` prints it.")]
+
+
+def list_() -> None:
+    """List the recipes, each with the first line of its head.
+
+    Example: python -m fastkd.recipes list
+    """
+    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    for file in _files():
+        table.add_row(*map(escape, (file.stem, file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))))
+    console.show(table)
+
+
+def show(name: Name) -> None:
+    """Print a recipe as it is written.
+
+    Example: python -m fastkd.recipes show quickstart
+    """
+    print(_find(name).read_text(encoding="utf-8"), end="")
+
+
+def copy(name: Name) -> None:
+    """Copy a recipe into the current directory, with the recipe of its teacher and the schema for editors.
+
+    Nothing is overwritten: where a file of that name holds something else, nothing is copied.
+
+    Example: python -m fastkd.recipes copy quickstart
+    """
+    file = _find(name)
+    teacher = recipe.load(file).teacher
+    files = [file, *([Path(teacher.recipe)] if teacher and teacher.recipe else []), file.with_name(SCHEMA)]
+    new = [f for f in files if not (Path(f.name).is_file() and Path(f.name).read_bytes() == f.read_bytes())]
+    if taken := [f.name for f in new if os.path.lexists(f.name)]:
+        raise InputError(f"{', '.join(taken)}: there already, and another; move it away or copy into another directory")
+    for source in new:
+        shutil.copyfile(source, source.name)
+    console.say(f"copied: {', '.join(f.name for f in new) or 'nothing, all of it is there already'}")
+    console.say(f"train it: python -m fastkd.train {file.name}")
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, by which editors complete and check them.
+
+    A recipe names it in a comment: # yaml-language-server: $schema=recipe.schema.json
+
+    Example: python -m fastkd.recipes schema > recipe.schema.json
+    """
+    print(json.dumps(recipe.schema(), indent=2, ensure_ascii=False))
+
+
+def _files() -> list[Path]:
+    return sorted(shipped("recipes").glob("*.yaml"))
+
+
+def _find(name: str) -> Path:
+    known = {file.stem: file for file in _files()}
+    stem = Path(name).name.removesuffix(".yaml")
+    if stem not in known:
+        near = difflib.get_close_matches(stem, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+        raise InputError(f"recipe {name!r}: none of that name ships with fastkd{hint}")
+    return known[stem]
+
+
+if __name__ == "__main__":
+    cli.run(list_, show, copy, schema, named=True)

@@ -1,0 +1,183 @@
+"""outlook: what training a recipe would take: what is there, and what would be built; nothing is written."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastkd import artifacts, models
+from fastkd.artifacts import MANIFEST, Artifact, partial_of
+from fastkd.data.source import load_writer
+from fastkd.engine.runtime import Runtime
+from fastkd.recipe import Recipe
+from fastkd.stages.chain import Chain, MissingError
+from fastkd.stages.job import needs_scores, uses_labels, uses_subset
+from fastkd.stages.labelling import row_bytes
+from fastkd.stages.training import build_run
+from fastkd.stages.writing import refuse_foreign, write
+
+
+@dataclass(frozen=True)
+class Step:
+    """What would become of a stage.
+
+    Attributes
+    ----------
+    state
+        "reuse", "build", "again" (forced), "go on" (begun, and broken off), "grow" (LABELS that lack views) or "fetch"
+        (public weights).
+    path
+        None: not known before what comes before it is there.
+    seconds : float or None
+        What it cost when it was built, for what is reused.
+    size : int or None
+        Bytes: on the disk of what is reused, else to be written.
+    left : float
+        Share of the stage's work that is still to be done.
+    """
+
+    stage: str
+    state: str
+    path: Path | None = None
+    seconds: float | None = None
+    size: int | None = None
+    left: float = 1.0
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The stages of a recipe in their order, and where its nets would run."""
+
+    steps: list[Step]
+    runtime: Runtime
+
+
+def outlook(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), out: Path | None = None) -> Outlook:
+    """Tell what `fastkd.stages.train` would do, and refuse what it would refuse at once.
+
+    What follows something missing is taken to be missing too: where it would lie follows from what it is made of.
+    """
+    Chain(recipe, force, build=False)  # refuses unknown stages
+    with artifacts.untouched():
+        chain = Chain(recipe, build=False)
+        return Outlook(list(_steps(chain, force, out)), chain.runtime)
+
+
+def _steps(chain: Chain, force: frozenset[str] | set[str], out: Path | None) -> Iterator[Step]:
+    getters: dict[str, Callable[[], Artifact | None]] = {
+        "write": lambda: _dataset(chain),
+        "teacher": lambda: _teacher(chain),
+        "score": lambda: chain.scores,
+        "prune": lambda: chain.subset,
+        "label": lambda: chain.labels,
+        "train": lambda: build_run(chain, out=out)[0],
+    }
+    dataset: Artifact | None = None
+    missing = False
+    for stage, get in getters.items():
+        if stage != "write" and not _is_needed(chain, stage, dataset):
+            continue
+        size = _bytes(chain, stage, dataset)
+        if stage == "train":
+            _check_student(chain, dataset, found=not missing)
+        if missing:
+            yield Step(stage, "build", size=size)
+            continue
+        try:
+            artifact = get()
+        except MissingError as error:
+            missing = True
+            begun = partial_of(error.path).exists()
+            yield Step(stage, "go on" if begun and stage not in force else "build", error.path, size=size)
+            continue
+        if stage == "write":
+            dataset = artifact
+        if artifact is None:  # a teacher whose weights are elsewhere
+            missing = True
+            yield Step(stage, "fetch")
+        elif stage in force:
+            yield Step(stage, "again", artifact.path, size=size)
+        elif stage == "label" and (lacks := (chain.recipe.num_views or 0) - artifact.facts["views"]) > 0:
+            left = lacks / (chain.recipe.num_views or 1)
+            yield Step(stage, "grow", artifact.path, size=round(left * (size or 0)), left=left)
+        else:
+            used = sum(stamp.size for stamp in artifact.manifest.files.values())
+            yield Step(
+                stage, "reuse", artifact.path, chain.costs[stage].seconds if stage != "train" else artifact.cost_s, used
+            )
+
+
+def _is_needed(chain: Chain, stage: str, dataset: Artifact | None) -> bool:
+    recipe, teacher = chain.recipe, chain.recipe.teacher
+    exported = dataset is not None and chain.export is not None
+    if stage == "teacher":
+        own = teacher is not None and (teacher.recipe is not None or not _at_hand(chain))
+        return own and (not exported or recipe.labels.mode == "online")
+    if stage == "score":
+        return needs_scores(recipe) and not exported
+    if stage == "prune":
+        return uses_subset(chain) if dataset is not None else needs_scores(recipe)
+    return stage != "label" or uses_labels(recipe)
+
+
+def _at_hand(chain: Chain) -> bool:
+    teacher = chain.recipe.teacher
+    assert teacher is not None
+    return models.is_at_hand(str(teacher.weights), str(teacher.model))
+
+
+def _dataset(chain: Chain) -> Artifact:
+    """Open the DATASET, having seen that the writer would take it for its own."""
+    data, path = chain.recipe.data, Path(chain.recipe.data.path)
+    if data.writer is None or ((path / MANIFEST).is_file() and "export" in artifacts.read_manifest(path).facts):
+        return chain.dataset
+    load_writer(data.writer).options(dict(data.options))
+    if not path.is_dir() or any(path.iterdir()):
+        refuse_foreign(path)
+    if not (path / MANIFEST).is_file():
+        raise MissingError("DATASET", path)
+    chain.dataset = chain.note("write", write(data.writer, path, dict(data.options))[0], built=False)
+    return chain.dataset
+
+
+def _teacher(chain: Chain) -> Artifact | None:
+    return chain.teacher_run
+
+
+def _check_student(chain: Chain, dataset: Artifact | None, *, found: bool) -> None:
+    """Refuse a student that cannot be built or does not fit its weights, and more than there is of batch or workers."""
+    recipe = chain.recipe
+    models.build(recipe.student.model, 10)
+    if dataset is None:
+        return
+    weights = recipe.student.weights
+    if weights is not None and models.is_at_hand(weights, recipe.student.model):
+        models.load_weights(models.build(recipe.student.model, chain.num_classes), weights, name=recipe.student.model)
+    chain.loader("train", recipe.train.batch_size).full_batches(_kept(chain, found=found))
+
+
+def _kept(chain: Chain, *, found: bool) -> int:
+    """Return M, or what it will be but for rounding."""
+    if found and uses_subset(chain):
+        return int(chain.subset.facts["count"])
+    return round(chain.recipe.prune.static.keep_ratio * len(chain.train_ids))
+
+
+def _bytes(chain: Chain, stage: str, dataset: Artifact | None) -> int | None:
+    """Return what a stage would write, as far as it can be told."""
+    recipe = chain.recipe
+    if dataset is None or stage in ("write", "teacher"):
+        return None
+    K, all_of_train = chain.num_classes, dataset.facts["counts"]["train"]
+    if stage == "score":
+        return all_of_train * (K * np.dtype(recipe.score.dtype).itemsize + 8)
+    if stage == "train":
+        with torch.device("meta"):
+            net = models.build(recipe.student.model, K)
+        return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+    kept = all_of_train if chain.export else round(recipe.prune.static.keep_ratio * len(chain.train_ids))
+    if stage == "prune":
+        return kept * (2 * K + 8) + 4 * all_of_train + 8 * K
+    return (recipe.num_views or 0) * kept * row_bytes(K, recipe.labels.topk)

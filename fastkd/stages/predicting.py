@@ -1,0 +1,90 @@
+"""predict: a trained student on images from anywhere, which it sees as it saw those that it was evaluated on."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fastkd.doctor import usable_cores
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import InputError
+from fastkd.stages.student import Student
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+"""What is taken of a folder; a file that is named is taken whatever its name."""
+BATCH_SIZE = 64
+
+
+class Prediction(NamedTuple):
+    """What a student says of an image.
+
+    Attributes
+    ----------
+    logits : float32 array [K], or None
+        None: it could not be read, and `error` says why.
+    """
+
+    path: Path
+    logits: np.ndarray | None
+    error: str = ""
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """The softmax of the logits (float64 [K])."""
+        assert self.logits is not None
+        powers = np.exp(self.logits.astype(np.float64) - self.logits.max())
+        return powers / powers.sum()
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Return the files, and those images that lie anywhere in the folders, each folder's in the order of their names.
+
+    Raises
+    ------
+    InputError
+        A folder without images.
+    """
+    found = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        if not inside:
+            raise InputError(f"{path}: holds no images (looked for {' '.join(EXTENSIONS)})")
+        found += inside
+    return found
+
+
+def predict(student: Student, paths: Sequence[Path]) -> Iterator[Prediction]:
+    """Yield what a student says of image files, in their order; in float32, on a GPU where there is one.
+
+    The pixels that it sees are those of evaluation: decoded, shrunk, stored, cut and resized as the images of its data
+    set were.
+    """
+    runtime = Runtime.choose("auto", "fp32", channels_last=True, compile=False)
+    net = runtime.place(student.net)
+    with ThreadPoolExecutor(usable_cores()) as pool, torch.inference_mode():
+        for start in range(0, len(paths), BATCH_SIZE):
+            some = paths[start : start + BATCH_SIZE]
+            views = list(pool.map(lambda path: _view(student, path), some))
+            whole = [view for view in views if isinstance(view, np.ndarray)]
+            logits: Iterator[np.ndarray] = iter(())
+            if whole:
+                images = torch.from_numpy(np.stack(whole)).permute(0, 3, 1, 2).to(runtime.device)
+                logits = iter(net(images).float().cpu().numpy())
+            for path, view in zip(some, views, strict=True):
+                yield Prediction(path, None, view) if isinstance(view, str) else Prediction(path, next(logits))
+
+
+def _view(student: Student, path: Path) -> np.ndarray | str:
+    """Return the pixels that the net is to see, or why there are none."""
+    try:
+        return student.view(path.read_bytes())
+    except OSError as error:
+        return error.strerror or str(error)
+    except ValueError as error:
+        return str(error)

@@ -1,0 +1,173 @@
+"""A dry run tells what training would do, and leaves everything as it is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastkd import artifacts, bench, doctor, stages, train
+from fastkd.benchmarks import plan
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import ArtifactError, InputError
+from fastkd.stages.outlook import outlook
+
+
+def tree(*folders: Path) -> dict[str, tuple]:
+    """Return every file and folder with its size, times and inode."""
+    found = {}
+    for folder in folders:
+        for path in [folder, *folder.rglob("*")]:
+            stat = path.lstat()
+            found[str(path)] = stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return found
+
+
+def states(recipe, **more) -> dict[str, str]:
+    return {step.stage: step.state for step in outlook(recipe, **more).steps}
+
+
+VIEWS = ("data.view.family=pad_crop_flip", "labels.views=2")
+
+
+def test_nothing_is_written_before_and_after_training(tiny, tiny_recipe, tmp_path):
+    """Not even the verdicts that loading an artifact leaves: files are verified without."""
+    loaded = tiny_recipe(*VIEWS)
+    verdicts = [*tmp_path.rglob(".verified.json"), tiny.path / ".verified.json"]
+    for verdict in verdicts:
+        verdict.unlink(missing_ok=True)
+    before = tree(tmp_path, tiny.path)
+    told = states(loaded)
+    assert tree(tmp_path, tiny.path) == before
+    assert told == {
+        "write": "reuse", "teacher": "reuse", "score": "build", "prune": "build", "label": "build", "train": "build",
+    }  # fmt: skip
+    run, _ = stages.train(loaded)
+    before = tree(tmp_path, tiny.path)
+    steps = {step.stage: step for step in outlook(loaded).steps}
+    assert tree(tmp_path, tiny.path) == before
+    assert {step.state for step in steps.values()} == {"reuse"}
+    assert steps["train"].path == run.path
+    assert steps["train"].seconds == run.cost_s
+    labels = next((tmp_path / "artifacts").glob("labels-*"))
+    assert steps["label"].path == labels
+    assert steps["label"].size == sum(stamp.size for stamp in artifacts.read_manifest(labels).files.values())
+
+
+def test_what_would_be_written_is_told_to_within_the_headers(tiny_recipe):
+    """Against what is written then."""
+    loaded = tiny_recipe(*VIEWS)
+    predicted = {step.stage: step.size for step in outlook(loaded).steps if step.state == "build"}
+    stages.train(loaded)
+    written = {step.stage: step.size for step in outlook(loaded).steps}
+    for stage in ("score", "prune", "label"):
+        assert predicted[stage] == pytest.approx(written[stage], abs=700)  # a header of 128 bytes for each array
+    assert predicted["train"] == pytest.approx(written["train"], rel=0.5)
+
+
+def test_labels_that_lack_views_would_grow_and_what_is_forced_is_told(tiny_recipe):
+    """Another student finds all but its own training there."""
+    stages.train(tiny_recipe(*VIEWS))
+    more = outlook(tiny_recipe("data.view.family=pad_crop_flip", "labels.views=5"))
+    (label,) = [step for step in more.steps if step.stage == "label"]
+    assert (label.state, label.left) == ("grow", 0.6)
+    assert states(tiny_recipe(*VIEWS, "seed=1")) == {
+        "write": "reuse", "teacher": "reuse", "score": "reuse", "prune": "reuse", "label": "reuse", "train": "build",
+    }  # fmt: skip
+    assert states(tiny_recipe(*VIEWS), force={"score"})["score"] == "again"
+
+
+def test_a_data_set_that_is_not_written_leaves_all_else_open(tiny_recipe, tiny_npz, tmp_path):
+    """Where it would go is known, where the others would is not."""
+    overrides = (f"data={{path: {tmp_path / 'new'}, writer: arrays, options: {{file: {tiny_npz}}}}}",)
+    told = outlook(tiny_recipe(*overrides)).steps
+    assert [step.stage for step in told] == ["write", "teacher", "score", "prune", "train"]
+    assert {step.state for step in told} == {"build"}
+    assert [step.path for step in told] == [tmp_path / "new", None, None, None, None]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty and holds no fastkd data set"):
+        outlook(tiny_recipe(*overrides))
+
+
+def test_a_recipe_without_a_teacher_is_data_and_training(tiny_recipe):
+    """Nothing is told of stages that it does not have."""
+    assert states(tiny_recipe("teacher=null", "prune.keep_ratio=1.0")) == {"write": "reuse", "train": "build"}
+
+
+def test_what_was_broken_off_would_go_on(tiny_recipe):
+    """Its folder is the one that is being built in."""
+    loaded = tiny_recipe("teacher=null", "prune.keep_ratio=1.0")
+    (train_step,) = [step for step in outlook(loaded).steps if step.stage == "train"]
+    artifacts.partial_of(train_step.path).mkdir(parents=True)
+    assert states(loaded)["train"] == "go on"
+    assert states(loaded, force={"train"})["train"] == "build"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.model=cifar/resnet9", "cifar/resnet8"),
+        ("train.batch_size=1000", "larger than the 75 samples"),
+        ("data.workers=4096", "this process may use"),
+        ("train.device=tpu", "train.device='tpu'"),
+        ("student.weights=none.pth", "no such weights"),
+    ],
+)
+def test_what_training_would_refuse_at_once_is_refused(tiny_recipe, override, message):
+    """Before hours are spent."""
+    with pytest.raises(InputError, match=message):
+        outlook(tiny_recipe(override))
+
+
+def test_damage_is_seen(tiny_recipe, tmp_path):
+    """As training would see it."""
+    loaded = tiny_recipe()
+    stages.prune(loaded)
+    (scores,) = (tmp_path / "artifacts").glob("scores-*")
+    with (scores / "logits.npy").open("r+b") as stream:
+        stream.seek(200)
+        byte = stream.read(1)[0]
+        stream.seek(200)
+        stream.write(bytes([byte ^ 1]))
+    with pytest.raises(ArtifactError, match=r"logits\.npy: damaged"):
+        outlook(loaded)
+
+
+def test_public_weights_that_are_not_there_are_not_fetched(tiny_recipe, monkeypatch, tmp_path):
+    """Their digest, and so where scores lie, is not known before."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    told = outlook(tiny_recipe("teacher={recipe: null, model: torchvision/resnet18, weights: DEFAULT}"))
+    assert {step.stage: step.state for step in told.steps}["teacher"] == "fetch"
+    assert not (tmp_path / "torch").exists()
+
+
+def test_the_command_prints_the_recipe_and_a_line_per_stage(command, tiny_recipe, tmp_path):
+    """And says how to learn how long it would take."""
+    code, text = command(train.main, tiny_recipe.path, "seed=3", "--dry-run")
+    assert code == 0
+    assert "seed: 3\n" in text
+    for words in ("teacher", "is reused", "would be built", "known once what comes before it is there", "bench plan"):
+        assert words in text
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_seconds_come_from_the_plan_that_was_measured_for_this_here(command, tiny_recipe, tmp_path, monkeypatch):
+    """Not from one of another net, batch or machine; other epochs and keep ratios are what it is for."""
+    monkeypatch.setattr(plan, "SEGMENT_S", 0.05)
+    code, _ = command(bench.plan, "plan", tiny_recipe.path, "--repeats", "1", named=True)
+    assert code == 0
+    runtime = Runtime.choose("auto", "auto", channels_last=True, compile=False)
+    report = json.loads((tmp_path / "runs" / "plan-student" / "plan.json").read_text())
+    (own,) = [line for line in report["lines"] if line["recipe"]]
+    told = plan.expected(tiny_recipe(), runtime)
+    assert told["train"] == pytest.approx(own["further_student_s"])
+    assert told["score"] == pytest.approx(own["score"])
+    assert plan.expected(tiny_recipe("train.epochs=60"), runtime)["train"] > 2 * told["train"]
+    assert plan.expected(tiny_recipe("student.model=cifar/resnet14"), runtime) is None
+    assert plan.expected(tiny_recipe("train.batch_size=30"), runtime) is None
+    code, text = command(train.main, tiny_recipe.path, "--dry-run")
+    assert "ahead: about" in text
+    assert "≈" in text
+    here = doctor.machine()
+    monkeypatch.setattr(doctor, "machine", lambda: here | {"cpu": "another"})
+    assert plan.expected(tiny_recipe(), runtime) is None

@@ -1,0 +1,120 @@
+"""The recipes that ship: listed, shown, copied, described to editors; from a checkout and from a wheel."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastkd import recipe, recipes
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def run(command, tmp_path, monkeypatch):
+    """Return a function that runs ``fastkd.recipes`` in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    functions = {"list": recipes.list_, "show": recipes.show, "copy": recipes.copy, "schema": recipes.schema}
+    return lambda name, *arguments: command(functions[name], name, *arguments, named=True)
+
+
+def test_list_tells_each_recipe_with_its_first_line(run):
+    """The head comment's."""
+    code, text = run("list")
+    assert code == 0
+    for file in SHIPPED:
+        (line,) = [line for line in text.splitlines() if line.split()[:1] == [file.stem]]
+        assert file.read_text().splitlines()[0].removeprefix("# ") in line
+
+
+def test_show_prints_a_recipe_as_it_is(run):
+    """With or without .yaml; one that is unknown is an error with the nearest."""
+    for name in ("quickstart", "quickstart.yaml", "recipes/quickstart.yaml"):
+        assert run("show", name) == (0, (ROOT / "recipes" / "quickstart.yaml").read_text())
+    code, text = run("show", "quickstrat")
+    assert code == 2
+    assert "none of that name ships with fastkd; did you mean 'quickstart'?" in text
+
+
+def test_copy_takes_the_teacher_along_and_overwrites_nothing(run, tmp_path):
+    """What was copied loads; a file of one's own stays, and then nothing at all is copied."""
+    assert run("copy", "quickstart")[0] == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"quickstart.yaml", "quickstart_teacher.yaml", "recipe.schema.json"}
+    loaded = recipe.load("quickstart.yaml")
+    assert recipe.load(loaded.teacher.recipe).name == "quickstart-teacher"
+    code, text = run("copy", "quickstart")
+    assert code == 0
+    assert "all of it is there already" in text
+    Path("rn50_r18.yaml").write_text("mine")
+    (tmp_path / "recipe.schema.json").unlink()
+    code, text = run("copy", "rn50_r18")
+    assert code == 2
+    assert "rn50_r18.yaml: there already" in text
+    assert Path("rn50_r18.yaml").read_text() == "mine"
+    assert not Path("recipe.schema.json").exists()
+
+
+def test_the_schema_is_that_of_the_recipes_and_each_recipe_names_it(run):
+    """Make it anew: python -m fastkd.recipes schema > recipes/recipe.schema.json."""
+    file = ROOT / "recipes" / recipes.SCHEMA
+    assert run("schema") == (0, file.read_text())
+    for path in SHIPPED:
+        assert f"\n# yaml-language-server: $schema={file.name}\n" in path.read_text()
+
+
+def test_the_schema_knows_every_key_its_meaning_and_what_is_wrong():
+    """So that an editor can complete, explain and underline."""
+    schema = recipe.schema()
+    prune = schema["$defs"]["Prune"]
+    assert prune["additionalProperties"] is False
+    assert "infobatch" in prune["properties"]["method"]["enum"]
+    assert prune["properties"]["drop_ratio"] == {
+        "default": 0.1,
+        "description": "Share of the hardest that `ccs` drops first.",
+        "exclusiveMaximum": 1,
+        "minimum": 0,
+        "title": "Drop Ratio",
+        "type": "number",
+    }
+    assert set(schema["required"]) == {"name", "data", "student", "optim", "train"}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A wheel, built and unpacked."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("fastkd", "recipes", "writers"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copyfile(ROOT / name, source / name)
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=120)
+    (wheel,) = out.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(out / "site")
+    return out / "site"
+
+
+def test_a_wheel_brings_the_recipes(installed, tmp_path):
+    """Listed and copied as from a checkout."""
+    environment = os.environ | {"PYTHONPATH": str(installed)}
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, "-m", "fastkd.recipes", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    listed = run("list")
+    assert all(file.stem in listed for file in SHIPPED)
+    run("copy", "quickstart")
+    copied = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert copied == {name: (ROOT / "recipes" / name).read_bytes() for name in copied}
+    assert len(copied) == 3
+    assert json.loads(run("schema"))["title"] == "Recipe"
