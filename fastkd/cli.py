@@ -1,6 +1,7 @@
 """What every command shares: parsing by typer, and one place where errors become messages and exit codes."""
 
 import functools
+import inspect
 import logging
 import signal
 import sys
@@ -27,7 +28,8 @@ def run(*commands: Callable[..., None], named: bool = False) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in commands:
-        app.command(no_args_is_help=True)(_explained(command))
+        needed = [p for p in inspect.signature(command).parameters.values() if p.default is p.empty]
+        app.command(no_args_is_help=bool(needed))(_explained(command))
     if named:
         app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
     app()

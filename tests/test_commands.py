@@ -15,9 +15,11 @@ from fastkd.errors import FastkdError
 PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
 
 
-@pytest.mark.parametrize("name", ["write", "score", "prune", "label", "train", "bench", "check", "export", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["write", "score", "prune", "label", "train", "bench", "check", "export", "artifacts", "doctor"]
+)
 def test_help_has_an_example(name):
-    arguments = ["savings"] if name == "bench" else []
+    arguments = {"bench": ["savings"], "artifacts": ["gc"]}.get(name, [])
     done = subprocess.run(
         [sys.executable, "-m", f"fastkd.{name}", *arguments, "--help"], capture_output=True, text=True, timeout=120
     )

@@ -97,12 +97,22 @@ def label_inputs(chain: "Chain") -> dict[str, Any]:
     return {
         "data": chain.original_key,
         "teacher": chain.teacher_inputs,
-        "subset": subset.key,
-        # A SUBSET that is built again, on another machine or in another precision, may hold other samples.
-        "sample_ids": subset.manifest.files["indices.npy"].xxh3_128,
-        "class_std": subset.manifest.files["class_std.npy"].xxh3_128,
+        **subset_inputs(subset),
         "view": chain.view_inputs(chain.teacher_px, varied=True),
         **topk,
+    }
+
+
+def subset_inputs(subset: Artifact) -> dict[str, str]:
+    """Return what tells for which samples, and reshaped to which σ, rows are stored.
+
+    A SUBSET that is built again under its key, on another machine or in another precision, may hold others.
+    """
+    files = subset.manifest.files
+    return {
+        "subset": subset.key,
+        "sample_ids": files["indices.npy"].xxh3_128,
+        "class_std": files["class_std.npy"].xxh3_128,
     }
 
 
