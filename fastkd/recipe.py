@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastkd import shipped
@@ -381,9 +380,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         Missing or malformed file, unknown keys, wrong types, values out of range: all at once.
     """
     file = locate(path)
-    given = _read(file)
+    given, changes = _read(file), settings_of(overrides)
     with _explained(f"recipe {file}"):
-        values = OmegaConf.to_container(OmegaConf.merge(given, settings_of(overrides)))
+        values = OmegaConf.to_container(OmegaConf.merge(given, changes))
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -478,7 +477,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _explained(where: str) -> Iterator[None]:
     try:
         yield
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # odd names fail OmegaConf in any way there is
         raise InputError(f"{where}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
 
 

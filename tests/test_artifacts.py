@@ -174,6 +174,14 @@ def test_a_verdict_is_of_the_manifest_too(subset, tmp_path, reseal):
     assert (subset.path / ".verified.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("text", ["", "null", "[" * 100_000, "\xff", '{"manifest.json": 1}'])
+def test_a_damaged_verdict_is_no_verdict(subset, text):
+    verdict = subset.path / ".verified.json"
+    verdict.write_bytes(text.encode("latin-1"))
+    assert artifacts.load(subset.path).manifest == subset.manifest
+    assert json.loads(verdict.read_bytes())["manifest.json"] == subset.manifest.digest
+
+
 def test_damage_that_keeps_the_times_of_a_file_is_found(subset):
     file = subset.path / "indices.npy"
     times = file.stat()

@@ -35,7 +35,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20  # read before anything is allocated for it
 _VERDICT = ".verified.json"
-_TICK_S = 0.01
+_TICK_S = 0.01  # of the clock that file systems go by: 1 to 10 ms
 # Names that no one else would give to a directory, so that what bears them may be deleted: what is being built; what a
 # new artifact replaces, put back where that did not come to its place; what is being deleted.
 PARTIAL, OLD, REMOVED = ".fastkd-partial", ".fastkd-old", ".fastkd-removed"
@@ -168,7 +168,7 @@ def open_array(path: Path) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of headers that need repair
+            warnings.simplefilter("error", UserWarning)  # of headers that need repair
             return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -230,7 +230,10 @@ def read_manifest(path: Path) -> Manifest:
         first = str(error).splitlines()[0]
         raise ArtifactError(f"{file}: not a fastkd manifest: {first}") from None
     if digest != manifest.digest:
-        raise ArtifactError(f"{file}: damaged, or changed by hand: its digest is {digest}, not {manifest.digest}")
+        raise ArtifactError(
+            f"{file}: damaged, or changed by hand: its digest is {digest}, it says {manifest.digest}. "
+            f"Delete {path} and build it again."
+        )
     for name in manifest.files:
         if not _stays_inside(name):
             raise ArtifactError(f"{file}: the file name {name!r} leads out of the artifact")
@@ -267,7 +270,7 @@ def load(path: str | os.PathLike[str], kind: Kind | None = None) -> Artifact:
     artifact = Artifact(path, manifest)
     state = _file_state(artifact)
     verdict = path / _VERDICT
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if json.loads(verdict.read_bytes()) == state:
             return artifact
     _settle(state)
@@ -314,7 +317,7 @@ def _file_state(artifact: Artifact) -> dict[str, Any]:
 
 
 def _settle(state: Mapping[str, Any]) -> None:
-    """Wait until a change of any file would show in its time: a file system's clock ticks every few milliseconds."""
+    """Wait until a further change of any file would show in its time."""
     newest = max((times[1] for times in state.values() if isinstance(times, list)), default=0)
     time.sleep(min(_TICK_S, max(0.0, _TICK_S - (time.time_ns() - newest) / 1e9)))
 

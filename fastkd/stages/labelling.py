@@ -33,11 +33,13 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
     path = chain.place("LABELS", inputs)
     force = "label" in chain.force
     views = chain.recipe.num_views or 0
-    if not chain.build or (force and path.exists()):
-        there = artifacts.load(path, "LABELS")
-        if not chain.build:
-            return there, False
-        views = max(views, there.facts["views"])  # those that other recipes use are made again too
+    parents = {"DATASET": chain.dataset.key, "SUBSET": chain.subset.key}
+    if not chain.build:
+        there = artifacts.find(path, "LABELS", inputs, parents)
+        assert there is not None  # the chain has looked
+        return there, False
+    if force and path.exists():  # views that other recipes use are made again too
+        views = max(views, artifacts.load(path, "LABELS").facts["views"])
     progress = path.with_name(f".{path.name}.progress.json")
     if force:
         progress.unlink(missing_ok=True)
@@ -53,7 +55,7 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
                 Progress.load(progress),
                 None if force else artifacts.find(path, "LABELS", inputs),
             ),
-            parents={"DATASET": chain.dataset.key, "SUBSET": chain.subset.key},
+            parents=parents,
             settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.labels.batch_size},
             force=force,
             enough=lambda artifact: artifact.facts["views"] >= views,

@@ -35,13 +35,13 @@ class Found:
     kind, key, parents
         As far as they are known. `parents` by kind, as manifests have them.
     bytes : int
-        Of its files; of what may be deleted without being asked for again, those that have no other name.
+        Of its files; of what is not published only those that have no other name: labels that grow share theirs.
     changed : float
         When it was published, or last written to (seconds since 1970).
     note
         What is to be said of it, where it is not published.
     left_over
-        Nothing goes on with it but, perhaps, a build that is begun again.
+        A killed process left it, and nothing is lost with it but the work that went into it.
     """
 
     path: Path

@@ -12,7 +12,7 @@ import pytest
 from fastkd import artifacts, check, recipe, stages
 from fastkd.artifacts import MANIFEST
 from fastkd.errors import ArtifactError
-from fastkd.stages import Chain
+from fastkd.stages import Chain, checking
 
 KINDS = ("DATASET", "SCORES", "SUBSET", "LABELS", "RUN", "export")
 FLIPS = 12  # of each file
@@ -198,9 +198,10 @@ def test_an_artifact_made_from_something_else_is_not_used_where_another_should_b
     ):
         with restored(path / MANIFEST):
             reseal(path, **values)
-            with pytest.raises(ArtifactError, match=why) as error:
-                stages.train(loaded)
-            assert str(path) in str(error.value)
+            for use in (stages.train, checking.check) if kind != "RUN" else (stages.train,):
+                with pytest.raises(ArtifactError, match=why) as error:
+                    use(loaded)
+                assert str(path) in str(error.value)
     assert not stages.train(loaded)[1]
 
 

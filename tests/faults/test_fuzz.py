@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fastkd import artifacts, models, prune, recipe, stages
+from fastkd import artifacts, models, prune, recipe, stages, write
 from fastkd.artifacts import Artifact, Built
 from fastkd.errors import ArtifactError, FastkdError, InputError
 
@@ -110,13 +110,24 @@ names = st.lists(
 
 
 @many
-@given(name=names.map(".".join), value=yaml_text | values.map(str))
+@given(name=names.map("".join), value=yaml_text | values.map(str))
+@example(name="[", value="1")
 def test_any_override(file, name, value):
     """Overrides are read as safely as files; so are the ``--set`` of prune."""
     loads(file, yaml.safe_dump(MINIMAL), (f"{name}={value}",))
     loads(file, yaml.safe_dump(MINIMAL), (f"{name}{value}",))
     with contextlib.suppress(InputError):
         assert isinstance(recipe.settings_of([f"{name}={value}"]), dict)
+
+
+@many
+@given(value=yaml_text | values.map(str))
+@example("2024-99-99")
+@example("!!bool perhaps")
+def test_any_option_of_a_writer(value):
+    """What is no plain value is the text that it is: a path may look like anything."""
+    found = write._key_values([f"root={value}"])["root"]
+    assert isinstance(found, str | bool | int | float | list | None)
 
 
 BOMBS = {
