@@ -168,7 +168,8 @@ def open_array(path: Path) -> np.ndarray:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # of headers that need repair
+            for what in (UserWarning, RuntimeWarning):  # of headers that need repair, of sizes that overflow
+                warnings.simplefilter("error", what)
             return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
