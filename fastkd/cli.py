@@ -29,14 +29,11 @@ def run(*commands: Callable[..., None], named: bool = False) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in commands:
         name = command.__name__.rstrip("_") if named else None  # `list_` is called `list`
-        app.command(name, no_args_is_help=_has_arguments(command))(_explained(command))
+        needed = [p for p in inspect.signature(command).parameters.values() if p.default is p.empty]
+        app.command(name, no_args_is_help=bool(needed))(_explained(command))
     if named:
         app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
     app()
-
-
-def _has_arguments(command: Callable[..., None]) -> bool:
-    return bool(inspect.signature(command).parameters)
 
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from fastkd import cli, console, recipe
@@ -48,7 +47,7 @@ def main(
         if labels is None or out is None:
             raise InputError("--logits goes with --labels and --out")
         given = {"method": method, "score": score, "keep_ratio": keep_ratio, "quota": quota, "seed": seed}
-        given |= {str(name): value for name, value in OmegaConf.from_dotlist(settings or []).items()}
+        given |= recipe.settings_of(settings or [])
         try:
             chosen = recipe.Prune.model_validate(given)
         except ValidationError as error:

@@ -1,11 +1,12 @@
 """Recipes: YAML → OmegaConf (``a.b=c`` overrides) → a frozen, validated model. Unknown keys are errors."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fastkd import shipped
@@ -13,6 +14,8 @@ from fastkd.errors import InputError
 from fastkd.validation import explain
 
 MAX_BYTES = 1 << 20
+MAX_OVERRIDE = 4096
+MAX_DEPTH = 16
 MAX_SIZES = 6
 
 
@@ -367,7 +370,7 @@ class Recipe(Section):
         return None if self.num_views is None else epoch % self.num_views
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply ``a.b=c`` overrides.
 
     Parameters
@@ -382,16 +385,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
         Missing or malformed file, unknown keys, wrong types, values out of range: all at once.
     """
     file = locate(path)
-    try:
-        given = OmegaConf.create(_plain_yaml(file))
-        for text in overrides:
-            name, sign, _ = text.partition("=")
-            if not sign or not name:
-                raise InputError(f"override {text!r}: expected a.b=value")
-        tree = OmegaConf.merge(given, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(tree, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise InputError(f"{file}: {str(error).splitlines()[0]}") from None
+    given, changes = _read(file), settings_of(overrides)
+    with _explained(f"recipe {file}"):
+        values = OmegaConf.to_container(OmegaConf.merge(given, changes))
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -402,12 +398,33 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     return recipe
 
 
+def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings, nested, that ``a.b=c`` texts give.
+
+    Raises
+    ------
+    InputError
+        A text that is none of that form, or whose value is not plain YAML.
+    """
+    for text in overrides:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise InputError(f"override {text!r}: expected a.b=value")
+        if len(text) > MAX_OVERRIDE or name.count(".") > MAX_DEPTH:
+            raise InputError(f"override {text[:40]!r} …: longer, or deeper, than any setting is")
+        _parse(value, f"override {text!r}")
+    with _explained("overrides"):
+        settings = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    return {str(name): value for name, value in settings.items()} if isinstance(settings, dict) else {}
+
+
 def locate(path: str | Path) -> Path:
     """Return the file that a recipe's path means."""
     path = Path(path)
-    for candidate in (path, shipped("recipes") / path.name):
-        if candidate.is_file():
-            return candidate
+    with contextlib.suppress(OSError):  # a name that no file can have
+        for candidate in (path, shipped("recipes") / path.name):
+            if candidate.is_file():
+                return candidate
     raise InputError(f"recipe {path}: no such file")
 
 
@@ -416,17 +433,62 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
-def _plain_yaml(file: Path) -> dict[str, Any]:
-    """Parse without object tags, a mapping at the top, of a size that a person may have written."""
-    if file.stat().st_size > MAX_BYTES:
-        raise InputError(f"recipe {file}: {file.stat().st_size} bytes; a recipe has at most {MAX_BYTES}")
+class _PlainLoader(yaml.SafeLoader):
+    """YAML that means what stands there: no tags, no aliases (a few lines of them make gigabytes), no ``${…}``.
+
+    OmegaConf would fill the latter, from the environment too: what is in there is nobody's business, and a recipe is
+    the whole of an experiment.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose one node, unless it is none of a recipe's."""
+        event = self.peek_event()
+        self.depth += 1
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse("an alias (*name): write the value out", event)
+        if getattr(event, "tag", None) is not None:
+            self._refuse("a tag (!name): a recipe holds plain values", event)
+        if "${" in getattr(event, "value", ""):
+            self._refuse("an interpolation (${…}): write the value out", event)
+        if self.depth > MAX_DEPTH:
+            self._refuse(f"more than {MAX_DEPTH} levels", event)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _refuse(self, what: str, event: Any) -> NoReturn:
+        raise yaml.MarkedYAMLError(problem=f"found {what}", problem_mark=event.start_mark)
+
+
+def _parse(text: str, where: str) -> Any:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"recipe {file}: not YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text, _PlainLoader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{where}: not YAML, or not plain: {' '.join(str(error).split())}") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Parse a file: a mapping at the top, of a size that a person may have written."""
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise InputError(f"recipe {file}: {file.stat().st_size} bytes; a recipe has at most {MAX_BYTES}")
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {file}: cannot be read ({error})") from None
+    values = _parse(text, f"recipe {file}")
     if not isinstance(values, dict):
         raise InputError(f"recipe {file}: expected a mapping of sections, found {type(values).__name__}")
     return values
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # odd names fail OmegaConf in any way there is
+        raise InputError(f"{where}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
 
 
 def dump(recipe: Recipe) -> str:

@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+_SHOWN = 200
+
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return one line per error of validating `model`, in the order of its fields."""
@@ -25,7 +27,15 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         elif e["type"] == "value_error":
             yield f"{where}: {e['ctx']['error']}"
         else:
-            yield f"{where}: {e['input']!r} is wrong: {e['msg'].removeprefix('Input ')}"
+            yield f"{where}: {_shown(e['input'])} is wrong: {e['msg'].removeprefix('Input ')}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -48,7 +48,7 @@ def _key_values(words: list[str]) -> dict[str, Any]:
             raise InputError(f"{word!r}: {key} is given twice")
         try:
             parsed = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError:
+        except Exception:  # a date that there is not, a tag
             parsed = value
         # What YAML takes for a mapping or a date is a text, such as a path: no option is of these types.
         options[key] = parsed if isinstance(parsed, str | bool | int | float | list | None) else value

@@ -1,5 +1,6 @@
 """Small data shared by the tests: three classes that a small net learns in seconds."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -122,6 +123,24 @@ def tiny_recipe(tiny: artifacts.Artifact, tiny_teacher: Path, tmp_path: Path) ->
 
     load.path = student  # type: ignore[attr-defined]
     return load
+
+
+@pytest.fixture(scope="session")
+def reseal() -> Callable[..., None]:
+    """Return a function that changes a manifest and makes all checksums right again, as if it were done on purpose."""
+
+    def change(folder: Path, **values: object) -> None:
+        file = folder / artifacts.MANIFEST
+        fields = json.loads(file.read_bytes())
+        for name in fields["files"]:
+            fields["files"][name] = {
+                "size": (folder / name).stat().st_size,
+                "xxh3_128": artifacts.file_digest(folder / name),
+            }
+        fields |= values
+        file.write_text(json.dumps(fields | {"digest": artifacts.digest_of(fields)}))
+
+    return change
 
 
 @pytest.fixture

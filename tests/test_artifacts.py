@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -114,26 +115,115 @@ def test_the_verdict_spares_checksums_until_a_file_changes(subset, monkeypatch):
         artifacts.load(subset.path)
 
 
-def change_manifest(artifact: artifacts.Artifact, **values: object) -> None:
-    file = artifact.path / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"format_version": 1}, "format version 1; this fastkd .* reads 2. Build it again"),
         ({"format_version": 99}, "format version 99; this fastkd"),
         ({"kind": "NONSENSE"}, "not a fastkd manifest"),
         ({"inputs": {"data": "other"}}, "the key does not follow from the inputs"),
-        ({"files": {"../../etc/passwd": {"size": 1, "xxh3_128": "0"}}}, "leads out of the artifact"),
-        ({"files": {"/etc/passwd": {"size": 1, "xxh3_128": "0"}}}, "leads out of the artifact"),
         ({"surprise": 1}, "not a fastkd manifest"),
+        *(
+            ({"files": {name: {"size": 1, "xxh3_128": "0"}}}, "leads out of the artifact")
+            for name in ("../x", "/etc/passwd", "views/../../x", "..", ".", "", "a//b", "./a", "a/", "a\\b", "a\0b")
+        ),
     ],
 )
-def test_a_changed_manifest_is_refused(subset, values, message):
-    change_manifest(subset, **values)
+def test_a_changed_manifest_is_refused(subset, reseal, values, message):
+    reseal(subset.path, **values)
     with pytest.raises(ArtifactError, match=message):
         artifacts.load(subset.path)
+
+
+@pytest.mark.parametrize(
+    "name", ["kind", "created", "key", "parents", "settings", "facts", "cost_s", "files", "digest"]
+)
+def test_no_field_of_a_manifest_can_change_unseen(subset, name):
+    """The key is of the inputs alone; the digest is of all the rest."""
+    file = subset.path / "manifest.json"
+    fields = json.loads(file.read_text())
+    other = {"kind": "LABELS", "cost_s": 0.5, "digest": "0" * 32, "key": "0" * 32, "created": "yesterday"}
+    fields[name] = other.get(name, {"a": "b"}) if name != "files" else {}
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ArtifactError, match="damaged, or changed by hand"):
+        artifacts.load(subset.path)
+
+
+def test_any_flipped_bit_of_a_manifest_is_seen_or_changes_nothing(subset):
+    """All bits of all bytes: what is let through is the same manifest, written otherwise (blanks, escapes)."""
+    file = subset.path / "manifest.json"
+    text, refused = file.read_bytes(), 0
+    for at in range(len(text)):
+        for bit in range(8):
+            file.write_bytes(text[:at] + bytes([text[at] ^ (1 << bit)]) + text[at + 1 :])
+            try:
+                assert artifacts.read_manifest(subset.path) == subset.manifest
+            except ArtifactError as error:
+                refused += str(subset.path) in str(error)
+    assert refused > 0.85 * 8 * len(text)
+
+
+def test_a_verdict_is_of_the_manifest_too(subset, tmp_path, reseal):
+    """Another manifest over the same files, as large as the first, is no reason to trust them."""
+    before = (subset.path / ".verified.json").read_bytes()
+    fields = json.loads((subset.path / "manifest.json").read_text())
+    fields["files"]["indices.npy"]["xxh3_128"] = "0" * 32
+    (subset.path / "manifest.json").write_text(json.dumps(fields | {"digest": artifacts.digest_of(fields)}))
+    with pytest.raises(ArtifactError, match=r"indices\.npy: damaged: its xxh3-128"):
+        artifacts.load(subset.path)
+    assert (subset.path / ".verified.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "null", "[" * 100_000, "\xff", '{"manifest.json": 1}'])
+def test_a_damaged_verdict_is_no_verdict(subset, text):
+    verdict = subset.path / ".verified.json"
+    verdict.write_bytes(text.encode("latin-1"))
+    assert artifacts.load(subset.path).manifest == subset.manifest
+    assert json.loads(verdict.read_bytes())["manifest.json"] == subset.manifest.digest
+
+
+def test_damage_that_keeps_the_times_of_a_file_is_found(subset):
+    file = subset.path / "indices.npy"
+    times = file.stat()
+    time.sleep(0.02)  # a clock of the file system's ticks every few milliseconds
+    data = bytearray(file.read_bytes())
+    data[500] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(ArtifactError, match=r"indices\.npy: damaged: its xxh3-128"):
+        artifacts.load(subset.path)
+
+
+@pytest.mark.parametrize("what", ["a file elsewhere", "a folder elsewhere", "a directory"])
+def test_links_out_of_an_artifact_are_refused(tmp_path, what):
+    """However right the checksum: what lies elsewhere is not the artifact's."""
+
+    def nested(directory: Path) -> Built:
+        (directory / "views").mkdir()
+        np.save(directory / "views" / "v0000.npy", np.zeros((2, 3), np.float16))
+        return Built()
+
+    made = artifacts.build(tmp_path / "labels", "LABELS", INPUTS, nested)[0]
+    moved = made.path / "views" if what == "a folder elsewhere" else made.path / "views" / "v0000.npy"
+    moved.rename(tmp_path / "elsewhere")
+    if what == "a directory":
+        moved.mkdir()
+    else:
+        moved.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match=r"v0000\.npy: is a link or no file"):
+        artifacts.load(made.path)
+
+
+def test_an_artifact_may_itself_be_reached_through_a_link(subset, tmp_path):
+    (tmp_path / "link").symlink_to(subset.path)
+    assert artifacts.load(tmp_path / "link").manifest == subset.manifest
+
+
+def test_other_parents_than_those_in_use_are_refused(subset):
+    """The key says what an artifact is to be made from, its parents what it was made from."""
+    assert artifacts.build(subset.path, "SUBSET", INPUTS, fill, parents={"SCORES": "p"})[1] is False
+    with pytest.raises(ArtifactError, match="has other parents than those in use: SCORES is 'p', not 'q'"):
+        artifacts.build(subset.path, "SUBSET", INPUTS, fill, parents={"SCORES": "q"})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"kind": "SUBSET"}', "\xff\x00", "[" * 100_000])
@@ -163,14 +253,67 @@ def test_nearest_names_the_most_alike_and_what_differs(subset, tmp_path):
     assert artifacts.nearest(tmp_path, "LABELS", asked) is None
 
 
-def test_pickled_arrays_are_refused(tmp_path):
-    def pickled(directory: Path) -> Built:
-        np.save(directory / "indices.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
-        return Built()
+def array_artifact(folder: Path, array: np.ndarray, name: str = "indices.npy", **facts: object) -> artifacts.Artifact:
+    def saved(directory: Path) -> Built:
+        np.save(directory / name, array, allow_pickle=True)
+        return Built(facts=facts)
 
-    artifact, _ = artifacts.build(tmp_path / "subset", "SUBSET", INPUTS, pickled)
+    return artifacts.build(folder / "subset", "SUBSET", INPUTS, saved)[0]
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    artifact = array_artifact(tmp_path, np.array([{"a": 1}], dtype=object), count=1)
     with pytest.raises(ArtifactError, match=r"not a plain \.npy array"):
         artifact.array("indices.npy")
+
+
+@pytest.mark.parametrize(
+    ("array", "facts", "found"),
+    [
+        (np.arange(5, dtype=">i8"), {"count": 5}, r"holds >i8 \[5\], where <i8 \[5\] belongs"),
+        (np.arange(5, dtype=np.int32), {"count": 5}, r"holds <i4 \[5\], where <i8 \[5\] belongs"),
+        (np.arange(5.0), {"count": 5}, r"holds <f8 \[5\]"),
+        (np.arange(5), {"count": 6}, r"holds <i8 \[5\], where <i8 \[6\] belongs"),
+        (np.arange(5), {}, r"holds <i8 \[5\], where <i8 \[None\] belongs"),
+        (np.arange(4).reshape(2, 2), {"count": 4}, r"holds <i8 \[2, 2\]"),
+        (np.array(7), {"count": 1}, r"holds <i8 \[\]"),
+        (np.zeros(3, [("a", "<i8")]), {"count": 3}, r"holds records \[3\]"),
+    ],
+)
+def test_an_array_of_another_type_or_shape_than_the_facts_say_is_refused(tmp_path, array, facts, found):
+    with pytest.raises(ArtifactError, match=r"indices\.npy: " + found + ".*build it again"):
+        array_artifact(tmp_path, array, **facts).array("indices.npy")
+
+
+def test_an_array_that_lies_column_by_column_is_refused(tmp_path):
+    columns = np.asfortranarray(np.zeros((4, 3), np.float16))
+    artifact = array_artifact(tmp_path, columns, "logits.npy", count=4, classes=3)
+    with pytest.raises(ArtifactError, match="column by column, where <f2"):
+        artifact.array("logits.npy")
+
+
+def test_an_array_that_the_kind_does_not_have_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="a SUBSET has no array of this name"):
+        array_artifact(tmp_path, np.arange(3), "else.npy", count=3).array("else.npy")
+
+
+@pytest.mark.parametrize("shape", [(2**40,), (2**62, 4), (10**30,), (-1,), (2**33, 2**33)])
+def test_a_header_that_claims_more_than_there_is_allocates_nothing(tmp_path, shape):
+    header = {"descr": "<i8", "fortran_order": False, "shape": shape}
+    with (tmp_path / "a.npy").open("wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(b"\0" * 80)
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"a\.npy: not a plain \.npy array"):
+        artifacts.open_array(tmp_path / "a.npy")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_an_archive_is_no_array(tmp_path):
+    np.savez(tmp_path / "a.npy.npz", a=np.arange(3))
+    with pytest.raises(InputError, match=r"not a plain \.npy array"):
+        artifacts.open_array(tmp_path / "a.npy.npz")
 
 
 def slow_build(path: Path, built: "multiprocessing.Queue[bool]") -> None:
@@ -210,3 +353,70 @@ def test_what_failed_and_can_be_gone_on_with_keeps_its_folder(tmp_path):
     assert (tmp_path / "run.fastkd-partial" / "metrics.jsonl").read_text() == "{}\n"
     with pytest.raises(ArtifactError, match=r"run\.fastkd-partial beside it was not finished"):
         artifacts.load(tmp_path / "run")
+
+
+def test_what_can_be_gone_on_with_says_what_it_is_to_be_until_it_is(tmp_path):
+    seen = []
+
+    def looks(directory: Path) -> Built:
+        seen.append(json.loads((directory / artifacts.BEGUN).read_text()))
+        return fill(directory)
+
+    made, _ = artifacts.build(tmp_path / "run", "RUN", INPUTS, looks, parents={"DATASET": "d"}, resumable=True)
+    assert seen == [{"kind": "RUN", "key": made.key, "parents": {"DATASET": "d"}}]
+    assert set(made.manifest.files) == {"indices.npy"}
+    assert not (made.path / artifacts.BEGUN).exists()
+
+
+# --- deleting -------------------------------------------------------------------------------------------------------
+
+
+def test_deleting_leaves_nothing_and_touches_nothing_else(subset, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("years of work")
+    (subset.path / "link").symlink_to(outside)
+    (subset.path / "file").symlink_to(outside / "thesis.tex")
+    artifacts.remove(subset.path)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["outside"]
+    assert (outside / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_is_being_built_is_not_deleted(tmp_path):
+    def tries(directory: Path) -> Built:
+        assert artifacts.in_use(tmp_path / "subset")
+        for path in (directory, tmp_path / "subset"):
+            with pytest.raises(InputError, match="another process is at work on it; nothing was deleted"):
+                artifacts.remove(path)
+        return fill(directory)
+
+    made, _ = artifacts.build(tmp_path / "subset", "SUBSET", INPUTS, tries)
+    assert artifacts.load(made.path).manifest == made.manifest
+    assert not artifacts.in_use(made.path)
+
+
+def test_a_link_is_not_deleted_nor_what_it_leads_to(subset, tmp_path):
+    (tmp_path / "link").symlink_to(subset.path)
+    with pytest.raises(InputError, match="is a link or no directory"):
+        artifacts.remove(tmp_path / "link")
+    assert artifacts.load(subset.path).manifest == subset.manifest
+
+
+def test_a_deletion_that_was_killed_is_finished_by_the_next_and_never_taken_for_an_artifact(
+    subset, tmp_path, monkeypatch
+):
+    def killed(path: Path) -> None:
+        (path / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            artifacts.remove(subset.path)
+    left = subset.path.with_name("subset.fastkd-removed")
+    assert left.is_dir()
+    assert not subset.path.exists()
+    assert artifacts.build(subset.path, "SUBSET", INPUTS, fill)[1]
+    artifacts.remove(left)
+    assert not left.exists()
+    assert artifacts.load(subset.path).facts == {"count": 1000}

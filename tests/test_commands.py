@@ -17,12 +17,15 @@ from fastkd.errors import FastkdError
 PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
 
 
-COMMANDS = ("write", "score", "prune", "label", "train", "bench", "check", "export", "predict", "recipes", "doctor")
+COMMANDS = (
+    *("write", "score", "prune", "label", "train", "bench", "check", "export", "predict", "recipes", "artifacts"),
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(name):
-    arguments = {"bench": ["savings"], "recipes": ["copy"]}.get(name, [])
+    arguments = {"bench": ["savings"], "recipes": ["copy"], "artifacts": ["gc"]}.get(name, [])
     done = subprocess.run(
         [sys.executable, "-m", f"fastkd.{name}", *arguments, "--help"], capture_output=True, text=True, timeout=120
     )

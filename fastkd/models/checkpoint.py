@@ -37,8 +37,10 @@ def read_file(path: Path) -> State:
     if path.suffix == ".safetensors":
         try:
             return unwrapped(safetensors.torch.load_file(path))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error}). Copy or download it again.") from None
+        except Exception as error:  # of a damaged header, torch's own among them
+            raise InputError(
+                f"{path}: not a whole safetensors file ({reason(error)}). Copy or download it again."
+            ) from None
     if path.suffix not in PICKLES:
         expected = f".safetensors, {', '.join(PICKLES)} or a RUN directory"
         raise InputError(f"{path}: unknown kind of weights; expected {expected}")

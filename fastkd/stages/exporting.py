@@ -11,10 +11,11 @@ import numpy as np
 import xxhash
 
 from fastkd import artifacts
-from fastkd.artifacts import MANIFEST, Artifact, Built, FileStamp, file_digest, read_manifest
+from fastkd.artifacts import MANIFEST, Artifact, Built, FileStamp, Manifest, file_digest, read_manifest
 from fastkd.data.beton import FULL, Progress
 from fastkd.data.extract import Table, extract, read_table
 from fastkd.errors import ArtifactError, FastkdError, InputError
+from fastkd.stages.labelling import subset_inputs
 from fastkd.stages.writing import refuse_foreign
 
 _BETONS = ("train.beton", "val.beton")
@@ -141,7 +142,7 @@ def _open(path: Path, data: str | os.PathLike[str] | None, labels: str | os.Path
         raise InputError(f"{path}: is of kind {kind}; expected a SUBSET, as python -m fastkd.prune makes it")
     subset = artifacts.load(path, "SUBSET")
     sample_ids = np.asarray(subset.array("indices.npy"))
-    if sample_ids.dtype != np.int64 or sample_ids.ndim != 1 or not len(sample_ids) or (np.diff(sample_ids) <= 0).any():
+    if not len(sample_ids) or (np.diff(sample_ids) <= 0).any():
         raise ArtifactError(f"{path / 'indices.npy'}: expected ascending int64 [M]; prune again")
 
     dataset = artifacts.load(_data_path(subset, data), "DATASET")
@@ -230,15 +231,24 @@ def _labels(subset: Artifact, given: str | os.PathLike[str] | None) -> Artifact 
             raise ArtifactError(
                 f"{labels.path}: was made for the SUBSET of key {made_for}, and {subset.path} has the key {subset.key}"
             )
+        if not _made_for(labels.manifest, subset):
+            raise ArtifactError(f"{labels.path}: was made before {subset.path} was built again; label again")
         return labels
     found = []
     for path, manifest in artifacts.published(subset.path.parent, "LABELS"):
-        if manifest.parents.get("SUBSET") == subset.key:
+        if _made_for(manifest, subset):
             found.append(path)
     if len(found) > 1:
         names = ", ".join(str(path) for path in found)
         raise InputError(f"{subset.path}: there are {len(found)} LABELS for it: {names}; choose with --labels LABELS")
     return artifacts.load(found[0], "LABELS") if found else None
+
+
+def _made_for(labels: Manifest, subset: Artifact) -> bool:
+    """Tell whether rows are stored for just these samples of a SUBSET."""
+    asked = subset_inputs(subset)
+    made = {name: labels.inputs.get(name) for name in asked}
+    return labels.parents.get("SUBSET") == subset.key and made == asked
 
 
 def _fill(directory: Path, sources: _Sources, progress: Progress | None) -> Built:

@@ -33,11 +33,13 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
     path = chain.place("LABELS", inputs)
     force = "label" in chain.force
     views = chain.recipe.num_views or 0
-    if not chain.build or (force and path.exists()):
-        there = artifacts.load(path, "LABELS")
-        if not chain.build:
-            return there, False
-        views = max(views, there.facts["views"])  # those that other recipes use are made again too
+    parents = {"DATASET": chain.dataset.key, "SUBSET": chain.subset.key}
+    if not chain.build:
+        there = artifacts.find(path, "LABELS", inputs, parents)
+        assert there is not None  # the chain has looked
+        return there, False
+    if force and path.exists():  # views that other recipes use are made again too
+        views = max(views, artifacts.load(path, "LABELS").facts["views"])
     progress = path.with_name(f".{path.name}.progress.json")
     if force:
         progress.unlink(missing_ok=True)
@@ -53,7 +55,7 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
                 Progress.load(progress),
                 None if force else artifacts.find(path, "LABELS", inputs),
             ),
-            parents={"DATASET": chain.dataset.key, "SUBSET": chain.subset.key},
+            parents=parents,
             settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.labels.batch_size},
             force=force,
             enough=lambda artifact: artifact.facts["views"] >= views,
@@ -97,12 +99,22 @@ def label_inputs(chain: "Chain") -> dict[str, Any]:
     return {
         "data": chain.original_key,
         "teacher": chain.teacher_inputs,
-        "subset": subset.key,
-        # A SUBSET that is built again, on another machine or in another precision, may hold other samples.
-        "sample_ids": subset.manifest.files["indices.npy"].xxh3_128,
-        "class_std": subset.manifest.files["class_std.npy"].xxh3_128,
+        **subset_inputs(subset),
         "view": chain.view_inputs(chain.teacher_px, varied=True),
         **topk,
+    }
+
+
+def subset_inputs(subset: Artifact) -> dict[str, str]:
+    """Return what tells for which samples, and reshaped to which σ, rows are stored.
+
+    A SUBSET that is built again under its key, on another machine or in another precision, may hold others.
+    """
+    files = subset.manifest.files
+    return {
+        "subset": subset.key,
+        "sample_ids": files["indices.npy"].xxh3_128,
+        "class_std": files["class_std.npy"].xxh3_128,
     }
 
 

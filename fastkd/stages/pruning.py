@@ -7,8 +7,8 @@ import numpy as np
 from rich.table import Table
 
 from fastkd import artifacts, console
-from fastkd.artifacts import Artifact, Built, file_digest
-from fastkd.errors import InputError
+from fastkd.artifacts import Artifact, Built, file_digest, open_array
+from fastkd.errors import ArtifactError, InputError
 from fastkd.kernels import (
     Scores,
     beta_draw,
@@ -73,8 +73,13 @@ def exported_subset(chain: "Chain") -> Artifact:
     ------
     InputError
         The recipe would keep other samples, or have other logits for them; names what differs.
+    ArtifactError
+        It is not the SUBSET that was exported, or of another DATASET.
     """
     subset = artifacts.load(chain.dataset.path / "subset", "SUBSET")
+    origin = chain.dataset.facts["export"]
+    if subset.key != origin["subset"] or subset.manifest.parents.get("DATASET", origin["dataset"]) != origin["dataset"]:
+        raise ArtifactError(f"{subset.path}: is not the SUBSET that {chain.dataset.path} was made from; export again")
     recipe, told = chain.recipe, subset.manifest.settings
     if recipe.teacher is None:
         return subset
@@ -108,20 +113,23 @@ def prune_arrays(
     """
     if settings.dynamic:
         raise InputError(f"--method {settings.method}: chooses while it trains; there is nothing to choose from logits")
-    z_NK, y_N = _open(logits), _open(labels)
+    z_NK, y_N = open_array(logits), open_array(labels)
     if z_NK.ndim != 2 or z_NK.shape[1] < 2 or z_NK.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(
-            f"{logits}: expected floating-point logits [N, K] with K ≥ 2, got {z_NK.dtype} {list(z_NK.shape)}"
+            f"{logits}: expected floating-point logits [N, K] with K ≥ 2, of 2, 4 or 8 bytes and little-endian, "
+            f"got {z_NK.dtype} {list(z_NK.shape)}"
         )
-    if y_N.ndim != 1 or y_N.dtype.kind not in "iu" or len(y_N) != len(z_NK) or not len(y_N):
+    if not len(z_NK):
+        raise InputError(f"{logits}: holds no rows: there is nothing to choose from")
+    if y_N.ndim != 1 or y_N.dtype.kind not in "iu" or len(y_N) != len(z_NK):
         raise InputError(f"{labels}: expected {len(z_NK)} integer labels [N], got {y_N.dtype} {list(y_N.shape)}")
-    y_N = y_N.astype(np.int64)
     wrong = np.flatnonzero((y_N < 0) | (y_N >= z_NK.shape[1]))
     if len(wrong):
         raise InputError(
             f"{labels}: label {y_N[wrong[0]]} at row {wrong[0]} is out of range 0 … {z_NK.shape[1] - 1}: "
             f"{logits.name} has {z_NK.shape[1]} classes; {len(wrong)} such rows"
         )
+    y_N = y_N.astype(np.int64)
     inputs = {
         "logits": file_digest(logits),
         "labels": file_digest(labels),
@@ -138,15 +146,6 @@ def prune_arrays(
         settings={"logits": str(logits), "labels": str(labels)},
         force=force,
     )
-
-
-def _open(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path}: not a plain .npy array ({error})") from None
 
 
 def _selection_inputs(settings: Prune) -> dict[str, Any]:
@@ -202,6 +201,8 @@ def _fill(
     facts = {
         "count": len(kept),
         "of": len(train_ids),
+        "scored": len(labels_N),
+        "classes": K,
         "keep_ratio": actual,
         "class_counts": np.bincount(labels_N[kept], minlength=K).tolist(),
         "flat_rows": flat,
@@ -287,7 +288,7 @@ def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Pr
 def _listed(ids_N: np.ndarray, settings: Prune) -> np.ndarray:
     """Return where the samples of a user's list stand among those to choose from."""
     path = Path(str(settings.ids))
-    listed = _open(path)
+    listed = open_array(path)
     if listed.ndim != 1 or listed.dtype.kind not in "iu" or not len(listed):
         raise InputError(f"prune.ids={path}: expected integer sample ids [M], got {listed.dtype} {list(listed.shape)}")
     listed = np.sort(listed.astype(np.int64))

@@ -93,7 +93,7 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
         shutil.rmtree(directory)
         raise
     console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
-    facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count}
+    facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count, "classes": K}
     return Built(facts=facts, earlier_s=earlier_s)
 
 
@@ -111,7 +111,9 @@ def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> Scores:
         parts = []
         for start in range(0, len(labels_N), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            parts.append(score_logits(np.ascontiguousarray(logits_NK[rows], np.float32), labels_N[rows]))
+            with np.errstate(over="ignore"):  # what is beyond float32 is not finite then
+                z_NK = np.ascontiguousarray(logits_NK[rows], np.float32)
+            parts.append(score_logits(z_NK, labels_N[rows]))
         scores = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     bad = np.flatnonzero(~scores.finite)
     if len(bad):

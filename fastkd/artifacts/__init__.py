@@ -2,7 +2,8 @@
 
 An artifact is built in ``NAME.fastkd-partial`` beside its final place and published by one rename, under a lock, so
 that of several processes one builds and the others wait. Its ``manifest.json`` holds the *inputs* that determine its
-content (hashed into its ``key``), the keys of its parents, the seconds it cost, and size and xxh3-128 of every file.
+content (hashed into its ``key``), the keys of its parents, the seconds it cost, size and xxh3-128 of every file, and a
+digest of all that itself: a damaged byte anywhere is noticed.
 """
 
 import contextlib
@@ -11,12 +12,15 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -28,12 +32,30 @@ from fastkd import __version__
 from fastkd.errors import ArtifactError, InputError
 
 Kind = Literal["DATASET", "SCORES", "SUBSET", "LABELS", "RUN", "STUDENT"]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20  # read before anything is allocated for it
 _VERDICT = ".verified.json"
-PARTIAL = ".fastkd-partial"  # names that no one else would give to a directory: what bears them may be deleted
-_OLD = ".fastkd-old"
+_TICK_S = 0.01  # of the clock that file systems go by: 1 to 10 ms
+# Names that no one else would give to a directory, so that what bears them may be deleted: what is being built; what a
+# new artifact replaces, put back where that did not come to its place; what is being deleted.
+PARTIAL, OLD, REMOVED = ".fastkd-partial", ".fastkd-old", ".fastkd-removed"
+BEGUN = "begun.json"
+"""In an unfinished build that can be gone on with: its kind, key and parents."""
+
+# The arrays that artifacts hold: kind and name, types, and shape by what the facts call it; the first that fits.
+_ARRAYS: tuple[tuple[Kind, str, str, tuple[str | int, ...]], ...] = (
+    ("SCORES", "logits.npy", "<f4 <f2", ("count", "classes")),
+    ("SCORES", "labels.npy", "<i8", ("count",)),
+    ("SUBSET", "indices.npy", "<i8", ("count",)),
+    ("SUBSET", "logits.npy", "<f2", ("count", "classes")),
+    ("SUBSET", "class_std.npy", "<f8", ("classes",)),
+    ("SUBSET", "difficulty.npy", "<f4", ("scored",)),
+    ("LABELS", "views/v*.indices.npy", "<u2", ("count", "topk")),
+    ("LABELS", "views/v*.logits.npy", "<f2", ("count", "topk")),
+    ("LABELS", "views/v*.tail.npy", "<f4", ("count", 1)),
+    ("LABELS", "views/v*.npy", "<f2", ("count", "classes")),
+)
 
 _keeps_verdicts: ContextVar[bool] = ContextVar("keeps_verdicts", default=True)
 
@@ -49,7 +71,7 @@ class FileStamp(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What an artifact is, what it was made from, and what it cost."""
+    """What an artifact is, what it was made from, and what it cost; `digest` is the xxh3-128 of all the rest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Kind
@@ -64,6 +86,7 @@ class Manifest(BaseModel):
     facts: dict[str, Any]
     cost_s: float
     files: dict[str, FileStamp]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -119,11 +142,48 @@ class Artifact:
         return self.path / name
 
     def array(self, name: str) -> np.ndarray:
-        """Memory-map an array, read only; pickled objects are refused."""
+        """Memory-map an array, read only, having compared its type and shape with what the facts say of it."""
+        path = self.file(name)
+        own = [row[2:] for row in _ARRAYS if row[0] == self.manifest.kind and fnmatchcase(name, row[1])]
+        if not own:
+            raise ArtifactError(f"{path}: a {self.manifest.kind} has no array of this name")
+        types, dims = own[0]
+        shape = [self.facts.get(dim) if isinstance(dim, str) else dim for dim in dims]
         try:
-            return np.load(self.file(name), mmap_mode="r", allow_pickle=False)
-        except ValueError as error:
-            raise ArtifactError(f"{self.path / name}: not a plain .npy array ({error})") from None
+            found = open_array(path)
+        except InputError as error:
+            raise ArtifactError(f"{error}. Delete {self.path} and build it again.") from None
+        if found.dtype.str not in types.split() or list(found.shape) != shape or not found.flags.c_contiguous:
+            raise ArtifactError(
+                f"{path}: holds {_described(found)}, where {' or '.join(types.split())} {shape} belongs. "
+                f"Delete {self.path} and build it again."
+            )
+        return found
+
+
+def open_array(path: Path) -> np.ndarray:
+    """Memory-map an .npy file, read only: nothing is allocated for what its header claims.
+
+    Raises
+    ------
+    InputError
+        There is none, it holds pickled objects, or it is shorter than its header says.
+    """
+    try:
+        with warnings.catch_warnings():
+            for what in (UserWarning, RuntimeWarning):  # of headers that need repair, of sizes that overflow
+                warnings.simplefilter("error", what)
+            return np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except Exception as error:  # damaged headers fail numpy's reader in any way there is
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path}: not a plain .npy array ({reason})") from None
+
+
+def _described(array: np.ndarray) -> str:
+    layout = "" if array.flags.c_contiguous else ", column by column"
+    return f"{array.dtype.str if array.dtype.names is None else 'records'} {list(array.shape)}{layout}"
 
 
 def canonical(value: Any) -> str:
@@ -134,6 +194,12 @@ def canonical(value: Any) -> str:
 def key_of(kind: Kind, inputs: Mapping[str, Any]) -> str:
     """Hash the inputs that determine an artifact's content (32 hex digits)."""
     return xxhash.xxh3_128_hexdigest(canonical([kind, FORMAT_VERSION, dict(inputs)]).encode())
+
+
+def digest_of(manifest: Mapping[str, Any]) -> str:
+    """Hash all fields of a manifest but the digest itself (32 hex digits)."""
+    rest = {name: value for name, value in manifest.items() if name != "digest"}
+    return xxhash.xxh3_128_hexdigest(canonical(rest).encode())
 
 
 def file_digest(path: Path) -> str:
@@ -161,13 +227,28 @@ def read_manifest(path: Path) -> Manifest:
                 f"{path}: format version {found}; this fastkd ({__version__}) reads {FORMAT_VERSION}. Build it again."
             )
         manifest = Manifest.model_validate(raw)
+        digest = digest_of(raw)
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValidationError, ValueError, RecursionError) as error:
         first = str(error).splitlines()[0]
         raise ArtifactError(f"{file}: not a fastkd manifest: {first}") from None
+    if digest != manifest.digest:
+        raise ArtifactError(
+            f"{file}: damaged, or changed by hand: its digest is {digest}, it says {manifest.digest}. "
+            f"Delete {path} and build it again."
+        )
     for name in manifest.files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if not _stays_inside(name):
             raise ArtifactError(f"{file}: the file name {name!r} leads out of the artifact")
     return manifest
+
+
+def _stays_inside(name: str) -> bool:
+    """Tell whether a file name is relative and plain: no ``..``, no empty part, nothing that a system reads its way."""
+    path = PurePosixPath(name)
+    plain = name == path.as_posix() and name != "." and not set(name) & set("\\\0")
+    return plain and not path.is_absolute() and ".." not in path.parts
 
 
 def load(path: str | os.PathLike[str], kind: Kind | None = None) -> Artifact:
@@ -179,7 +260,8 @@ def load(path: str | os.PathLike[str], kind: Kind | None = None) -> Artifact:
     Raises
     ------
     ArtifactError
-        Missing, of another kind or format version, truncated, changed, or with a key that its inputs do not give.
+        Missing, of another kind or format version, truncated, changed, with a file that is a link, or with a key that
+        its inputs do not give.
     """
     path = Path(path)
     manifest = read_manifest(path)
@@ -192,11 +274,12 @@ def load(path: str | os.PathLike[str], kind: Kind | None = None) -> Artifact:
     artifact = Artifact(path, manifest)
     state = _file_state(artifact)
     verdict = path / _VERDICT
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         if json.loads(verdict.read_bytes()) == state:
             return artifact
+    _settle(state)
     verify(artifact)
-    _write_verdict(artifact)
+    _write_verdict(artifact, state)
     return artifact
 
 
@@ -204,28 +287,36 @@ def verify(artifact: Artifact) -> None:
     """Compare every file of an artifact with its manifest: size, then checksum."""
     _file_state(artifact)
     for name, stamp in artifact.manifest.files.items():
-        found = file_digest(artifact.path / name)
+        file = artifact.path / name
+        try:
+            found = file_digest(file)
+        except OSError as error:
+            raise ArtifactError(f"{file}: cannot be read ({error.strerror}). Is the disk all right?") from None
         if found != stamp.xxh3_128:
             raise ArtifactError(
-                f"{artifact.path / name}: damaged: its xxh3-128 is {found}, the manifest says {stamp.xxh3_128}. "
+                f"{file}: damaged: its xxh3-128 is {found}, the manifest says {stamp.xxh3_128}. "
                 f"Delete {artifact.path} and build it again."
             )
 
 
-def _file_state(artifact: Artifact) -> dict[str, list[int]]:
-    state = {}
+def _file_state(artifact: Artifact) -> dict[str, Any]:
+    """Return what a verdict holds for: the manifest, and of each file what changes when it does."""
+    state: dict[str, Any] = {MANIFEST: artifact.manifest.digest}
+    root = artifact.path.resolve()
     for name, stamp in artifact.manifest.files.items():
         file = artifact.path / name
         try:
-            stat = file.stat()
+            found = file.stat()
         except OSError:
             raise ArtifactError(f"{file}: missing. Delete {artifact.path} and build it again.") from None
-        if stat.st_size != stamp.size:
+        if not stat.S_ISREG(found.st_mode) or (root / name).resolve() != root / name:
+            raise ArtifactError(f"{file}: is a link or no file, and may lead out of the artifact; put the file there")
+        if found.st_size != stamp.size:
             raise ArtifactError(
-                f"{file}: damaged: {stat.st_size} bytes, the manifest says {stamp.size}. "
+                f"{file}: damaged: {found.st_size} bytes, the manifest says {stamp.size}. "
                 f"Delete {artifact.path} and build it again."
             )
-        state[name] = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        state[name] = [found.st_size, found.st_ctime_ns, found.st_ino]
     return state
 
 
@@ -239,23 +330,33 @@ def untouched() -> Iterator[None]:
         _keeps_verdicts.reset(token)
 
 
-def _write_verdict(artifact: Artifact) -> None:
+def _settle(state: Mapping[str, Any]) -> None:
+    """Wait until a further change of any file would show in its time."""
+    newest = max((times[1] for times in state.values() if isinstance(times, list)), default=0)
+    time.sleep(min(_TICK_S, max(0.0, _TICK_S - (time.time_ns() - newest) / 1e9)))
+
+
+def _write_verdict(artifact: Artifact, state: Mapping[str, Any]) -> None:
     if not _keeps_verdicts.get():
         return
     with contextlib.suppress(OSError):  # a read-only place: checksums are computed at each load instead
         temporary = artifact.path / f"{_VERDICT}.{os.getpid()}"
-        temporary.write_text(json.dumps(_file_state(artifact)))
+        temporary.write_text(json.dumps(state))
         temporary.replace(artifact.path / _VERDICT)
 
 
-def find(path: Path, kind: Kind, inputs: Mapping[str, Any]) -> Artifact | None:
-    """Return the artifact at `path` if it was made from exactly these inputs, None if nothing is there."""
+def find(
+    path: Path, kind: Kind, inputs: Mapping[str, Any], parents: Mapping[str, str] | None = None
+) -> Artifact | None:
+    """Return the artifact at `path` if it was made from exactly these inputs and parents, None if nothing is there."""
     if not path.exists():
         return None
     artifact = load(path, kind)
     if artifact.key != key_of(kind, inputs):
         differs = "; ".join(differences(inputs, artifact.manifest.inputs))
         raise ArtifactError(f"{path}: made from other inputs than asked for: {differs}. Move it away or delete it.")
+    if parents is not None and (phrases := differences(parents, artifact.manifest.parents)):
+        raise ArtifactError(f"{path}: has other parents than those in use: {'; '.join(phrases)}. Delete it.")
     return artifact
 
 
@@ -301,7 +402,7 @@ def build(
     def existing() -> Artifact | None:
         if force or not path.exists():
             return None
-        artifact = load(path, kind) if inputs is None else find(path, kind, inputs)
+        artifact = load(path, kind) if inputs is None else find(path, kind, inputs, parents)
         return artifact if artifact is not None and enough(artifact) else None
 
     if artifact := existing():
@@ -317,7 +418,11 @@ def build(
         (partial / MANIFEST).unlink(missing_ok=True)  # of a build that was broken off when it was all but published
         start = time.perf_counter()
         try:
+            if resumable:
+                begun = {"kind": kind, "key": key_of(kind, inputs or {}), "parents": dict(parents or {})}
+                (partial / BEGUN).write_text(json.dumps(begun))
             built = builder(partial)
+            (partial / BEGUN).unlink(missing_ok=True)
             manifest = _seal(
                 partial,
                 kind=kind,
@@ -337,7 +442,8 @@ def build(
         if scratch:
             shutil.rmtree(path / scratch, ignore_errors=True)
     artifact = Artifact(path, manifest)
-    _write_verdict(artifact)
+    _settle(state := _file_state(artifact))
+    _write_verdict(artifact, state)
     return artifact, True
 
 
@@ -346,16 +452,63 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
+def in_use(path: Path) -> bool:
+    """Tell whether a process is building, or deleting, the artifact at `path`; also where it may be."""
+    if not _lock_file(path).exists():
+        return False
+    try:
+        with _lock(path, wait=False):
+            return False
+    except (Timeout, InputError):
+        return True
+
+
+def remove(path: Path) -> None:
+    """Delete an artifact, or what bears its name with ``.fastkd-partial`` and the like: under its lock, never by half.
+
+    It is renamed before it is deleted, so that what a killed process leaves is known for what it is. No link is
+    followed, and nothing outside the folder is touched.
+
+    Raises
+    ------
+    InputError
+        A process is at work on it, it is a link, or it cannot be deleted.
+    """
+    published = path.with_name(path.name.removesuffix(PARTIAL).removesuffix(OLD).removesuffix(REMOVED))
+    try:
+        with _lock(published, wait=False):
+            if path.is_symlink() or not path.is_dir():
+                raise InputError(f"{path}: is a link or no directory; nothing was deleted")
+            aside = published.with_name(published.name + REMOVED)
+            if aside.exists():
+                shutil.rmtree(aside)
+            if path != aside:
+                path.rename(aside)
+                shutil.rmtree(aside)
+    except Timeout:
+        raise InputError(f"{path}: another process is at work on it; nothing was deleted") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be deleted ({error.strerror})") from None
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.parent / f".{path.name}.lock")
+        lock = FileLock(_lock_file(path))
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not wait:
+                raise
             log.warning("another process is building %s; waiting for it", path)
             lock.acquire()
+    except Timeout:  # an OSError too
+        raise
     except OSError as error:
         raise InputError(f"{path.parent}: cannot write here ({error.strerror}); choose another place") from None
     try:
@@ -379,23 +532,24 @@ def _seal(
     """Stamp every file, write the manifest and flush all of it to disk."""
     files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
     files = {name: p for name, p in files.items() if scratch is None or Path(name).parts[0] != scratch}
-    manifest = Manifest(
-        kind=kind,
-        format_version=FORMAT_VERSION,
-        fastkd_version=__version__,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=f"{platform.node()} {platform.machine()} {platform.system()}",
-        key=key_of(kind, inputs),
-        inputs=json.loads(canonical(inputs)),
-        parents=parents,
-        settings=json.loads(canonical(settings)),
-        facts=json.loads(canonical(facts)),
-        cost_s=round(cost_s, 3),
-        files={
-            name: known.get(name) or FileStamp(size=p.stat().st_size, xxh3_128=file_digest(p))
-            for name, p in files.items()
-        },
-    )
+    stamps = {
+        name: known.get(name) or FileStamp(size=p.stat().st_size, xxh3_128=file_digest(p)) for name, p in files.items()
+    }
+    fields = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "fastkd_version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.node()} {platform.machine()} {platform.system()}",
+        "key": key_of(kind, inputs),
+        "inputs": json.loads(canonical(inputs)),
+        "parents": parents,
+        "settings": json.loads(canonical(settings)),
+        "facts": json.loads(canonical(facts)),
+        "cost_s": round(cost_s, 3),
+        "files": {name: stamp.model_dump() for name, stamp in stamps.items()},
+    }
+    manifest = Manifest.model_validate(fields | {"digest": digest_of(fields)})
     (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
     folders = [p for p in partial.rglob("*") if p.is_dir()]
     for p in [*files.values(), partial / MANIFEST, *folders, partial]:
@@ -404,7 +558,7 @@ def _seal(
 
 
 def _publish(partial: Path, path: Path) -> None:
-    old = path.with_name(path.name + _OLD)
+    old = path.with_name(path.name + OLD)
     if old.exists():
         shutil.rmtree(old)
     if path.exists():
@@ -416,7 +570,7 @@ def _publish(partial: Path, path: Path) -> None:
 
 def _undo_half_published(path: Path) -> None:
     """Put back what was moved aside by a process that died before it put the new one in its place."""
-    old = path.with_name(path.name + _OLD)
+    old = path.with_name(path.name + OLD)
     if old.exists() and not path.exists():
         old.rename(path)
 
@@ -450,7 +604,7 @@ def published(directory: Path, kind: Kind) -> Iterator[tuple[Path, Manifest]]:
     for file in sorted(directory.glob(f"*/{MANIFEST}")):
         with contextlib.suppress(ArtifactError):
             manifest = read_manifest(file.parent)
-            if manifest.kind == kind and not file.parent.name.endswith((PARTIAL, _OLD)):
+            if manifest.kind == kind and not file.parent.name.endswith((PARTIAL, OLD, REMOVED)):
                 yield file.parent, manifest
 
 

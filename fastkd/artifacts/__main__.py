@@ -1,0 +1,85 @@
+"""``python -m fastkd.artifacts ls|gc``: what lies on the disk, and deleting what nobody needs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd import cli, console
+from fastkd.errors import InputError
+
+Folders = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[PATH ...]", help="Folders to look in, at any depth; default: data and runs, right here."),
+]
+
+
+def ls(
+    paths: Folders = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List artifacts: kind, size, key, age and what uses each; also unfinished ones, and which can be gone on with.
+
+    Nothing is verified: python -m fastkd.check ARTIFACT does that.
+
+    Example: python -m fastkd.artifacts ls data runs
+    """
+    from fastkd.stages import storage
+
+    found = storage.scan(paths or storage.homes())
+    if as_json:
+        typer.echo(storage.as_json(found))
+        return
+    if found:
+        console.show(storage.table(found, found))
+    console.say(f"{len(found)} artifacts, {storage.megabytes(sum(one.bytes for one in found))}")
+
+
+def gc(
+    paths: Folders = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List, and delete nothing.")] = False,
+) -> None:
+    """Delete the SCORES, SUBSETs and LABELS that no RUN and no export needs, and what killed processes left.
+
+    RUNs and exports count where they lie in the folders given, or in data and runs: name others too. No RUN is deleted,
+    and no data set. An unfinished RUN that could be gone on with is listed, and what it needs is kept; so is what a
+    process is at work on.
+
+    Example: python -m fastkd.artifacts gc --dry-run
+    """
+    from fastkd.stages import storage
+
+    folders, also = paths or storage.homes(), storage.homes()
+    unneeded = storage.unneeded(folders, also)
+    found = storage.scan([*folders, *also])
+    if not unneeded:
+        console.say("gc: there is nothing to delete")
+        return
+    console.show(storage.table(unneeded, found))
+    total = storage.megabytes(sum(one.bytes for one in unneeded))
+    console.say(f"gc: {len(unneeded)} folders, {total}, are needed by no RUN and no export here")
+    console.say("gc: a recipe that was not trained yet may want them still, and then makes them again")
+    if not any(one.kind == "RUN" and one.state == "published" for one in found):
+        console.warn("gc: no RUN was found: name the folders where RUNs lie, too")
+    for one in found:
+        if one.state == "unreadable":
+            console.warn(f"gc: {one.path}: what it needs is not known ({one.note})")
+    if dry_run or not (yes or typer.confirm("Delete them?")):
+        console.say("gc: nothing was deleted")
+        return
+    still = {one.path for one in storage.unneeded(folders, also)}  # much may have happened until somebody answered
+    freed = failed = 0
+    for one, error in storage.remove([one for one in unneeded if one.path in still]):
+        if error:
+            failed += 1
+            console.warn(f"gc: {error}")
+        else:
+            freed += one.bytes
+    console.say(f"gc: {storage.megabytes(freed)} freed ({freed:,} bytes)")
+    if failed:
+        raise InputError(f"{failed} of {len(unneeded)} folders could not be deleted")
+
+
+if __name__ == "__main__":
+    cli.run(ls, gc, named=True)
