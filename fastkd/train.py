@@ -112,7 +112,7 @@ def _tell(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> N
     if seconds is None:
         console.say("how long it would take: python -m fastkd.bench plan RECIPE measures that for a minute, here")
     else:
-        beside = f", and {', '.join(unknown)}" if unknown else ""
+        beside = f"; not in it: {', '.join(unknown)}" if unknown else ""
         console.say(f"ahead: about {duration(ahead_s)} by {out_of(resolved) / 'plan.json'}{beside}")
 
 
