@@ -15,7 +15,9 @@ from fastkd.errors import FastkdError
 PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
 
 
-@pytest.mark.parametrize("name", ["write", "score", "prune", "label", "train", "bench", "check", "export", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["write", "score", "prune", "label", "train", "bench", "check", "export", "report", "doctor"]
+)
 def test_help_has_an_example(name):
     arguments = ["savings"] if name == "bench" else []
     done = subprocess.run(

@@ -86,6 +86,8 @@ class History:
                 watch.charge(what, seconds)
             watch.charge("train", lost_s)
         self._stream = self._file.open("a", buffering=1)
+        if before is not None:
+            self.write("resumed", epoch=len(self.epochs), step=self.steps_before + self.epoch.steps, lost_s=lost_s)
 
     @property
     def steps_before(self) -> int:
@@ -93,8 +95,9 @@ class History:
         return int(sum(epoch["steps"] for epoch in self.epochs))
 
     def write(self, event: str, **values: Any) -> None:
-        """Append an event."""
-        self._stream.write(json.dumps({"event": event, **values}) + "\n")
+        """Append an event, with the seconds that the student has taken up to it."""
+        at_s = round(sum(self._watch.so_far().values()), 3)
+        self._stream.write(json.dumps({"event": event, "at_s": at_s, **values}) + "\n")
 
     def end_epoch(self) -> None:
         """Sum the epoch up, and begin the next."""
