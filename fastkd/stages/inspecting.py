@@ -1,7 +1,7 @@
 """What can still be found out about a RUN: the selection, samples, accuracy by class.
 
-Its parents are looked for where the RUN's recipe says. They may be gone, or others by now: everything here raises one of the
-project's errors then, whose message says why.
+Its parents are looked for where the recipe of the RUN says. They may be gone, or others by now: everything here raises
+one of the project's errors then, whose message says why.
 """
 
 import base64

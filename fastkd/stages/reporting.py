@@ -22,11 +22,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure, drawn."""
+    """A figure, with what it shows in words, for who cannot see it, and what stands below it."""
 
-    svg: Markup
+    name: str
+    figure: Figure
     alt: str
     caption: str
+
+    @property
+    def svg(self) -> Markup:
+        """As it stands in the page."""
+        return Markup(plots.svg(self.figure, self.name))
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,12 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
         raise InputError(f"--out {out}: lies in an artifact ({inside}); artifacts are never written to: choose another")
     groups = grouped(runs)
     with plots.style():
-        found, figures = inspect(runs, evaluate=evaluate)
-        figures = over_time(groups) | figures
+        found, charts = inspect(runs, evaluate=evaluate)
+        charts = [*over_time(groups), *charts]
         try:
             out.mkdir(parents=True, exist_ok=True)
-            charts = {name: _drawn(name, *figure, out) for name, figure in figures.items()}
+            for chart in charts:
+                plots.png(chart.figure, out / f"{chart.name}.png")
             page = out / "report.html"
             page.write_text(render(groups, found, charts), encoding="utf-8")
         except OSError as error:
@@ -82,60 +89,56 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
     return page
 
 
-def _drawn(name: str, figure: Figure, alt: str, caption: str, out: Path) -> Chart:
-    plots.png(figure, out / f"{name}.png")
-    return Chart(Markup(plots.svg(figure, name)), alt, caption)
-
-
-Figures = dict[str, tuple[Figure, str, str]]
-"""By name: a figure, what it shows in words, and its caption."""
-
-
-def over_time(groups: Sequence[Group]) -> Figures:
+def over_time(groups: Sequence[Group]) -> list[Chart]:
     """Draw how the students came along, and where the time went."""
     said = "; ".join(
         f"{g.title}: {percent(g.top1)} after {clock(g.further_s.mean)} alone, {clock(g.first_s.mean)} with all before"
         for g in groups
     )
-    figures: Figures = {
-        "top1-over-time": (
+    waits = "; ".join(f"{g.title}: {100 * g.data_wait_share.mean:.1f} % in all" for g in groups)
+    stages = "; ".join(f"{g.title}: " + ", ".join(f"{s.name} {clock(s.seconds)}" for s in g.stages) for g in groups)
+    looked = any(look.split == "holdout" for g in groups for run in g.runs for look in run.looks)
+    over_epochs = Chart(
+        "top1-over-epochs",
+        plots.top1_over_epochs(groups),
+        f"Top-1 against epochs. {said}",
+        "Early looks are on the hold-out; val is looked at once, after the last epoch.",
+    )
+    return [
+        Chart(
+            "top1-over-time",
             plots.top1_over_time(groups),
             f"Top-1 against wall time. {said}",
             "Filled: what this student took by itself. Ring: with all that was made before it charged to it.",
-        )
-    }
-    if any(look.split == "holdout" for g in groups for run in g.runs for look in run.looks):
-        figures["top1-over-epochs"] = (
-            plots.top1_over_epochs(groups),
-            f"Top-1 against epochs. {said}",
-            "Early looks are on the hold-out; val is looked at once, after the last epoch.",
-        )
-    figures["loss"] = (
-        plots.loss_over_epochs(groups),
-        "Training loss over epochs, one line per run",
-        "Heights compare only between runs with the same loss and the same teacher's logits; shapes always do.",
-    )
-    figures["data-wait"] = (
-        plots.data_wait_over_epochs(groups),
-        "Data wait over epochs: "
-        + "; ".join(f"{g.title}: {100 * g.data_wait_share.mean:.1f} % in all" for g in groups),
-        "Host time before a batch had arrived, from before it was asked for: an upper bound on stall, which only "
-        "fastkd.bench step measures.",
-    )
-    figures["time"] = (
-        plots.time_by_stage(groups),
-        "Seconds by stage: "
-        + "; ".join(f"{g.title}: " + ", ".join(f"{s.name} {clock(s.seconds)}" for s in g.stages) for g in groups),
-        "Hatched: reused from an earlier run, charged at what it cost when it was built.",
-    )
-    return figures
+        ),
+        *([over_epochs] if looked else []),
+        Chart(
+            "loss",
+            plots.loss_over_epochs(groups),
+            "Training loss over epochs, one line per run",
+            "Heights compare only between runs with the same loss and the same teacher’s logits; shapes always do.",
+        ),
+        Chart(
+            "data-wait",
+            plots.data_wait_over_epochs(groups),
+            f"Data wait over epochs. {waits}",
+            "Host time before a batch had arrived, from before it was asked for: an upper bound on stall, which only "
+            "fastkd.bench step measures.",
+        ),
+        Chart(
+            "time",
+            plots.time_by_stage(groups),
+            f"Seconds by stage. {stages}",
+            "Hatched: reused from an earlier run, charged at what it cost when it was built.",
+        ),
+    ]
 
 
-def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> tuple[Found, Figures]:
+def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> tuple[Found, list[Chart]]:
     """Look at the parents of the first run that has a selection, else of the first."""
     run = next((one for one in runs if "SUBSET" in one.artifact.manifest.parents), runs[0])
     inspector, why = Inspector(run), {}
-    figures: Figures = {}
+    charts: list[Chart] = []
 
     def attempt(name: str, make: Callable[[], T]) -> T | None:
         try:
@@ -147,38 +150,44 @@ def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> tuple[Found, Figures
     names = run.classes
     if selection := attempt("selection", lambda: inspector.selection):
         kept, of = int(selection.kept.sum()), len(selection.kept)
-        figures["difficulty"] = (
-            plots.difficulty(selection.difficulty, selection.kept, selection.score),
-            f"Histogram of difficulty ({selection.score}) of {of:,} samples, {kept:,} of them kept",
-            f"Difficulty is the teacher's {selection.score.replace('_', '-')} on the plain view. "
-            f"{selection.method} kept {kept:,} of {of:,} samples ({kept / of:.1%}).",
-        )
-        figures["classes"] = (
-            plots.classes(names, selection.kept_share, selection.sigma),
-            "Share kept and σ of the teacher's logits for each class",
-            "σ is the mean standard deviation of the teacher's logits on a class: how loudly it speaks of it.",
-        )
+        charts += [
+            Chart(
+                "difficulty",
+                plots.difficulty(selection.difficulty, selection.kept, selection.score),
+                f"Histogram of difficulty ({selection.score}) of {of:,} samples, {kept:,} of them kept",
+                f"Difficulty is the teacher’s {selection.score.replace('_', '-')} on the plain view. "
+                f"{selection.method} kept {kept:,} of {of:,} samples ({kept / of:.1%}).",
+            ),
+            Chart(
+                "classes",
+                plots.classes(names, selection.kept_share, selection.sigma),
+                "Share kept and σ of the teacher’s logits for each class",
+                "σ is the mean standard deviation of the teacher’s logits on a class: how loudly it speaks of it.",
+            ),
+        ]
     samples = attempt("samples", inspector.samples) if selection else None
     if samples and (sheet := attempt("samples", inspector.sheet)):
-        sheet_caption = "Framed: kept. Below each: its difficulty."
-        figures["samples"] = (sheet, "Easy, medium and hard samples of some classes", sheet_caption)
+        charts.append(Chart("samples", sheet, "Easy, medium and hard samples", ""))  # a PNG alone: the page has its own
     by_class = attempt("by_class", inspector.accuracy_by_class) if evaluate else None
     if not evaluate:
         why["by_class"] = "--no-evaluate was given"
     if by_class:
-        figures["accuracy-by-class"] = (
-            plots.accuracy_by_class(names, by_class.student, by_class.teacher),
-            "Top-1 of student and teacher on each class of val",
-            f"Measured for this page on val, {int(by_class.count.sum()):,} images, in {by_class.precision}; "
-            "sorted by how far the student trails.",
+        charts.append(
+            Chart(
+                "accuracy-by-class",
+                plots.accuracy_by_class(names, by_class.student, by_class.teacher),
+                "Top-1 of student and teacher on each class of val",
+                f"Measured for this page on val, {int(by_class.count.sum()):,} images, in {by_class.precision}; "
+                "sorted by how far the student trails.",
+            )
         )
-    return Found(run, selection, samples, by_class, why), figures
+    return Found(run, selection, samples, by_class, why), charts
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def render(groups: Sequence[Group], found: Found, charts: dict[str, Chart]) -> str:
+def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart]) -> str:
     """Fill the template; whatever comes from outside is escaped."""
     environment = Environment(
         loader=PackageLoader("fastkd.stages", "."),
@@ -200,7 +209,7 @@ def render(groups: Sequence[Group], found: Found, charts: dict[str, Chart]) -> s
         differs=differing([group.lead for group in groups]),
         same_machine=all(group.lead.machine == lead.lead.machine for group in groups),
         found=found,
-        charts=charts,
+        charts={chart.name: chart for chart in charts},
         palette=plots.PALETTE,
         stage_colours=plots.STAGE_COLOURS,
         stage_names={stage.name for group in groups for stage in group.stages},

@@ -262,15 +262,13 @@ def grouped(runs: Sequence[RunFacts]) -> list[Group]:
         inputs = {name: value for name, value in run.artifact.manifest.inputs.items() if name != "seed"}
         found.setdefault(canonical([inputs, run.machine]), []).append(run)
     members = list(found.values())
-    varied = dict(differing([one[0] for one in members]))
-    titles = []
-    for one in members:
-        resolved = one[0].resolved
-        parts = [way(resolved)]
-        if "student.model" in varied:
-            parts.append(resolved["student"]["model"])
-        if "train.epochs" in varied:
-            parts.append(f"{one[0].epochs} epochs" if one[0].epochs > 1 else "1 epoch")
+    first, titles = runs[0], []
+    for one, *_ in members:
+        parts = [way(one.resolved)]
+        if one.resolved["student"]["model"] != first.resolved["student"]["model"]:
+            parts.append(one.resolved["student"]["model"])
+        if one.epochs != first.epochs:
+            parts.append(f"{one.epochs} epochs" if one.epochs > 1 else "1 epoch")
         titles.append(", ".join(parts))
     return [
         Group(title if titles.count(title) == 1 else f"{title} ({one[0].path.name})", tuple(one))
