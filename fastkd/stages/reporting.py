@@ -129,7 +129,9 @@ def over_time(groups: Sequence[Group]) -> list[Chart]:
             "time",
             plots.time_by_stage(groups),
             f"Seconds by stage. {stages}",
-            "Hatched: reused from an earlier run, charged at what it cost when it was built.",
+            "Hatched: reused from an earlier run, charged at what it cost when it was built."
+            if any(stage.reused for g in groups for stage in g.stages)
+            else "Nothing was reused.",
         ),
     ]
 
