@@ -18,8 +18,8 @@ PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
 
 
 COMMANDS = (
-    *("write", "score", "prune", "label", "train", "bench", "check", "export", "predict", "recipes", "artifacts"),
-    "doctor",
+    *("write", "score", "prune", "label", "train", "bench", "check", "export", "report", "predict", "recipes"),
+    *("artifacts", "doctor"),
 )
 
 

@@ -101,6 +101,8 @@ class History:
         self._stream = self._file.open("a", buffering=1)
         steps = self.steps_before + self.epoch.steps
         self._board = Board(directory / "tensorboard", steps) if tensorboard else None
+        if before is not None:
+            self.write("resumed", epoch=len(self.epochs), step=steps, lost_s=lost_s)
 
     @property
     def steps_before(self) -> int:
@@ -108,8 +110,9 @@ class History:
         return int(sum(epoch["steps"] for epoch in self.epochs))
 
     def write(self, event: str, **values: Any) -> None:
-        """Append an event."""
-        self._stream.write(json.dumps({"event": event, **values}) + "\n")
+        """Append an event, with the seconds that the student has taken up to it."""
+        at_s = round(sum(self._watch.so_far().values()), 3)
+        self._stream.write(json.dumps({"event": event, "at_s": at_s, **values}) + "\n")
         if self._board is not None:
             self._board.write(event, values)
 

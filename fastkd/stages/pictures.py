@@ -32,9 +32,11 @@ def draw(chain: "Chain", subset: Artifact, directory: Path) -> list[Path]:
     return files
 
 
-def histogram(difficulty_N: np.ndarray, kept_N: np.ndarray, score: str, title: str) -> Figure:
+def histogram(
+    difficulty_N: np.ndarray, kept_N: np.ndarray, score: str, title: str, size_in: tuple[float, float] = (8, 3.6)
+) -> Figure:
     """Draw how difficult the samples are (cross-entropy on a logarithmic axis: most are easy), and which are kept."""
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=size_in, layout="constrained")
     axes = figure.add_subplot()
     logarithmic = score == "cross_entropy"
     shown_N = np.log10(np.maximum(difficulty_N, 1e-6)) if logarithmic else difficulty_N

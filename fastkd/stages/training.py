@@ -270,7 +270,7 @@ def _look(
     net.eval()
     top1 = evaluate(chain.runtime, net, loader.batches(ids, last="pad"), chain.num_classes)
     net.train(was_training)
-    history.write("evaluate", epoch=epoch, split=name, top1=top1)
+    history.write("evaluate", epoch=epoch, split=name, top1=top1, images=len(ids))
     if name == "holdout":
         console.say(f"epoch {epoch + 1}: top-1 {top1:.2%} on the hold-out")
     return top1

@@ -1,0 +1,286 @@
+"""What can still be found out about a RUN: the selection, samples, accuracy by class.
+
+Its parents are looked for where the recipe of the RUN says. They may be gone, or others by now: everything here raises
+one of the project's errors then, whose message says why.
+"""
+
+import base64
+import io
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+from fastkd import console, models
+from fastkd.artifacts import Artifact
+from fastkd.engine.loop import predict
+from fastkd.errors import ArtifactError, InputError
+from fastkd.kernels import class_ranks
+from fastkd.stages import pictures
+from fastkd.stages.chain import Chain
+from fastkd.stages.runs import RunFacts
+
+EVAL_BATCH_SIZE = 256
+THUMBNAIL_PX = 96
+PER_GROUP = 8
+GROUPS = (("easy", 0.0, 0.1), ("medium", 0.45, 0.55), ("hard", 0.9, 1.0))
+"""Ranks of difficulty within a class, of which samples are shown."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which samples were kept, by difficulty and by class.
+
+    Attributes
+    ----------
+    difficulty : float32 [n]
+        Of the samples that could be chosen: those of train but the hold-out.
+    kept : bool [n]
+    kept_share, sigma : float64 [K]
+        Of each class, the share that was kept, and σ of the teacher's logits.
+    """
+
+    subset: Artifact
+    method: str
+    score: str
+    difficulty: np.ndarray
+    kept: np.ndarray
+    kept_share: np.ndarray
+    sigma: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of train, to be shown."""
+
+    sample_id: int
+    uri: str
+    label: str
+    guess: str | None
+    score: float
+
+    @property
+    def score_text(self) -> str:
+        """As it stands below the picture."""
+        return "<0.001" if 0 <= self.score < 0.001 else f"{self.score:.2g}"
+
+    @property
+    def is_doubted(self) -> bool:
+        """Tell whether the teacher guesses another class."""
+        return self.guess is not None and self.guess != self.label
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one difficulty."""
+
+    name: str
+    kept: list[Sample]
+    dropped: list[Sample]
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """What share of each class of val a net gets right.
+
+    Attributes
+    ----------
+    student, teacher : float64 [K]
+        NaN where val has no such class.
+    count : int64 [K]
+    confusions : list of (label, guess, how often)
+        The student's most frequent.
+    without_teacher : str
+        Why there is no teacher beside it.
+    """
+
+    student: np.ndarray
+    teacher: np.ndarray | None
+    count: np.ndarray
+    confusions: list[tuple[str, str, int]]
+    precision: str
+    without_teacher: str
+
+    @property
+    def student_top1(self) -> float:
+        """Of all of val (0…1)."""
+        return _mean(self.student, self.count)
+
+    @property
+    def teacher_top1(self) -> float | None:
+        """Of all of val (0…1)."""
+        return None if self.teacher is None else _mean(self.teacher, self.count)
+
+
+class Inspector:
+    """A RUN with the chain of its recipe, in which nothing is built."""
+
+    def __init__(self, run: RunFacts) -> None:
+        self.run = run
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The artifacts of its recipe, the DATASET being the one that it learned from."""
+        recipe = self.run.recipe
+        train = recipe.train.model_copy(update={"compile": False})  # takes longer than one pass
+        chain = Chain(recipe.model_copy(update={"train": train}), build=False)
+        self._must_be(chain.dataset, "DATASET")
+        return chain
+
+    def _must_be(self, artifact: Artifact, kind: str) -> Artifact:
+        if artifact.key != self.run.artifact.manifest.parents.get(kind):
+            raise ArtifactError(f"{artifact.path}: is not the {kind} that {self.run.path} was made from")
+        return artifact
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Which samples were kept."""
+        if "SUBSET" not in self.run.artifact.manifest.parents:
+            raise InputError("this student learned from all data: nothing was selected")
+        chain = self.chain
+        subset = self._must_be(chain.subset, "SUBSET")
+        y_N, K = chain.loader("train", 1).labels(), chain.num_classes
+        kept, ids = np.asarray(subset.array("indices.npy")), chain.train_ids
+        if chain.export:
+            raise InputError(f"{chain.dataset.path} is an export: what was left out is not in it")
+        sizes_K = np.bincount(y_N[ids], minlength=K)
+        return Selection(
+            subset,
+            subset.manifest.inputs["method"],
+            subset.manifest.inputs.get("score", "cross_entropy"),
+            np.asarray(subset.array("difficulty.npy"))[ids],
+            np.isin(ids, kept),
+            np.bincount(y_N[kept], minlength=K) / np.maximum(sizes_K, 1),
+            np.asarray(subset.array("class_std.npy")),
+        )
+
+    def samples(self) -> list[Samples]:
+        """Return easy, medium and hard samples, kept and dropped: of each, some evenly spread over the classes."""
+        selection, chain = self.selection, self.chain
+        names, ids = chain.dataset.facts["classes"], chain.train_ids
+        y_N = chain.loader("train", 1).labels()
+        y_n = y_N[ids]
+        place_n = class_ranks(selection.difficulty, y_n, len(names)) / np.bincount(y_n, minlength=len(names))[y_n]
+        guesses = self._guesses()
+        chosen = {
+            (name, kept): _spread((place_n >= low) & (place_n <= high) & (selection.kept == kept), y_n)
+            for name, low, high in GROUPS
+            for kept in (True, False)
+        }
+        wanted = ids[np.unique(np.concatenate(list(chosen.values())))]
+        images = self._images(wanted)
+
+        def shown(at_n: np.ndarray) -> list[Sample]:
+            return [
+                Sample(
+                    int(ids[at]),
+                    images[int(ids[at])],
+                    names[y_n[at]],
+                    names[int(guesses[ids[at]].argmax())] if guesses is not None else None,
+                    float(selection.difficulty[at]),
+                )
+                for at in at_n
+            ]
+
+        return [Samples(name, shown(chosen[name, True]), shown(chosen[name, False])) for name, *_ in GROUPS]
+
+    def sheet(self) -> Figure:
+        """Draw samples by class and difficulty; see `fastkd.stages.pictures`."""
+        subset = self.selection.subset
+        kept = np.asarray(subset.array("indices.npy"))
+        return pictures.contact_sheet(self.chain, np.asarray(subset.array("difficulty.npy")), kept)
+
+    def _guesses(self) -> np.ndarray | None:
+        """Return the teacher's logits of all of train; None where the SCORES are gone."""
+        try:
+            return self.chain.scores.array("logits.npy")
+        except InputError:
+            return None
+
+    def _images(self, ids: np.ndarray) -> dict[int, str]:
+        """Load samples as the student sees them, as data URIs."""
+        if not len(ids):
+            return {}
+        batches = self.chain.loader("train", 1).batches(ids, last="pad")
+        return {int(b.sample_ids[0]): data_uri(b.images[0].permute(1, 2, 0).numpy()) for b in batches}
+
+    def accuracy_by_class(self) -> ClassAccuracy:
+        """Run the student, and the teacher where it can be had, over val."""
+        chain, run = self.chain, self.run
+        net = models.build(run.recipe.student.model, chain.num_classes)
+        models.load_weights(net, run.path, name=run.recipe.student.model)
+        student = chain.runtime.place(models.Normalised(net, chain.normalisation).eval())
+        guess_N, label_N = self._predict(student, run.recipe.data.input_px, "student")
+        count_K = np.bincount(label_N, minlength=chain.num_classes)
+        teacher_K, why = None, ""
+        try:
+            theirs_N, _ = self._predict(self._teacher(), chain.teacher_px, "teacher")
+            teacher_K = _by_class(theirs_N == label_N, label_N, count_K)
+        except (InputError, RuntimeError) as error:  # torch's: out of memory, a net that takes no such images
+            why = str(error)
+        names = chain.dataset.facts["classes"]
+        wrong = Counter(zip(label_N[guess_N != label_N].tolist(), guess_N[guess_N != label_N].tolist(), strict=True))
+        return ClassAccuracy(
+            _by_class(guess_N == label_N, label_N, count_K),
+            teacher_K,
+            count_K,
+            [(names[label], names[guess], count) for (label, guess), count in wrong.most_common(5)],
+            chain.runtime.precision,
+            why,
+        )
+
+    def _teacher(self) -> nn.Module:
+        if self.run.recipe.teacher is None:
+            raise InputError("this student had none")
+        teacher = self.chain.teacher
+        told = self.run.artifact.manifest.inputs.get("teacher", {})
+        if told.get("weights") != teacher.inputs["weights"]:
+            raise ArtifactError(
+                "the teacher that the recipe leads to now is not the one that this student learned from"
+            )
+        return teacher.net
+
+    def _predict(self, net: nn.Module, input_px: int | None, who: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return what a net takes each sample of val for, and what each is (int64 [N])."""
+        ids = np.arange(self.chain.dataset.facts["counts"]["val"])
+        loader = self.chain.loader("val", min(EVAL_BATCH_SIZE, len(ids)), input_px=input_px)
+        guesses, done = [], 0
+        with console.progress(f"report: {who} on val", len(ids)) as update:
+            for batch in predict(self.chain.runtime, net, loader.batches(ids, last="pad")):
+                guesses.append(batch.logits.argmax(axis=1))
+                done += len(batch.labels)
+                update(done, "")
+        return np.concatenate(guesses), loader.labels()
+
+
+def data_uri(image_HWC: np.ndarray) -> str:
+    """Return an image as a page can hold it: small ones exactly, others as a JPEG of at most `THUMBNAIL_PX`."""
+    image = Image.fromarray(np.ascontiguousarray(image_HWC))
+    small = max(image.size) <= THUMBNAIL_PX // 2
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    stream = io.BytesIO()
+    if small:
+        image.save(stream, "PNG", optimize=True)
+    else:
+        image.save(stream, "JPEG", quality=85)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _spread(wanted_n: np.ndarray, y_n: np.ndarray) -> np.ndarray:
+    """Return some of the wanted positions, evenly spread over the classes (int64)."""
+    found = np.flatnonzero(wanted_n)
+    found = found[np.argsort(y_n[found], kind="stable")]
+    return found[np.unique(np.linspace(0, len(found) - 1, PER_GROUP).round().astype(int))] if len(found) else found
+
+
+def _by_class(right_N: np.ndarray, label_N: np.ndarray, count_K: np.ndarray) -> np.ndarray:
+    right_K = np.bincount(label_N[right_N], minlength=len(count_K))
+    return np.where(count_K > 0, right_K / np.maximum(count_K, 1), np.nan)
+
+
+def _mean(share_K: np.ndarray, count_K: np.ndarray) -> float:
+    return float(np.nansum(share_K * count_K) / count_K.sum())

@@ -1,0 +1,320 @@
+"""What RUNs tell of themselves, grouped where they differ in nothing but the seed."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from pydantic import ValidationError
+
+from fastkd import artifacts
+from fastkd.artifacts import Artifact, canonical
+from fastkd.errors import InputError
+from fastkd.recipe import Recipe
+from fastkd.validation import explain
+
+BEFORE = ("write", "score", "prune", "label")
+"""Stages that come before a student, and that further students do not pay for again."""
+STAGES = (*BEFORE, "setup", "compile", "train", "evaluate")
+SEED_NOISE_POINTS = 0.3
+"""Differences of top-1 that the seed alone is known to make."""
+
+
+class Look(NamedTuple):
+    """One evaluation; `at_s`: seconds that the student had taken by then; None in what an early fastkd wrote."""
+
+    split: str
+    epoch: int
+    top1: float
+    at_s: float | None
+    images: int | None
+
+
+class Resume(NamedTuple):
+    """Where a training went on from a checkpoint, and the seconds of work that were lost."""
+
+    step: int
+    lost_s: float
+
+
+class Stage(NamedTuple):
+    """What a stage took, in the mean over a group's runs."""
+
+    name: str
+    seconds: float
+    reused: bool
+
+    @property
+    def before(self) -> bool:
+        """Tell whether further students do without it."""
+        return self.name in BEFORE
+
+
+class Stat(NamedTuple):
+    """Mean over seeds; `std` is the sample standard deviation, None of one run."""
+
+    mean: float
+    std: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Stat":
+        """Sum values up."""
+        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """All that a RUN holds but the weights."""
+
+    artifact: Artifact
+    resolved: dict[str, Any]
+    timing: dict[str, Any]
+    env: dict[str, Any]
+    classes: list[str]
+    events: list[dict[str, Any]]
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.artifact.path
+
+    @property
+    def seed(self) -> int:
+        """Of the initialisation and the order."""
+        return int(self.resolved["seed"])
+
+    @property
+    def epochs(self) -> int:
+        """How many it was trained for."""
+        return int(self.resolved["train"]["epochs"])
+
+    @property
+    def top1(self) -> float:
+        """On val, once, after the last epoch (0…1)."""
+        return float(self.artifact.facts["top1"]["val"])
+
+    @property
+    def further_s(self) -> float:
+        """Wall seconds of what this student alone took."""
+        return float(self.timing["further_student_s"])
+
+    @property
+    def first_s(self) -> float:
+        """Wall seconds with all that was made before it."""
+        return float(self.timing["first_student_s"])
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What times depend on."""
+        machine = self.env["machine"]
+        return {"cpu": machine["cpu"], "cores": machine["cores"]} | {
+            name: self.env[name] for name in ("gpu", "device", "precision", "torch_threads", "compile")
+        }
+
+    @cached_property
+    def looks(self) -> list[Look]:
+        """Its evaluations, in their order; of two of one epoch, the later."""
+        found = {
+            (e["split"], e["epoch"]): Look(e["split"], e["epoch"], e["top1"], e.get("at_s"), e.get("images"))
+            for e in self.events
+            if e["event"] == "evaluate"
+        }
+        return sorted(found.values(), key=lambda look: look.epoch)
+
+    @cached_property
+    def resumes(self) -> list[Resume]:
+        """Where it went on from a checkpoint."""
+        return [Resume(e["step"], e["lost_s"]) for e in self.events if e["event"] == "resumed"]
+
+    def place(self, step: float) -> float:
+        """Return how many epochs had gone by after so many steps."""
+        ends = np.cumsum([0, *(epoch["steps"] for epoch in self.timing["epochs"])])
+        return float(np.interp(step, ends, np.arange(len(ends))))
+
+    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return what was logged of a figure, over epochs; of two lines about one step, the later."""
+        logged = {e["step"]: e[name] for e in self.events if e["event"] == "steps"}
+        steps = sorted(logged)
+        return np.array([self.place(s) for s in steps]), np.array([logged[s] for s in steps])
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe that it was made by, whole.
+
+        Raises
+        ------
+        InputError
+            This fastkd does not take such a recipe.
+        """
+        try:
+            return Recipe.model_validate(self.resolved)
+        except ValidationError as error:
+            raise InputError(f"{self.path / 'resolved.yaml'}: {explain(error, Recipe)}") from None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed."""
+
+    title: str
+    runs: tuple[RunFacts, ...]
+
+    @property
+    def lead(self) -> RunFacts:
+        """The first of them."""
+        return self.runs[0]
+
+    def stat(self, of: Callable[[RunFacts], float]) -> Stat:
+        """Return mean and standard deviation of a figure over the runs."""
+        return Stat.of([of(run) for run in self.runs])
+
+    @property
+    def top1(self) -> Stat:
+        """On val (0…1)."""
+        return self.stat(lambda run: run.top1)
+
+    @property
+    def further_s(self) -> Stat:
+        """Wall seconds of a further student."""
+        return self.stat(lambda run: run.further_s)
+
+    @property
+    def first_s(self) -> Stat:
+        """Wall seconds of the first student."""
+        return self.stat(lambda run: run.first_s)
+
+    @property
+    def images_per_s(self) -> Stat:
+        """While training."""
+        return self.stat(lambda run: run.timing["images_per_s"])
+
+    @property
+    def data_wait_share(self) -> Stat:
+        """Of the training time (0…1)."""
+        return self.stat(lambda run: run.timing["data_wait_share"])
+
+    @property
+    def is_vanilla(self) -> bool:
+        """Tell whether it is vanilla KD: all data, a teacher at every step, its logits as they are."""
+        return way(self.lead.resolved) == VANILLA
+
+    @property
+    def stages(self) -> list[Stage]:
+        """What each stage took; one is reused where it was in all runs."""
+        each = [{s["stage"]: s for s in run.timing["stages"]} for run in self.runs]
+        names = [name for name in (*STAGES, *each[0]) if name in each[0]]
+        return [
+            Stage(
+                name,
+                statistics.mean(run[name]["seconds"] if name in run else 0.0 for run in each),
+                all(run[name]["reused"] for run in each if name in run),
+            )
+            for name in dict.fromkeys(names)
+        ]
+
+
+VANILLA = "vanilla KD"
+
+
+def read(path: Path) -> RunFacts:
+    """Read what a RUN tells, after verifying it.
+
+    Raises
+    ------
+    ArtifactError
+        It is none, or damaged.
+    """
+    run = artifacts.load(path, "RUN")
+    lines = run.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return RunFacts(
+        run,
+        yaml.safe_load(run.file("resolved.yaml").read_text(encoding="utf-8")),
+        json.loads(run.file("timing.json").read_bytes()),
+        json.loads(run.file("env.json").read_bytes()),
+        json.loads(run.file("model.json").read_bytes())["classes"],
+        [json.loads(line) for line in lines if line.strip()],
+    )
+
+
+def way(resolved: Mapping[str, Any]) -> str:
+    """Say in a few words how a student was trained."""
+    if resolved["teacher"] is None:
+        return "no teacher"
+    prune, labels = resolved["prune"], resolved["labels"]
+    dynamic = prune["method"] == "infobatch"
+    chosen = prune["keep_ratio"] < 1 or dynamic
+    if labels["mode"] == "online" and not chosen and not labels["reshape"]:
+        return VANILLA
+    kept = prune["method"] + ("" if dynamic else f", keep {prune['keep_ratio']:g}") if chosen else "all data"
+    return kept + (", live teacher" if labels["mode"] == "online" else "")
+
+
+def grouped(runs: Sequence[RunFacts]) -> list[Group]:
+    """Put runs together that differ in nothing but the seed, and give each group a name of its own."""
+    found: dict[str, list[RunFacts]] = {}
+    for run in runs:
+        inputs = {name: value for name, value in run.artifact.manifest.inputs.items() if name != "seed"}
+        found.setdefault(canonical([inputs, run.machine]), []).append(run)
+    members = list(found.values())
+    first, titles = runs[0], []
+    for one, *_ in members:
+        parts = [way(one.resolved)]
+        if one.resolved["student"]["model"] != first.resolved["student"]["model"]:
+            parts.append(one.resolved["student"]["model"])
+        if one.epochs != first.epochs:
+            parts.append(f"{one.epochs} epochs" if one.epochs > 1 else "1 epoch")
+        titles.append(", ".join(parts))
+    return [
+        Group(title if titles.count(title) == 1 else f"{title} ({one[0].path.name})", tuple(one))
+        for title, one in zip(titles, members, strict=True)
+    ]
+
+
+def differing(runs: Sequence[RunFacts]) -> list[tuple[str, list[Any]]]:
+    """Return the settings in which runs differ, by their path in the recipe, with the value of each run.
+
+    Names, seeds, places and what is written down are left out: they do not make another student.
+    """
+    leaves = [dict(_leaves(run.resolved)) for run in runs]
+    names = dict.fromkeys(name for own in leaves for name in own)
+    values = {name: [own.get(name) for own in leaves] for name in names}
+    irrelevant = ("name", "seed", "train.runs_dir", "log.", "data.artifacts_dir", "train.checkpoint_every_s")
+    return [
+        (name, found)
+        for name, found in values.items()
+        if any(one != found[0] for one in found) and not name.startswith(irrelevant)
+    ]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, value
+
+
+def noise_points(groups: Sequence[Group]) -> float:
+    """Return how many points of top-1 groups may differ by without meaning anything.
+
+    The largest of: what seeds are known to do, one standard error of the difference of two accuracies on a val of this
+    size, and twice the largest standard deviation seen over seeds.
+    """
+    counts = [look.images for group in groups for look in group.lead.looks if look.split == "val" and look.images]
+    tops = [group.top1 for group in groups]
+    sampling = max((100 * math.sqrt(2 * t.mean * (1 - t.mean) / min(counts)) for t in tops), default=0) if counts else 0
+    return max(SEED_NOISE_POINTS, sampling, *(200 * t.std for t in tops if t.std is not None))
+
+
+def clock(seconds: float, *, whole: bool = False) -> str:
+    """Return a time as a person says it: 40.2 s, 3:20 min, 2:05 h; `whole`: 40 s."""
+    if seconds < 120:
+        return f"{seconds:g} s" if whole else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02} min" if minutes < 120 else f"{minutes // 60}:{minutes % 60:02} h"

@@ -1,0 +1,493 @@
+"""The page about runs: what it says, what it leaves out and why, and that nothing from outside gets in unescaped."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastkd import artifacts, recipe, stages
+from fastkd import report as command_module
+from fastkd.errors import ArtifactError, InputError
+from fastkd.stages import reporting, stopping
+from fastkd.stages.chain import Chain
+from fastkd.stages.plots import ends
+from fastkd.stages.runs import clock, differing, grouped, noise_points, read
+
+NAMES = ["<script>alert(1)</script>", '$x_1$ & "co"', "plain"]
+"""Of the classes: what would run, what matplotlib would take for mathematics, and a peaceful one."""
+
+
+@pytest.fixture(scope="module")
+def place(tiny_npz, tmp_path_factory) -> Path:
+    """A folder with a DATASET and a teacher's recipe."""
+    folder = tmp_path_factory.mktemp("reported")
+    arrays = dict(np.load(tiny_npz))
+    np.savez(folder / "named.npz", **arrays, classes=np.array(NAMES))
+    stages.write("arrays", folder / "data", {"file": str(folder / "named.npz"), "workers": 1})
+    (folder / "teacher.yaml").write_text(
+        f"""
+name: teacher
+data: {{path: {folder / "data"}}}
+student: {{model: cifar/resnet8}}
+optim: {{lr: 0.05}}
+train: {{epochs: 2, batch_size: 30, compile: false}}
+"""
+    )
+    (folder / "student.yaml").write_text(
+        f"""
+name: student
+data: {{path: {folder / "data"}, holdout_ratio: 0.2}}
+teacher: {{recipe: teacher.yaml}}
+prune: {{keep_ratio: 0.5}}
+student: {{model: cifar/resnet8}}
+optim: {{lr: 0.05}}
+train: {{epochs: 3, batch_size: 20, compile: false, eval_every_epochs: 1, runs_dir: {folder / "runs"}}}
+log: {{every_steps: 1}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(place) -> dict[str, Path]:
+    """Two seeds of one way, vanilla KD, and the teacher itself."""
+
+    def train(*overrides: str) -> Path:
+        return stages.train(recipe.load(place / "student.yaml", overrides))[0].path
+
+    live = "labels={mode: online, reshape: false}"
+    found = {"seed0": train(), "seed1": train("seed=1"), "vanilla": train(live, "prune.keep_ratio=1")}
+    (found["teacher"],) = (place / "runs").glob("teacher-*[0-9a-f]")
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(runs, place) -> Path:
+    """The page about all of them."""
+    return reporting.report([runs["seed0"], runs["seed1"], runs["vanilla"]], place / "page")
+
+
+class Reader(HTMLParser):
+    """Collects tags, their attributes and the text outside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_data(self, data):
+        if self._inside not in ("script", "style"):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read_page(page: Path) -> Reader:
+    return Reader(page.read_text())
+
+
+# --- what the page holds ----------------------------------------------------------------------------------------------
+
+
+def test_the_page_tells_what_the_runs_hold(page, runs):
+    """Top-1 and both times stand on the page as the RUNs have them."""
+    told = " ".join(read_page(page).text.split())
+    both = [read(runs[name]) for name in ("seed0", "seed1")]
+    top1 = [100 * one.top1 for one in both]
+    assert f"{np.mean(top1):.2f} ± {np.std(top1, ddof=1):.2f}" in told
+    further = [one.timing["further_student_s"] for one in both]
+    assert f"{np.mean(further):.1f} ± {np.std(further, ddof=1):.1f}" in told
+    assert "vanilla KD" in told
+    assert "of vanilla KD’s time" in told
+    for run in both:
+        assert run.artifact.key in told or run is both[1]
+
+
+def test_the_page_needs_nothing_else(page):
+    """No address but of the page itself and of data it carries, and one script, its own."""
+    reader = read_page(page)
+    for tag, attributes in reader.tags:
+        for name in ("src", "href", "xlink:href", "action", "poster", "srcset"):
+            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
+    assert not re.search(r"url\((?!#)|@import", page.read_text())
+    assert len(reader.all("script")) == 1
+
+
+def test_what_comes_from_outside_is_escaped(page):
+    """Class names are text: in tables, pictures' words and charts."""
+    text = page.read_text()
+    assert "<script>alert" not in text
+    reader = read_page(page)
+    assert any(NAMES[0] in image["alt"] for image in reader.all("img"))
+    assert reader.text.count(NAMES[0]) >= 3  # axes of two charts, and tables
+    assert NAMES[1] in reader.text
+
+
+def test_ids_are_unique_and_pictures_have_words(page):
+    """What a screen reader goes by is there."""
+    reader = read_page(page)
+    ids = [attributes["id"] for _, attributes in reader.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert all(image.get("alt") for image in reader.all("img"))
+    charts = [attributes for _, attributes in reader.tags if attributes.get("role") == "img"]
+    assert len(charts) >= 7
+    assert all(chart.get("aria-label") for chart in charts)
+    assert all(head.get("scope") in ("col", "row") for head in reader.all("th"))
+
+
+def test_charts_follow_the_theme_and_lie_beside_the_page(page):
+    """In the page no colour is fixed; as PNG none is blank."""
+    text = page.read_text()
+    for chart in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL):
+        assert "var(--ink)" in chart or "var(--muted)" in chart
+        assert not re.search(r"(?:fill|stroke): ?#(?!ffffff|000000)[0-9a-f]{6}", chart), chart[:200]
+    files = sorted(page.parent.glob("*.png"))
+    assert [file.stem for file in files] == [
+        "accuracy-by-class", "classes", "data-wait", "difficulty", "loss", "samples", "time", "top1-over-epochs",
+        "top1-over-time",
+    ]  # fmt: skip
+    for file in files:
+        with Image.open(file) as picture:
+            pixels = np.asarray(picture.convert("L"), np.float64)
+        assert pixels.var() > 50, file.name
+        assert min(pixels.shape) > 200
+
+
+def test_contrast_is_enough_in_both_themes():
+    """WCAG AA: 4.5 for text, 3 for lines and marks, on the panel and on the paper."""
+    from fastkd.stages.plots import PALETTE
+
+    def luminance(colour: str) -> float:
+        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return float(
+            np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
+        )
+
+    for theme in (0, 1):
+        for ground in ("paper", "panel"):
+            for name, least in {"ink": 7, "muted": 4.5, **dict.fromkeys(("blue", "teal", "plum", "olive"), 3)}.items():
+                a, b = sorted(luminance(PALETTE[n][theme]) for n in (name, ground))
+                assert (b + 0.05) / (a + 0.05) >= least, (name, ground, theme)
+
+
+def test_accuracy_by_class_is_the_runs_own(page, runs):
+    """What the page measures again is what the RUN recorded."""
+    run = read(runs["seed0"])
+    found = reporting.Inspector(run).accuracy_by_class()
+    assert found.student_top1 == pytest.approx(run.top1, abs=1e-6)
+    assert found.teacher_top1 == pytest.approx(read(runs["teacher"]).top1, abs=1e-6)
+    assert found.count.sum() == 60
+
+
+def test_samples_are_of_their_difficulty_and_side(runs):
+    """Easy ones score below hard ones, kept ones are in the SUBSET, and each shows its own pixels."""
+    inspector = reporting.Inspector(read(runs["seed0"]))
+    kept = set(np.asarray(inspector.selection.subset.array("indices.npy")).tolist())
+    easy, _, hard = inspector.samples()
+    for group in (easy, hard):
+        assert {one.sample_id for one in group.kept} <= kept
+        assert not {one.sample_id for one in group.dropped} & kept
+    assert np.median([s.score for s in easy.dropped]) < np.median([s.score for s in hard.dropped])
+    uris = [one.uri for group in (easy, hard) for one in group.dropped]
+    assert len(set(uris)) == len(uris)
+
+
+# --- several runs -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_way(runs):
+    """Anything else, be it one setting, makes another."""
+    groups = grouped([read(runs[name]) for name in ("vanilla", "seed1", "seed0", "teacher")])
+    assert [[run.path for run in group.runs] for group in groups] == [
+        [runs["vanilla"]], [runs["seed1"], runs["seed0"]], [runs["teacher"]],
+    ]  # fmt: skip
+    assert [group.title.split(",")[0] for group in groups] == ["vanilla KD", "medium", "no teacher"]
+    assert groups[0].is_vanilla
+    assert groups[0].top1.std is None
+    names = dict(differing([group.lead for group in groups[:2]]))
+    assert names["prune.keep_ratio"] == [1.0, 0.5]
+    assert not {"seed", "name"} & names.keys()
+
+
+def test_times_of_another_machine_are_not_compared(runs, monkeypatch):
+    """No speed-up is claimed, and the page says why."""
+    groups = grouped([read(runs["seed0"]), read(runs["vanilla"])])
+    noise = noise_points(groups)
+    assert "×" in reporting.conclusion(groups[0], groups[1], noise)
+    groups[1].lead.env["machine"]["cpu"] = "another"
+    said = reporting.conclusion(groups[0], groups[1], noise)
+    assert "another machine" in said
+    assert "×" not in said
+
+
+def test_the_noise_is_at_least_that_of_so_few_images(runs):
+    """With 60 images of val, points mean little."""
+    groups = grouped([read(runs["seed0"]), read(runs["vanilla"])])
+    p = groups[0].top1.mean
+    assert noise_points(groups) >= 100 * np.sqrt(2 * p * (1 - p) / 60)
+    assert noise_points(groups) >= 0.3
+
+
+def test_reproducing_finds_the_very_run(runs):
+    """The command on the page leads to the key of the RUN that it is about."""
+    run = read(runs["seed0"])
+    (_, command), (_, another), *_ = reporting.commands(grouped([run, read(runs["seed1"])])[0])
+    assert "seed=2" in another
+    _, _, _, path, *overrides = command.split()
+    from fastkd.stages.training import run_inputs
+
+    again = Chain(recipe.load(path, overrides), build=False)
+    assert artifacts.key_of("RUN", run_inputs(again)) == run.artifact.key
+
+
+# --- what is not there ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_a_teacher_has_a_page_too(runs, place):
+    """What it has no use for is left out, with a line that says so."""
+    told = read_page(reporting.report([runs["teacher"]], place / "teacher-page")).text
+    assert "learned from all data" in told
+    assert "this student had none" in told
+    assert "vanilla" not in told
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("data", "no data set there"),
+        ("data.artifacts", "no SCORES for this recipe yet"),
+        ("runs/teacher-*", "no RUN for this recipe yet"),
+        ("teacher.yaml", "no such file"),
+    ],
+)
+def test_what_is_gone_is_left_out_and_said(runs, place, tmp_path, gone, said):
+    """The page is made from what is left."""
+    (path,) = [p for p in place.glob(gone) if not p.name.endswith((".lock", ".report"))]
+    hidden = tmp_path / path.name
+    shutil.move(path, hidden)
+    try:
+        page = reporting.report([runs["seed0"]], tmp_path / "page")
+    finally:
+        shutil.move(hidden, path)
+    told = read_page(page).text
+    assert "left out" in told
+    assert said in told
+    assert f"{100 * read(runs['seed0']).top1:.2f}" in told
+
+
+def test_no_evaluate_runs_no_net(runs, tmp_path, monkeypatch):
+    """Nothing is predicted, and the page says that it was not asked to."""
+    monkeypatch.setattr("fastkd.stages.inspecting.predict", None)
+    told = read_page(reporting.report([runs["vanilla"]], tmp_path, evaluate=False)).text
+    assert "--no-evaluate was given" in told
+
+
+def test_a_damaged_run_is_refused(runs, tmp_path):
+    """No page is made from figures that were changed."""
+    shutil.copytree(runs["seed0"], tmp_path / "run")
+    timing = tmp_path / "run" / "timing.json"
+    timing.write_text(timing.read_text().replace("1", "2", 1))
+    with pytest.raises(ArtifactError, match=r"timing\.json: damaged"):
+        reporting.report([tmp_path / "run"], tmp_path / "page")
+
+
+def test_an_artifact_is_never_written_to(runs):
+    """A page does not go into a RUN, nor into a folder of it."""
+    before = sorted(runs["seed0"].rglob("*"))
+    for out in (runs["seed0"], runs["seed0"] / "deep" / "page"):
+        with pytest.raises(InputError, match="lies in an artifact"):
+            reporting.report([runs["seed0"]], out)
+    assert sorted(runs["seed0"].rglob("*")) == before
+
+
+def test_the_page_goes_beside_the_first_run(command, runs):
+    """The command says where; a second call writes it anew."""
+    expected = runs["vanilla"].with_name(runs["vanilla"].name + ".report") / "report.html"
+    for _ in range(2):
+        code, text = command(command_module.main, runs["vanilla"], "--no-evaluate")
+        assert code == 0
+        assert str(expected) in text
+        assert expected.is_file()
+    assert command(command_module.main, "nowhere")[0] == 2
+
+
+# --- a training that was broken off -----------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_says_so(place, tmp_path, monkeypatch):
+    """Where it went on stands on the page, and the chart of its loss has a mark there."""
+
+    class StopsAfterFourSteps(stopping.StopRequest):
+        asked = 0
+
+        @property
+        def requested(self) -> bool:
+            type(self).asked += 1
+            return type(self).asked == 4
+
+        @requested.setter
+        def requested(self, value: bool) -> None:
+            pass
+
+    monkeypatch.setattr("fastkd.stages.training.StopRequest", StopsAfterFourSteps)
+    loaded = recipe.load(place / "teacher.yaml", ["log.every_steps=1"])
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(loaded, out=tmp_path / "run")
+    path = stages.train(loaded, out=tmp_path / "run")[0].path
+    run = read(path)
+    ((step, lost_s),) = run.resumes
+    assert step == 4
+    assert lost_s >= 0
+    groups = grouped([run])
+    found, _ = reporting.inspect([run], evaluate=False)
+    charts = reporting.over_time(groups)
+    told = " ".join(Reader(reporting.render(groups, found, charts)).text.split())
+    assert "broken off and went on from a checkpoint at step 4" in told
+    (loss_chart,) = [chart for chart in charts if chart.name == "loss"]
+    assert "went on from a checkpoint" in loss_chart.svg
+
+
+def test_of_two_lines_about_one_step_the_later_counts(runs):
+    """A curve has each step once, from the first epoch to the last."""
+    run = read(runs["vanilla"])
+    first = next(e for e in run.events if e["event"] == "steps")
+    run.events.insert(0, first | {"loss": 1e6})
+    x, loss = run.curve("loss")
+    assert loss.max() < 1e6
+    assert len(x) == len(set(x)) == 18
+    assert x[-1] == 3.0
+
+
+def test_events_say_when_they_happened(runs):
+    """The last look comes when the student is done, and what is logged goes forward."""
+    run = read(runs["seed0"])
+    times = [e["at_s"] for e in run.events]
+    assert times == sorted(times)
+    assert times[-1] <= run.further_s
+    assert run.looks[-1].images == 60
+    assert json.loads(run.artifact.file("metrics.jsonl").read_text().splitlines()[0])["at_s"] > 0
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+def test_of_many_classes_both_ends_are_named():
+    """Twelve of each, in order, and the chart says so."""
+    values = np.random.default_rng(0).permutation(100).astype(float)
+    shown, told = ends(values)
+    assert values[shown].tolist() == [*range(12), *range(88, 100)]
+    assert "12 lowest and highest of 100" in told
+    assert ends(values[:24])[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(3.04, "3.0 s"), (119.94, "119.9 s"), (120, "2:00 min"), (3661, "61:01 min"), (9000, "2:30 h")],
+)
+def test_times_are_said_as_people_do(seconds, said):
+    """Seconds, then minutes, then hours."""
+    assert clock(seconds) == said
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const table = document.querySelector("table.sortable"), seen = [];
+  const column = () => [...table.tBodies[0].rows].map(row => Number(row.cells[3].dataset.value));
+  const button = table.tHead.rows[0].cells[3].querySelector("button");
+  for (let i = 0; i < 2; i++) { button.click(); seen.push(column()); }
+  parent.postMessage({
+    width: innerWidth,
+    content: document.documentElement.scrollWidth,
+    charts: [...document.querySelectorAll(".chart svg")].map(s => {
+      const box = s.getBoundingClientRect();
+      const letters = Math.min(...[...s.querySelectorAll("text")].map(t => t.getBoundingClientRect().height));
+      return {width: box.width, height: box.height, paths: s.querySelectorAll("path").length, letters};
+    }),
+    images: [...document.images].map(i => i.naturalWidth),
+    background: getComputedStyle(document.body).backgroundColor,
+    sorted: seen,
+  }, "*");
+});
+</script>
+"""
+FRAME = """<!DOCTYPE html><body><iframe src="{page}" width="{width}" height="900"></iframe><script>
+addEventListener("message", told => {{
+  const pre = document.createElement("pre");
+  pre.textContent = JSON.stringify(told.data);
+  document.body.append(pre);
+}});
+</script>"""
+
+
+def open_in_browser(page: str, folder: Path, width: int) -> tuple[dict, list[str]]:
+    """Open a page in a frame of a width: return what the probe in it tells, and the browser's console."""
+    (folder / "page.html").write_text(page + PROBE)
+    (folder / "frame.html").write_text(FRAME.format(page="page.html", width=width))
+    done = subprocess.run(
+        [
+            str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+            f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--window-size=1400,1000",
+            "--dump-dom", (folder / "frame.html").as_uri(),
+        ],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    told = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
+    assert told, done.stderr
+    return json.loads(told[1].replace("&amp;", "&")), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_renders(page, tmp_path, width):
+    """On a desk and on a phone: no errors, nothing wider than the window, every figure there and legible."""
+    told, console = open_in_browser(page.read_text(), tmp_path, width)
+    assert console == []
+    assert told["width"] == width
+    assert told["content"] <= width
+    assert len(told["charts"]) == 8
+    for chart in told["charts"]:
+        assert chart["width"] > 0.75 * min(width, 500)
+        assert chart["height"] > 90
+        assert chart["paths"] > 5
+        assert chart["letters"] > 8
+    assert told["images"]
+    assert min(told["images"]) == 16
+
+
+@in_a_browser
+def test_a_click_sorts_a_table(page, tmp_path):
+    """By the column's figures: up, and with another click down."""
+    told, _ = open_in_browser(page.read_text(), tmp_path, 1280)
+    up, down = told["sorted"]
+    assert len(up) == 2
+    assert up == sorted(up)
+    assert down == up[::-1]
+
+
+@in_a_browser
+def test_the_browser_test_sees_errors(tmp_path):
+    """A broken page is told from a sound one."""
+    broken = '<table class="sortable"><thead><tr><th><th><th><th><button>x</button></tr></thead><tbody></tbody></table>'
+    broken += '<p style="width: 2000px">wide</p><script>nothing.there()</script>'
+    told, console = open_in_browser(broken, tmp_path, 390)
+    assert told["content"] > 390
+    assert any("ReferenceError" in line for line in console)
