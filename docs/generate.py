@@ -24,7 +24,8 @@ ROOT = DOCS.parent
 HOME = str(Path.home())
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-ORDER = "write score prune label train check export predict report artifacts recipes bench doctor".split()
+COMMANDS = ("write", "score", "prune", "label", "train", "check", "export", "predict", "report", "artifacts", "recipes")
+"""In the order in which one meets them; others follow."""
 
 
 # Recipes and writers' options, from pydantic's JSON schema ------------------------------------------------------------
@@ -105,11 +106,11 @@ def _cell(text: str) -> str:
 
 
 def command_modules() -> list[str]:
-    """Return the names of what ``python -m fastkd.NAME`` runs, in the order in which one meets them."""
+    """Return the names of what ``python -m fastkd.NAME`` runs."""
     package = ROOT / "fastkd"
     modules = [file.stem for file in package.glob("*.py") if '__name__ == "__main__"' in file.read_text()]
     found = modules + [file.parent.name for file in package.glob("*/__main__.py")]
-    return sorted(found, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+    return sorted(found, key=lambda name: (COMMANDS.index(name) if name in COMMANDS else len(COMMANDS), name))
 
 
 def command_reference() -> str:

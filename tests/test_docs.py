@@ -35,7 +35,7 @@ PARSED_ONLY = {
     "doctor": "tells of the machine that it runs on, and so does its exit code; tests/test_doctor.py",
     "write fashion_mnist": "reads files that not every machine has, or downloads 30 MB; tests/writers",
 }
-"""Beginnings of commands that are not run here, and why: their arguments, options and recipes are parsed nevertheless."""
+"""Beginnings of commands that are not run here, and why; their arguments, options and recipes are parsed."""
 
 # What the pages call by these names, small: three classes that no teacher is trained for.
 RECIPE = """
@@ -64,7 +64,7 @@ def generate():
     return module
 
 
-# What is written -------------------------------------------------------------------------------------------------------
+# What is written ------------------------------------------------------------------------------------------------------
 
 
 def test_the_generated_parts_are_as_the_code_is(generate):
@@ -131,12 +131,14 @@ def test_recipes_on_the_pages_are_valid(page, tmp_path):
             assert recipe.load(tmp_path / "mine.yaml").name
 
 
-# What is to be typed ---------------------------------------------------------------------------------------------------
+# What is to be typed --------------------------------------------------------------------------------------------------
 
 
 def commands_of(page: Path) -> list[str]:
     """Return what follows ``python -m fastkd.`` on the lines of a page's blocks."""
-    blocks = [text.replace("\\\n", " ") for language, text in FENCED.findall(page.read_text()) if language in ("bash", "")]
+    blocks = [
+        text.replace("\\\n", " ") for language, text in FENCED.findall(page.read_text()) if language in ("bash", "")
+    ]
     lines = [line for block in blocks for line in block.splitlines()]
     return [line.removeprefix("python -m fastkd.") for line in lines if line.startswith("python -m fastkd.")]
 
@@ -196,7 +198,7 @@ def furnish(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     """Put everything there that the pages take for granted."""
     for split, images, labels in (("train", "images", "labels"), ("val", "val_images", "val_labels")):
         for number, (image, label) in enumerate(zip(arrays[images][:60], arrays[labels], strict=False)):
-            file = folder / "home" / "pets" / split / "cat dog fox".split()[label] / f"{number}.png"
+            file = folder / "home" / "pets" / split / ("cat", "dog", "fox")[label] / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(file)
     shutil.copytree(folder / "home" / "pets" / "val" / "cat", folder / "photos")
@@ -236,11 +238,10 @@ def after_the_first_page(tiny_npz, tmp_path_factory):
 
 @pytest.fixture
 def reader(after_the_first_page, tmp_path, monkeypatch):
-    """A copy of that folder, to work in."""
+    """A copy of that folder, to work in, and the same home."""
     shutil.copytree(after_the_first_page, tmp_path / "reader", symlinks=True)
     monkeypatch.chdir(tmp_path / "reader")
-    monkeypatch.setenv("HOME", str(tmp_path / "reader" / "home"))
-    return tmp_path / "reader"
+    monkeypatch.setenv("HOME", str(after_the_first_page / "home"))
 
 
 def test_the_first_pages_commands_do_what_it_says(after_the_first_page):
@@ -248,7 +249,7 @@ def test_the_first_pages_commands_do_what_it_says(after_the_first_page):
     assert artifacts.load(after_the_first_page / "data" / "pets", "DATASET").facts["counts"]["train"] == 60
     assert len(list(after_the_first_page.glob("runs/mine-????????/student.safetensors"))) == 2
     assert list(after_the_first_page.glob("runs/mine-????????.report/report.html"))
-    assert (after_the_first_page / "student" / "student.onnx").stat().st_size > 0
+    assert (after_the_first_page / "pets_student" / "student.onnx").stat().st_size > 0
 
 
 @pytest.mark.parametrize(
