@@ -33,6 +33,9 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)#]*)(#[^)]*)?\)")
 PARSED_ONLY = {
     "bench": "measures for minutes; tests/benchmarks runs each on little data",
     "doctor": "tells of the machine that it runs on, and so does its exit code; tests/test_doctor.py",
+    "export runs/quickstart": "takes 4 s, and the first page's command that makes the same of another RUN is run",
+    "report runs/quickstart": "takes 6 s; likewise",
+    "report runs/savings": "takes 6 s; likewise, and tests/stages/test_reporting.py compares RUNs",
     "write fashion_mnist": "reads files that not every machine has, or downloads 30 MB; tests/writers",
 }
 """Beginnings of commands that are not run here, and why; their arguments, options and recipes are parsed."""
