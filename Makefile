@@ -1,6 +1,6 @@
 # `make` lists what there is. Every target sets up what it needs first; a finished set-up costs a fraction of a second.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check clean
+.PHONY: help setup demo test docs lint check clean
 
 PYTHON_IN_VENV := .venv/bin/python
 # One pytest worker per usable core, up to 8 (each holds a torch of its own and compiles its own kernels).
@@ -22,6 +22,10 @@ demo: setup ## distil on Fashion-MNIST, with and without pruning, and print what
 test: setup ## the tests that need no GPU, on all cores
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu'
 
+docs: setup ## write the generated parts of docs/ anew, and build site/index.html
+	$(PYTHON_IN_VENV) docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(PYTHON_IN_VENV) -m mkdocs build --strict
+
 lint: setup ## ruff (rules and format) and mypy
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m ruff format --check .
@@ -30,5 +34,5 @@ lint: setup ## ruff (rules and format) and mypy
 check: lint test ## everything before a commit: lint and tests
 
 clean: ## remove caches and build leftovers; keeps .venv, data and runs
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

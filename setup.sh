@@ -129,14 +129,14 @@ install_packages() {
     say "installing the packages of constraints.txt (torch with CUDA is a download of some GB; ffcv is compiled)"
     # First pip itself: those that come with Python differ in how they build an sdist.
     { $VENV/bin/python -m pip install -c constraints.txt --upgrade pip &&
-        $VENV/bin/python -m pip install -c constraints.txt -e '.[dev,export,tensorboard,timm]'; } ||
+        $VENV/bin/python -m pip install -c constraints.txt -e '.[dev,docs,export,tensorboard,timm]'; } ||
         die "pip failed (see above). If $VENV may be damaged:  rm -rf $VENV && make setup"
 }
 
 packages_import() {
     $VENV/bin/python -c 'import fastkd, ffcv, numba, numpy, sklearn, timm, torch, torchmetrics, torchvision
 import onnx, onnxruntime, onnxscript, tensorboard
-import hypothesis, mypy, pytest, xdist'
+import hypothesis, material, mkdocs, mypy, pytest, xdist'
 }
 
 # --- all of it ----------------------------------------------------------------------------------------------------

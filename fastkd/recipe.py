@@ -38,6 +38,7 @@ class View(Section):
     """How training images are varied: a pure function of (labels.view_seed, sample, number of the view)."""
 
     family: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "none"
+    """A shift by padding and cropping, or a box of another size and shape, each with a flip; or a flip alone."""
     pad_ratio: float = Field(0.125, ge=0, le=0.5)
     """Furthest shift over the size (`pad_crop_flip`): 0.125 is 4 pixels of 32."""
     scale: Range = (0.08, 1.0)
@@ -67,6 +68,7 @@ class Data(Section):
     path: str
     """Where the DATASET is; written there if it is not and `writer` is given."""
     writer: str | None = None
+    """Name or path of a writer that makes the DATASET; see python -m fastkd.write."""
     options: dict[str, Any] = {}
     """The writer's own."""
     artifacts_dir: str | None = None
@@ -88,7 +90,9 @@ class Teacher(Section):
     """A checkpoint, or a recipe that trains one."""
 
     model: str | None = None
+    """Name of a net: cifar/…, torchvision/… or timm/…."""
     weights: str | None = None
+    """A .safetensors or .pth file, a RUN, or the name of public weights (IMAGENET1K_V1)."""
     recipe: str | None = None
     """Path of a recipe without a teacher, relative to this one; trained first, or reused: on the `data` of
     this recipe, on its device and in its precision."""
@@ -100,6 +104,7 @@ class Teacher(Section):
     mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
     """Channel means of the teacher's input in 0…1; default: what its weights came with, else the data set's."""
     std: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
+    """Goes with `mean`."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Teacher":
@@ -118,6 +123,7 @@ class Score(Section):
     """The teacher's one pass over all of train."""
 
     batch_size: int = Field(256, ge=1)
+    """Images per forward pass."""
     dtype: Literal["float32", "float16"] = "float32"
     """Of the stored logits."""
 
@@ -133,6 +139,7 @@ class Prune(Section):
     score: Literal["cross_entropy", "entropy", "margin", "least_confidence", "el2n", "std"] = "cross_entropy"
     """What difficulty is measured by; a small margin or std is hard."""
     keep_ratio: Ratio = 1.0
+    """Share of the samples that is kept."""
     quota: Literal["proportional", "uniform"] = "proportional"
     """Exactly round(keep_ratio·N) by class share, or int(N/K·keep_ratio) for each class as the reference does."""
     seed: Seed = 0
@@ -214,6 +221,7 @@ class Labels(Section):
     """How many views of each sample are trained on: epoch e sees view e mod V. `epochs`: a new one each epoch, as where
     nothing is stored; `plain`: the plain view alone, whatever `data.view` says."""
     view_seed: Seed = 0
+    """What the views are drawn from; in the key of the LABELS."""
     topk: int | None = Field(None, ge=1)
     """Store the k largest logits and the mass of the others at `loss.temperature`; default: all logits, float16."""
     batch_size: int = Field(256, ge=1)
@@ -224,6 +232,7 @@ class Student(Section):
     """What is trained."""
 
     model: str
+    """Name of a net: cifar/…, torchvision/… or timm/…."""
     weights: str | None = None
     """Start from these instead of from random ones."""
 
@@ -232,8 +241,11 @@ class Loss(Section):
     """γ·CE(student, label) + α·T²·KL(teacher/T ‖ student/T); without a teacher, cross-entropy."""
 
     alpha: float = Field(0.9, ge=0)
+    """Weight of the teacher's word."""
     gamma: float = Field(0.1, ge=0)
+    """Weight of the labels."""
     temperature: float = Field(4.0, gt=0)
+    """T, by which the logits of both are divided."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each label that is spread over all classes, in the cross-entropy."""
 
@@ -242,21 +254,27 @@ class Optim(Section):
     """What updates the weights, and its learning rate over the epochs."""
 
     name: Literal["sgd", "adamw"] = "sgd"
+    """torch's own, in their fused form."""
     lr: float = Field(gt=0)
+    """The highest learning rate of the schedule, for the batch size as it is: it is not scaled."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Of sgd."""
     nesterov: bool = False
+    """Of sgd."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
     """Of adamw."""
     weight_decay: float = Field(5e-4, ge=0)
+    """As the optimizer means it."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient of all weights together; default: any."""
     schedule: Literal["step", "cosine", "one_cycle", "constant"] = "cosine"
     """one_cycle: half cosines from lr/25 up to lr, over `warmup_epochs` or 0.3 of all, and down to next to nothing."""
     milestones_epochs: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    """When `step` multiplies `lr` by `decay_factor`."""
     decay_factor: float = Field(0.1, gt=0, le=1)
     """What `lr` is multiplied by at each milestone (`step`)."""
     warmup_epochs: float = Field(0.0, ge=0)
+    """How long the rate grows from next to nothing to `lr`; parts of an epoch count."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Optim":
@@ -275,11 +293,15 @@ class Train(Section):
     """The loop."""
 
     epochs: int = Field(ge=1)
+    """Over the kept samples: pruning makes them shorter, not more."""
     batch_size: int = Field(ge=1)
+    """Images per update of the weights."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the hardware computes in it, fp16 with a scaler on older GPUs, else fp32."""
     channels_last: bool = True
+    """Keep images and weights as NHWC in memory."""
     compile: bool = True
+    """torch.compile the step, and the teacher."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's; reduce-overhead and max-autotune use CUDA graphs on a GPU."""
     accumulate: int = Field(1, ge=1)
@@ -295,6 +317,7 @@ class Train(Section):
     eval_every_epochs: int = Field(0, ge=0)
     """Looks at the hold-out; 0: none. The test set (val) is looked at once, at the end."""
     runs_dir: str = "runs"
+    """Where RUNs go, as NAME-KEY."""
 
 
 class Log(Section):
@@ -310,6 +333,7 @@ class Recipe(Section):
     """One experiment."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the experiment: letters, digits, '.', '_' and '-'."""
     seed: Seed = 0
     """Initialisation and order."""
     data: Data
@@ -393,7 +417,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise InputError(f"recipe {file} is wrong:\n{explain(error, Recipe)}") from None
     if recipe.teacher and recipe.teacher.recipe:
-        teacher = file.parent / recipe.teacher.recipe
+        teacher = file.parent.absolute() / recipe.teacher.recipe  # resolved.yaml is read from elsewhere
         recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"recipe": str(teacher)})})
     return recipe
 

@@ -17,8 +17,11 @@ from fastkd.errors import InputError
 
 class Options(WriterOptions):
     file: LocalPath
+    """The .npz."""
     val_ratio: float = Field(0.1, gt=0, lt=1)
+    """Share of each class that becomes val, where there are no val arrays."""
     seed: int = 0
+    """Which samples these are."""
 
 
 def read(options: Options) -> Source:

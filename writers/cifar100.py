@@ -14,6 +14,7 @@ from fastkd.errors import InputError
 
 class Options(WriterOptions):
     root: LocalPath = Path.home() / ".cache/fastkd/cifar100"
+    """Where the files are, or are downloaded to."""
 
 
 def read(options: Options) -> Source:

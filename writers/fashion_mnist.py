@@ -22,7 +22,9 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 class Options(WriterOptions):
     root: LocalPath | None = None
+    """Where the files are; without it, Debian's package."""
     download_root: LocalPath = Path.home() / ".cache/fastkd/fashion_mnist"
+    """Where they are downloaded to."""
 
 
 def read(options: Options) -> Source:

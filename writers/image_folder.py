@@ -19,9 +19,12 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 
 class Options(WriterOptions):
     root: LocalPath
+    """The folder that holds both splits."""
     mode: Literal["raw", "jpg", "smart"] = "jpg"
     train_dir: str = "train"
+    """Name of the folder in it that holds the training images."""
     val_dir: str = "val"
+    """And of the one with those for evaluation."""
 
 
 @dataclass(frozen=True)

@@ -40,14 +40,16 @@ LocalPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolu
 class WriterOptions(BaseModel):
     """How images are stored, whatever their source. A writer's `Options` extend this."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     mode: Literal["raw", "jpg", "smart"] = "raw"
     """Pixels, JPEG, or JPEG only for images whose pixels would take more than `smart_threshold_bytes`."""
     max_resolution: int | None = Field(None, ge=1, le=65535)
     """Images with a longer side are shrunk to this many pixels."""
     jpeg_quality: int = Field(90, ge=1, le=100)
+    """Of images that are encoded here: JPEG files that fit are kept byte for byte."""
     smart_threshold_bytes: int = Field(65536, ge=0)
+    """Height · width · 3 above which `smart` stores JPEG."""
     on_error: Literal["fail", "skip"] = "fail"
     """What a corrupt image does: fail the write, or be left out and listed in the manifest."""
     workers: int = Field(0, ge=0)

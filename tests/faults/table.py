@@ -1,16 +1,13 @@
-"""The README's table of faults, from the names of the tests that inject them: ``python tests/faults/table.py``.
+"""The table of faults of docs/faults.md, from the names of the tests that inject them: python docs/generate.py.
 
 ``test_a_killed_training__goes_on_from_its_last_checkpoint`` is a line: the fault, then what happens.
 """
 
 import ast
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent.parent / "README.md"
-BEGIN, END = "<!-- faults: python tests/faults/table.py -->\n", "<!-- end of faults -->\n"
 
 
 def names() -> Iterator[tuple[Path, str]]:
@@ -32,12 +29,3 @@ def table() -> str:
         fault, _, outcome = name.removeprefix("test_").partition("__")
         lines.append(f"| {fault.replace('_', ' ')} | {outcome.replace('_', ' ')} |")
     return "\n".join(lines) + "\n"
-
-
-def with_table(text: str) -> str:
-    """Return the README's text with the table as it is now."""
-    return re.sub(f"(?<={re.escape(BEGIN)}).*(?={re.escape(END)})", lambda match: table(), text, flags=re.DOTALL)
-
-
-if __name__ == "__main__":
-    README.write_text(with_table(README.read_text()))

@@ -1,0 +1,191 @@
+"""Write the generated parts of these pages anew: ``python docs/generate.py``; tests/test_docs.py keeps them in step.
+
+A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. `PARTS` says what makes each.
+"""
+
+import inspect
+import json
+import re
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import typer
+from pydantic import BaseModel
+
+from fastkd import cli
+from fastkd.data.source import WriterOptions, load_writer, writer_names
+from fastkd.recipe import Recipe
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+HOME = str(Path.home())
+MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+COMMANDS = ("write", "score", "prune", "label", "train", "check", "export", "predict", "report", "artifacts", "recipes")
+"""In the order in which one meets them; others follow."""
+
+
+# Recipes and writers' options, from pydantic's JSON schema ------------------------------------------------------------
+
+
+def recipe_reference() -> str:
+    """Return every key of a recipe: a table for each section."""
+    return "\n".join(_sections(Recipe, ""))
+
+
+def writer_reference() -> str:
+    """Return the options that all writers have, and those of each that ships with fastkd."""
+    lines = ["### All writers", "", *_table(WriterOptions)]
+    for name in writer_names():
+        writer = load_writer(name)
+        told = re.sub(r"(?m)^    python -m .*\n+", "", writer.doc)
+        own = _table(writer.options_model, without=WriterOptions)
+        lines += ["", f"### `{name}`", "", told, "", *own]
+    return "\n".join([*lines, ""])
+
+
+def _sections(model: type[BaseModel], path: str) -> Iterator[str]:
+    if path:
+        yield from (f"### `{path}`", "", (inspect.getdoc(model) or "").strip(), "")
+    yield from (*_table(model), "")
+    for name, field in model.model_fields.items():
+        if section := _section(field.annotation):
+            yield from _sections(section, f"{path}.{name}" if path else name)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """Return the section that a field holds, through `Section | None`."""
+    kinds = (annotation, *getattr(annotation, "__args__", ()))
+    return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+
+
+def _table(model: type[BaseModel], without: type[BaseModel] | None = None) -> list[str]:
+    """Return the lines of a table of a model's fields; of those of `without` only what is changed."""
+    schema = model.model_json_schema()
+    known = without.model_json_schema()["properties"] if without else {}
+    lines = ["| Key | Value | Default | Meaning |", "|---|---|---|---|"]
+    for name, spec in schema["properties"].items():
+        if known.get(name) == spec or _section(model.model_fields[name].annotation):
+            continue
+        default = "must be given" if "default" not in spec else f"`{json.dumps(spec['default'])}`".replace(HOME, "~")
+        meaning = " ".join(spec.get("description", known.get(name, {}).get("description", "")).split())
+        lines.append(f"| `{name}` | {_kind(spec)} | {_cell(default)} | {_cell(meaning)} |")
+    return lines
+
+
+def _kind(spec: dict[str, Any]) -> str:
+    """Say in words what a value may be."""
+    if "anyOf" in spec:
+        return " or ".join(_kind(one) for one in spec["anyOf"])
+    if "enum" in spec or "const" in spec:
+        return ", ".join(f"`{value}`" for value in spec.get("enum", [spec.get("const")]))
+    if spec.get("type") == "array":
+        if "prefixItems" in spec:
+            return f"{len(spec['prefixItems'])} numbers"
+        return f"list of {_kind(spec.get('items', {}))}"
+    if spec.get("type") == "object":
+        return "mapping"
+    word = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    bounds = [f"{sign} {_bound(spec[key])}" for key, sign in signs.items() if key in spec]
+    return " ".join([word.get(spec.get("type", ""), "any"), ", ".join(bounds)]).strip()
+
+
+def _bound(value: float) -> str:
+    return "2⁶³" if value == 2**63 else f"{value:g}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+# Commands, from their functions ---------------------------------------------------------------------------------------
+
+
+def command_modules() -> list[str]:
+    """Return the names of what ``python -m fastkd.NAME`` runs."""
+    package = ROOT / "fastkd"
+    modules = [file.stem for file in package.glob("*.py") if '__name__ == "__main__"' in file.read_text()]
+    found = modules + [file.parent.name for file in package.glob("*/__main__.py")]
+    return sorted(found, key=lambda name: (COMMANDS.index(name) if name in COMMANDS else len(COMMANDS), name))
+
+
+def command_reference() -> str:
+    """Return what each command is for, with its arguments and an example."""
+    return "\n".join(line for name in command_modules() if name != "doctor" for line in _command(name))
+
+
+def _command(name: str) -> Iterator[str]:
+    with mock.patch.object(cli, "run") as run:  # what the module gives it is what it is made of
+        runpy.run_module(f"fastkd.{name}", run_name="__main__")
+    functions, named = run.call_args.args, run.call_args.kwargs.get("named", False)
+    yield from (f"## {name}", "")
+    for function in functions:
+        app = typer.Typer(add_completion=False)
+        app.command()(function)
+        own = f" {function.__name__.rstrip('_')}" if named else ""
+        yield from _one_command(f"python -m fastkd.{name}{own}", typer.main.get_command(app), function.__doc__ or "")
+
+
+def _one_command(call: str, command: Any, doc: str) -> Iterator[str]:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+    words = [_word(p) for p in arguments]
+    yield from (f"### `{' '.join([call, *words])}`", "")
+    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", inspect.cleandoc(doc))]
+    examples = [part.removeprefix("Example: ").strip("`") for part in paragraphs if part.startswith("Example: ")]
+    for part in paragraphs:
+        if not part.startswith("Example: "):
+            yield from (part, "")
+    yield from ("```bash", *(" ".join(example.split()) for example in examples), "```", "")
+    if command.params:
+        yield from ("| Argument, option | Default | Meaning |", "|---|---|---|")
+    for word, p in zip(words, arguments, strict=True):
+        yield f"| `{_cell(word)}` | {'–' if p.required else 'none'} | {_cell(p.help or '')} |"
+    for p in options:
+        flags = ", ".join(f"`{flag}`" for flag in (*p.opts, *p.secondary_opts))
+        yield f"| {flags} | {_default(p.default)} | {_cell(p.help or '')} |"
+    yield ""
+
+
+def _word(argument: Any) -> str:
+    """Return what stands for an argument in a call."""
+    word = str(argument.metavar or argument.name.upper())
+    if argument.nargs < 0 and not re.search(r"…|\.\.\.", word):
+        word += " …"
+    return word if argument.required or word.startswith("[") else f"[{word}]"
+
+
+def _default(value: Any) -> str:
+    if callable(value) or value is None or value is False or value == ():
+        return "–"
+    return f"`{getattr(value, 'value', value)}`".replace("`True`", "on")
+
+
+# All of it ------------------------------------------------------------------------------------------------------------
+
+
+def fault_table() -> str:
+    """Return what happens when things go wrong, as the tests that inject it are named."""
+    return str(runpy.run_path(str(ROOT / "tests" / "faults" / "table.py"))["table"]())
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "recipe": recipe_reference,
+    "writers": writer_reference,
+    "commands": command_reference,
+    "faults": fault_table,
+}
+
+
+def renewed(text: str) -> str:
+    """Return a page's text with its generated parts as they are now."""
+    return MARKED.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
+
+
+if __name__ == "__main__":
+    for page in sorted(DOCS.glob("*.md")):
+        page.write_text(renewed(page.read_text()))

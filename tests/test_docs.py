@@ -1,0 +1,292 @@
+"""The documentation: what it tells people to type works, its generated parts are as the code is, and it builds."""
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import io
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from glob import glob
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from fastkd import artifacts, cli, models, recipe
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [DOCS / name for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for name in entry.values()]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)#]*)(#[^)]*)?\)")
+
+PARSED_ONLY = {
+    "bench": "measures for minutes; tests/benchmarks runs each on little data",
+    "doctor": "tells of the machine that it runs on, and so does its exit code; tests/test_doctor.py",
+    "export runs/quickstart": "takes 4 s, and the first page's command that makes the same of another RUN is run",
+    "report runs/quickstart": "takes 6 s; likewise",
+    "report runs/savings": "takes 6 s; likewise, and tests/stages/test_reporting.py compares RUNs",
+    "write fashion_mnist": "reads files that not every machine has, or downloads 30 MB; tests/writers",
+}
+"""Beginnings of commands that are not run here, and why; their arguments, options and recipes are parsed."""
+
+# What the pages call by these names, small: three classes that no teacher is trained for.
+RECIPE = """
+name: {name}
+data: {{path: data/pets, input_px: 16, view: {{family: {family}}}}}
+teacher: {{model: cifar/resnet8, weights: my_teacher.safetensors}}
+prune: {{keep_ratio: 0.5}}
+labels: {{views: {views}}}
+student: {{model: cifar/resnet8}}
+optim: {{lr: 0.01}}
+train: {{epochs: 2, batch_size: 10, compile: false, precision: fp32, device: cpu}}
+"""
+RECIPES = {
+    "mine": {"family": "none", "views": "epochs"},
+    "recipes/quickstart": {"family": "none", "views": "plain"},
+    "recipes/rn50_r18": {"family": "random_resized_crop_flip", "views": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """The module docs/generate.py."""
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+
+
+def test_the_generated_parts_are_as_the_code_is(generate):
+    """Else: python docs/generate.py."""
+    used = set()
+    for page in PAGES:
+        text = page.read_text()
+        used |= {name for _, name, _ in generate.MARKED.findall(text)}
+        assert text == generate.renewed(text), f"{page.name} is stale: python docs/generate.py"
+    assert used == set(generate.PARTS)
+
+
+def test_every_key_of_a_recipe_has_a_meaning(generate):
+    """In the code, where the pages, the schema and editors find it."""
+    rows = [line.split(" | ") for line in generate.recipe_reference().splitlines() if line.startswith("| `")]
+    assert len(rows) > 50
+    assert not [key for key, *_, meaning in rows if meaning.strip(" |") == ""]
+
+
+def test_every_command_is_told_of_and_no_other(generate):
+    """On the page of commands, with an example; a name that is no command is nowhere."""
+    commands = (DOCS / "commands.md").read_text()
+    for name in generate.command_modules():
+        assert f"\n## {name}\n" in commands
+        assert re.search(rf"^python -m fastkd\.{name}\b", commands, re.MULTILINE)
+    for page in PAGES:
+        assert set(re.findall(r"python -m fastkd\.(\w+)", page.read_text())) <= {*generate.command_modules(), "NAME"}
+
+
+def test_all_pages_are_in_the_nav_and_links_lead_somewhere():
+    """Links to files here; those to headings are followed by mkdocs, below."""
+    assert sorted(PAGES) == sorted(DOCS.glob("*.md"))
+    for page in PAGES:
+        for target, _ in LINK.findall(FENCED.sub("", page.read_text())):
+            assert not target.startswith("http"), "nothing here leans on the network"
+            assert not target or (page.parent / target).is_file(), f"{page.name}: {target}"
+
+
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_the_network(tmp_path):
+    """Pages, styles, scripts and pictures lie in the site; only links may lead out of it."""
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
+        pytest.skip("mkdocs-material is not installed: pip install -c constraints.txt -e '.[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in PAGES:
+        html = (tmp_path / "site" / page.name).with_suffix(".html").read_text()
+        loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"", html)
+        assert loaded
+        assert not [target for target in loaded if re.match(r"(https?:)?//", target)]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "```yaml" in p.read_text()], ids=lambda page: page.name)
+def test_recipes_on_the_pages_are_valid(page, tmp_path):
+    """As they stand there."""
+    for language, text in FENCED.findall(page.read_text()):
+        if language == "yaml":
+            (tmp_path / "mine.yaml").write_text(text)
+            assert recipe.load(tmp_path / "mine.yaml").name
+
+
+# What is to be typed --------------------------------------------------------------------------------------------------
+
+
+def commands_of(page: Path) -> list[str]:
+    """Return what follows ``python -m fastkd.`` on the lines of a page's blocks."""
+    blocks = [
+        text.replace("\\\n", " ") for language, text in FENCED.findall(page.read_text()) if language in ("bash", "")
+    ]
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [line.removeprefix("python -m fastkd.") for line in lines if line.startswith("python -m fastkd.")]
+
+
+def words_of(command: str) -> list[str]:
+    """Split as a shell does, up to a redirection; a key, or one that stands for it, becomes what there is."""
+    words = []
+    for word in shlex.split(command, comments=True):
+        if word == ">":
+            break
+        pattern = re.sub(r"(?<=-)(KEY|[0-9a-f]{8,12})\b", "*", word)
+        found = [path for path in sorted(glob(pattern)) if (Path(path) / artifacts.MANIFEST).exists()]
+        assert found or "*" not in pattern, f"{command}: there is no {word}"
+        words += found if "*" in word else found[:1] if "*" in pattern else [word]
+    return words
+
+
+def run(command: str) -> None:
+    """Run a command in this process as ``python -m`` does, or only have it parsed; it must end with 0."""
+    name, *words = words_of(command)
+    told = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        if any(command.startswith(one) for one in PARSED_ONLY):
+            stack.enter_context(mock.patch.object(cli, "_explained", parsed))
+            stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parsed_by_argparse))
+        stack.enter_context(mock.patch.object(sys, "argv", [name, *words]))
+        stack.enter_context(contextlib.redirect_stdout(told))
+        stack.enter_context(contextlib.redirect_stderr(told))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+        stop = stack.enter_context(pytest.raises(SystemExit))
+        runpy.run_module(f"fastkd.{name}", run_name="__main__")
+    assert not stop.value.code, f"python -m fastkd.{command}: exit code {stop.value.code}\n{told.getvalue()}"
+
+
+def parsed(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that does nothing, but for loading the recipe that it would."""
+
+    @functools.wraps(command)
+    def nothing(**given):
+        if "overrides" in given:
+            recipe.load(given["path"], given["overrides"] or ())
+
+    return nothing
+
+
+def parsed_by_argparse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:
+    unknown = parser.parse_known_args(arguments)[1]
+    sys.exit(2 if unknown else 0)
+
+
+def python_blocks(page: str) -> list[str]:
+    return [text for language, text in FENCED.findall((DOCS / page).read_text()) if language == "python"]
+
+
+def furnish(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Put everything there that the pages take for granted."""
+    for split, images, labels in (("train", "images", "labels"), ("val", "val_images", "val_labels")):
+        for number, (image, label) in enumerate(zip(arrays[images][:60], arrays[labels], strict=False)):
+            file = folder / "home" / "pets" / split / ("cat", "dog", "fox")[label] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(file)
+    shutil.copytree(folder / "home" / "pets" / "val" / "cat", folder / "photos")
+    shutil.copy(folder / "photos" / "0.png", folder / "boot.png")
+    (folder / "home" / "mine").mkdir()
+    for split, count in (("train", 12), ("val", 4)):
+        np.save(folder / "home" / "mine" / f"{split}_images.npy", arrays["images"][:count])
+        np.save(folder / "home" / "mine" / f"{split}_labels.npy", np.arange(count) % 2)
+    np.savez(folder / "mine.npz", **arrays)
+    logits = np.random.default_rng(0).standard_normal((90, 3)).astype(np.float32)
+    for names, array in ((("logits", "Z"), logits), (("labels", "Y"), np.arange(90) % 3)):
+        for name in names:
+            np.save(folder / f"{name}.npy", array)
+    (folder / "my_writer.py").write_text(python_blocks("writers.md")[0])
+    models.save_weights(models.build("cifar/resnet8", 3), folder / "my_teacher.safetensors")
+    (folder / "recipes").mkdir()
+    for name, settings in RECIPES.items():
+        (folder / f"{name}.yaml").write_text(RECIPE.format(name=Path(name).name, **settings))
+
+
+@pytest.fixture(scope="module")
+def after_the_first_page(tiny_npz, tmp_path_factory):
+    """A folder in which the first page's commands have been run: what the other pages go on from."""
+    folder = tmp_path_factory.mktemp("reader")
+    furnish(folder, dict(np.load(tiny_npz)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("HOME", str(folder / "home"))
+        for command in commands_of(PAGES[0]):
+            run(command)
+    (folder / "data" / "cifar10.artifacts").symlink_to("pets.artifacts")
+    (folder / "runs" / "savings-quickstart").mkdir()
+    for number, path in enumerate(sorted((folder / "runs").glob("mine-????????"))):
+        (folder / "runs" / "savings-quickstart" / f"medium-seed{number}").symlink_to(Path("..") / path.name)
+    return folder
+
+
+@pytest.fixture
+def reader(after_the_first_page, tmp_path, monkeypatch):
+    """A copy of that folder, to work in, and the same home."""
+    shutil.copytree(after_the_first_page, tmp_path / "reader", symlinks=True)
+    monkeypatch.chdir(tmp_path / "reader")
+    monkeypatch.setenv("HOME", str(after_the_first_page / "home"))
+
+
+def test_the_first_pages_commands_do_what_it_says(after_the_first_page):
+    """A data set, two students, a report and an export come of it."""
+    assert artifacts.load(after_the_first_page / "data" / "pets", "DATASET").facts["counts"]["train"] == 60
+    assert len(list(after_the_first_page.glob("runs/mine-????????/student.safetensors"))) == 2
+    assert list(after_the_first_page.glob("runs/mine-????????.report/report.html"))
+    assert (after_the_first_page / "pets_student" / "student.onnx").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    "page", [*[p for p in PAGES[1:] if commands_of(p)], ROOT / "README.md"], ids=lambda page: page.name
+)
+def test_every_command_of_a_page_works(page, reader):
+    """In order, as it stands there, on data and recipes that are small and bear the names of the page."""
+    for command in commands_of(page):
+        run(command)
+
+
+def test_the_python_of_the_page_about_it_runs(reader):
+    """Every block, one after the other."""
+    names: dict[str, object] = {}
+    for block in python_blocks("api.md"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block, "api.md", "exec"), names)
+    assert names["hits"] >= 0
+    assert names["again"].key == names["run"].key
+
+
+def test_no_exception_is_made_for_nothing_and_a_wrong_command_is_noticed(reader):
+    """Also among those that are only parsed."""
+    told = [command for page in [*PAGES, ROOT / "README.md"] for command in commands_of(page)]
+    for beginning in PARSED_ONLY:
+        assert any(command.startswith(beginning) for command in told)
+    for wrong in (
+        "bench plan mine.yaml --nonsense",
+        "bench plan",
+        "doctor --nonsense",
+        "train mine.yaml --nonsense",
+        "artifacts lost",
+    ):
+        with pytest.raises(AssertionError, match="exit code 2"):
+            run(wrong)
+    with pytest.raises(Exception, match="unknown key"):
+        run("bench plan mine.yaml trian.epochs=3")
