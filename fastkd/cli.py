@@ -12,7 +12,7 @@ import typer
 from rich.logging import RichHandler
 
 from fastkd import console
-from fastkd.errors import FastkdError, Terminated
+from fastkd.errors import FULL, FastkdError, Terminated
 
 
 def run(*commands: Callable[..., None], named: bool = False) -> None:
@@ -50,6 +50,11 @@ def _explained(command: Callable[..., None]) -> Callable[..., None]:
             _stop("interrupted", 130)
         except FastkdError as error:
             _stop(str(error), error.exit_code)
+        except OSError as error:  # of reports and pictures; stages tell of their artifacts themselves
+            if error.errno not in FULL:
+                raise
+            place = error.filename or "the disk"
+            _stop(f"{place}: no space left ({error.strerror}): free some, and give the same command again", 1)
 
     return guarded
 
