@@ -312,10 +312,10 @@ def _watch(workers: Sequence[_Worker], job: _Job, report: watched.Report, total:
         passed = min(now - looked, 2 * _LOOK_EVERY_S)  # not while all of this was stopped (Ctrl-Z)
         looked = now
         for worker in running:
-            at = int(job.shared[_CURRENT + workers.index(worker)])
-            worker.at, worker.still_s = at, worker.still_s + passed if worker.at == at else 0.0
+            index = int(job.shared[_CURRENT + workers.index(worker)])
+            worker.at, worker.still_s = index, worker.still_s + passed if worker.at == index else 0.0
             if worker.still_s > STUCK_AFTER_S:
-                raise FastkdError(f"{job.where(at)}: reading it has not come to an end within {STUCK_AFTER_S:.0f} s")
+                raise FastkdError(f"{job.where(index)}: reading it has not come to an end within {STUCK_AFTER_S:.0f} s")
         if now - reported > _REPORT_EVERY_S or not running:
             reported = now
             report((job.split, tally.done, total))
