@@ -211,8 +211,16 @@ class Traces:
 
     @staticmethod
     def names() -> set[str]:
+        """Return the names in /dev/shm, but for those that processes of others have in use: tests run side by side."""
         prefixes = ("psm_", "sem.", "pym-")
-        return {n for n in os.listdir("/dev/shm") if n.startswith(prefixes)} if Path("/dev/shm").is_dir() else set()
+        found = {n for n in os.listdir("/dev/shm") if n.startswith(prefixes)} if Path("/dev/shm").is_dir() else set()
+        for entry in Path("/proc").glob("[0-9]*") if found else ():
+            try:
+                mapped = (entry / "maps").read_text()
+            except OSError:
+                continue
+            found -= {name for name in found if f"/dev/shm/{name}" in mapped}
+        return found
 
     def processes(self) -> list[str]:
         found = []

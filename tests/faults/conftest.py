@@ -16,11 +16,11 @@ import pytest
 
 from fastkd import artifacts
 
-# A command that runs as it does from a shell, but for one function, which says "begun" at its call number `at` and
-# takes `pause_s` longer, and for the values of some module attributes.
+# A command that runs as it does from a shell, but for one function, which says "begun" at its call number `at`, goes no
+# further there until there is a file `hold`, and takes `pause_s` longer at every call; and for some attributes.
 SLOWED = """
-import importlib, itertools, json, runpy, sys, time
-command, where, at, pause_s, values = sys.argv[1:6]
+import importlib, itertools, json, os, runpy, sys, time
+command, where, at, hold, pause_s, values = sys.argv[1:7]
 def place(where):
     module, _, name = where.partition(":")
     return importlib.import_module(module), name
@@ -31,10 +31,12 @@ real, calls = getattr(module, name), itertools.count()
 def slow(*arguments, **options):
     if next(calls) == int(at):
         print("begun", flush=True)
+        while hold and not os.path.exists(hold):
+            time.sleep(0.02)
     time.sleep(float(pause_s))
     return real(*arguments, **options)
 setattr(module, name, slow)
-sys.argv = [f"fastkd.{command}", *sys.argv[6:]]
+sys.argv = [f"fastkd.{command}", *sys.argv[7:]]
 runpy.run_module(f"fastkd.{command}", run_name="__main__", alter_sys=True)
 """
 
@@ -114,9 +116,16 @@ def slowed(running: Callable[..., Running]) -> Callable[..., Running]:
     """Return a function that starts a command slowed down: ``slowed(command, *arguments, where=…) -> Running``."""
 
     def start(
-        command: str, *arguments: str | Path, where: str, at: int = 0, pause_s: float = 0.0, values: dict | None = None
+        command: str,
+        *arguments: str | Path,
+        where: str,
+        at: int = 0,
+        hold: str | Path = "",
+        pause_s: float = 0.0,
+        values: dict[str, float] | None = None,
     ) -> Running:
-        return running("-c", SLOWED, command, where, str(at), str(pause_s), json.dumps(values or {}), *arguments)
+        given = (command, where, str(at), hold, str(pause_s), json.dumps(values or {}))
+        return running("-c", SLOWED, *given, *arguments)
 
     return start
 

@@ -11,6 +11,7 @@ import pytest
 from fastkd import artifacts, check, export, label, prune, score, stages, write
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
+NEVER = "/there/is/no/such/file"  # that a command waits for in the middle
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 
 
@@ -35,14 +36,13 @@ class Case:
     main: Callable[..., None]
     where: str
     at: int
-    pause_s: float
     overrides: tuple[str, ...] = ()
 
 
 CASES = {
-    "score": Case(score.main, "fastkd.engine.loop:_later", 2, 0.3, ("score.batch_size=10",)),
-    "prune": Case(prune.main, "fastkd.stages.pruning:class_std", 0, 8.0),
-    "label": Case(label.main, "fastkd.engine.loop:_later", 2, 0.3, (*VIEWS, "labels.batch_size=10")),
+    "score": Case(score.main, "fastkd.engine.loop:_later", 2, ("score.batch_size=10",)),
+    "prune": Case(prune.main, "fastkd.stages.pruning:class_std", 0),
+    "label": Case(label.main, "fastkd.engine.loop:_later", 2, (*VIEWS, "labels.batch_size=10")),
 }
 
 
@@ -55,7 +55,7 @@ def test_a_stage_that_is_stopped_keeps_what_was_there_and_can_be_given_again(
     case = CASES[name]
     arguments = (tiny_recipe.path, *case.overrides, "--force")
     before, _ = getattr(stages, name)(tiny_recipe(*case.overrides))
-    running = slowed(name, *arguments, where=case.where, at=case.at, pause_s=case.pause_s)
+    running = slowed(name, *arguments, where=case.where, at=case.at, hold=NEVER)
     stop(running, number)
     assert traces.gone()
     assert artifacts.load(before.path).manifest == before.manifest
@@ -70,7 +70,7 @@ def test_a_stage_that_is_stopped_keeps_what_was_there_and_can_be_given_again(
 
 @SIGNALS
 def test_pruning_of_ones_own_logits_publishes_nothing(own_logits, slowed, command, tmp_path, traces, number):
-    stop(slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", pause_s=8.0), number)
+    stop(slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=NEVER), number)
     assert traces.gone()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".kept.lock", "y.npy", "z.npy"]
     code, said = command(prune.main, *own_logits)
@@ -104,7 +104,7 @@ def test_an_export_that_is_stopped_leaves_the_one_before(tiny_recipe, tmp_path, 
     subset, _ = stages.prune(tiny_recipe())
     before, _ = stages.export(subset.path, tmp_path / "out")
     arguments = (subset.path, tmp_path / "out", "--force")
-    stop(slowed("export", *arguments, where="fastkd.data.beton:image_digest", at=2, pause_s=0.1), number)
+    stop(slowed("export", *arguments, where="fastkd.data.beton:image_digest", at=2, hold=NEVER), number)
     assert traces.gone()
     assert artifacts.load(before.path).manifest == before.manifest
     artifacts.verify(before)
@@ -118,7 +118,7 @@ def test_an_export_that_is_stopped_leaves_the_one_before(tiny_recipe, tmp_path, 
 def test_a_check_that_is_stopped_changes_nothing(tiny_recipe, slowed, command, traces, number):
     subset, _ = stages.prune(tiny_recipe())
     there = {p: p.stat().st_mtime_ns for p in subset.path.parent.rglob("*") if not p.name.startswith(".")}
-    stop(slowed("check", tiny_recipe.path, where="fastkd.engine.loop:_later", pause_s=8.0), number)
+    stop(slowed("check", tiny_recipe.path, where="fastkd.engine.loop:_later", hold=NEVER), number)
     assert traces.gone()
     assert there == {p: p.stat().st_mtime_ns for p in there}
     code, said = command(check.main, tiny_recipe.path)

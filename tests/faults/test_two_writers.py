@@ -7,30 +7,26 @@ import pytest
 from fastkd import artifacts, stages
 
 WAITS = "another process is"
-PACES = {
-    "score": ("fastkd.engine.loop:_later", 0.1, ("score.batch_size=10",)),
-    "train": ("fastkd.engine.loop:train_step", 0.05, ("train.checkpoint_every_s=0", "data.workers=1")),
+PLACES = {
+    "write": ("fastkd.data.watched:_receive", 1, ("workers=1", "n=60")),
+    "score": ("fastkd.engine.loop:_later", 4, ("score.batch_size=10",)),
+    "train": ("fastkd.engine.loop:train_step", 4, ("train.checkpoint_every_s=0", "data.workers=1")),
 }
+"""Where each command is held in the middle, until the other one waits for it."""
 
 
 @pytest.fixture
 def both(noise, tiny_recipe, tmp_path, slowed, one_by_one):
-    """Return a function that starts a command twice, the second one once the first is at it."""
+    """Return a function that starts a command twice, the second one while the first is at it."""
 
     def start(name):
-        if name == "write":
-            arguments, pace = (noise, tmp_path / "out", "n=60", "workers=1", "sleep_s=0.05"), {}
-            where = "fastkd.data.watched:_receive"
-        else:
-            where, pause_s, overrides = PACES[name]
-            arguments, pace = (tiny_recipe.path, *overrides), {"pause_s": pause_s}
-        runs = []
-        for _ in range(2):
-            runs.append(slowed(name, *arguments, where=where, at=2, values=one_by_one, **pace))
-            if len(runs) == 1:
-                runs[0].wait_for("begun")
-        runs[1].wait_for(WAITS)
-        return runs
+        where, at, options = PLACES[name]
+        paths = (noise, tmp_path / "out") if name == "write" else (tiny_recipe.path,)
+        first = slowed(name, *paths, *options, where=where, at=at, hold=tmp_path / "go", values=one_by_one)
+        first.wait_for("begun")
+        second = slowed(name, *paths, *options, where=where, values=one_by_one)
+        second.wait_for(WAITS)
+        return first, second
 
     return start
 
@@ -44,7 +40,7 @@ def result(noise, tiny_recipe, tmp_path):
             options = {"n": 60, "workers": 1}
             there = artifacts.load(tmp_path / "out", "DATASET")
             return there, stages.write(noise, tmp_path / "alone", options)[0], "train.beton"
-        function, (_, _, overrides) = getattr(stages, name), PACES[name]
+        function, (_, _, overrides) = getattr(stages, name), PLACES[name]
         there, built = function(tiny_recipe(*overrides))
         assert not built
         if name == "train":
@@ -58,6 +54,7 @@ def result(noise, tiny_recipe, tmp_path):
 @pytest.mark.parametrize("name", ["write", "score", "train"])
 def test_one_makes_it_and_the_other_waits_and_uses_it(name, both, result, tmp_path, leftovers):
     first, second = both(name)
+    (tmp_path / "go").touch()
     codes = [running.end() for running in (first, second)]
     assert [code for code, _ in codes] == [0, 0], codes
     (_, said_first), (_, said_second) = codes
@@ -87,13 +84,14 @@ def test_where_one_is_killed_the_other_takes_over(name, both, result, tmp_path, 
 
 def test_whoever_waits_with_another_recipe_for_the_same_place_is_refused(tiny_recipe, tmp_path, slowed):
     """--resume RUN: the first one's student stays."""
-    where, pause_s, overrides = PACES["train"]
+    where, at, overrides = PLACES["train"]
     (tmp_path / f"mine{artifacts.PARTIAL}").mkdir()
     given = (tiny_recipe.path, *overrides, "--resume", tmp_path / "mine")
-    first = slowed("train", *given, where=where, at=2, pause_s=pause_s)
+    first = slowed("train", *given, where=where, at=at, hold=tmp_path / "go")
     first.wait_for("begun")
     second = slowed("train", *given, "optim.lr=0.01", where=where)
     second.wait_for(WAITS)
+    (tmp_path / "go").touch()
     assert first.end()[0] == 0
     code, said = second.end()
     assert code == 2
@@ -105,10 +103,11 @@ def test_whoever_waits_with_another_recipe_for_the_same_place_is_refused(tiny_re
 
 def test_whoever_waits_with_other_options_for_the_same_data_set_is_refused(noise, tmp_path, slowed):
     given = ("write", noise, tmp_path / "out", "workers=1")
-    first = slowed(*given, "n=60", "sleep_s=0.03", where="fastkd.data.watched:_receive", at=2)
+    first = slowed(*given, "n=60", where="fastkd.data.watched:_receive", at=1, hold=tmp_path / "go")
     first.wait_for("begun")
-    second = slowed(*given, "n=30", "sleep_s=0.03", where="fastkd.data.watched:_receive")
+    second = slowed(*given, "n=30", where="fastkd.data.watched:_receive")
     second.wait_for(WAITS)
+    (tmp_path / "go").touch()
     assert first.end()[0] == 0
     code, said = second.end()
     assert code == 2
@@ -117,10 +116,11 @@ def test_whoever_waits_with_other_options_for_the_same_data_set_is_refused(noise
 
 
 def test_whoever_waits_with_another_ratio_for_the_same_out_is_refused(own_logits, tmp_path, slowed):
-    first = slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", pause_s=4.0)
+    first = slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=tmp_path / "go")
     first.wait_for("begun")
     second = slowed("prune", *own_logits, "--keep-ratio", "0.2", where="fastkd.stages.pruning:class_std")
     second.wait_for(WAITS)
+    (tmp_path / "go").touch()
     assert first.end()[0] == 0
     code, said = second.end()
     assert code == 2
