@@ -1,4 +1,7 @@
-"""kill -9 at any moment of write, score, prune and label (of train: test_resume.py): the next run ends as any other."""
+"""kill -9 at any moment of write, score, prune and label (of train: test_resume.py): the next run ends as any other.
+
+One moment each all the time; ten in a soak.
+"""
 
 import random
 import shutil

@@ -12,7 +12,13 @@ from fastkd import artifacts, check, export, label, prune, score, stages, write
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
 NEVER = "/there/is/no/such/file"  # that a command waits for in the middle
-SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+BOTH = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM}
+
+
+def signals(always: str = "") -> pytest.MarkDecorator:
+    """Send both; where the command takes seconds to start, all the time but one of them, and in a soak the other."""
+    rare = {name: [pytest.mark.soak] * bool(always and name != always) for name in BOTH}
+    return pytest.mark.parametrize("number", [pytest.param(BOTH[n], id=n, marks=rare[n]) for n in BOTH])
 
 
 def stop(running, number: signal.Signals) -> str:
@@ -44,10 +50,17 @@ CASES = {
     "prune": Case(prune.main, "fastkd.stages.pruning:class_std", 0),
     "label": Case(label.main, "fastkd.engine.loop:_later", 2, (*VIEWS, "labels.batch_size=10")),
 }
+ALWAYS = [("prune", "SIGTERM"), ("label", "Ctrl-C")]  # of score, SIGTERM is sent in test_resume.py
 
 
-@SIGNALS
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param(name, BOTH[word], id=f"{name}-{word}", marks=[pytest.mark.soak] * ((name, word) not in ALWAYS))
+        for name in CASES
+        for word in BOTH
+    ],
+)
 def test_a_stage_that_is_stopped_keeps_what_was_there_and_can_be_given_again(
     name, number, tiny_recipe, slowed, command, traces
 ):
@@ -68,7 +81,8 @@ def test_a_stage_that_is_stopped_keeps_what_was_there_and_can_be_given_again(
     assert [p.name for p in before.path.parent.iterdir() if artifacts.PARTIAL in p.name] == []
 
 
-@SIGNALS
+@pytest.mark.soak
+@signals()
 def test_pruning_of_ones_own_logits_publishes_nothing(own_logits, slowed, command, tmp_path, traces, number):
     stop(slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=NEVER), number)
     assert traces.gone()
@@ -78,7 +92,7 @@ def test_pruning_of_ones_own_logits_publishes_nothing(own_logits, slowed, comman
     assert artifacts.load(tmp_path / "kept", "SUBSET").facts["count"] == 1500
 
 
-@SIGNALS
+@signals()
 @pytest.mark.parametrize("force", [False, True], ids=["new", "over"])
 def test_writing_leaves_no_process_and_no_half_data_set(noise, slowed, command, tmp_path, traces, number, force):
     out, options = tmp_path / "out", ["n=60", "workers=2"]
@@ -99,7 +113,7 @@ def test_writing_leaves_no_process_and_no_half_data_set(noise, slowed, command, 
     assert artifacts.load(out, "DATASET").facts["counts"] == {"train": 60, "val": 20}
 
 
-@SIGNALS
+@signals()
 def test_an_export_that_is_stopped_leaves_the_one_before(tiny_recipe, tmp_path, slowed, command, traces, number):
     subset, _ = stages.prune(tiny_recipe())
     before, _ = stages.export(subset.path, tmp_path / "out")
@@ -114,7 +128,7 @@ def test_an_export_that_is_stopped_leaves_the_one_before(tiny_recipe, tmp_path, 
     assert not (tmp_path / f"out{artifacts.PARTIAL}").exists()
 
 
-@SIGNALS
+@signals("Ctrl-C")
 def test_a_check_that_is_stopped_changes_nothing(tiny_recipe, slowed, command, traces, number):
     subset, _ = stages.prune(tiny_recipe())
     there = {p: p.stat().st_mtime_ns for p in subset.path.parent.rglob("*") if not p.name.startswith(".")}
@@ -125,6 +139,7 @@ def test_a_check_that_is_stopped_changes_nothing(tiny_recipe, slowed, command, t
     assert code == 0, said
 
 
+@pytest.mark.soak
 def test_a_training_that_is_stopped_while_its_step_compiles_ends(tiny_recipe, tmp_path, slowed, traces, monkeypatch):
     """No step is safe yet: it stops at once, and the compiler's own processes end as well."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # so that there is something to compile
@@ -134,7 +149,7 @@ def test_a_training_that_is_stopped_while_its_step_compiles_ends(tiny_recipe, tm
     assert not list((tmp_path / "runs").glob("student-*/manifest.json"))
 
 
-@SIGNALS
+@signals("SIGTERM")
 def test_a_bench_that_is_stopped_writes_no_report(tiny_recipe, tmp_path, slowed, traces, monkeypatch, number):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
@@ -145,7 +160,7 @@ def test_a_bench_that_is_stopped_writes_no_report(tiny_recipe, tmp_path, slowed,
 
 
 @pytest.mark.soak
-@SIGNALS
+@signals()
 def test_a_loader_bench_that_is_stopped_takes_its_data_and_workers_along(tmp_path, slowed, traces, monkeypatch, number):
     """It is stopped where processes of torch's DataLoader are at work."""
     temporary: Path = tmp_path / "temporary"

@@ -51,7 +51,7 @@ def result(noise, tiny_recipe, tmp_path):
     return get
 
 
-@pytest.mark.parametrize("name", ["write", "score", "train"])
+@pytest.mark.parametrize("name", ["write", "score", pytest.param("train", marks=pytest.mark.soak)])
 def test_one_makes_it_and_the_other_waits_and_uses_it(name, both, result, tmp_path, leftovers):
     first, second = both(name)
     (tmp_path / "go").touch()
@@ -67,7 +67,7 @@ def test_one_makes_it_and_the_other_waits_and_uses_it(name, both, result, tmp_pa
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["write", "score", "train"])
+@pytest.mark.parametrize("name", ["write", pytest.param("score", marks=pytest.mark.soak), "train"])
 def test_where_one_is_killed_the_other_takes_over(name, both, result, tmp_path, leftovers, traces):
     first, second = both(name)
     first.kill()
@@ -82,6 +82,7 @@ def test_where_one_is_killed_the_other_takes_over(name, both, result, tmp_path, 
     assert traces.gone()
 
 
+@pytest.mark.soak
 def test_whoever_waits_with_another_recipe_for_the_same_place_is_refused(tiny_recipe, tmp_path, slowed):
     """--resume RUN: the first one's student stays."""
     where, at, overrides = PLACES["train"]
@@ -115,6 +116,7 @@ def test_whoever_waits_with_other_options_for_the_same_data_set_is_refused(noise
     assert artifacts.load(tmp_path / "out").facts["counts"]["train"] == 60
 
 
+@pytest.mark.soak
 def test_whoever_waits_with_another_ratio_for_the_same_out_is_refused(own_logits, tmp_path, slowed):
     first = slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=tmp_path / "go")
     first.wait_for("begun")
