@@ -1,6 +1,6 @@
 # `make` lists what there is. Every target sets up what it needs first; a finished set-up costs a fraction of a second.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test docs lint check clean
+.PHONY: help setup demo test soak docs lint check clean
 
 PYTHON_IN_VENV := .venv/bin/python
 # One pytest worker per usable core, up to 8 (each holds a torch of its own and compiles its own kernels).
@@ -20,7 +20,10 @@ demo: setup ## distil on Fashion-MNIST, with and without pruning, and print what
 # worksteal hands each worker a run of neighbouring tests, so that a file's fixtures and compiled kernels are mostly made
 # once, and levels the end, where a whole file per worker (loadfile) would leave one core idle behind the longest file.
 test: setup ## the tests that need no GPU, on all cores
-	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu'
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not soak'
+
+soak: setup ## hundreds of broken-off epochs and killed trainings, one after another: about ten minutes; prints its figures
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m soak -s
 
 docs: setup ## write the generated parts of docs/ anew, and build site/index.html
 	$(PYTHON_IN_VENV) docs/generate.py

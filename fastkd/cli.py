@@ -1,6 +1,8 @@
 """What every command shares: parsing by typer, and one place where errors become messages and exit codes."""
 
+import atexit
 import functools
+import gc
 import inspect
 import logging
 import signal
@@ -13,7 +15,7 @@ import typer
 from rich.logging import RichHandler
 
 from fastkd import console
-from fastkd.errors import FastkdError, Terminated
+from fastkd.errors import FULL, FastkdError, Terminated
 
 
 def run(*commands: Callable[..., None], named: bool = False) -> None:
@@ -26,6 +28,7 @@ def run(*commands: Callable[..., None], named: bool = False) -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console.err, show_path=False)]
     )
     signal.signal(signal.SIGTERM, _terminate)
+    atexit.register(gc.freeze)  # the last collection, of all that torch and numba hold, takes 1.3 s, and frees nothing
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in commands:
         name = command.__name__.rstrip("_") if named else None  # `list_` is called `list`
@@ -53,6 +56,11 @@ def _explained(command: Callable[..., None]) -> Callable[..., None]:
             _stop("interrupted", 130)
         except FastkdError as error:
             _stop(str(error), error.exit_code)
+        except OSError as error:  # of reports and pictures; stages tell of their artifacts themselves
+            if error.errno not in FULL:
+                raise
+            place = error.filename or "the disk"
+            _stop(f"{place}: no space left ({error.strerror}): free some, and give the same command again", 1)
 
     return guarded
 

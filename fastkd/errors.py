@@ -4,6 +4,11 @@ Each says what is wrong, where, what was expected, and how to mend it. Commands 
 traceback, and exit with the class's ``exit_code``. This module is a leaf: any other may import it.
 """
 
+import errno
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""The numbers of the OSErrors that a full disk raises."""
+
 
 class FastkdError(Exception):
     """Something failed that is not the user's input (exit code 1)."""

@@ -11,7 +11,6 @@ all, one record per sample.
 """
 
 import contextlib
-import errno
 import mmap
 import multiprocessing as mp
 import os
@@ -35,7 +34,7 @@ from fastkd.data import watched
 from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode
 from fastkd.data.source import MapDataset, Writer, WriterOptions, load_writer
 from fastkd.doctor import usable_cores
-from fastkd.errors import FastkdError, InputError
+from fastkd.errors import FULL, FastkdError, InputError
 
 SPLITS = ("train", "val")
 Progress = Callable[[str, int, int], None]
@@ -80,7 +79,8 @@ STORED, _SKIPPED = 1, 2
 _NEXT, _END, _CURRENT = 0, 1, 2  # shared integers: next sample, end of the file, then what each worker is at
 _CHUNK = 64
 _REPORT_EVERY_S = 0.1
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_LOOK_EVERY_S = 1.0
+STUCK_AFTER_S = 300.0  # more than reading and encoding any one sample takes
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def write_betons(writer: Writer, options: WriterOptions, directory: Path, progre
     InputError
         The source is not as expected: missing, a corrupt image, a wrong label, a class without samples ….
     FastkdError
-        The disk is full, a process was killed, or the writer raised something else.
+        The disk is full, a process was killed, a sample never came, or the writer raised something else.
     """
     request = (writer.name, options.model_dump(mode="json"), str(directory))
     try:
@@ -237,6 +237,8 @@ class _Worker:
     process: Any
     channel: Connection
     moments: tuple[int, ...] | None = None  # known when it has finished
+    at: int = -1  # the sample that it was last seen at, and for how long
+    still_s: float = 0.0
 
 
 @dataclass
@@ -283,12 +285,13 @@ def _write_split(
 
 
 def _watch(workers: Sequence[_Worker], job: _Job, report: watched.Report, total: int) -> list[dict[str, Any]]:
-    """Listen to the workers until all have finished; raise what one of them reports, or that one of them died."""
+    """Listen to the workers until all have finished; raise what one reports, or that one died or does not move."""
     tally = _Tally()
     reported = 0.0
+    looked = time.monotonic()
     running = list(workers)
     while running:
-        ready = set(wait([w.channel for w in running] + [w.process.sentinel for w in running]))
+        ready = set(wait([w.channel for w in running] + [w.process.sentinel for w in running], _LOOK_EVERY_S))
         for worker in list(running):
             dead = worker.process.sentinel in ready  # looked at first: what it sent before is then all there
             for kind, value in _messages(worker.channel):
@@ -305,8 +308,16 @@ def _watch(workers: Sequence[_Worker], job: _Job, report: watched.Report, total:
                 worker.process.join()
                 at = job.where(int(job.shared[_CURRENT + workers.index(worker)]))
                 raise FastkdError(f"{at}: the worker at it {watched.how_it_ended(worker.process.exitcode)}")
-        if time.monotonic() - reported > _REPORT_EVERY_S or not running:
-            reported = time.monotonic()
+        now = time.monotonic()
+        passed = min(now - looked, 2 * _LOOK_EVERY_S)  # not while all of this was stopped (Ctrl-Z)
+        looked = now
+        for worker in running:
+            index = int(job.shared[_CURRENT + workers.index(worker)])
+            worker.at, worker.still_s = index, worker.still_s + passed if worker.at == index else 0.0
+            if worker.still_s > STUCK_AFTER_S:
+                raise FastkdError(f"{job.where(index)}: reading it has not come to an end within {STUCK_AFTER_S:.0f} s")
+        if now - reported > _REPORT_EVERY_S or not running:
+            reported = now
             report((job.split, tally.done, total))
     return sorted(tally.skipped, key=lambda s: s["index"])
 

@@ -2,13 +2,16 @@
 
 What it guards against was seen with FFCV 1.0.2: an exception in a loader thread leaves the consumer waiting for ever;
 an id out of range reads foreign memory; a broken-off epoch leaks threads; `num_workers` sets torch's thread count;
-batch buffers are reused while one may still look at them.
+batch buffers are reused while one may still look at them; an image that cannot be decoded, or a page that cannot be
+read, is passed on as whatever lies in memory.
 """
 
+import os
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
+from queue import Queue
 from typing import Any, Literal, NamedTuple
 
 import numba
@@ -19,6 +22,7 @@ _torch_threads = torch.get_num_threads()
 from ffcv.fields.decoders import IntDecoder  # noqa: E402
 from ffcv.loader import Loader as FfcvLoader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.memory_managers.process_cache import page_reader, schedule  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.graph import Node  # noqa: E402
 from ffcv.transforms import ToTensor  # noqa: E402
@@ -27,7 +31,7 @@ from fastkd.artifacts import Artifact  # noqa: E402
 from fastkd.data.stored import StoredRows  # noqa: E402
 from fastkd.data.views import ViewDecoder, Views  # noqa: E402
 from fastkd.doctor import usable_cores  # noqa: E402
-from fastkd.errors import ArtifactError, InputError, LoaderError  # noqa: E402
+from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError  # noqa: E402
 from fastkd.kernels.views import COLUMNS  # noqa: E402
 
 torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
@@ -36,6 +40,7 @@ BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}
 """Code of the pipeline, with and without threads: some seconds to compile, the same for all files, sizes and views."""
 STUCK_AFTER_S = 300.0  # more than compiling any pipeline takes
+_LOOK_EVERY_S = 0.2
 STOP_WITHIN_S = 5.0  # more than any batch takes that is being loaded
 
 
@@ -46,6 +51,40 @@ def _set_loader_threads(n: int) -> None:
 
 
 Compiler.set_num_threads = _set_loader_threads
+
+
+def _read_page(descriptor: int, page: np.ndarray, offset: int) -> int:
+    """Read a page, or what the file has of its last one; FFCV's own version takes no notice of a failure."""
+    want = min(page.size, os.fstat(descriptor).st_size - int(offset))
+    done = 0
+    while done < want and (count := os.preadv(descriptor, [page.data[done:]], int(offset) + done)):
+        done += count
+    if want <= 0 or done < want:
+        raise OSError(f"the file ends before byte {int(offset) + max(want, 1)}")
+    return done
+
+
+class _PageReader(page_reader.PageReader):
+    """FFCV's thread that reads pages where the system's cache is not used; its failure reaches who waits for them."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:
+            self.loaded.put(error)
+
+
+class _Pages(Queue):
+    """The pages that were read, or the error on which whoever asks for one is not to wait."""
+
+    def get(self, *arguments: Any, **options: Any) -> Any:
+        page = super().get(*arguments, **options)
+        if isinstance(page, BaseException):
+            raise page
+        return page
+
+
+page_reader.read, schedule.PageReader, schedule.Queue = _read_page, _PageReader, _Pages
 
 
 def _hide_finalizer_noise(unraisable: "sys.UnraisableHookArgs", shown: Any = sys.unraisablehook) -> None:
@@ -128,7 +167,7 @@ class Loader:
             raise InputError(
                 f"data.workers={workers}: this process may use {cores} cores; give at most that, or 0 for all"
             )
-        path = dataset.file(f"{split}.beton")
+        self.file = path = dataset.file(f"{split}.beton")
         fixed_size = dataset.facts["image"]["fixed_size"]
         if input_px is None and fixed_size is None:
             raise InputError(
@@ -165,6 +204,7 @@ class Loader:
             )
         if os_cache:  # FFCV's own cache compiles the file's page size in
             self._ffcv.code = _compiled.setdefault(self._ffcv.num_workers > 1, self._ffcv.code)
+        self._bytes = path.stat().st_size
         metadata = self._column("image")
         self._heights, self._widths = metadata["height"], metadata["width"]
         ids = self._column("sample_id").astype(np.int64)
@@ -201,8 +241,10 @@ class Loader:
         ------
         InputError
             Ids that are not int64 or lie outside the split; none at all; fewer than a batch where the last is dropped.
+        ArtifactError
+            The file is gone, or not as long any more as it was.
         LoaderError
-            A loader thread failed, or gave nothing for a long time.
+            A loader thread failed, or gave nothing for a long time; an image is damaged.
         """
         ids = self._checked(sample_ids)
         if last == "drop":
@@ -250,6 +292,15 @@ class Loader:
             raise InputError(f"sample id {strangers[0]}: {self.dataset.path} has no such sample in {self.split}")
         return np.ascontiguousarray(ids)
 
+    def _unchanged(self) -> None:
+        """See that the file is as long as it was: reading memory that is mapped beyond its end kills the process."""
+        try:
+            size = self.file.stat().st_size
+        except OSError as error:
+            raise ArtifactError(f"{self.file}: cannot be read any more ({error.strerror})") from None
+        if size != self._bytes:
+            raise ArtifactError(f"{self.file}: had {self._bytes} bytes when it was opened, and has {size} now")
+
     def _run(
         self,
         ids: np.ndarray,
@@ -259,6 +310,7 @@ class Loader:
         hw: tuple[int, int],
     ) -> Generator[Batch, None, None]:
         self.close()
+        self._unchanged()
 
         def draw(positions_B: np.ndarray, ids_B: np.ndarray, rows_BVP: np.ndarray) -> None:
             heights_B, widths_B = self._heights[positions_B], self._widths[positions_B]
@@ -297,6 +349,11 @@ def _repeat(rows_1VP: np.ndarray, positions_B: np.ndarray, ids_B: np.ndarray, ro
     rows_BVP[:] = rows_1VP
 
 
+def _what(error: BaseException) -> str:
+    """Return an error's text, with its kind where it is not our own and so tells little without."""
+    return str(error) if isinstance(error, FastkdError) else f"{type(error).__name__}: {error}"
+
+
 class _Epoch(EpochIterator):
     """FFCV's epoch thread: draws views and gathers stored rows for each batch; its failures reach its consumer."""
 
@@ -330,27 +387,28 @@ class _Epoch(EpochIterator):
         start = batch * self.loader.batch_size
         ids_B = self.sample_ids[start : start + len(positions_B)]
         self.at = batch, ids_B
-        _, rows_BVP, cover_BC = (buffer[slot] for buffer in self.memory_allocations["operation"][self.decoder])
+        buffers = self.memory_allocations["operation"][self.decoder]
+        _, rows_BVP, cover_BC, complaint_B1 = (buffer[slot] for buffer in buffers)
         self.draw(positions_B, ids_B, rows_BVP)
         cover_BC[:] = self.cover_C
         result = super().run_pipeline(batch, positions_B, slot, event)
+        if len(damaged := np.flatnonzero(complaint_B1[: len(ids_B)])):
+            raise LoaderError(f"the image of sample_id {ids_B[damaged[0]]} is damaged; write the data set again")
         if self.stored is None:
             return result
         self.stored.gather(ids_B, self.rows[slot])
         return (*result, *(torch.from_numpy(buffer) for buffer in self.rows[slot]))
 
     def __next__(self) -> tuple[torch.Tensor, ...]:
-        give_up = time.monotonic() + STUCK_AFTER_S
-        waiting = self.output_queue
+        waiting, looks = self.output_queue, 0
         while not waiting.queue:  # a dead thread puts nothing: FFCV's own get() would wait for ever
             if not self.is_alive() and not waiting.queue:
-                raise self._error(
-                    f"{type(self.failure).__name__}: {self.failure}" if self.failure else "it ended early"
-                )
-            if time.monotonic() > give_up:
+                raise self._error(_what(self.failure) if self.failure else "it ended early")
+            if looks * _LOOK_EVERY_S > STUCK_AFTER_S:
                 raise self._error(f"it has given nothing for {STUCK_AFTER_S:.0f} s")
+            looks += 1  # rather than by the clock, which goes on while the process is stopped (Ctrl-Z)
             with waiting.not_empty:
-                waiting.not_empty.wait_for(lambda: waiting.queue, timeout=0.2)
+                waiting.not_empty.wait_for(lambda: waiting.queue, timeout=_LOOK_EVERY_S)
         return super().__next__()
 
     def _error(self, what: str) -> LoaderError:
@@ -363,6 +421,7 @@ class _Epoch(EpochIterator):
     def stop(self) -> None:
         """End the thread and wait for it; one that is stuck, a daemon, is left behind with what it holds."""
         self.terminate_event.set()
+        self.iter_ixes = iter(())  # FFCV looks at the event only while the queue is full, and it is emptied here
         give_up = time.monotonic() + STOP_WITHIN_S
         while self.is_alive() and time.monotonic() < give_up:
             with self.output_queue.mutex:  # it may be waiting to put its end mark into a full queue

@@ -22,6 +22,8 @@ class StoredRows:
     def __init__(self, sample_ids: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
         self.sample_ids = np.asarray(sample_ids)
         self.arrays = tuple(arrays)
+        if self.sample_ids.dtype != np.int64 or not (np.diff(self.sample_ids) > 0).all():
+            raise InputError("stored rows: expected sample ids that ascend, each once, of int64")
         for array in self.arrays:
             if array.ndim != 2 or len(array) != len(self.sample_ids) or array.dtype.itemsize not in (2, 4):
                 raise InputError(

@@ -171,7 +171,7 @@ class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own de
         self.views = 1
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        """Ask for the pixels, for the rows that say where to cut, and for the colour of covers."""
+        """Ask for the pixels, the rows that say where to cut, the colour of covers, and the decoder's complaints."""
         shape = (self.views, *self.hw, 3)
         # No uint8 arrays of one or two dimensions: FFCV marks numba's types of those as read-only, process-wide.
         pixels, rows = np.dtype("u1"), np.dtype("i4")
@@ -181,6 +181,7 @@ class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own de
                 AllocationQuery(shape, pixels),
                 AllocationQuery((self.views, len(COLUMNS)), rows),
                 AllocationQuery((3,), rows),
+                AllocationQuery((1,), rows),
             ),
         )
 
@@ -192,14 +193,18 @@ class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own de
         jpg = IMAGE_MODES["jpg"]
 
         def decode(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
-            out_BVHWC, rows_BVP, cover_BC = memory
+            out_BVHWC, rows_BVP, cover_BC, complaint_B1 = memory
             for b in over_batch(len(batch_indices)):
                 field = metadata[batch_indices[b]]
                 data = mem_read(field["data_ptr"], storage_state)
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])
+                complaint_B1[b, 0] = 0
                 if field["mode"] == jpg:
                     image = np.empty((np.int64(height), np.int64(width), 3), np.uint8)
-                    decode_jpeg(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
+                    # To be looked at outside: compiled code cannot raise from within a parallel loop.
+                    complaint_B1[b, 0] = decode_jpeg(
+                        data, image, height, width, height, width, 0, 0, 1, 1, False, False
+                    )
                 else:
                     image = data.reshape(np.int64(height), np.int64(width), 3)
                 for v in range(out_BVHWC.shape[1]):

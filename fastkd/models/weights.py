@@ -58,7 +58,7 @@ def save_weights(module: nn.Module, path: str | Path) -> None:
     """Write the state_dict to a safetensors file; tensors that share memory are written each on its own."""
     state = unwrapped(module.state_dict())
     plain = {k: v.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
-    safetensors.torch.save_file(plain, path)
+    Path(path).write_bytes(safetensors.torch.save(plain))  # its own writing tells of a full disk by an error of its own
 
 
 def weights_digest(module: nn.Module) -> str:

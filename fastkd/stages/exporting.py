@@ -12,9 +12,9 @@ import xxhash
 
 from fastkd import artifacts
 from fastkd.artifacts import MANIFEST, Artifact, Built, FileStamp, Manifest, file_digest, read_manifest
-from fastkd.data.beton import FULL, Progress
+from fastkd.data.beton import Progress
 from fastkd.data.extract import Table, extract, read_table
-from fastkd.errors import ArtifactError, FastkdError, InputError
+from fastkd.errors import FULL, ArtifactError, FastkdError, InputError
 from fastkd.stages.labelling import subset_inputs
 from fastkd.stages.writing import refuse_foreign
 

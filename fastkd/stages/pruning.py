@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
 
 MANY_CLASSES, UNUSUAL = 20, 10
+_BEGINS_ANEW = "the next run begins anew"
 
 
 def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
@@ -42,28 +43,30 @@ def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
         "reshape": chain.recipe.labels.reshape,
         **_selection_inputs(settings),
     }
-    return artifacts.build(
-        chain.place("SUBSET", inputs),
-        "SUBSET",
-        inputs,
-        lambda directory: _fill(
-            directory,
-            scores.array("logits.npy"),
-            np.asarray(scores.array("labels.npy")),
-            settings,
-            train_ids=chain.train_ids,
-            reshape=chain.recipe.labels.reshape,
-            class_names=chain.dataset.facts["classes"],
-        ),
-        parents={"DATASET": chain.dataset.key, "SCORES": scores.key},
-        settings={
-            "data": str(chain.dataset.path.absolute()),
-            "teacher": chain.teacher_inputs,
-            "view": chain.view_inputs(chain.teacher_px),
-            "precision": precision,
-        },
-        force="prune" in chain.force,
-    )
+    path = chain.place("SUBSET", inputs)
+    with full_disk_explained(path.parent, _BEGINS_ANEW):
+        return artifacts.build(
+            path,
+            "SUBSET",
+            inputs,
+            lambda directory: _fill(
+                directory,
+                scores.array("logits.npy"),
+                np.asarray(scores.array("labels.npy")),
+                settings,
+                train_ids=chain.train_ids,
+                reshape=chain.recipe.labels.reshape,
+                class_names=chain.dataset.facts["classes"],
+            ),
+            parents={"DATASET": chain.dataset.key, "SCORES": scores.key},
+            settings={
+                "data": str(chain.dataset.path.absolute()),
+                "teacher": chain.teacher_inputs,
+                "view": chain.view_inputs(chain.teacher_px),
+                "precision": precision,
+            },
+            force="prune" in chain.force,
+        )
 
 
 def exported_subset(chain: "Chain") -> Artifact:
@@ -138,14 +141,15 @@ def prune_arrays(
     }
     if out.exists() and not (out / artifacts.MANIFEST).exists():
         raise InputError(f"--out {out}: something else is there already; choose a new directory")
-    return artifacts.build(
-        out,
-        "SUBSET",
-        inputs,
-        lambda directory: _fill(directory, z_NK, y_N, settings, train_ids=np.arange(len(y_N)), reshape=reshape),
-        settings={"logits": str(logits), "labels": str(labels)},
-        force=force,
-    )
+    with full_disk_explained(out.parent, _BEGINS_ANEW, setting="--out"):
+        return artifacts.build(
+            out,
+            "SUBSET",
+            inputs,
+            lambda directory: _fill(directory, z_NK, y_N, settings, train_ids=np.arange(len(y_N)), reshape=reshape),
+            settings={"logits": str(logits), "labels": str(labels)},
+            force=force,
+        )
 
 
 def _selection_inputs(settings: Prune) -> dict[str, Any]:
@@ -180,10 +184,7 @@ def _fill(
         raise InputError(f"prune.keep_ratio={settings.keep_ratio} of {len(train_ids)} samples keeps none; raise it")
 
     flat = 0
-    with (
-        full_disk_explained(directory.parent, "the next run begins anew"),
-        RowFile(directory / "logits.npy", "<f2", len(kept), K) as stored,
-    ):
+    with RowFile(directory / "logits.npy", "<f2", len(kept), K) as stored:
         for start in range(0, len(kept), CHUNK_ROWS):
             ids = kept[start : start + CHUNK_ROWS]
             z = np.ascontiguousarray(logits_NK[ids], np.float32)

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from fastkd.data.beton import FULL
-from fastkd.errors import FastkdError, InputError
+from fastkd.errors import FULL, FastkdError, InputError
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _READ_BYTES = 4 << 20
@@ -155,8 +154,14 @@ def need_space(directory: Path, needed: int, what: str) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_explained(directory: Path, then: str) -> Iterator[None]:
-    """Turn a full disk into an error that says what to do, and what `then` happens."""
+def full_disk_explained(directory: Path, then: str, *, setting: str = "data.artifacts_dir") -> Iterator[None]:
+    """Turn a full disk into an error that says what to do, and what `then` happens.
+
+    Parameters
+    ----------
+    setting
+        Which setting puts what is written elsewhere.
+    """
     try:
         yield
     except OSError as error:
@@ -164,6 +169,6 @@ def full_disk_explained(directory: Path, then: str) -> Iterator[None]:
             raise
         free = shutil.disk_usage(directory).free
         raise FastkdError(
-            f"{directory}: no space left ({error.strerror}; {free / 1e6:,.1f} MB free): free some, or put artifacts "
-            f"elsewhere with data.artifacts_dir; {then}"
+            f"{directory}: no space left ({error.strerror}; {free / 1e6:,.1f} MB free): free some, or write elsewhere "
+            f"with {setting}; {then}"
         ) from None

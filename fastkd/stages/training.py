@@ -58,17 +58,18 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
         parents["SUBSET"] = chain.subset.key
     if uses_labels(recipe):
         parents["LABELS"] = chain.labels.key
-    return artifacts.build(
-        path,
-        "RUN",
-        inputs,
-        lambda directory: _train(chain, directory, source),
-        parents=parents,
-        settings={"precision": chain.runtime.precision, "device": chain.runtime.device.type},
-        force="train" in chain.force,
-        resumable=True,
-        scratch=CHECKPOINTS,
-    )
+    with full_disk_explained(path.parent, "the next run goes on from the last checkpoint", setting="train.runs_dir"):
+        return artifacts.build(
+            path,
+            "RUN",
+            inputs,
+            lambda directory: _train(chain, directory, source),
+            parents=parents,
+            settings={"precision": chain.runtime.precision, "device": chain.runtime.device.type},
+            force="train" in chain.force,
+            resumable=True,
+            scratch=CHECKPOINTS,
+        )
 
 
 def run_inputs(chain: "Chain") -> dict[str, Any]:
@@ -161,8 +162,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
 
     def save() -> None:
         step = history.steps_before + history.epoch.steps
-        with full_disk_explained(directory, "the next run goes on from the checkpoint before"):
-            checkpoint.save(checkpoints, step, job.student, job.state, job.running, history.state())
+        checkpoint.save(checkpoints, step, job.student, job.state, job.running, history.state())
 
     if found:
         save()  # what was lost is charged to it, and not again

@@ -1,6 +1,5 @@
 """source ──write──▶ DATASET: read a source through its writer and publish it as .beton files."""
 
-import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from fastkd import shipped
 from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, read_manifest
 from fastkd.data.beton import Progress, write_betons
 from fastkd.data.source import Writer, load_writer
-from fastkd.errors import ArtifactError, FastkdError, InputError
+from fastkd.errors import FULL, ArtifactError, FastkdError, InputError
 
 
 def write(
@@ -78,7 +77,7 @@ def write(
     try:
         artifact, built = build(out_dir, "DATASET", None, builder, settings=settings, force=force)
     except OSError as error:  # from sealing and publishing; what writers and workers meet is told by write_betons
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise FastkdError(f"{out_dir}: no space left ({error.strerror}); free some or write elsewhere") from None
     if not built and (phrases := differences(_content(settings), _content(artifact.manifest.settings))):

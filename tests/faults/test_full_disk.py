@@ -1,0 +1,145 @@
+"""A disk that is full in the middle of a stage: one line that says so, nothing half published, and no work lost."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd import artifacts, label, prune, score, stages, train, write
+from fastkd.engine import loop
+from fastkd.stages import pruning, training
+
+VIEWS = ("data.view.family=flip", "labels.views=2")
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def fill_at(monkeypatch, disk, module, name: str, call: int) -> None:
+    """Have the disk filled up where a function is called for that time."""
+    real, calls = getattr(module, name), iter(range(10**9))
+
+    def filling(*arguments, **options):
+        if next(calls) == call:
+            disk.fill()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(module, name, filling)
+
+
+def refused(code: int, said: str, advice: str) -> None:
+    assert code == 1, said
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    error = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1, said
+    assert "no space left" in error[0]
+    assert "free some" in error[0].lower()
+    assert advice in error[0]
+
+
+CASES = {
+    "score": (score.main, loop, "_later", 3, ("score.batch_size=10",), "the next run goes on from here"),
+    "score, publishing": (score.main, artifacts, "file_digest", 0, (), "the next run goes on from here"),
+    "prune": (prune.main, pruning, "class_std", 0, (), "the next run begins anew"),
+    "label": (label.main, loop, "_later", 3, (*VIEWS, "labels.batch_size=10"), "the next run goes on from here"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stage_that_finds_the_disk_full_says_so_and_ends_when_there_is_room(
+    case, tiny_recipe, tmp_path, disk, command, monkeypatch, leftovers
+):
+    """An older artifact on that disk stays whole."""
+    main, module, name, call, overrides, advice = CASES[case]
+    stage = getattr(stages, case.partition(",")[0])
+    whole, _ = stage(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
+    overrides = (*overrides, f"data.artifacts_dir={disk.path / 'artifacts'}")
+    if main is not score.main:
+        stages.score(tiny_recipe(*overrides))
+    old, _ = stages.score(tiny_recipe(*overrides, "score.dtype=float16", "score.batch_size=50"))
+    fill_at(monkeypatch, disk, module, name, call)
+    code, said = command(main, tiny_recipe.path, *overrides)
+    refused(code, said, advice)
+    assert "data.artifacts_dir" in said
+    kind = whole.manifest.kind.lower()
+    assert not (disk.path / "artifacts" / whole.path.name / artifacts.MANIFEST).exists(), kind
+    assert artifacts.load(old.path).manifest == old.manifest
+    artifacts.verify(old)
+    disk.free()
+    code, said = command(main, tiny_recipe.path, *overrides)
+    assert code == 0, said
+    found = artifacts.load(disk.path / "artifacts" / whole.path.name)
+    artifacts.verify(found)
+    assert found.manifest.files == whole.manifest.files
+    assert leftovers(disk.path) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        (loop, "train_step", 8),
+        (training, "_save_student", 0),
+        (training, "_timing", 0),
+        (training, "environment", 0),
+        (artifacts, "file_digest", 3),
+    ],
+    ids=["a checkpoint", "the student", "its times", "the beginning", "publishing"],
+)
+def test_a_training_that_finds_the_disk_full_goes_on_when_there_is_room(
+    module, name, call, tiny_recipe, tmp_path, disk, command, monkeypatch, leftovers
+):
+    overrides = ("train.checkpoint_every_s=0", "data.workers=1")
+    whole, _ = stages.train(tiny_recipe(*overrides), out=tmp_path / "whole")
+    old, _ = stages.train(tiny_recipe("train.epochs=1"), out=disk.path / "old")
+    overrides = (*overrides, f"train.runs_dir={disk.path}", "teacher.recipe=null", "teacher.model=cifar/resnet8")
+    weights = next((tmp_path / "runs").glob("teacher-*"))
+    overrides = (*overrides, f"teacher.weights={weights}")
+    fill_at(monkeypatch, disk, module, name, call)
+    code, said = command(train.main, tiny_recipe.path, *overrides)
+    refused(code, said, "train.runs_dir; the next run goes on from the last checkpoint")
+    assert [path.name for path in disk.path.glob("student-*") if artifacts.PARTIAL not in path.name] == []
+    assert artifacts.load(old.path).manifest == old.manifest
+    artifacts.verify(old)
+    disk.free()
+    code, said = command(train.main, tiny_recipe.path, *overrides)
+    assert code == 0, said
+    if name != "environment":
+        assert "going on with epoch" in said
+    (found,) = (artifacts.load(path.parent) for path in disk.path.glob("student-*/manifest.json"))
+    artifacts.verify(found)
+    assert found.manifest.files["student.safetensors"] == whole.manifest.files["student.safetensors"]
+    assert found.facts["top1"] == whole.facts["top1"]
+    assert leftovers(disk.path) == []
+
+
+def test_a_write_that_finds_the_disk_full_keeps_the_data_set_that_was_there(
+    noise, disk, command, tmp_path, leftovers, traces
+):
+    place = disk.path / "out"
+    asked = (noise, place, "n=3000", "sides=[30,40]", "workers=2", "--force")  # 11 MB
+    old, _ = stages.write(noise, place, {"n": 40})
+    code, said = command(write.main, *asked)
+    refused(code, said, "or write elsewhere")
+    assert artifacts.load(place).manifest == old.manifest
+    artifacts.verify(old)
+    assert leftovers(disk.path) == []
+    assert traces.gone()
+    disk.grow()
+    code, said = command(write.main, *asked)
+    assert code == 0, said
+    whole, _ = stages.write(noise, tmp_path / "whole", {"n": 3000, "sides": (30, 40)})
+    assert artifacts.load(place).key == whole.key
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root mounts without it")
+@pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")
+def test_all_this_holds_in_a_name_space_where_one_may_not_mount() -> None:
+    able = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
+    if able.returncode:
+        pytest.skip(f"neither mounting nor unshare is allowed here: {able.stderr.strip()}")
+    inside = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run([*NAMESPACE, *inside], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert " skipped" not in done.stdout.replace("1 skipped", ""), done.stdout

@@ -1,0 +1,72 @@
+"""kill -9 at any moment of write, score, prune and label (of train: test_resume.py): the next run ends as any other.
+
+One moment each all the time; ten in a soak.
+"""
+
+import random
+import shutil
+import time
+
+import pytest
+
+from fastkd import artifacts, stages
+
+VIEWS = ("data.view.family=flip", "labels.views=3")
+PACES = {
+    "score": ("fastkd.engine.loop:_later", 0.05, ("score.batch_size=10",)),
+    "prune": ("fastkd.stages.pruning:RowFile", 0.5, ()),
+    "label": ("fastkd.engine.loop:_later", 0.05, (*VIEWS, "labels.batch_size=10")),
+}
+TIMES = [pytest.param(1, id="once"), pytest.param(10, id="often", marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("name", PACES)
+def test_a_killed_stage_ends_with_the_files_of_one_that_was_not(
+    name, times, tiny_recipe, tmp_path, slowed, traces, one_by_one, leftovers
+):
+    """Killed again and again, it goes on, or begins anew, from whatever was left."""
+    where, pause_s, overrides = PACES[name]
+    whole, _ = getattr(stages, name)(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
+    if name != "score":
+        stages.score(tiny_recipe(*overrides))
+    rng = random.Random(f"{name} {times}")
+    killed = 0
+    while killed < times:
+        running = slowed(name, tiny_recipe.path, *overrides, where=where, pause_s=pause_s, values=one_by_one)
+        running.wait_for("begun")
+        time.sleep(rng.uniform(0, 0.7))
+        if running.process.poll() is not None:  # it came to its end
+            break
+        running.kill()
+        killed += 1
+        assert traces.gone()
+    found, built = getattr(stages, name)(tiny_recipe(*overrides))
+    assert built or killed < times
+    assert found.manifest.files == whole.manifest.files
+    assert found.key == whole.key
+    artifacts.verify(found)
+    assert leftovers(tmp_path / "artifacts") == []
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_a_killed_write_ends_with_the_files_of_one_that_was_not(noise, times, tmp_path, slowed, traces, leftovers):
+    """One worker, of whose files the bytes are told too."""
+    options = {"n": 100, "workers": 1}
+    whole, _ = stages.write(noise, tmp_path / "whole", options)
+    rng = random.Random(times)
+    for _ in range(times):
+        arguments = ("write", noise, tmp_path / "out", "n=100", "workers=1", "sleep_s=0.01")
+        running = slowed(*arguments, where="fastkd.data.watched:_receive")
+        running.wait_for("begun")
+        time.sleep(rng.uniform(0, 1.5))
+        if running.process.poll() is not None:
+            break
+        running.kill()
+        assert traces.gone()
+        assert not (tmp_path / "out").exists()
+        found, built = stages.write(noise, tmp_path / "out", options)
+        assert built
+        assert found.manifest.files == whole.manifest.files
+        assert leftovers(tmp_path) == []
+        shutil.rmtree(tmp_path / "out")
