@@ -1,4 +1,4 @@
-"""Write the generated parts of these pages anew: ``python docs/generate.py``; tests/test_docs.py keeps them in step.
+"""Write the generated parts of these pages and of the README: ``python docs/generate.py``; tests/test_docs.py keeps them in step.
 
 A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. `PARTS` says what makes each.
 """
@@ -187,5 +187,5 @@ def renewed(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for page in sorted(DOCS.glob("*.md")):
+    for page in (*sorted(DOCS.glob("*.md")), ROOT / "README.md"):
         page.write_text(renewed(page.read_text()))

@@ -1,4 +1,4 @@
-"""The table of faults of docs/faults.md, from the names of the tests that inject them: python docs/generate.py.
+"""The table of faults, from the names of the tests that inject them: python docs/generate.py.
 
 ``test_a_killed_training__goes_on_from_its_last_checkpoint`` is a line: the fault, then what happens.
 """

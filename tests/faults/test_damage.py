@@ -86,7 +86,7 @@ def refused(path: Path, name: str, why: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_flipped_bit_of_any_file_is_seen(whole, kind):
+def test_a_flipped_bit_in_any_file__is_seen_before_it_is_used(whole, kind):
     path, rng = whole[kind], np.random.default_rng(KINDS.index(kind))
     artifacts.load(path)  # there is a verdict now, which must not be trusted
     for name in files_of(path):
@@ -107,7 +107,7 @@ def test_any_flipped_bit_of_any_file_is_seen(whole, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_flipped_bit_of_any_manifest_is_seen_or_changes_nothing(whole, kind):
+def test_a_flipped_bit_in_any_manifest__is_seen_or_changes_nothing(whole, kind):
     path, rng = whole[kind], np.random.default_rng(10 + KINDS.index(kind))
     file, right, unnamed = path / MANIFEST, artifacts.read_manifest(path), 0
     with restored(file) as (text,):
@@ -121,7 +121,7 @@ def test_any_flipped_bit_of_any_manifest_is_seen_or_changes_nothing(whole, kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_truncated_grown_and_missing_files_are_seen(whole, kind):
+def test_files_that_are_truncated_grown_or_missing__are_refused_by_name(whole, kind):
     path = whole[kind]
     for name in [*files_of(path), MANIFEST]:
         why = "not a fastkd manifest" if name == MANIFEST else r"damaged: \d+ bytes, the manifest says \d+"
@@ -138,7 +138,7 @@ def test_truncated_grown_and_missing_files_are_seen(whole, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_or_manifest_of_another_artifact_is_seen_though_all_sizes_are_the_same(whole, twins, kind):
+def test_a_file_or_manifest_of_another_artifact_of_the_same_sizes__is_refused(whole, twins, kind):
     path, twin = whole[kind], twins[kind]
     for name in files_of(path):
         with restored(path / name):
@@ -152,7 +152,7 @@ def test_a_file_or_manifest_of_another_artifact_is_seen_though_all_sizes_are_the
 
 
 @pytest.mark.parametrize("kind", ["SCORES", "SUBSET", "LABELS"])
-def test_arrays_of_another_byte_order_type_or_shape_are_refused_though_every_checksum_is_right(whole, reseal, kind):
+def test_arrays_of_another_byte_order_type_or_shape_with_right_checksums__are_refused(whole, reseal, kind):
     path = whole[kind]
     for name in files_of(path):
         array = np.load(path / name)
@@ -169,7 +169,7 @@ def test_arrays_of_another_byte_order_type_or_shape_are_refused_though_every_che
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_foreign_key_and_another_format_are_refused(whole, reseal, kind):
+def test_a_foreign_key_or_another_format_version__is_refused(whole, reseal, kind):
     path = whole[kind]
     manifest = artifacts.read_manifest(path)
     for values, why in (
@@ -185,7 +185,7 @@ def test_a_foreign_key_and_another_format_are_refused(whole, reseal, kind):
 
 
 @pytest.mark.parametrize("kind", ["SCORES", "SUBSET", "LABELS", "RUN"])
-def test_an_artifact_made_from_something_else_is_not_used_where_another_should_be(whole, recipe_file, reseal, kind):
+def test_an_artifact_made_from_other_parents__is_not_used_where_another_should_be(whole, recipe_file, reseal, kind):
     """Whole and right by itself, but of other inputs or of stale parents: the recipe's own is asked for by name."""
     path, loaded = whole[kind], recipe.load(recipe_file)
     manifest = artifacts.read_manifest(path)
@@ -205,7 +205,7 @@ def test_an_artifact_made_from_something_else_is_not_used_where_another_should_b
     assert not stages.train(loaded)[1]
 
 
-def test_an_export_with_another_subset_inside_is_refused(whole, reseal, recipe_file):
+def test_an_export_with_another_subset_inside__is_refused(whole, reseal, recipe_file):
     """The folder within an export is an artifact that somebody may replace, with right checksums all the way up."""
     path, inside = whole["export"], whole["export"] / "subset"
     manifest = artifacts.read_manifest(inside)
@@ -219,7 +219,7 @@ def test_an_export_with_another_subset_inside_is_refused(whole, reseal, recipe_f
                 _ = Chain(recipe.load(recipe_file, [f"data.path={path}"])).subset
 
 
-def test_labels_made_before_their_subset_was_built_again_are_not_exported(whole, reseal, tmp_path):
+def test_labels_made_before_their_subset_was_built_again__are_not_exported(whole, reseal, tmp_path):
     """A SUBSET of the same key may keep other samples, and then the rows are of others."""
     subset, labels = whole["SUBSET"], whole["LABELS"]
     ids = np.load(subset / "indices.npy")
@@ -234,7 +234,7 @@ def test_labels_made_before_their_subset_was_built_again_are_not_exported(whole,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_check_says_in_one_line_what_is_damaged(whole, command, kind):
+def test_damage_that_check_finds__is_told_in_one_line_with_exit_code_2(whole, command, kind):
     path = whole[kind]
     name = files_of(path)[-1]
     with restored(path / name) as (data,):

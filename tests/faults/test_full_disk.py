@@ -48,7 +48,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_stage_that_finds_the_disk_full_says_so_and_ends_when_there_is_room(
+def test_a_full_disk_in_any_stage__is_one_error_and_the_stage_ends_when_there_is_room(
     case, tiny_recipe, tmp_path, disk, command, monkeypatch, leftovers
 ):
     """An older artifact on that disk stays whole."""
@@ -87,7 +87,7 @@ def test_a_stage_that_finds_the_disk_full_says_so_and_ends_when_there_is_room(
     ],
     ids=["a checkpoint", "the student", "its times", "the beginning", "publishing"],
 )
-def test_a_training_that_finds_the_disk_full_goes_on_when_there_is_room(
+def test_a_full_disk_while_training__is_one_error_and_training_goes_on_when_there_is_room(
     module, name, call, tiny_recipe, tmp_path, disk, command, monkeypatch, leftovers
 ):
     overrides = ("train.checkpoint_every_s=0", "data.workers=1")
@@ -114,7 +114,7 @@ def test_a_training_that_finds_the_disk_full_goes_on_when_there_is_room(
     assert leftovers(disk.path) == []
 
 
-def test_a_write_that_finds_the_disk_full_keeps_the_data_set_that_was_there(
+def test_a_full_disk_while_writing_anew__keeps_the_data_set_that_was_there(
     noise, disk, command, tmp_path, leftovers, traces
 ):
     place = disk.path / "out"
@@ -135,7 +135,7 @@ def test_a_write_that_finds_the_disk_full_keeps_the_data_set_that_was_there(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root mounts without it")
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")
-def test_all_this_holds_in_a_name_space_where_one_may_not_mount() -> None:
+def test_a_full_disk_where_tests_may_not_mount__is_tested_in_a_name_space() -> None:
     able = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
     if able.returncode:
         pytest.skip(f"neither mounting nor unshare is allowed here: {able.stderr.strip()}")

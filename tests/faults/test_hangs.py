@@ -74,7 +74,7 @@ def dies(epoch) -> None:
 
 @pytest.mark.parametrize("fault", [raises, dies], ids=["an exception", "a dead thread"])
 @pytest.mark.parametrize("name", STAGES)
-def test_a_fault_in_a_loader_thread_ends_every_stage(meets, name, fault):
+def test_an_exception_in_a_loader_thread__ends_every_stage_with_its_message(meets, name, fault):
     error = meets(name, fault)
     assert type(error) is LoaderError
     split = STAGES[name][2]
@@ -83,7 +83,7 @@ def test_a_fault_in_a_loader_thread_ends_every_stage(meets, name, fault):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stuck_loader_thread_ends_every_stage(meets, name, monkeypatch):
+def test_a_stuck_loader_thread__ends_every_stage_within_seconds(meets, name, monkeypatch):
     monkeypatch.setattr(loader_module, "STUCK_AFTER_S", 0.6)
     monkeypatch.setattr(loader_module, "STOP_WITHIN_S", 0.3)
     release = threading.Event()
@@ -96,7 +96,7 @@ def test_a_stuck_loader_thread_ends_every_stage(meets, name, monkeypatch):
     assert "it has given nothing for 1 s" in str(error)
 
 
-def test_a_loader_thread_that_just_ends_is_noticed(tiny, monkeypatch):
+def test_a_loader_thread_that_just_ends__is_noticed(tiny, monkeypatch):
     loader = Loader(tiny, "train", 16)
     monkeypatch.setattr(loader_module.EpochIterator, "run", lambda self: None)
     with pytest.raises(LoaderError, match=r"at batch 0 \(sample_ids 0, 1, .*\): it ended early"):
@@ -139,7 +139,7 @@ def damaged(dataset: artifacts.Artifact, place: Path, split: str, sample_id: int
 
 
 @pytest.mark.parametrize(("how", "os_cache"), [("no header", True), ("cut", True), ("cut", False)])
-def test_a_damaged_jpeg_is_an_error_and_no_image(jpegs, tmp_path, how, os_cache):
+def test_a_jpeg_that_cannot_be_decoded__is_an_error_and_no_image(jpegs, tmp_path, how, os_cache):
     """FFCV takes no notice, and passes on whatever lies in memory."""
     loader = Loader(artifacts.load(damaged(jpegs, tmp_path / "d", "train", 37, how)), "train", 16, os_cache=os_cache)
     with pytest.raises(LoaderError, match=r"at batch 2 .*: the image of sample_id 37 is damaged; write the data"):
@@ -149,7 +149,9 @@ def test_a_damaged_jpeg_is_an_error_and_no_image(jpegs, tmp_path, how, os_cache)
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_damaged_jpeg_ends_every_stage(name, jpegs, tiny_recipe, tiny_teacher, tmp_path, monkeypatch):
+def test_a_jpeg_that_cannot_be_decoded__ends_every_stage_with_its_sample_id(
+    name, jpegs, tiny_recipe, tiny_teacher, tmp_path, monkeypatch
+):
     function, overrides, split = STAGES[name]
     if name != "evaluate":
         teacher = ("teacher.recipe=null", "teacher.model=cifar/resnet8", f"teacher.weights={tiny_teacher}")
@@ -161,7 +163,7 @@ def test_a_damaged_jpeg_ends_every_stage(name, jpegs, tiny_recipe, tiny_teacher,
         getattr(stages, function)(tiny_recipe(*overrides, f"data.path={place}"))
 
 
-def test_a_disk_that_fails_while_pages_are_read_is_told(loaders, monkeypatch):
+def test_a_disk_that_fails_while_pages_are_read__is_told(loaders, monkeypatch):
     """os_cache=False: FFCV's own reading takes no notice of errors, and waits for ever for a thread that is dead."""
     loader = loaders[False]
 
@@ -178,7 +180,7 @@ def test_a_disk_that_fails_while_pages_are_read_is_told(loaders, monkeypatch):
 
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "own cache"])
-def test_a_file_that_changes_under_the_loader_is_refused(tiny, tmp_path, os_cache, monkeypatch):
+def test_a_file_that_changes_under_the_loader__is_refused(tiny, tmp_path, os_cache, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(tiny.path, copy)
     loader = Loader(artifacts.load(copy), "train", 16, os_cache=os_cache)
@@ -212,12 +214,12 @@ def test_a_file_that_changes_under_the_loader_is_refused(tiny, tmp_path, os_cach
         (np.arange(150), r"sample ids 0 … 149: .* has 0 … 59 in val"),  # those of train
     ],
 )
-def test_ids_of_another_kind_or_split_never_reach_ffcv(tiny, ids, message):
+def test_ids_of_another_kind_or_split__never_reach_ffcv(tiny, ids, message):
     with pytest.raises(InputError, match=message):
         Loader(tiny, "val", 8).batches(ids, last="pad")
 
 
-def test_a_sample_that_was_pruned_away_is_refused_in_an_export(tiny_recipe, tmp_path):
+def test_a_sample_that_was_pruned_away_from_an_export__is_refused(tiny_recipe, tmp_path):
     subset, _ = stages.prune(tiny_recipe())
     loader = Loader(stages.export(subset.path, tmp_path / "half")[0], "train", 8)
     kept = np.asarray(subset.array("indices.npy"))
@@ -227,12 +229,12 @@ def test_a_sample_that_was_pruned_away_is_refused_in_an_export(tiny_recipe, tmp_
 
 
 @pytest.mark.parametrize("ids", [np.array([3, 3, 7]), np.array([7, 3, 9]), np.array([1, 2, 3], np.int32)])
-def test_rows_of_samples_that_are_there_twice_or_in_disorder_are_refused(ids):
+def test_stored_rows_of_samples_that_are_there_twice_or_in_disorder__are_refused(ids):
     with pytest.raises(InputError, match="expected sample ids that ascend, each once, of int64"):
         StoredRows(ids, [np.zeros((3, 4), np.float16)])
 
 
-def test_a_sample_asked_for_twice_comes_twice(tiny):
+def test_a_sample_asked_for_twice__comes_twice(tiny):
     ids = np.array([5, 9, 5, 5], np.int64)
     (batch,) = Loader(tiny, "train", 4).batches(ids, last="pad")
     assert batch.sample_ids.tolist() == ids.tolist()
@@ -246,7 +248,7 @@ def threads() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "own cache"])
-def test_a_long_epoch_is_broken_off_at_once(loaders, os_cache):
+def test_a_long_epoch_that_is_broken_off__ends_at_once(loaders, os_cache):
     loader = loaders[os_cache]
     epoch = loader.batches(np.tile(np.arange(150), 400), last="pad")
     next(epoch)
@@ -258,7 +260,7 @@ def test_a_long_epoch_is_broken_off_at_once(loaders, os_cache):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "own cache"])
-def test_a_hundred_broken_off_epochs_leave_no_thread_and_no_file(loaders, os_cache):
+def test_a_hundred_broken_off_epochs__leave_no_thread_and_no_open_file(loaders, os_cache):
     """Of FFCV's own iterators 20 leave 20 threads and 160 MB, or 260 threads and 4 GB."""
     loader = loaders[os_cache]
     stored = StoredRows(np.arange(150), [np.zeros((150, 10), np.float16)])
@@ -283,7 +285,7 @@ def test_a_hundred_broken_off_epochs_leave_no_thread_and_no_file(loaders, os_cac
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_source_that_never_returns_a_sample_is_given_up(noise, tmp_path, monkeypatch, traces):
+def test_a_source_that_never_returns_a_sample__is_given_up(noise, tmp_path, monkeypatch, traces):
     monkeypatch.setattr(beton, "STUCK_AFTER_S", 1.5)
     monkeypatch.setattr(beton, "_LOOK_EVERY_S", 0.2)
     start = time.monotonic()
@@ -293,7 +295,7 @@ def test_a_source_that_never_returns_a_sample_is_given_up(noise, tmp_path, monke
     assert traces.gone()
 
 
-def test_a_slow_source_is_not_given_up(noise, tmp_path, monkeypatch):
+def test_a_slow_source__is_not_given_up(noise, tmp_path, monkeypatch):
     monkeypatch.setattr(beton, "STUCK_AFTER_S", 0.6)
     monkeypatch.setattr(beton, "_LOOK_EVERY_S", 0.1)
     options = {"n": 8, "sleep_s": 0.3, "workers": 2}
@@ -311,7 +313,7 @@ beton.write_here((sys.argv[1], {"sleep_s": 0.2, "n": 20, "workers": 2}, sys.argv
 """
 
 
-def test_a_write_that_was_suspended_for_long_goes_on(noise, tmp_path, running):
+def test_a_write_that_was_suspended_for_long__goes_on(noise, tmp_path, running):
     """Ctrl-Z, or a batch system that suspends: a sample is not stuck for the time that the process was stopped."""
     process = running("-c", STOPPED, noise, tmp_path)
     process.wait_for("train")

@@ -22,7 +22,7 @@ TIMES = [pytest.param(1, id="once"), pytest.param(10, id="often", marks=[pytest.
 
 @pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("name", PACES)
-def test_a_killed_stage_ends_with_the_files_of_one_that_was_not(
+def test_a_stage_that_is_killed__ends_with_the_very_files_when_given_again(
     name, times, tiny_recipe, tmp_path, slowed, traces, one_by_one, leftovers
 ):
     """Killed again and again, it goes on, or begins anew, from whatever was left."""
@@ -50,7 +50,9 @@ def test_a_killed_stage_ends_with_the_files_of_one_that_was_not(
 
 
 @pytest.mark.parametrize("times", TIMES)
-def test_a_killed_write_ends_with_the_files_of_one_that_was_not(noise, times, tmp_path, slowed, traces, leftovers):
+def test_a_write_that_is_killed__ends_with_the_very_files_when_given_again(
+    noise, times, tmp_path, slowed, traces, leftovers
+):
     """One worker, of whose files the bytes are told too."""
     options = {"n": 100, "workers": 1}
     whole, _ = stages.write(noise, tmp_path / "whole", options)

@@ -43,7 +43,7 @@ def flat(name: str, seen: list[dict[str, float]], mb_per_epoch: float) -> None:
 
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "own cache"])
-def test_broken_off_epochs_of_the_loader_hold_nothing(tiny, os_cache):
+def test_two_hundred_broken_off_epochs_of_the_loader__hold_no_thread_file_or_memory(tiny, os_cache):
     rng = random.Random(0)
     loader = Loader(tiny, "train", 8, os_cache=os_cache, views=Views("flip"))
     stored = StoredRows(np.arange(150), [np.zeros((150, 10), np.float16)])
@@ -59,7 +59,7 @@ def test_broken_off_epochs_of_the_loader_hold_nothing(tiny, os_cache):
     flat(f"loader, {'os_cache' if os_cache else 'own cache'}", seen, 0.05)
 
 
-def test_broken_off_trainings_hold_nothing(tiny_recipe, tmp_path, monkeypatch):
+def test_trainings_broken_off_again_and_again__hold_no_thread_file_or_memory(tiny_recipe, tmp_path, monkeypatch):
     """Each goes on from the checkpoint of the one before, up to the very student of one that was not stopped."""
     loaded = tiny_recipe("train.epochs=20", "data.workers=1", "log.every_steps=2")
     expected, _ = stages.train(loaded, out=tmp_path / "straight")
@@ -93,7 +93,7 @@ def test_broken_off_trainings_hold_nothing(tiny_recipe, tmp_path, monkeypatch):
     flat("training", seen, 0.3)
 
 
-def test_a_training_that_is_killed_dozens_of_times_ends_as_if_it_had_not_been(
+def test_a_training_that_is_killed_dozens_of_times__ends_with_the_very_same_student(
     tiny_recipe, tmp_path, slowed, traces, leftovers
 ):
     overrides = ("train.epochs=200", "train.checkpoint_every_s=0.2", "data.workers=1")

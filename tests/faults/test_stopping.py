@@ -61,7 +61,7 @@ ALWAYS = [("prune", "SIGTERM"), ("label", "Ctrl-C")]  # of score, SIGTERM is sen
         for word in BOTH
     ],
 )
-def test_a_stage_that_is_stopped_keeps_what_was_there_and_can_be_given_again(
+def test_a_stage_that_is_interrupted_or_terminated__keeps_what_was_there_and_can_be_given_again(
     name, number, tiny_recipe, slowed, command, traces
 ):
     """--force: an earlier artifact lies where the new one goes."""
@@ -83,7 +83,9 @@ def test_a_stage_that_is_stopped_keeps_what_was_there_and_can_be_given_again(
 
 @pytest.mark.soak
 @signals()
-def test_pruning_of_ones_own_logits_publishes_nothing(own_logits, slowed, command, tmp_path, traces, number):
+def test_pruning_of_ones_own_logits_that_is_stopped__publishes_nothing(
+    own_logits, slowed, command, tmp_path, traces, number
+):
     stop(slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=NEVER), number)
     assert traces.gone()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".kept.lock", "y.npy", "z.npy"]
@@ -94,7 +96,9 @@ def test_pruning_of_ones_own_logits_publishes_nothing(own_logits, slowed, comman
 
 @signals()
 @pytest.mark.parametrize("force", [False, True], ids=["new", "over"])
-def test_writing_leaves_no_process_and_no_half_data_set(noise, slowed, command, tmp_path, traces, number, force):
+def test_a_write_that_is_stopped__leaves_no_process_and_no_half_data_set(
+    noise, slowed, command, tmp_path, traces, number, force
+):
     out, options = tmp_path / "out", ["n=60", "workers=2"]
     if force:
         old, _ = stages.write(noise, out, {"n": 40})
@@ -114,7 +118,7 @@ def test_writing_leaves_no_process_and_no_half_data_set(noise, slowed, command, 
 
 
 @signals()
-def test_an_export_that_is_stopped_leaves_the_one_before(tiny_recipe, tmp_path, slowed, command, traces, number):
+def test_an_export_that_is_stopped__leaves_the_one_before(tiny_recipe, tmp_path, slowed, command, traces, number):
     subset, _ = stages.prune(tiny_recipe())
     before, _ = stages.export(subset.path, tmp_path / "out")
     arguments = (subset.path, tmp_path / "out", "--force")
@@ -129,7 +133,7 @@ def test_an_export_that_is_stopped_leaves_the_one_before(tiny_recipe, tmp_path, 
 
 
 @signals("Ctrl-C")
-def test_a_check_that_is_stopped_changes_nothing(tiny_recipe, slowed, command, traces, number):
+def test_a_check_that_is_stopped__changes_nothing(tiny_recipe, slowed, command, traces, number):
     subset, _ = stages.prune(tiny_recipe())
     there = {p: p.stat().st_mtime_ns for p in subset.path.parent.rglob("*") if not p.name.startswith(".")}
     stop(slowed("check", tiny_recipe.path, where="fastkd.engine.loop:_later", hold=NEVER), number)
@@ -140,7 +144,9 @@ def test_a_check_that_is_stopped_changes_nothing(tiny_recipe, slowed, command, t
 
 
 @pytest.mark.soak
-def test_a_training_that_is_stopped_while_its_step_compiles_ends(tiny_recipe, tmp_path, slowed, traces, monkeypatch):
+def test_a_training_that_is_stopped_while_its_step_compiles__ends_after_it(
+    tiny_recipe, tmp_path, slowed, traces, monkeypatch
+):
     """No step is safe yet: it stops at once, and the compiler's own processes end as well."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # so that there is something to compile
     arguments = ("train", tiny_recipe.path, "train.compile=true", "data.workers=1")
@@ -150,7 +156,7 @@ def test_a_training_that_is_stopped_while_its_step_compiles_ends(tiny_recipe, tm
 
 
 @signals("SIGTERM")
-def test_a_bench_that_is_stopped_writes_no_report(tiny_recipe, tmp_path, slowed, traces, monkeypatch, number):
+def test_a_bench_that_is_stopped__writes_no_report(tiny_recipe, tmp_path, slowed, traces, monkeypatch, number):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     arguments = ("bench", "step", tiny_recipe.path, "--out", tmp_path / "out", "--repeats", "1000")
@@ -161,7 +167,9 @@ def test_a_bench_that_is_stopped_writes_no_report(tiny_recipe, tmp_path, slowed,
 
 @pytest.mark.soak
 @signals()
-def test_a_loader_bench_that_is_stopped_takes_its_data_and_workers_along(tmp_path, slowed, traces, monkeypatch, number):
+def test_a_loader_bench_that_is_stopped__takes_its_data_and_workers_along(
+    tmp_path, slowed, traces, monkeypatch, number
+):
     """It is stopped where processes of torch's DataLoader are at work."""
     temporary: Path = tmp_path / "temporary"
     monkeypatch.setenv("TMPDIR", str(temporary))

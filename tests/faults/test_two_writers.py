@@ -52,7 +52,9 @@ def result(noise, tiny_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["write", "score", pytest.param("train", marks=pytest.mark.soak)])
-def test_one_makes_it_and_the_other_waits_and_uses_it(name, both, result, tmp_path, leftovers):
+def test_two_processes_that_build_the_same__one_makes_it_and_the_other_waits_and_uses_it(
+    name, both, result, tmp_path, leftovers
+):
     first, second = both(name)
     (tmp_path / "go").touch()
     codes = [running.end() for running in (first, second)]
@@ -68,7 +70,9 @@ def test_one_makes_it_and_the_other_waits_and_uses_it(name, both, result, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["write", pytest.param("score", marks=pytest.mark.soak), "train"])
-def test_where_one_is_killed_the_other_takes_over(name, both, result, tmp_path, leftovers, traces):
+def test_two_processes_of_which_the_builder_is_killed__the_other_takes_over(
+    name, both, result, tmp_path, leftovers, traces
+):
     first, second = both(name)
     first.kill()
     code, said = second.end()
@@ -83,7 +87,7 @@ def test_where_one_is_killed_the_other_takes_over(name, both, result, tmp_path, 
 
 
 @pytest.mark.soak
-def test_whoever_waits_with_another_recipe_for_the_same_place_is_refused(tiny_recipe, tmp_path, slowed):
+def test_a_process_that_waits_with_another_recipe_for_the_same_place__is_refused(tiny_recipe, tmp_path, slowed):
     """--resume RUN: the first one's student stays."""
     where, at, overrides = PLACES["train"]
     (tmp_path / f"mine{artifacts.PARTIAL}").mkdir()
@@ -102,7 +106,7 @@ def test_whoever_waits_with_another_recipe_for_the_same_place_is_refused(tiny_re
     assert "lr: 0.05" in run.file("resolved.yaml").read_text()
 
 
-def test_whoever_waits_with_other_options_for_the_same_data_set_is_refused(noise, tmp_path, slowed):
+def test_a_process_that_waits_with_other_options_for_the_same_data_set__is_refused(noise, tmp_path, slowed):
     given = ("write", noise, tmp_path / "out", "workers=1")
     first = slowed(*given, "n=60", where="fastkd.data.watched:_receive", at=1, hold=tmp_path / "go")
     first.wait_for("begun")
@@ -117,7 +121,7 @@ def test_whoever_waits_with_other_options_for_the_same_data_set_is_refused(noise
 
 
 @pytest.mark.soak
-def test_whoever_waits_with_another_ratio_for_the_same_out_is_refused(own_logits, tmp_path, slowed):
+def test_a_process_that_waits_with_another_ratio_for_the_same_out__is_refused(own_logits, tmp_path, slowed):
     first = slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=tmp_path / "go")
     first.wait_for("begun")
     second = slowed("prune", *own_logits, "--keep-ratio", "0.2", where="fastkd.stages.pruning:class_std")
