@@ -1,6 +1,6 @@
-"""Write the generated parts of these pages and of the README: ``python docs/generate.py``; tests/test_docs.py keeps them in step.
+"""Write the generated parts of these pages and of the README: ``python docs/generate.py``.
 
-A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. `PARTS` says what makes each.
+tests/test_docs.py keeps them in step. A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. `PARTS` says what makes each.
 """
 
 import inspect

@@ -73,7 +73,7 @@ def generate():
 def test_the_generated_parts_are_as_the_code_is(generate):
     """Else: python docs/generate.py."""
     used = set()
-    for page in PAGES:
+    for page in [*PAGES, DOCS.parent / "README.md"]:
         text = page.read_text()
         used |= {name for _, name, _ in generate.MARKED.findall(text)}
         assert text == generate.renewed(text), f"{page.name} is stale: python docs/generate.py"
