@@ -1,6 +1,7 @@
 """Write the generated parts of these pages and of the README: ``python docs/generate.py``.
 
-tests/test_docs.py keeps them in step. A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``. `PARTS` says what makes each.
+A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; `PARTS` says what makes each, and
+tests/test_docs.py keeps them in step.
 """
 
 import inspect
