@@ -105,7 +105,11 @@ def wait_for_steps(runs: Path, count: int, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [(signal.SIGKILL, -9, ""), (signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    [
+        (signal.SIGKILL, -9, ""),
+        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.soak),  # handled as SIGTERM is
+    ],
     ids=["kill -9", "SIGTERM", "Ctrl-C"],
 )
 def test_a_killed_terminated_or_interrupted_training__goes_on_to_the_very_same_student(
@@ -249,7 +253,9 @@ def rows_safe(folder: Path) -> int:
     return json.loads(file.read_text())["0"]["rows"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)], ids=["kill -9", "SIGTERM"]
+)
 def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_path, capfd, number):
     overrides = ("score.batch_size=16",)
     process = subprocess.Popen([sys.executable, "-c", SLOW_SCORING, tiny_recipe.path, *overrides])

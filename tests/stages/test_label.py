@@ -255,7 +255,7 @@ cli.run(label.main)
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, sent):
     overrides = (*VIEWS, "labels.views=2")
     chain = Chain(tiny_recipe(*overrides))
