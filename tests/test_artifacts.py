@@ -368,6 +368,28 @@ def test_what_can_be_gone_on_with_says_what_it_is_to_be_until_it_is(tmp_path):
     assert not (made.path / artifacts.BEGUN).exists()
 
 
+def test_what_was_refused_or_failed_at_the_very_end_stays_known_for_what_it_is(tmp_path, monkeypatch):
+    def ask(inputs: dict, builder) -> None:
+        artifacts.build(tmp_path / "run", "RUN", inputs, builder, resumable=True)
+
+    def refuses(directory: Path) -> Built:
+        raise InputError("was begun for another recipe")
+
+    def killed(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    begun = tmp_path / f"run{artifacts.PARTIAL}" / artifacts.BEGUN
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "file_digest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask({"a": 1}, fill)
+    key = artifacts.key_of("RUN", {"a": 1})
+    assert json.loads(begun.read_text())["key"] == key
+    with pytest.raises(InputError):
+        ask({"a": 2}, refuses)
+    assert json.loads(begun.read_text())["key"] == key
+
+
 # --- deleting -------------------------------------------------------------------------------------------------------
 
 

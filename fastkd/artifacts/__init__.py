@@ -406,6 +406,7 @@ def build(
         return artifact if artifact is not None and enough(artifact) else None
 
     if artifact := existing():
+        _tidy(path, scratch)
         return artifact, False
     with _lock(path):
         _undo_half_published(path)
@@ -417,12 +418,13 @@ def build(
         partial.mkdir(exist_ok=resumable)
         (partial / MANIFEST).unlink(missing_ok=True)  # of a build that was broken off when it was all but published
         start = time.perf_counter()
+        begun = partial / BEGUN
+        earlier = begun.read_text() if begun.exists() else None
         try:
             if resumable:
-                begun = {"kind": kind, "key": key_of(kind, inputs or {}), "parents": dict(parents or {})}
-                (partial / BEGUN).write_text(json.dumps(begun))
+                asked = {"kind": kind, "key": key_of(kind, inputs or {}), "parents": dict(parents or {})}
+                begun.write_text(json.dumps(asked))
             built = builder(partial)
-            (partial / BEGUN).unlink(missing_ok=True)
             manifest = _seal(
                 partial,
                 kind=kind,
@@ -434,17 +436,26 @@ def build(
                 known=built.stamps,
                 scratch=scratch,
             )
-        except BaseException:
+        except BaseException as error:
             if not resumable:  # then it is of no use half done
                 shutil.rmtree(partial, ignore_errors=True)
+            elif isinstance(error, InputError) and earlier is not None and partial.exists():
+                begun.write_text(earlier)  # it was refused, and what was begun stays what it was
             raise
         _publish(partial, path)
-        if scratch:
-            shutil.rmtree(path / scratch, ignore_errors=True)
+        _tidy(path, scratch)
     artifact = Artifact(path, manifest)
     _settle(state := _file_state(artifact))
     _write_verdict(artifact, state)
     return artifact, True
+
+
+def _tidy(path: Path, scratch: str | None) -> None:
+    """Remove from a published artifact what served its building."""
+    with contextlib.suppress(OSError):  # a read-only place
+        (path / BEGUN).unlink(missing_ok=True)
+    if scratch:
+        shutil.rmtree(path / scratch, ignore_errors=True)
 
 
 def partial_of(path: Path) -> Path:
@@ -531,7 +542,7 @@ def _seal(
 ) -> Manifest:
     """Stamp every file, write the manifest and flush all of it to disk."""
     files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
-    files = {name: p for name, p in files.items() if scratch is None or Path(name).parts[0] != scratch}
+    files = {name: p for name, p in files.items() if Path(name).parts[0] not in (BEGUN, scratch)}
     stamps = {
         name: known.get(name) or FileStamp(size=p.stat().st_size, xxh3_128=file_digest(p)) for name, p in files.items()
     }

@@ -18,7 +18,7 @@ from fastkd.benchmarks.step import LOADER_LIMITS
 from fastkd.benchmarks.workbench import Epochs, Workbench, bare_steps, fed_steps, in_turn, shares, steps_for
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
-from fastkd.stages.job import LOADING_HELP, compile_sizes
+from fastkd.stages.job import LOADING_HELP, compile_sizes, divide_cores
 from fastkd.stages.labelling import VIEWS_PER_PASS, row_bytes
 from fastkd.stages.scoring import score_chunks
 from fastkd.stages.training import EVAL_BATCH_SIZE
@@ -239,9 +239,9 @@ def _measure(bench: Workbench, repeats: int) -> Measured:
     job = bench.fed_job(runtime)
     compile_s = time.perf_counter() - start
     start = time.perf_counter()
-    vanilla = bench.fed_job(runtime, live=teacher)
+    vanilla = replace(bench.job(runtime, live=teacher), recipe=changed(recipe, train={"progressive_px": {}}))
+    divide_cores(vanilla, compile_sizes(vanilla))  # its images do not grow
     vanilla_compile_s = time.perf_counter() - start
-    vanilla = replace(vanilla, recipe=changed(recipe, train={"progressive_px": {}}))  # its images do not grow
 
     views, per_pass = recipe.num_views, min(recipe.num_views or 1, VIEWS_PER_PASS)
     labeller = chain.loader("train", max(1, recipe.labels.batch_size // per_pass), input_px=chain.teacher_px)

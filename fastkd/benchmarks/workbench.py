@@ -130,12 +130,10 @@ class Workbench:
         images = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         labels = torch.arange(batch_size) % self.chain.num_classes
         device = job.state.runtime.device
-        rows = tuple(torch.from_numpy(np.zeros_like(rows)).to(device) for rows in self.rows.buffers(batch_size))
+        rows = tuple(torch.from_numpy(np.zeros_like(b)).to(device) for b in self.rows.buffers(batch_size))
         if not job.state.runtime.channels_last:
             images = images.contiguous()
-        return Fed(
-            images.to(device), labels.to(device), labels.to(device), tuple(one.to(device) for one in rows), batch_size
-        )
+        return Fed(images.to(device), labels.to(device), labels.to(device), rows, batch_size)
 
 
 def shares(recipe: recipes.Recipe) -> dict[int | None, float]:
@@ -166,6 +164,11 @@ class Epochs:
             own = max(1, round(share * steps))
             seconds += share * steps / own * some_steps(self.job, batches, own).wall_s
         return seconds
+
+    def settle(self) -> None:
+        """Use up, untimed, what was ready."""
+        for _, batches in self._parts:
+            some_steps(self.job, batches, UNTIMED_STEPS)
 
     def close(self) -> None:
         """Let go of the loaders."""
@@ -203,7 +206,7 @@ def some_steps(job: Job, batches: Iterator[Batch], steps: int) -> Epoch:
 
 def fed_steps(epochs: Epochs, steps: int) -> float:
     """Take steps on batches as they come; return images/s. Those that were ready are used up first, untimed."""
-    epochs.advance(UNTIMED_STEPS)
+    epochs.settle()
     return steps * epochs.job.recipe.train.batch_size / epochs.advance(steps)
 
 

@@ -80,7 +80,7 @@ _NEXT, _END, _CURRENT = 0, 1, 2  # shared integers: next sample, end of the file
 _CHUNK = 64
 _REPORT_EVERY_S = 0.1
 _LOOK_EVERY_S = 1.0
-STUCK_AFTER_S = 300.0  # more than reading and encoding any one sample takes
+STUCK_AFTER_S = 1800.0  # more than reading and encoding any one sample takes
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,9 @@ def save(
     fsync(temporary)
     temporary.replace(path)
     fsync(folder)
+    same_step = [file for file in _files(folder) if file != path and file.name.startswith(f"step-{step:09}-")]
+    for old in same_step:  # of before it was gone on with
+        old.unlink()
     for old in _files(folder)[keep_last:]:
         old.unlink()
     return path

@@ -103,6 +103,8 @@ class History:
         self._board = Board(directory / "tensorboard", steps) if tensorboard else None
         if before is not None:
             self.write("resumed", epoch=len(self.epochs), step=steps, lost_s=lost_s)
+            worked_until = before["saved_at"] + lost_s  # if this process dies at once, the time till now was idle
+            os.utime(self._file, (worked_until, worked_until))
 
     @property
     def steps_before(self) -> int:

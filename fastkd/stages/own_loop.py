@@ -195,15 +195,15 @@ def _open_train(recipe: Recipe) -> _Source:
     ids = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
     loader.full_batches(len(ids))
     told = teacher_feed(chain)
-    if recipe.num_views is not None:
-        told.stored(0)  # labels that are missing are made now
+    views = [None] if recipe.num_views is None else range(recipe.num_views)
+    rows = {view: told.stored(view) for view in views}  # missing labels are made; what is open stays, even if deleted
     chain.__dict__.pop("teacher", None)  # it has said all that it has to: its memory is the loop's
     return _Source(
         loader,
         ids,
         recipe.seed,
         recipe.num_views,
-        told.stored,
+        rows.__getitem__,
         told.read,
         chain.dataset.facts["classes"],
         chain.normalisation,

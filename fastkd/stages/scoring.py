@@ -58,13 +58,13 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
     labels_N = loader.labels()
     count, K, dtype = loader.count, chain.num_classes, np.dtype(chain.recipe.score.dtype)
     begun = progress.views.get(0)
-    earlier_s = begun["cost_s"] if begun else 0.0
     done = begun["rows"] if begun and begun["precision"] == precision and file.is_file() else 0
     if begun and done:
         with RowFile(file, dtype, count, K, done=done) as rows:
             if rows.digest != begun["digests"][0]:
                 console.warn("score: what was begun is damaged; scoring anew")
                 done = 0
+    earlier_s = begun["cost_s"] if begun and done else 0.0
     if done:
         console.say(f"score: going on with what was begun: {done:,} of {count:,} rows are there")
     need_space(directory, (count - done) * K * dtype.itemsize, f"storing {count - done:,} rows of logits")

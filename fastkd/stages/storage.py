@@ -85,7 +85,8 @@ def _look(path: Path, has_manifest: bool) -> Found | None:
     name = path.name
     if name.endswith(PARTIAL):
         begun = _begun(path)
-        note, left_over = _GOES_ON if begun else "unfinished, of no use: the next build clears it", True
+        note = _GOES_ON if begun else "unfinished, of no use: the next build clears it"
+        left_over = begun.get("kind") != "RUN"  # hours of training are the user's to delete
         if artifacts.in_use(path.with_name(name.removesuffix(PARTIAL))):
             note, left_over = "a process is building it", False
         return Found(path, "unfinished", **begun, **_taken(path, shared=False), note=note, left_over=left_over)
@@ -138,7 +139,8 @@ def users(one: Found, found: Iterable[Found]) -> list[Path]:
 def unneeded(folders: Sequence[Path], also: Sequence[Path] = ()) -> list[Found]:
     """Return what in some folders no RUN, no export and nothing unfinished needs, and what killed processes left.
 
-    What is made from others comes before those. RUNs and plain DATASETs are the user's to delete: they never come.
+    What is made from others comes before those. The user's to delete, and never among them: RUNs, also unfinished ones
+    that can be gone on with, DATASETs, and SUBSETs of anybody's logits, which were made to be used elsewhere.
 
     Parameters
     ----------
@@ -151,7 +153,8 @@ def unneeded(folders: Sequence[Path], also: Sequence[Path] = ()) -> list[Found]:
     own = [one for one in found if one.path.resolve() in inside]
     left = [one for one in own if one.left_over]
     for kind in DELETABLE:
-        left += [o for o in own if o.state == "published" and o.kind == kind and (kind, o.key) not in needed]
+        made = [o for o in own if o.state == "published" and o.kind == kind and o.parents]
+        left += [o for o in made if (kind, o.key) not in needed]
     return left
 
 

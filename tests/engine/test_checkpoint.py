@@ -105,6 +105,17 @@ def test_only_the_last_are_kept_and_a_damaged_one_falls_back(tmp_path, capfd):
     assert checkpoint.newest(tmp_path / "nothing") is None
 
 
+def test_of_one_step_only_the_last_is_kept_and_does_not_count_twice(tmp_path):
+    """A training that is gone on with writes its step again."""
+    net, state, running = make(Optim(lr=0.1))
+    save = partial(checkpoint.save, tmp_path, student=net, train=state, running=running)
+    before = save(step=5, state={"saved": -1})
+    for number in range(8):
+        file = save(step=10, state={"saved": number})
+        assert checkpoint.newest(tmp_path).state["saved"] == number
+        assert set(tmp_path.iterdir()) == {before, file}
+
+
 def test_what_is_half_written_is_no_checkpoint(tmp_path):
     net, state, running = make(Optim(lr=0.1))
     checkpoint.save(tmp_path, 3, net, state, running, {})

@@ -27,7 +27,7 @@ def stop(running, number: signal.Signals) -> str:
     asked = time.monotonic()
     running.ctrl_c() if number == signal.SIGINT else running.process.send_signal(number)
     code, said = running.end(30)
-    assert time.monotonic() - asked < 5
+    assert time.monotonic() - asked < 15  # 5 s, where nothing else runs
     assert code == (130 if number == signal.SIGINT else 143), said
     assert said.splitlines()[-1] == ("error: interrupted" if number == signal.SIGINT else "error: terminated"), said
     assert "Traceback" not in said

@@ -187,15 +187,20 @@ def test_an_unfinished_run_is_told_and_keeps_what_it_needs(disk, run, tmp_path):
     (line,) = (line for line in listed.splitlines() if "runs/student-2.fastkd-partial" in line)
     assert line.split("│")[1].strip() == "RUN"
     assert "unfinished: the same command goes on with it" in line
-    assert unneeded(tmp_path) == [partial]
+    assert unneeded(tmp_path) == [one for one in disk.unused if one not in (disk.subset2.path, disk.labels2.path)]
     assert run("gc", "--yes")[0] == 0
-    assert not partial.exists()
-    assert unneeded(tmp_path) == disk.unused
+    assert partial.is_dir()
+    assert artifacts.load(disk.labels2.path)
+
+
+def test_a_subset_of_anybodys_logits_is_its_makers_to_delete(disk, tmp_path):
+    own, _ = artifacts.build(tmp_path / "data" / "own", "SUBSET", {"logits": "mine"}, lambda folder: artifacts.Built())
+    assert own.path not in unneeded(tmp_path)
 
 
 def test_what_a_live_process_is_at_work_on_is_kept(disk, run, tmp_path):
-    partial = begin(tmp_path / "runs" / "student-2", "RUN", disk.data)
-    with FileLock(tmp_path / "runs" / ".student-2.lock"):
+    partial = begin(tmp_path / "data" / "labels-9", "LABELS", disk.data)
+    with FileLock(tmp_path / "data" / ".labels-9.lock"):
         assert partial not in unneeded(tmp_path)
         assert "a process is building it" in run("ls")[1]
     assert partial in unneeded(tmp_path)
