@@ -30,7 +30,7 @@ def say(message: str) -> None:
 def heading(message: str) -> None:
     """Announce a stage."""
     if out.is_terminal:
-        out.print(f"\n[bold]{message}[/bold]")
+        out.print(f"\n{message}", markup=False, style="bold")
     else:
         say(f"== {message}")
 

@@ -183,6 +183,11 @@ class Prune(Section):
         return self.method in ("medium", "easy", "hard", "ccs", "beta")
 
     @property
+    def leaves_out(self) -> bool:
+        """Tell whether samples are left out of all of training."""
+        return self.keep_ratio < 1 or self.method == "list"
+
+    @property
     def dynamic(self) -> bool:
         """Tell whether samples are chosen anew in each epoch, while training."""
         return self.method == "infobatch"
@@ -349,7 +354,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        if self.teacher is None and self.prune.keep_ratio < 1:
+        if self.teacher is None and self.prune.leaves_out:
             raise ValueError("`prune.keep_ratio` below 1 needs a `teacher`, whose logits tell the difficulty")
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(f"`optim.warmup_epochs` ({self.optim.warmup_epochs}) must be below `train.epochs`")

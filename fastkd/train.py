@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from fastkd import artifacts, cli, console, recipe
@@ -107,7 +108,9 @@ def _tell(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> N
             unknown.append(step.stage)
             time = "?"
         where = str(step.path) if step.path else "known once what comes before it is there"
-        table.add_row(step.stage, STATES[step.state], where, time, f"{step.size / 1e6:,.1f}" if step.size else "?")
+        table.add_row(
+            step.stage, STATES[step.state], escape(where), time, f"{step.size / 1e6:,.1f}" if step.size else "?"
+        )
     console.show(table)
     if seconds is None:
         console.say("how long it would take: python -m fastkd.bench plan RECIPE measures that for a minute, here")

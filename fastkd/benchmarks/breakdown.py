@@ -81,7 +81,7 @@ def ways(vanilla: Recipe, recipe: Recipe, precision: str) -> list[Way]:
     if vanilla.train.compile:
         found.append(Way("compile", "+ compile", vanilla))
     prune = recipe.prune
-    pruned = prune.keep_ratio < 1 or prune.dynamic or prune.method == "list"
+    pruned = prune.leaves_out or prune.dynamic
     if recipe.labels.mode == "stored":
         everything = (
             Prune() if prune.dynamic or prune.method == "list" else prune.model_copy(update={"keep_ratio": 1.0})

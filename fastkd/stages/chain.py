@@ -64,6 +64,9 @@ class Chain:
         Stages (`STAGES`) that are run again although their artifact is there.
     build : bool
         Whether what is missing is built; else it is an error.
+    reset_compiler : bool
+        Forget what was compiled before: code is kept by function, up to a small number of variants, and nets of an
+        earlier chain count too. Not where others have compiled something in this process.
 
     Attributes
     ----------
@@ -73,7 +76,14 @@ class Chain:
         What the student itself takes, loading the teacher included (its weights are part of every key).
     """
 
-    def __init__(self, recipe: Recipe, force: frozenset[str] | set[str] = frozenset(), *, build: bool = True) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        force: frozenset[str] | set[str] = frozenset(),
+        *,
+        build: bool = True,
+        reset_compiler: bool = True,
+    ) -> None:
         if unknown := set(force) - set(STAGES):
             raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
         self.recipe = recipe
@@ -87,8 +97,8 @@ class Chain:
             channels_last=recipe.train.channels_last,
             compile=recipe.train.compile and recipe.train.compile_mode,
         )
-        # Compiled code is cached by function, up to a small number of variants; nets of an earlier chain count too.
-        torch.compiler.reset()
+        if reset_compiler:
+            torch.compiler.reset()
 
     def note(self, stage: str, artifact: Artifact, built: bool, *, share: float = 1.0) -> Artifact:
         """Charge a stage with what its artifact cost, or a share of it, and say whether it was built or reused."""

@@ -52,6 +52,11 @@ class Selection:
     kept_share: np.ndarray
     sigma: np.ndarray
 
+    @property
+    def is_negated(self) -> bool:
+        """Tell whether difficulty is minus the score: a large one is easy."""
+        return self.score in ("margin", "std")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -140,7 +145,7 @@ class Inspector:
     def selection(self) -> Selection:
         """Which samples were kept."""
         if "SUBSET" not in self.run.artifact.manifest.parents:
-            raise InputError("this student learned from all data: nothing was selected")
+            raise InputError("this student learned from all of its data set: nothing was selected")
         chain = self.chain
         subset = self._must_be(chain.subset, "SUBSET")
         y_N, K = chain.loader("train", 1).labels(), chain.num_classes

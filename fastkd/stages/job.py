@@ -39,7 +39,7 @@ LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 
 def needs_scores(recipe: recipes.Recipe) -> bool:
     """Tell whether a recipe needs the teacher's scores: not for plain KD on all data with a live teacher."""
-    needed = recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.keep_ratio < 1
+    needed = recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.leaves_out
     return recipe.teacher is not None and needed
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastkd import artifacts, models
-from fastkd.artifacts import MANIFEST, Artifact, partial_of
+from fastkd.artifacts import BEGUN, MANIFEST, Artifact, partial_of
 from fastkd.data.source import load_writer
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
@@ -89,8 +89,8 @@ def _steps(chain: Chain, force: frozenset[str] | set[str], out: Path | None) -> 
             artifact = get()
         except MissingError as error:
             missing = True
-            begun = partial_of(error.path).exists()
-            yield Step(stage, "go on" if begun and stage not in force else "build", error.path, size=size)
+            begun = (partial_of(error.path) / BEGUN).exists() and stage not in force
+            yield Step(stage, "go on" if begun else "build", error.path, size=size)
             continue
         if stage == "write":
             dataset = artifact

@@ -49,13 +49,15 @@ class Loader:
     """The kept samples of a recipe in its views, with the teacher's stored logits, for any training loop.
 
     Each ``for`` over it is one epoch, in an order and view of its own: ``epoch`` counts them, and may be set, to go on
-    with a training. What the recipe needs and is missing (data set, scores, labels) is built first.
+    with a training; one that is still going on is broken off. What the recipe needs and is missing (data set, scores,
+    labels) is built first.
 
     Parameters
     ----------
     recipe
         A recipe's file, or a `fastkd.recipe.Recipe`. Of it the sections data, teacher, score, prune, labels and loss
-        count, and `seed` and `train.batch_size`; with ``data.path=EXPORT``, what was exported from a SUBSET.
+        count, and `seed`, `train.batch_size` and, for ``labels.views: epochs``, `train.epochs`; with
+        ``data.path=EXPORT``, what was exported from a SUBSET.
     overrides
         Changes to it, as on the command line: ``["train.batch_size=256"]``.
     split
@@ -119,6 +121,8 @@ class Loader:
             loaded = recipe
         else:
             loaded = _load(recipe, overrides)
+        if split not in ("train", "val"):
+            raise InputError(f"split={split!r}: expected 'train' or 'val'")
         self._source = _open_train(loaded) if split == "train" else _open_val(loaded)
         self._normalise = normalise
         self._runtime = Runtime(torch.device(device), "fp32", channels_last=True, compile=False)
@@ -135,7 +139,7 @@ class Loader:
         return full + (rest > 0 and source.seed is None)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begin the next epoch; one that is still going on ends."""
+        """Begin the next epoch; one that is still going on is broken off, and asking it for more is an error."""
         source, number = self._source, self.epoch
         self.epoch += 1
         ids = source.sample_ids
@@ -190,7 +194,7 @@ def _open_train(recipe: Recipe) -> _Source:
         )
     if recipe.teacher is not None and recipe.labels.mode == "online":
         raise InputError("labels.mode=online: a live teacher is your loop's own matter; give labels.mode=stored")
-    chain = Chain(recipe)
+    chain = Chain(recipe, reset_compiler=False)
     loader = chain.loader("train", recipe.train.batch_size)
     ids = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
     loader.full_batches(len(ids))
@@ -211,7 +215,7 @@ def _open_train(recipe: Recipe) -> _Source:
 
 
 def _open_val(recipe: Recipe) -> _Source:
-    chain = Chain(recipe)
+    chain = Chain(recipe, reset_compiler=False)
     count = chain.dataset.facts["counts"]["val"]
     loader = chain.loader("val", min(EVAL_BATCH_SIZE, count))
     ids = np.arange(count)

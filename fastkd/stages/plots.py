@@ -274,6 +274,7 @@ def accuracy_by_class(names: Sequence[str], student_K: np.ndarray, teacher_K: np
 def ends(value_K: np.ndarray) -> tuple[np.ndarray, str]:
     """Return the classes to name, by ascending value: all, or of many those at both ends with words that say so."""
     order = np.argsort(value_K, kind="stable")
+    order = order[np.isfinite(value_K[order])]  # classes that are there
     if len(order) <= MANY_CLASSES:
         return order, ""
     half = MANY_CLASSES // 2

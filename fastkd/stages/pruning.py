@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from fastkd import artifacts, console
@@ -250,7 +251,9 @@ def class_table(
     for heading in ("kept", "share", "σ", "teacher's top-1"):
         grid.add_column(heading, justify="right")
     for c in shown:
-        grid.add_row(names[c], f"{kept_K[c]:,}", f"{share_K[c]:.1%}", f"{sigma_K[c]:.3g}", f"{accuracy_K[c]:.1%}")
+        grid.add_row(
+            escape(names[c]), f"{kept_K[c]:,}", f"{share_K[c]:.1%}", f"{sigma_K[c]:.3g}", f"{accuracy_K[c]:.1%}"
+        )
     return grid
 
 

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fastkd import __version__
+from fastkd import __version__, console
+from fastkd.artifacts import PARTIAL
 from fastkd.errors import FastkdError, InputError
 from fastkd.stages import plots
 from fastkd.stages.inspecting import ClassAccuracy, Inspector, Samples, Selection
@@ -69,7 +70,12 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
     InputError
         `out` lies in an artifact, or cannot be written.
     """
-    runs = [read(path) for path in dict.fromkeys(path.absolute() for path in paths)]
+    given = [read(path) for path in dict.fromkeys(path.resolve() for path in paths if not _is_beside(path))]
+    runs = list({run.artifact.key: run for run in reversed(given)}.values())[::-1]  # one student is one, however often
+    if not runs:
+        raise InputError(f"{paths[0]}: is no RUN; give those beside it")
+    if len(runs) < len(given):
+        console.warn(f"report: {len(given) - len(runs)} runs are of a recipe and seed that others are of; left out")
     out = out or runs[0].path.with_name(runs[0].path.name + SUFFIX)
     inside = next((p for p in (out.absolute(), *out.absolute().parents) if (p / "manifest.json").exists()), None)
     if inside:
@@ -87,6 +93,13 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
     return page
+
+
+def _is_beside(path: Path) -> bool:
+    """Tell whether a folder is what ``runs/*`` brings along: a report, or a RUN that is not finished."""
+    if beside := path.name.endswith((SUFFIX, PARTIAL)):
+        console.warn(f"report: {path} is no finished RUN; left out")
+    return beside
 
 
 def over_time(groups: Sequence[Group]) -> list[Chart]:
@@ -129,7 +142,7 @@ def over_time(groups: Sequence[Group]) -> list[Chart]:
             "time",
             plots.time_by_stage(groups),
             f"Seconds by stage. {stages}",
-            "Hatched: reused from an earlier run, charged at what it cost when it was built."
+            "Hatched: reused, by one seed at least, and charged at what it cost when it was built."
             if any(stage.reused for g in groups for stage in g.stages)
             else "Nothing was reused.",
         ),
@@ -157,7 +170,8 @@ def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> tuple[Found, list[Ch
                 "difficulty",
                 plots.difficulty(selection.difficulty, selection.kept, selection.score),
                 f"Histogram of difficulty ({selection.score}) of {of:,} samples, {kept:,} of them kept",
-                f"Difficulty is the teacher’s {selection.score.replace('_', '-')} on the plain view. "
+                f"Difficulty is {'minus ' * selection.is_negated}the teacher’s {selection.score.replace('_', '-')} "
+                "on the plain view. "
                 f"{selection.method} kept {kept:,} of {of:,} samples ({kept / of:.1%}).",
             ),
             Chart(
@@ -199,8 +213,8 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart]) -> st
         lstrip_blocks=True,
     )
     environment.filters |= {"clock": clock, "percent": percent, "spread": spread, "thousands": "{:,}".format}
-    vanilla = next((group for group in groups if group.is_vanilla), None)
-    lead = groups[0] if groups[0] is not vanilla or len(groups) == 1 else groups[1]
+    lead = next((group for group in groups if not group.is_vanilla), groups[0])
+    vanilla = next((group for group in groups if group.is_measure_of(lead)), None)
     return environment.get_template("report.html.j2").render(
         groups=groups,
         lead=lead,

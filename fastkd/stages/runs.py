@@ -204,22 +204,29 @@ class Group:
         """Tell whether it is vanilla KD: all data, a teacher at every step, its logits as they are."""
         return way(self.lead.resolved) == VANILLA
 
+    def is_measure_of(self, other: "Group") -> bool:
+        """Tell whether it is what vanilla KD makes of another group's data, student and teacher."""
+        own, theirs = self.lead.artifact.manifest.inputs, other.lead.artifact.manifest.inputs
+        return self.is_vanilla and all(own.get(name) == theirs.get(name) for name in COMPARED)
+
     @property
     def stages(self) -> list[Stage]:
-        """What each stage took; one is reused where it was in all runs."""
+        """What each stage took; one is reused where it was in any of the runs."""
         each = [{s["stage"]: s for s in run.timing["stages"]} for run in self.runs]
         names = [name for name in (*STAGES, *each[0]) if name in each[0]]
         return [
             Stage(
                 name,
                 statistics.mean(run[name]["seconds"] if name in run else 0.0 for run in each),
-                all(run[name]["reused"] for run in each if name in run),
+                any(run[name]["reused"] for run in each if name in run),
             )
             for name in dict.fromkeys(names)
         ]
 
 
 VANILLA = "vanilla KD"
+COMPARED = ("data", "holdout_ratio", "student", "teacher")
+"""Inputs of a RUN in which students must agree for their times and accuracies to be compared."""
 
 
 def read(path: Path) -> RunFacts:
@@ -248,10 +255,11 @@ def way(resolved: Mapping[str, Any]) -> str:
         return "no teacher"
     prune, labels = resolved["prune"], resolved["labels"]
     dynamic = prune["method"] == "infobatch"
-    chosen = prune["keep_ratio"] < 1 or dynamic
+    listed = prune["method"] == "list"
+    chosen = prune["keep_ratio"] < 1 or dynamic or listed
     if labels["mode"] == "online" and not chosen and not labels["reshape"]:
         return VANILLA
-    kept = prune["method"] + ("" if dynamic else f", keep {prune['keep_ratio']:g}") if chosen else "all data"
+    kept = prune["method"] + ("" if dynamic or listed else f", keep {prune['keep_ratio']:g}") if chosen else "all data"
     return kept + (", live teacher" if labels["mode"] == "online" else "")
 
 

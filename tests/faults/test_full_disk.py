@@ -136,7 +136,7 @@ def test_a_full_disk_while_writing_anew__keeps_the_data_set_that_was_there(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root mounts without it")
 @pytest.mark.skipif(not shutil.which("unshare"), reason="there is no unshare")
-def test_a_full_disk_where_tests_may_not_mount__is_tested_in_a_name_space() -> None:
+def test_all_this_holds_in_a_name_space_where_one_may_not_mount() -> None:
     able = subprocess.run([*NAMESPACE, "true"], capture_output=True, text=True, check=False)
     if able.returncode:
         pytest.skip(f"neither mounting nor unshare is allowed here: {able.stderr.strip()}")

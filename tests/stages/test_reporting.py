@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -220,6 +221,32 @@ def test_runs_that_differ_in_the_seed_alone_are_one_way(runs):
     names = dict(differing([group.lead for group in groups[:2]]))
     assert names["prune.keep_ratio"] == [1.0, 0.5]
     assert not {"seed", "name"} & names.keys()
+
+
+def test_vanilla_kd_of_other_data_is_no_measure(runs):
+    """Neither another data set's nor another student's times and accuracies are set against a run's."""
+    ours, vanilla = grouped([read(runs["seed0"]), read(runs["vanilla"])])
+    assert vanilla.is_measure_of(ours)
+    assert not ours.is_measure_of(vanilla)
+    for name in ("data", "student", "teacher"):
+        artifact = vanilla.lead.artifact
+        inputs = artifact.manifest.inputs | {name: "another"}
+        other = replace(artifact, manifest=artifact.manifest.model_copy(update={"inputs": inputs}))
+        assert not replace(vanilla, runs=(replace(vanilla.lead, artifact=other),)).is_measure_of(ours)
+
+
+def test_a_run_given_twice_is_one_seed_and_what_is_no_run_is_left_out(runs, tmp_path, capfd):
+    """Globs bring along copies of a RUN, reports beside it, and what is not finished."""
+    copy = shutil.copytree(runs["seed0"], tmp_path / "copy")
+    beside = tmp_path / "copy.report"
+    beside.mkdir()
+    page = reporting.report([runs["seed0"], copy, beside, runs["seed1"]], tmp_path / "page", evaluate=False)
+    assert "mean ± std of 2 seeds" in " ".join(read_page(page).text.split())
+    said = " ".join(capfd.readouterr().err.split())
+    assert "1 runs are of a recipe and seed that others are of" in said
+    assert "copy.report is no finished RUN" in said
+    with pytest.raises(InputError, match="is no RUN"):
+        reporting.report([beside], tmp_path / "page")
 
 
 def test_times_of_another_machine_are_not_compared(runs, monkeypatch):

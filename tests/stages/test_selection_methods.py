@@ -13,7 +13,9 @@ from fastkd import artifacts, prune, stages
 from fastkd.errors import InputError
 from fastkd.recipe import Prune
 from fastkd.stages import Chain
+from fastkd.stages.job import prepare
 from fastkd.stages.pruning import class_table
+from fastkd.stages.training import run_inputs
 
 SCORED = ("medium", "easy", "hard", "ccs", "beta")
 
@@ -93,6 +95,17 @@ def test_settings_of_other_methods_do_not_bear_on_a_subset(tiny_recipe):
     assert not built
     assert same.path == first.path
     assert set(first.manifest.inputs) & {"score", "strata", "drop_ratio", "window_centre", "beta_mode"} == set()
+
+
+def test_a_list_is_a_choice_with_a_live_teacher_too(tiny_recipe, tmp_path):
+    """It is neither passed over nor taken for vanilla KD."""
+    np.save(tmp_path / "ids.npy", np.arange(0, 150, 2))
+    listed = ("labels={mode: online, reshape: false}", "prune.method=list", f"prune.ids={tmp_path / 'ids.npy'}")
+    chain = Chain(tiny_recipe(*listed))
+    assert np.array_equal(prepare(chain).ids, np.arange(0, 150, 2))
+    assert run_inputs(chain)["subset"] == chain.subset.key
+    with pytest.raises(InputError, match="needs a `teacher`"):
+        tiny_recipe("teacher=null", *listed[1:])
 
 
 def test_a_list_of_ones_own(tiny_recipe, tmp_path):
