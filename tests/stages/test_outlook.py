@@ -98,7 +98,10 @@ def test_what_was_broken_off_would_go_on(tiny_recipe):
     """Its folder is the one that is being built in."""
     loaded = tiny_recipe("teacher=null", "prune.keep_ratio=1.0")
     (train_step,) = [step for step in outlook(loaded).steps if step.stage == "train"]
-    artifacts.partial_of(train_step.path).mkdir(parents=True)
+    partial = artifacts.partial_of(train_step.path)
+    partial.mkdir(parents=True)
+    assert states(loaded)["train"] == "build"  # as if for a stage that always begins anew
+    (partial / artifacts.BEGUN).write_text("{}")
     assert states(loaded)["train"] == "go on"
     assert states(loaded, force={"train"})["train"] == "build"
 
