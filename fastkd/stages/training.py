@@ -47,10 +47,10 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
         The recipe file, kept in the RUN as it was given.
     """
     recipe = chain.recipe
+    if recipe.log.tensorboard and chain.build:
+        require_tensorboard()
     inputs = run_inputs(chain)
     path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
-    if recipe.log.tensorboard and not path.exists():
-        require_tensorboard()
     if not chain.build and not path.exists():
         raise chain.missing("RUN", path)
     parents = {"DATASET": chain.dataset.key}

@@ -286,7 +286,7 @@ def test_reproducing_finds_the_very_run(runs):
 def test_a_run_without_a_teacher_has_a_page_too(runs, place):
     """What it has no use for is left out, with a line that says so."""
     told = read_page(reporting.report([runs["teacher"]], place / "teacher-page")).text
-    assert "learned from all data" in told
+    assert "learned from all of its data set" in told
     assert "this student had none" in told
     assert "vanilla" not in told
 
