@@ -225,6 +225,30 @@ def reseal() -> Callable[..., None]:
 
 
 @pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that lets the next training stop after so many questions whether to."""
+
+    from fastkd.stages import stopping, training
+
+    def set_it(count: int) -> None:
+        class Request(stopping.StopRequest):
+            left = count
+
+            @property
+            def requested(self) -> bool:
+                type(self).left -= 1
+                return type(self).left < 0
+
+            @requested.setter
+            def requested(self, value: bool) -> None:
+                pass
+
+        monkeypatch.setattr(training, "StopRequest", Request)
+
+    return set_it
+
+
+@pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Return a function that runs a command in this process: ``command(main, *arguments) -> (exit code, output)``."""
 

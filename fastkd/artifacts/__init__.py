@@ -57,7 +57,7 @@ _ARRAYS: tuple[tuple[Kind, str, str, tuple[str | int, ...]], ...] = (
     ("LABELS", "views/v*.npy", "<f2", ("count", "classes")),
 )
 
-_keeps_verdicts: ContextVar[bool] = ContextVar("keeps_verdicts", default=True)
+_may_write: ContextVar[bool] = ContextVar("may_write", default=True)
 
 log = logging.getLogger("fastkd")
 
@@ -322,12 +322,12 @@ def _file_state(artifact: Artifact) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def untouched() -> Iterator[None]:
-    """Write nothing beside artifacts that are loaded inside: they are verified, and no verdict is kept."""
-    token = _keeps_verdicts.set(False)
+    """Write nothing beside artifacts that are loaded inside: no verdict is kept, and nothing tidied up."""
+    token = _may_write.set(False)
     try:
         yield
     finally:
-        _keeps_verdicts.reset(token)
+        _may_write.reset(token)
 
 
 def _settle(state: Mapping[str, Any]) -> None:
@@ -337,7 +337,7 @@ def _settle(state: Mapping[str, Any]) -> None:
 
 
 def _write_verdict(artifact: Artifact, state: Mapping[str, Any]) -> None:
-    if not _keeps_verdicts.get():
+    if not _may_write.get():
         return
     with contextlib.suppress(OSError):  # a read-only place: checksums are computed at each load instead
         temporary = artifact.path / f"{_VERDICT}.{os.getpid()}"
@@ -452,6 +452,8 @@ def build(
 
 def _tidy(path: Path, scratch: str | None) -> None:
     """Remove from a published artifact what served its building."""
+    if not _may_write.get():
+        return
     with contextlib.suppress(OSError):  # a read-only place
         (path / BEGUN).unlink(missing_ok=True)
     if scratch:

@@ -166,7 +166,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3) -> dict[str, Any]:
         "recipe": recipe.name,
         "rates_of": rates_of(recipe),
         "machine": doctor.machine(),
-        "gpu": gpu_name(own),
+        "gpu": own.gpu,
         "precision": own.precision,
         "measured": asdict(measured),
         "sizes": asdict(sizes),
@@ -204,7 +204,7 @@ def expected(recipe: Recipe, runtime: Runtime) -> dict[str, float] | None:
         measured, sizes = Measured(**report["measured"]), Sizes(**report["sizes"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    here = doctor.machine(), gpu_name(runtime), runtime.precision, rates_of(recipe)
+    here = doctor.machine(), runtime.gpu, runtime.precision, rates_of(recipe)
     if [there[0].get(key) for key in ("cpu", "cores")] != [here[0][key] for key in ("cpu", "cores")]:
         return None
     if there[1:] != here[1:]:
@@ -217,11 +217,6 @@ def expected(recipe: Recipe, runtime: Runtime) -> dict[str, float] | None:
 def out_of(recipe: Recipe) -> Path:
     """Return where plan.json goes, unless another place is given."""
     return Path(recipe.train.runs_dir) / f"plan-{recipe.name}"
-
-
-def gpu_name(runtime: Runtime) -> str | None:
-    """Return the name of the GPU that is computed on, if it is one."""
-    return torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None
 
 
 def _measure(bench: Workbench, repeats: int) -> Measured:

@@ -21,10 +21,9 @@ from fastkd.errors import InputError
 from fastkd.recipe import Prune, Recipe
 from fastkd.stages import Chain
 from fastkd.stages.job import prepare
+from fastkd.stages.runs import Stat, noise_of
 from fastkd.stages.training import run_inputs
 
-SEED_NOISE_POINTS = 0.3
-"""Differences of top-1 that the seed alone is known to make."""
 STAGE_LINES = ("write", "score", "prune", "label", "setup", "compile", "train", "evaluate")
 
 
@@ -263,14 +262,8 @@ def differences(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def noise_points(ways: Iterable[dict[str, Any]], test_count: int) -> float:
-    """Return how many points of top-1 two ways may differ by without meaning anything.
-
-    The largest of: what seeds are known to do, one standard error of the difference of two accuracies on a test set of
-    this size, and twice the largest standard deviation seen over seeds.
-    """
-    sampling = max(100 * math.sqrt(2 * w["top1"] * (1 - w["top1"]) / test_count) for w in ways)
-    seen = max((200 * w["top1_std"] for w in ways if w["top1_std"] is not None), default=0.0)
-    return max(SEED_NOISE_POINTS, sampling, seen)
+    """Return how many points of top-1 two ways may differ by without meaning anything; see `noise_of`."""
+    return noise_of([Stat(way["top1"], way["top1_std"]) for way in ways], test_count)
 
 
 def conclusion(report: dict[str, Any]) -> str:

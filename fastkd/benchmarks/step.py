@@ -84,7 +84,7 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
         "image_hw": list(stall.pop("image_hw")),
         "batch_size": size,
         "machine": doctor.machine(),
-        "gpu": torch.cuda.get_device_name(own.device) if own.device.type == "cuda" else None,
+        "gpu": own.gpu,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
         "lines": lines,

@@ -67,6 +67,11 @@ class Runtime:
             raise InputError("train.precision=fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
         return cls(chosen, precision, channels_last, compile)  # type: ignore[arg-type]
 
+    @property
+    def gpu(self) -> str | None:
+        """Name of the GPU that is computed on, if it is one."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
     def autocast(self) -> torch.autocast:
         """Return the context in which nets compute."""
         return torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32")

@@ -14,8 +14,9 @@ from fastkd import artifacts
 from fastkd.artifacts import MANIFEST, Artifact, Built, FileStamp, Manifest, file_digest, read_manifest
 from fastkd.data.beton import Progress
 from fastkd.data.extract import Table, extract, read_table
-from fastkd.errors import FULL, ArtifactError, FastkdError, InputError
+from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.stages.labelling import subset_inputs
+from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.writing import refuse_foreign
 
 _BETONS = ("train.beton", "val.beton")
@@ -76,7 +77,8 @@ def export(
     refuse_foreign(target)
     if target.exists() and "export" not in read_manifest(target).facts:
         raise InputError(f"{target}: holds a data set that is no export; choose another directory; nothing was touched")
-    try:
+    # Of copies, of sealing and publishing; of images `extract` tells.
+    with full_disk_explained(target, "the next run begins anew", setting="another OUT"):
         artifact, built = artifacts.build(
             target,
             "DATASET",
@@ -90,10 +92,6 @@ def export(
             },
             force=force,
         )
-    except OSError as error:  # of copies, of sealing and publishing; of images `extract` tells
-        if error.errno not in FULL:
-            raise
-        raise FastkdError(f"{target}: no space left ({error.strerror}); free some or export elsewhere") from None
     found = artifact.facts.get("export") or {}
     if not built and (phrases := artifacts.differences(sources.keys, {key: found.get(key) for key in sources.keys})):
         raise InputError(

@@ -68,7 +68,7 @@ def outlook(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), o
 def _steps(chain: Chain, force: frozenset[str] | set[str], out: Path | None) -> Iterator[Step]:
     getters: dict[str, Callable[[], Artifact | None]] = {
         "write": lambda: _dataset(chain),
-        "teacher": lambda: _teacher(chain),
+        "teacher": lambda: chain.teacher_run,
         "score": lambda: chain.scores,
         "prune": lambda: chain.subset,
         "label": lambda: chain.labels,
@@ -140,10 +140,6 @@ def _dataset(chain: Chain) -> Artifact:
         raise MissingError("DATASET", path)
     chain.dataset = chain.note("write", write(data.writer, path, dict(data.options))[0], built=False)
     return chain.dataset
-
-
-def _teacher(chain: Chain) -> Artifact | None:
-    return chain.teacher_run
 
 
 def _check_student(chain: Chain, dataset: Artifact | None, *, found: bool) -> None:

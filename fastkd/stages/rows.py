@@ -167,7 +167,8 @@ def full_disk_explained(directory: Path, then: str, *, setting: str = "data.arti
     except OSError as error:
         if error.errno not in FULL:
             raise
-        free = shutil.disk_usage(directory).free
+        there = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free
         raise FastkdError(
             f"{directory}: no space left ({error.strerror}; {free / 1e6:,.1f} MB free): free some, or write elsewhere "
             f"with {setting}; {then}"

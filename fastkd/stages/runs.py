@@ -309,15 +309,19 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def noise_points(groups: Sequence[Group]) -> float:
-    """Return how many points of top-1 groups may differ by without meaning anything.
+    """Return how many points of top-1 groups may differ by without meaning anything; see `noise_of`."""
+    counts = [look.images for group in groups for look in group.lead.looks if look.split == "val" and look.images]
+    return noise_of([group.top1 for group in groups], min(counts, default=None))
+
+
+def noise_of(tops: Sequence[Stat], val_count: int | None) -> float:
+    """Return how many points accuracies (0…1) may differ by without meaning anything.
 
     The largest of: what seeds are known to do, one standard error of the difference of two accuracies on a val of this
-    size, and twice the largest standard deviation seen over seeds.
+    size (None: not known), and twice the largest standard deviation seen over seeds.
     """
-    counts = [look.images for group in groups for look in group.lead.looks if look.split == "val" and look.images]
-    tops = [group.top1 for group in groups]
-    sampling = max((100 * math.sqrt(2 * t.mean * (1 - t.mean) / min(counts)) for t in tops), default=0) if counts else 0
-    return max(SEED_NOISE_POINTS, sampling, *(200 * t.std for t in tops if t.std is not None))
+    sampling = [100 * math.sqrt(2 * top.mean * (1 - top.mean) / val_count) for top in tops] if val_count else []
+    return max(SEED_NOISE_POINTS, *sampling, *(200 * top.std for top in tops if top.std is not None))
 
 
 def clock(seconds: float, *, whole: bool = False) -> str:

@@ -149,8 +149,8 @@ def unneeded(folders: Sequence[Path], also: Sequence[Path] = ()) -> list[Found]:
     """
     found = scan([*folders, *also])
     needed = {(kind, key) for kind, key in _needed(found)}
-    inside = {one.path.resolve() for one in scan(folders)}
-    own = [one for one in found if one.path.resolve() in inside]
+    roots = [folder.resolve() for folder in folders]
+    own = [one for one in found if any(one.path.resolve().is_relative_to(root) for root in roots)]
     left = [one for one in own if one.left_over]
     for kind in DELETABLE:
         made = [o for o in own if o.state == "published" and o.kind == kind and o.parents]

@@ -338,7 +338,7 @@ def environment(chain: "Chain") -> dict[str, Any]:
         "machine": doctor.machine(),
         "torch_threads": torch.get_num_threads(),
         "device": str(runtime.device),
-        "gpu": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else None,
+        "gpu": runtime.gpu,
         "precision": runtime.precision,
         "channels_last": runtime.channels_last,
         "compile": runtime.compile,

@@ -8,7 +8,8 @@ from fastkd import shipped
 from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, read_manifest
 from fastkd.data.beton import Progress, write_betons
 from fastkd.data.source import Writer, load_writer
-from fastkd.errors import FULL, ArtifactError, FastkdError, InputError
+from fastkd.errors import ArtifactError, InputError
+from fastkd.stages.rows import full_disk_explained
 
 
 def write(
@@ -74,12 +75,9 @@ def write(
         return Built(facts=facts, inputs=inputs)
 
     refuse_foreign(out_dir)
-    try:
+    # Of sealing and publishing; what writers and workers meet is told by write_betons.
+    with full_disk_explained(out_dir, "the next run begins anew", setting="another OUT_DIR"):
         artifact, built = build(out_dir, "DATASET", None, builder, settings=settings, force=force)
-    except OSError as error:  # from sealing and publishing; what writers and workers meet is told by write_betons
-        if error.errno not in FULL:
-            raise
-        raise FastkdError(f"{out_dir}: no space left ({error.strerror}); free some or write elsewhere") from None
     if not built and (phrases := differences(_content(settings), _content(artifact.manifest.settings))):
         raise InputError(
             f"{out_dir}: holds a data set that was written otherwise: {'; '.join(phrases)}. "

@@ -14,7 +14,7 @@ import pytest
 
 from fastkd import artifacts, stages, train
 from fastkd.errors import FastkdError, InputError
-from fastkd.stages import scoring, stopping, training
+from fastkd.stages import scoring, training
 
 WAYS = {
     "plain": [],
@@ -38,28 +38,6 @@ def assert_same(found: artifacts.Artifact, expected: artifacts.Artifact) -> None
     assert not any("checkpoints" in name for name in found.manifest.files)
     assert not (found.path / "checkpoints").exists()
     assert not found.path.with_name(found.path.name + artifacts.PARTIAL).exists()
-
-
-@pytest.fixture
-def stop_after(monkeypatch):
-    """Return a function that lets the next training stop after so many questions whether to."""
-
-    def set_it(count: int) -> None:
-        class Request(stopping.StopRequest):
-            left = count
-
-            @property
-            def requested(self) -> bool:
-                type(self).left -= 1
-                return type(self).left < 0
-
-            @requested.setter
-            def requested(self, value: bool) -> None:
-                pass
-
-        monkeypatch.setattr(training, "StopRequest", Request)
-
-    return set_it
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -13,7 +13,6 @@ from fastkd import artifacts, stages
 from fastkd.data.loader import Loader
 from fastkd.data.stored import StoredRows
 from fastkd.data.views import Views
-from fastkd.stages import stopping, training
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
 EPOCHS, WARM_UP = 200, 50
@@ -59,28 +58,14 @@ def test_two_hundred_broken_off_epochs_of_the_loader__hold_no_thread_file_or_mem
     flat(f"loader, {'os_cache' if os_cache else 'own cache'}", seen, 0.05)
 
 
-def test_trainings_broken_off_again_and_again__hold_no_thread_and_no_file(tiny_recipe, tmp_path, monkeypatch):
+def test_trainings_broken_off_again_and_again__hold_no_thread_file_or_memory(tiny_recipe, tmp_path, stop_after):
     """Each goes on from the checkpoint of the one before, up to the very student of one that was not stopped."""
     loaded = tiny_recipe("train.epochs=20", "data.workers=1", "log.every_steps=2")
     expected, _ = stages.train(loaded, out=tmp_path / "straight")
     rng = random.Random(0)
-
-    class Request(stopping.StopRequest):
-        left = 0
-
-        @property
-        def requested(self) -> bool:
-            type(self).left -= 1
-            return type(self).left < 0
-
-        @requested.setter
-        def requested(self, value: bool) -> None:
-            pass
-
-    monkeypatch.setattr(training, "StopRequest", Request)
     seen, students = [], 0
     for _ in range(EPOCHS):
-        Request.left = rng.randrange(1, 4)
+        stop_after(rng.randrange(1, 4))
         try:
             found, _ = stages.train(loaded, out=tmp_path / f"run-{students}")
         except KeyboardInterrupt:
@@ -90,7 +75,7 @@ def test_trainings_broken_off_again_and_again__hold_no_thread_and_no_file(tiny_r
             students += 1
         seen.append(held())
     assert students
-    flat("training", seen, 2.0)  # each opens a loader, for which FFCV compiles 1.4 MB that numba does not give back
+    flat("training", seen, 0.3)
 
 
 def test_a_training_that_is_killed_dozens_of_times__ends_with_the_very_same_student(

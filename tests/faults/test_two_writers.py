@@ -86,6 +86,16 @@ def test_two_processes_of_which_the_builder_is_killed__the_other_takes_over(
     assert traces.gone()
 
 
+def refused_after(first, second, tmp_path) -> str:
+    """Let the first end well once the second waits for it; return in one line why that is refused then."""
+    second.wait_for(WAITS)
+    (tmp_path / "go").touch()
+    assert first.end()[0] == 0
+    code, said = second.end()
+    assert code == 2
+    return " ".join(said.split())
+
+
 @pytest.mark.soak
 def test_a_process_that_waits_with_another_recipe_for_the_same_place__is_refused(tiny_recipe, tmp_path, slowed):
     """--resume RUN: the first one's student stays."""
@@ -95,12 +105,8 @@ def test_a_process_that_waits_with_another_recipe_for_the_same_place__is_refused
     first = slowed("train", *given, where=where, at=at, hold=tmp_path / "go")
     first.wait_for("begun")
     second = slowed("train", *given, "optim.lr=0.01", where=where)
-    second.wait_for(WAITS)
-    (tmp_path / "go").touch()
-    assert first.end()[0] == 0
-    code, said = second.end()
-    assert code == 2
-    assert "made from other inputs than asked for: optim.lr is 0.05, not 0.01" in " ".join(said.split())
+    said = refused_after(first, second, tmp_path)
+    assert "made from other inputs than asked for: optim.lr is 0.05, not 0.01" in said
     run = artifacts.load(tmp_path / "mine", "RUN")
     artifacts.verify(run)
     assert "lr: 0.05" in run.file("resolved.yaml").read_text()
@@ -111,12 +117,8 @@ def test_a_process_that_waits_with_other_options_for_the_same_data_set__is_refus
     first = slowed(*given, "n=60", where="fastkd.data.watched:_receive", at=1, hold=tmp_path / "go")
     first.wait_for("begun")
     second = slowed(*given, "n=30", where="fastkd.data.watched:_receive")
-    second.wait_for(WAITS)
-    (tmp_path / "go").touch()
-    assert first.end()[0] == 0
-    code, said = second.end()
-    assert code == 2
-    assert "holds a data set that was written otherwise: options.n is 60, not 30" in " ".join(said.split())
+    said = refused_after(first, second, tmp_path)
+    assert "holds a data set that was written otherwise: options.n is 60, not 30" in said
     assert artifacts.load(tmp_path / "out").facts["counts"]["train"] == 60
 
 
@@ -125,10 +127,5 @@ def test_a_process_that_waits_with_another_ratio_for_the_same_out__is_refused(ow
     first = slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=tmp_path / "go")
     first.wait_for("begun")
     second = slowed("prune", *own_logits, "--keep-ratio", "0.2", where="fastkd.stages.pruning:class_std")
-    second.wait_for(WAITS)
-    (tmp_path / "go").touch()
-    assert first.end()[0] == 0
-    code, said = second.end()
-    assert code == 2
-    assert "keep_ratio is 0.5, not 0.2" in " ".join(said.split())
+    assert "keep_ratio is 0.5, not 0.2" in refused_after(first, second, tmp_path)
     assert len(artifacts.load(tmp_path / "kept").array("indices.npy")) == 1500

@@ -15,7 +15,7 @@ from PIL import Image
 from fastkd import artifacts, recipe, stages
 from fastkd import report as command_module
 from fastkd.errors import ArtifactError, InputError
-from fastkd.stages import reporting, stopping
+from fastkd.stages import reporting
 from fastkd.stages.chain import Chain
 from fastkd.stages.plots import ends
 from fastkd.stages.runs import clock, differing, grouped, noise_points, read
@@ -354,25 +354,13 @@ def test_the_page_goes_beside_the_first_run(command, runs):
 # --- a training that was broken off -----------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_says_so(place, tmp_path, monkeypatch):
+def test_a_resumed_run_says_so(place, tmp_path, stop_after):
     """Where it went on stands on the page, and the chart of its loss has a mark there."""
-
-    class StopsAfterFourSteps(stopping.StopRequest):
-        asked = 0
-
-        @property
-        def requested(self) -> bool:
-            type(self).asked += 1
-            return type(self).asked == 4
-
-        @requested.setter
-        def requested(self, value: bool) -> None:
-            pass
-
-    monkeypatch.setattr("fastkd.stages.training.StopRequest", StopsAfterFourSteps)
     loaded = recipe.load(place / "teacher.yaml", ["log.every_steps=1"])
+    stop_after(3)
     with pytest.raises(KeyboardInterrupt):
         stages.train(loaded, out=tmp_path / "run")
+    stop_after(10**9)
     path = stages.train(loaded, out=tmp_path / "run")[0].path
     run = read(path)
     ((step, lost_s),) = run.resumes
