@@ -205,17 +205,29 @@ def tiny_student(tiny_run: artifacts.Artifact, tmp_path_factory: pytest.TempPath
     return stages.deploy(tiny_run.path, tmp_path_factory.mktemp("exported") / "student")[0]
 
 
+@pytest.fixture(scope="session")
+def recipe_in(tiny: artifacts.Artifact, tiny_teacher: Path) -> Callable[[Path], Callable[..., recipe.Recipe]]:
+    """Return a function that makes, in a folder, what `tiny_recipe` is."""
+
+    def make(folder: Path) -> Callable[..., recipe.Recipe]:
+        student = write_recipes(tiny, folder)
+        shutil.copytree(tiny_teacher, folder / "runs" / tiny_teacher.name)
+
+        def load(*overrides: str) -> recipe.Recipe:
+            return recipe.load(student, overrides)
+
+        load.path = student  # type: ignore[attr-defined]
+        return load
+
+    return make
+
+
 @pytest.fixture
-def tiny_recipe(tiny: artifacts.Artifact, tiny_teacher: Path, tmp_path: Path) -> Callable[..., recipe.Recipe]:
+def tiny_recipe(
+    recipe_in: Callable[[Path], Callable[..., recipe.Recipe]], tmp_path: Path
+) -> Callable[..., recipe.Recipe]:
     """Return a function that makes a recipe over `tiny` with a trained teacher, changed by a.b=c overrides."""
-    student = write_recipes(tiny, tmp_path)
-    shutil.copytree(tiny_teacher, tmp_path / "runs" / tiny_teacher.name)
-
-    def load(*overrides: str) -> recipe.Recipe:
-        return recipe.load(student, overrides)
-
-    load.path = student  # type: ignore[attr-defined]
-    return load
+    return recipe_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ from fastkd.data.views import ViewDecoder, Views  # noqa: E402
 from fastkd.doctor import usable_cores  # noqa: E402
 from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError  # noqa: E402
 from fastkd.kernels.views import COLUMNS  # noqa: E402
+from fastkd.world import current  # noqa: E402
 
 torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
 
@@ -148,7 +149,8 @@ class Loader:
     views : Views
         The family that numbered views are drawn from.
     workers : int
-        Loader threads; 0: one per usable core. The attribute may be lowered; the next epoch goes by it.
+        Loader threads; 0: one per usable core, shared with the job's other processes here. The attribute may be lowered;
+        the next epoch goes by it.
     os_cache : bool
         Read through the system's page cache, rather than pages of FFCV's own.
 
@@ -184,7 +186,7 @@ class Loader:
             raise InputError(
                 f"{dataset.path}: its images vary in size: set data.input_px to the side that the nets see"
             )
-        self.workers = workers or cores
+        self.workers = workers or max(1, cores // current().local_size)
         self.image_hw: tuple[int, int] = (input_px, input_px) if input_px else tuple(fixed_size)
         self.views = views or Views()
         self._one_size = fixed_size is not None
