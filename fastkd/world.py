@@ -87,12 +87,17 @@ class World:
         ------
         InputError
             This one has something else than the leading one; names what differs.
+        FastkdError
+            Another one has.
         """
-        if self.size > 1 and (phrases := differences(self.share(value), value)):
+        if self.size == 1:
+            return
+        if phrases := differences(self.share(value), value):
             raise InputError(
                 f"process {self.rank} on {platform.node()} has another {what} than process 0: {'; '.join(phrases)}. "
                 "All must be started with the same command, on the same data"
             )
+        self.wait()  # for who will not agree
 
     def tell(self, name: str, count: int) -> None:
         """Leave a number for `told`; nobody waits for it."""

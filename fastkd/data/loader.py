@@ -149,7 +149,7 @@ class Loader:
     views : Views
         The family that numbered views are drawn from.
     workers : int
-        Loader threads; 0: one per usable core, shared with the job's other processes here. The attribute may be lowered;
+        Loader threads; 0: one per usable core, shared with other processes of the job. The attribute may be lowered;
         the next epoch goes by it.
     os_cache : bool
         Read through the system's page cache, rather than pages of FFCV's own.

@@ -116,6 +116,7 @@ class Job:
             epochs = self.recipe.train.epochs
             full = epoch >= epochs - round(epochs * prune.full_epochs_ratio, 9)
             if not begun:
+                self.running.merge()
                 self.running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
             order = order[self.running.kept()[order]]
         return self.ids[order]
@@ -157,7 +158,7 @@ def assemble(
     recipe, train, world = chain.recipe, chain.recipe.train, current()
     if train.batch_size % (world.size * train.accumulate):
         parts = f"{world.size} processes" + (f" × {train.accumulate} parts" if train.accumulate > 1 else "")
-        raise InputError(f"train.batch_size={train.batch_size}: cannot be divided among {parts}; give a multiple")
+        raise InputError(f"train.batch_size={train.batch_size}: {parts} do not divide it; give a multiple")
     loader = chain.loader("train", train.batch_size // world.size)
     least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if recipe.prune.dynamic else 0)
     if least < train.batch_size:

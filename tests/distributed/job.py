@@ -1,4 +1,4 @@
-"""What a torchrun job of the tests does: some stages, one after another, since starting a job takes longer than they do.
+"""What a torchrun job of the tests does: some stages, one after another, since starting one takes longer than they do.
 
     torchrun … job.py '[{"stage": "train", "recipe": "student.yaml", "overrides": ["seed=1"]}, …]'
 

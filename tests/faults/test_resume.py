@@ -258,9 +258,8 @@ def rows_safe(folder: Path) -> int:
     return json.loads(file.read_text())["0"]["rows"]
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.soak)], ids=["kill -9", "SIGTERM"]
-)
+@pytest.mark.soak  # one kill -9 of a scoring is in test_killed.py
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
 def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_path, capfd, number):
     overrides = ("score.batch_size=16",)
     process = subprocess.Popen([sys.executable, "-c", SLOW_SCORING, tiny_recipe.path, *overrides])

@@ -254,7 +254,8 @@ cli.run(label.main)
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
+@pytest.mark.soak  # one kill -9 of a labelling is in tests/faults
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, sent):
     overrides = (*VIEWS, "labels.views=2")
     chain = Chain(tiny_recipe(*overrides))
