@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fastkd import cli, console, doctor, world
+from fastkd import console, doctor, world
 from fastkd import recipe as recipes
 from fastkd.benchmarks import charts, machine_line
 from fastkd.benchmarks.workbench import Epochs, Workbench, steps_for, summary
@@ -122,7 +122,7 @@ def _job(path: str, overrides: Sequence[str], count: int, threads: int, repeats:
         ended = subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)),
-                *("-m", "fastkd.benchmarks.scale", path, str(result), str(repeats), *overrides),
+                *("-m", "fastkd.benchmarks.scale", path, json.dumps(list(overrides)), str(result), str(repeats)),
             ],
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
             stdout=subprocess.PIPE,
@@ -135,10 +135,10 @@ def _job(path: str, overrides: Sequence[str], count: int, threads: int, repeats:
         return dict(json.loads(result.read_bytes()))
 
 
-def work(path: str, result: Path, repeats: int, overrides: list[str] | None = None) -> None:
+def work(path: str, overrides: Sequence[str], result: Path, repeats: int) -> None:
     """Be one of a job's processes."""
     all_processes = world.current()
-    bench = Workbench(recipes.load(path, overrides or ()))
+    bench = Workbench(recipes.load(path, overrides))
     try:
         job = bench.fed_job(bench.chain.runtime)
         epochs = Epochs(bench.chain, job)
@@ -190,4 +190,9 @@ def table(report: dict[str, Any]) -> Table:
 
 
 if __name__ == "__main__":
-    cli.run(work, together=True)
+    try:
+        with world.joined():
+            work(sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+    except FastkdError as error:
+        console.error(str(error))
+        sys.exit(error.exit_code)

@@ -14,29 +14,28 @@ from functools import partial
 from queue import Queue
 from typing import Any, Literal, NamedTuple
 
+import fastkd.data.quick_import  # noqa: F401
+
+# isort: split
 import numba
 import numpy as np
 import torch
+from ffcv.fields.decoders import IntDecoder
+from ffcv.loader import Loader as FfcvLoader
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers.os_cache import OSCacheManager
+from ffcv.memory_managers.process_cache import page_reader, schedule
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.graph import Node
+from ffcv.transforms import ToTensor
 
-_torch_threads = torch.get_num_threads()
-from ffcv.fields.decoders import IntDecoder  # noqa: E402
-from ffcv.loader import Loader as FfcvLoader  # noqa: E402
-from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
-from ffcv.memory_managers.os_cache import OSCacheManager  # noqa: E402
-from ffcv.memory_managers.process_cache import page_reader, schedule  # noqa: E402
-from ffcv.pipeline.compiler import Compiler  # noqa: E402
-from ffcv.pipeline.graph import Node  # noqa: E402
-from ffcv.transforms import ToTensor  # noqa: E402
-
-from fastkd.artifacts import Artifact  # noqa: E402
-from fastkd.data.stored import StoredRows  # noqa: E402
-from fastkd.data.views import ViewDecoder, Views  # noqa: E402
-from fastkd.doctor import usable_cores  # noqa: E402
-from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError  # noqa: E402
-from fastkd.kernels.views import COLUMNS  # noqa: E402
-from fastkd.world import current  # noqa: E402
-
-torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
+from fastkd.artifacts import Artifact
+from fastkd.data.stored import StoredRows
+from fastkd.data.views import ViewDecoder, Views
+from fastkd.doctor import usable_cores
+from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError
+from fastkd.kernels.views import COLUMNS
+from fastkd.world import current
 
 BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}

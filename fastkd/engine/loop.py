@@ -1,4 +1,4 @@
-"""One update, one epoch, one look at a test set, one pass of a teacher."""
+"""One update, one epoch, one pass of a teacher."""
 
 import contextlib
 import time
@@ -11,7 +11,6 @@ from typing import NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
@@ -251,20 +250,6 @@ def _check(state: TrainState, epoch: Epoch, loss: float) -> None:
 def told_of(batch: Fed, live: LiveTeacher | None) -> Told:
     """Return what the teacher says of a batch."""
     return batch.stored if live is None else (live(batch.images, batch.labels),)
-
-
-@torch.inference_mode()
-def evaluate(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None] | None, num_classes: int) -> float:
-    """Return the top-1 accuracy (0…1) of a net in eval mode on padded batches, of all processes together.
-
-    `batches` are those of this process; None: it has none.
-    """
-    top1 = MulticlassAccuracy(num_classes, average="micro").to(runtime.device)
-    for batch in feed(batches, runtime) if batches is not None else ():
-        with runtime.autocast():
-            logits_BK = net(batch.images)
-        top1.update(logits_BK[: batch.valid].float(), batch.labels[: batch.valid])
-    return float(top1.compute())
 
 
 class Predicted(NamedTuple):

@@ -19,7 +19,7 @@ from fastkd.artifacts import Artifact, Built
 from fastkd.data.loader import Loader
 from fastkd.data.order import dealt_batches
 from fastkd.engine import checkpoint
-from fastkd.engine.loop import Epoch, StoppedError, evaluate, train_epoch
+from fastkd.engine.loop import Epoch, StoppedError, train_epoch
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages.history import History, require_tensorboard
@@ -136,6 +136,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
 
     All processes of a job are here at once; the leading one writes.
     """
+    import fastkd.engine.evaluation  # noqa: F401 - torchmetrics takes seconds, for which scoring need not wait
+
     recipe, runtime, watch, world = chain.recipe, chain.runtime, chain.watch, current()
     console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
     key = artifacts.key_of("RUN", run_inputs(chain))
@@ -281,6 +283,8 @@ def _look(
 
     The processes deal out the batches. Batch norm's statistics are those of the leading one.
     """
+    from fastkd.engine.evaluation import evaluate
+
     world = current()
     loader: Loader = chain.loader(split, min(EVAL_BATCH_SIZE, len(ids)))
     was_training = net.training
