@@ -172,8 +172,8 @@ def scale(
         "images/s over those of the fewest processes, for each process"
     )
     console.say(
-        f"machine: {machine_line(report['machine'], report['gpu'])}, {report['threads']} threads a process, "
-        f"{report['precision']}"
+        f"machine: {machine_line(report['machine'], report['gpu'])}, {report['precision']}; "
+        f"torch threads a process: {report['threads']}"
     )
     console.say(f"written: {out / 'scale.json'}, {out / 'scale.png'}")
 

@@ -101,12 +101,12 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     (out / "scale.json").write_text(json.dumps(report, indent=2) + "\n")
     charts.bars(
-        f"scale: {recipe.name}, batch of {recipe.train.batch_size} divided among the processes",
-        [f"{recipe.student.model}: step, fed"],
+        f"scale: {recipe.name}",
+        [f"{recipe.student.model}: step, fed; a batch of {recipe.train.batch_size} divided"],
         {_plural(line["processes"]): [charts.Spread(*(line["images_per_s"][n] for n in SPREAD))] for line in lines},
         out / "scale.png",
         f"images/s, median (least … most) of {report['segments']}",
-        note=f"{machine_line(report['machine'], report['gpu'])}, {threads} threads a process",
+        note=f"{machine_line(report['machine'], report['gpu'])}; torch threads a process: {threads}",
     )
     return report
 
