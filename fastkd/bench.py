@@ -92,6 +92,32 @@ def loader(
     console.say(f"written: {out / 'loader.json'}, {out / 'loader.png'}")
 
 
+def cold(
+    out: Annotated[Path, typer.Option(help="Where cold.json goes.")] = Path("runs/bench-cold"),
+    data: Annotated[
+        Path | None, typer.Option(help="Keep the data sets here, or find them: on a disk; default: made anew.")
+    ] = None,
+    small: Annotated[int, typer.Option(help="How many images of 32×32.")] = 60_000,
+    photos: Annotated[int, typer.Option(help="How many JPEGs, as large as ImageNet's.")] = 1000,
+) -> None:
+    """Tell what an epoch reads from the disk when nothing is in memory: all samples, half of them, an export of these.
+
+    The page cache is emptied of the data before each epoch, as it is where data are larger than memory.
+
+    Example: python -m fastkd.bench cold --data data/bench
+    """
+    from fastkd.benchmarks import cold as benchmark
+
+    report = benchmark.measure(out, data=data, small=small, photos=photos)
+    console.show(benchmark.table(report))
+    console.say(
+        "read: from the disk, by this process; in memory: after the epoch; in vain: pages without a byte of the "
+        f"samples. The disk's read_ahead_kb is {report['read_ahead_kb'] or 'unknown'}"
+    )
+    console.say(f"machine: {machine_line(report['machine'], None)}")
+    console.say(f"written: {out / 'cold.json'}")
+
+
 def step(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
@@ -223,4 +249,4 @@ def synthetic(
 
 
 if __name__ == "__main__":
-    cli.run(savings, plan, step, loader, labels, prune, synthetic, named=True)
+    cli.run(savings, plan, step, loader, cold, labels, prune, synthetic, named=True)
