@@ -125,7 +125,7 @@ def predict_vanilla(m: Measured, s: Sizes) -> dict[str, float]:
 def on_cluster(m: Measured, cluster: Cluster, local_batch: int, gradient_bytes: int, loader_thread: float) -> Measured:
     """Return what several devices would do, from what one does at its share of the batch.
 
-    Scoring and labelling are shared; one of them evaluates and prunes.
+    Scoring, labelling and evaluating are shared; one of them prunes.
     """
 
     def rate(one: float) -> float:
@@ -138,6 +138,7 @@ def on_cluster(m: Measured, cluster: Cluster, local_batch: int, gradient_bytes: 
         vanilla_step=rate(m.vanilla_step),
         score=cluster.devices * m.score,
         label=cluster.devices * m.label,
+        evaluate=cluster.devices * m.evaluate,
     )
 
 

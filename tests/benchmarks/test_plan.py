@@ -119,11 +119,11 @@ def test_for_several_devices_one_is_measured_at_its_share_of_the_batch(tiny_reci
     assert "train.batch_size=25: 2 nodes of 2 devices cannot share it equally; give a multiple of 4" in said
 
 
-def test_scoring_and_labelling_are_shared_and_the_rest_is_done_by_one():
+def test_scoring_labelling_and_evaluating_are_shared_and_the_rest_is_done_by_one():
     """The step goes by its own rate."""
     found = on_cluster(RATES, Cluster(4, node_gb_s=1e9), 16, 0, 1e9)
     hops = 6 * NODE_HOP_S
-    assert (found.score, found.label) == (4 * RATES.score, 4 * RATES.label)
-    assert (found.evaluate, found.prune, found.write_s) == (RATES.evaluate, RATES.prune, RATES.write_s)
+    assert (found.score, found.label, found.evaluate) == (4 * RATES.score, 4 * RATES.label, 4 * RATES.evaluate)
+    assert (found.prune, found.write_s) == (RATES.prune, RATES.write_s)
     assert found.step == pytest.approx(64 / (16 / 100 + hops))
     assert found.vanilla_step == pytest.approx(64 / (16 / 40 + hops))
