@@ -203,6 +203,37 @@ def plan(
     console.say(f"written: {out / 'plan.json'}, {out / 'plan.png'}")
 
 
+def scale(
+    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    processes: Annotated[
+        list[int] | None, typer.Option(help="How many processes; may be repeated. Default: 1, 2, 4 … one per device.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="How many segments of 2 s each number has in a round.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each number has its turn.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Where scale.json and scale.png go.")] = None,
+) -> None:
+    """Train by more and more processes, as torchrun starts them; print images/s, stall and efficiency.
+
+    Example: python -m fastkd.bench scale recipes/quickstart.yaml --processes 1 --processes 2
+    """
+    resolved = recipe.load(path, overrides or ())
+    from fastkd.benchmarks import scale as benchmark
+
+    out = out or Path(resolved.train.runs_dir) / f"scale-{resolved.name}"
+    report = benchmark.measure(path, overrides or (), out, processes=processes or (), repeats=repeats, rounds=rounds)
+    console.show(benchmark.table(report))
+    console.say(
+        f"each step averages {report['gradient_bytes'] / 1e6:,.1f} MB of gradients over the processes; efficiency: "
+        "images/s over those of the fewest processes, for each process"
+    )
+    console.say(
+        f"machine: {machine_line(report['machine'], report['gpu'])}, {report['threads']} threads a process, "
+        f"{report['precision']}"
+    )
+    console.say(f"written: {out / 'scale.json'}, {out / 'scale.png'}")
+
+
 def labels(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
@@ -279,4 +310,4 @@ def synthetic(
 
 
 if __name__ == "__main__":
-    cli.run(savings, plan, step, loader, cold, labels, prune, synthetic, named=True)
+    cli.run(savings, plan, step, scale, loader, cold, labels, prune, synthetic, named=True)

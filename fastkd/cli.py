@@ -18,8 +18,10 @@ from fastkd import console
 from fastkd.errors import FULL, FastkdError, Terminated
 
 
-def run(*commands: Callable[..., None], named: bool = False) -> None:
+def run(*commands: Callable[..., None], named: bool = False, together: bool = False) -> None:
     """Run a command, or of several (`named`) the one that the first argument names, and exit.
+
+    With `together`, the processes that torchrun starts do it as one.
 
     Exit codes: 0 done; 2 the user's input is wrong; 130 interrupted, 143 terminated; 1 anything else. A traceback
     is shown only for what is not one of the project's own errors: those explain themselves.
@@ -33,7 +35,7 @@ def run(*commands: Callable[..., None], named: bool = False) -> None:
     for command in commands:
         name = command.__name__.rstrip("_") if named else None  # `list_` is called `list`
         needed = [p for p in inspect.signature(command).parameters.values() if p.default is p.empty]
-        app.command(name, no_args_is_help=bool(needed))(_explained(command))
+        app.command(name, no_args_is_help=bool(needed))(_explained(_together(command) if together else command))
     if named:
         app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
     app()
@@ -41,6 +43,17 @@ def run(*commands: Callable[..., None], named: bool = False) -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
+
+
+def _together(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def joined(*args: Any, **kwargs: Any) -> None:
+        from fastkd import world  # torch takes seconds, and --help needs none
+
+        with world.joined():
+            command(*args, **kwargs)
+
+    return joined
 
 
 def _explained(command: Callable[..., None]) -> Callable[..., None]:

@@ -300,7 +300,7 @@ class Train(Section):
     epochs: int = Field(ge=1)
     """Over the kept samples: pruning makes them shorter, not more."""
     batch_size: int = Field(ge=1)
-    """Images per update of the weights."""
+    """Images per update of the weights, of all processes together."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the hardware computes in it, fp16 with a scaler on older GPUs, else fp32."""
     channels_last: bool = True
@@ -313,10 +313,12 @@ class Train(Section):
     """Parts that each batch is cut into where it does not fit into memory; their gradients are summed."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an exponential moving average of the weights, and evaluate and save that; default: none."""
+    sync_batchnorm: bool = False
+    """Batch norm takes its statistics over all processes, rather than each its own part of the batch; on GPUs alone."""
     progressive_px: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[int, Field(ge=1)]] = {}
     """Side of the images from an epoch on: {0: 128, 10: 160}; before the first and without any, `data.input_px`."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1 …"""
+    """auto, cpu, cuda, cuda:1 …; under torchrun each process has a GPU of its own."""
     checkpoint_every_s: float = Field(300.0, ge=0)
     """Least seconds between two checkpoints, written where steps are logged. A killed run goes on from the last."""
     eval_every_epochs: int = Field(0, ge=0)

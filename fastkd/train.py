@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastkd import artifacts, cli, console, recipe
+from fastkd import artifacts, cli, console, recipe, world
 from fastkd.artifacts import Artifact
 from fastkd.errors import InputError
 
@@ -53,7 +53,7 @@ def main(
         if not built:
             top1 = run.facts["top1"]["val"]
             console.say(f"this recipe has been trained: top-1 {top1:.2%} (--force train: train again)")
-    if as_json:
+    if as_json and world.current().leads:
         print(json.dumps(_summary(run, built)))
     else:
         console.say(f"RUN: {run.path}")
@@ -120,4 +120,4 @@ def _tell(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> N
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, together=True)

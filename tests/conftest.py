@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -109,6 +109,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def torch_threads_stay() -> Iterator[None]:
+    """See that no test leaves torch with other threads: what a later one trains would differ in its last bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    after = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert after == before
+
+
 def make_images(count: int, px: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Noise with a bright channel that tells the class; the first two pixels hold the sample's number."""
     rng = np.random.default_rng(seed)
@@ -193,17 +205,29 @@ def tiny_student(tiny_run: artifacts.Artifact, tmp_path_factory: pytest.TempPath
     return stages.deploy(tiny_run.path, tmp_path_factory.mktemp("exported") / "student")[0]
 
 
+@pytest.fixture(scope="session")
+def recipe_in(tiny: artifacts.Artifact, tiny_teacher: Path) -> Callable[[Path], Callable[..., recipe.Recipe]]:
+    """Return a function that makes, in a folder, what `tiny_recipe` is."""
+
+    def make(folder: Path) -> Callable[..., recipe.Recipe]:
+        student = write_recipes(tiny, folder)
+        shutil.copytree(tiny_teacher, folder / "runs" / tiny_teacher.name)
+
+        def load(*overrides: str) -> recipe.Recipe:
+            return recipe.load(student, overrides)
+
+        load.path = student  # type: ignore[attr-defined]
+        return load
+
+    return make
+
+
 @pytest.fixture
-def tiny_recipe(tiny: artifacts.Artifact, tiny_teacher: Path, tmp_path: Path) -> Callable[..., recipe.Recipe]:
+def tiny_recipe(
+    recipe_in: Callable[[Path], Callable[..., recipe.Recipe]], tmp_path: Path
+) -> Callable[..., recipe.Recipe]:
     """Return a function that makes a recipe over `tiny` with a trained teacher, changed by a.b=c overrides."""
-    student = write_recipes(tiny, tmp_path)
-    shutil.copytree(tiny_teacher, tmp_path / "runs" / tiny_teacher.name)
-
-    def load(*overrides: str) -> recipe.Recipe:
-        return recipe.load(student, overrides)
-
-    load.path = student  # type: ignore[attr-defined]
-    return load
+    return recipe_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def torch_peer(logits: Path, y_N: np.ndarray, rows: int, fold: int) -> Result:
     import torch
     import torch.nn.functional as F
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(usable_cores())
     y = torch.from_numpy(y_N)
     start = time.perf_counter()
@@ -125,7 +126,9 @@ def torch_peer(logits: Path, y_N: np.ndarray, rows: int, fold: int) -> Result:
             first = 0 if quota >= len(members) else len(members) // 2 - (quota - quota // 2)
             kept.append(ranked[first : first + quota])
         kept_M = torch.cat(kept).sort().values
-    return {"seconds": time.perf_counter() - start, "kept": kept_M.numpy()}
+    seconds = time.perf_counter() - start
+    torch.set_num_threads(threads)
+    return {"seconds": seconds, "kept": kept_M.numpy()}
 
 
 def reference(score_N: list[float], y_N: list[int], classes: int) -> list[int]:

@@ -147,22 +147,30 @@ class Epochs:
 
     Where images grow in training, there are batches of each size, and of the steps each size has its share of the
     epochs; each has a loader of its own, since a loader does one thing at a time.
+
+    Attributes
+    ----------
+    waited_s : float
+        What the last advance waited for data.
     """
 
     def __init__(self, chain: Chain, job: Job) -> None:
         self.job = job
+        self.waited_s = 0.0
         self._parts = []
         for px, share in shares(job.recipe).items():
-            own = replace(job, loader=chain.loader("train", job.recipe.train.batch_size))
+            own = replace(job, loader=chain.loader("train", job.loader.batch_size))
             own.loader.workers = job.loader.workers
             self._parts.append((share, _endless(own, px)))
 
     def advance(self, steps: int) -> float:
         """Train for some steps, by the very loop that trains; return the wall seconds that they take."""
-        seconds = 0.0
+        seconds = self.waited_s = 0.0
         for share, batches in self._parts:
             own = max(1, round(share * steps))
-            seconds += share * steps / own * some_steps(self.job, batches, own).wall_s
+            done = some_steps(self.job, batches, own)
+            seconds += share * steps / own * done.wall_s
+            self.waited_s += share * steps / own * done.data_wait_s
         return seconds
 
     def settle(self) -> None:

@@ -15,31 +15,31 @@ from functools import partial
 from queue import Queue
 from typing import Any, Literal, NamedTuple
 
+import fastkd.data.quick_import  # noqa: F401
+
+# isort: split
 import numba
 import numpy as np
 import torch
+from ffcv.fields.decoders import IntDecoder
+from ffcv.loader import Loader as FfcvLoader
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+from ffcv.memory_managers.process_cache import page_reader, schedule
+from ffcv.pipeline.compiler import Compiler
+from ffcv.pipeline.graph import Node
+from ffcv.transforms import ToTensor
 
-_torch_threads = torch.get_num_threads()
-from ffcv.fields.decoders import IntDecoder  # noqa: E402
-from ffcv.loader import Loader as FfcvLoader  # noqa: E402
-from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
-from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager  # noqa: E402
-from ffcv.memory_managers.process_cache import page_reader, schedule  # noqa: E402
-from ffcv.pipeline.compiler import Compiler  # noqa: E402
-from ffcv.pipeline.graph import Node  # noqa: E402
-from ffcv.transforms import ToTensor  # noqa: E402
-
-from fastkd import doctor  # noqa: E402
-from fastkd.artifacts import Artifact  # noqa: E402
-from fastkd.data import readahead  # noqa: E402
-from fastkd.data.readahead import ReadAhead  # noqa: E402
-from fastkd.data.stored import StoredRows  # noqa: E402
-from fastkd.data.views import ViewDecoder, Views  # noqa: E402
-from fastkd.doctor import usable_cores  # noqa: E402
-from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError  # noqa: E402
-from fastkd.kernels.views import COLUMNS  # noqa: E402
-
-torch.set_num_threads(_torch_threads)  # importing ffcv sets it to 1
+from fastkd import doctor
+from fastkd.artifacts import Artifact
+from fastkd.data import readahead
+from fastkd.data.readahead import ReadAhead
+from fastkd.data.stored import StoredRows
+from fastkd.data.views import ViewDecoder, Views
+from fastkd.doctor import usable_cores
+from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError
+from fastkd.kernels.views import COLUMNS
+from fastkd.world import current
 
 BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}
@@ -152,7 +152,8 @@ class Loader:
     views : Views
         The family that numbered views are drawn from.
     workers : int
-        Loader threads; 0: one per usable core. The attribute may be lowered; the next epoch goes by it.
+        Loader threads; 0: one per usable core, shared with other processes of the job. The attribute may be lowered;
+        the next epoch goes by it.
     os_cache : bool
         Read through the system's page cache, rather than pages of FFCV's own: of a file that is mapped into memory,
         and of large images that were not read before just those that are asked for (`fastkd.data.readahead`).
@@ -189,7 +190,7 @@ class Loader:
             raise InputError(
                 f"{dataset.path}: its images vary in size: set data.input_px to the side that the nets see"
             )
-        self.workers = workers or cores
+        self.workers = workers or max(1, cores // current().local_size)
         self.image_hw: tuple[int, int] = (input_px, input_px) if input_px else tuple(fixed_size)
         self.views = views or Views()
         self._one_size = fixed_size is not None

@@ -21,6 +21,7 @@ from fastkd.artifacts import file_digest, fsync
 from fastkd.engine.dynamic import RunningLosses
 from fastkd.engine.loop import DIVERGED_HELP, TrainState
 from fastkd.errors import FastkdError
+from fastkd.world import current
 
 NAME = re.compile(r"step-(\d{9})-([0-9a-f]{32})\.safetensors")
 STATE = "state"  # of the metadata: JSON
@@ -51,8 +52,8 @@ def save(
     state: dict[str, Any],
     *,
     keep_last: int = 2,
-) -> Path:
-    """Write a checkpoint, and remove all but the last ones.
+) -> Path | None:
+    """Write a checkpoint, and remove all but the last ones; all processes must call it, and the leading one writes.
 
     Parameters
     ----------
@@ -66,7 +67,13 @@ def save(
     FastkdError
         What the last update left is not finite: the checkpoints before stay the newest.
     """
+    if running is not None:
+        running.merge()
     tensors = dict(_tensors(student, train, running))
+    for name, tensor in _random_states(train).items():
+        tensors |= {_of_rank(name, rank): state for rank, state in enumerate(current().every(tensor))}
+    if not current().leads:
+        return None
     plain = {k: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, t in tensors.items()}
     for name, tensor in plain.items():
         if not name.startswith("running.") and not tensor.isfinite().all():  # losses are infinite before the first
@@ -121,11 +128,16 @@ def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: R
         train.scaler.load_state_dict(found.state["scaler"])
     with torch.no_grad():
         for name, tensor in _tensors(student, train, running):
-            if not name.startswith("optimizer.") and not name.startswith("random."):
+            if not name.startswith("optimizer."):
                 tensor.copy_(found.tensors[name])
-    torch.set_rng_state(found.tensors["random.cpu"])
-    if "random.device" in found.tensors and train.runtime.device.type == "cuda":
-        torch.cuda.set_rng_state(found.tensors["random.device"], train.runtime.device)
+    if running is not None:
+        running.in_common()
+    # A process that was not there when it was written goes on with the numbers that it has been seeded for.
+    if (state := found.tensors.get(_of_rank("random.cpu", current().rank))) is not None:
+        torch.set_rng_state(state)
+    state = found.tensors.get(_of_rank("random.device", current().rank))
+    if state is not None and train.runtime.device.type == "cuda":
+        torch.cuda.set_rng_state(state, train.runtime.device)
 
 
 def _tensors(student: nn.Module, train: TrainState, running: RunningLosses | None) -> Iterator[tuple[str, Tensor]]:
@@ -142,9 +154,18 @@ def _tensors(student: nn.Module, train: TrainState, running: RunningLosses | Non
     if running is not None:
         yield "running.loss", running.loss_N
         yield "running.weight", running.weight_N
-    yield "random.cpu", torch.get_rng_state()
+
+
+def _random_states(train: TrainState) -> dict[str, Tensor]:
+    """Return the states of the generators that nets draw from, which each process has its own of."""
+    states = {"random.cpu": torch.get_rng_state()}
     if train.runtime.device.type == "cuda":
-        yield "random.device", torch.cuda.get_rng_state(train.runtime.device)
+        states["random.device"] = torch.cuda.get_rng_state(train.runtime.device)
+    return states
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
 
 
 def _files(folder: Path) -> list[Path]:

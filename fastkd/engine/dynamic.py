@@ -2,8 +2,10 @@
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from fastkd.kernels import infobatch_weights, mix64
+from fastkd.world import current
 
 
 class RunningLosses:
@@ -25,6 +27,23 @@ class RunningLosses:
         count = int(sample_ids.max()) + 1
         self.loss_N = torch.full((count,), torch.inf, device=device)
         self.weight_N = torch.ones(count, device=device)
+        self._common_N = self.loss_N.clone()
+
+    def in_common(self) -> None:
+        """Take the losses for what all processes have: they were brought together, or come from a checkpoint."""
+        self._common_N.copy_(self.loss_N)
+
+    def merge(self) -> None:
+        """Bring together what the processes have seen since the last time, each other samples; all must call it."""
+        if current().size == 1:
+            return
+        seen_N = self.loss_N != self._common_N
+        counts = seen_N.float()
+        losses = torch.where(seen_N, self.loss_N, 0.0)
+        dist.all_reduce(counts)
+        dist.all_reduce(losses)
+        self.loss_N.copy_(torch.where(counts > 0, losses, self._common_N))
+        self.in_common()
 
     def kept(self) -> np.ndarray:
         """Return which of `sample_ids` are trained on in this epoch (bool [M])."""

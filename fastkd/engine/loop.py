@@ -1,16 +1,16 @@
-"""One update, one epoch, one look at a test set, one pass of a teacher."""
+"""One update, one epoch, one pass of a teacher."""
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassAccuracy
 
 from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
@@ -18,6 +18,7 @@ from fastkd.engine.feed import Batch, Fed, feed
 from fastkd.engine.losses import LossFn
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import FastkdError
+from fastkd.world import current
 
 Told = tuple[Tensor, ...]
 """What the teacher says of a batch: stored rows, or a live teacher's logits; empty: there is none."""
@@ -70,6 +71,12 @@ class TrainState:
     clip_norm: float | None = None
     average: MovingAverage | None = None
 
+    def summed_alone(self, chosen: bool) -> contextlib.AbstractContextManager[None]:
+        """Leave gradients of a part, if so chosen, to this process; those of the last one are averaged over all."""
+        if not chosen or current().size == 1:
+            return contextlib.nullcontext()
+        return cast(nn.parallel.DistributedDataParallel, self.objective).no_sync()
+
 
 def train_step(
     state: TrainState, images: Tensor, labels_B: Tensor, told: Told, weight_B: Tensor | None = None
@@ -84,10 +91,11 @@ def train_step(
         Of each sample, before it is weighted. Both stay on the device.
     """
     means, losses = [], []
-    for part in _parts(state.parts, images, labels_B, told, weight_B):
-        with state.runtime.autocast():
-            mean, loss_B = state.objective(*part)
-        state.scaler.scale(mean / state.parts).backward()
+    for number, part in enumerate(_parts(state.parts, images, labels_B, told, weight_B), start=1):
+        with state.summed_alone(number < state.parts):
+            with state.runtime.autocast():
+                mean, loss_B = state.objective(*part)
+            state.scaler.scale(mean / state.parts).backward()
         means.append(mean.detach().clone() if state.parts > 1 else mean.detach())  # CUDA graphs use outputs again
         losses.append(loss_B.clone() if state.parts > 1 else loss_B)
     if state.clip_norm is not None:
@@ -116,7 +124,7 @@ def _parts(
 
 @dataclass
 class Epoch:
-    """How far an epoch has come; at its end, what it did.
+    """How far an epoch has come; at its end, what it did. Losses, steps and images are those of all processes.
 
     Attributes
     ----------
@@ -179,7 +187,7 @@ def train_epoch(
     epoch
         How far it had come, where it is gone on with; kept up to date at each log.
     stop
-        Asked after each step whether to stop here.
+        Asked after each step whether to stop here; says the same in all processes.
 
     Raises
     ------
@@ -193,7 +201,7 @@ def train_epoch(
     start = state.runtime.clock() - epoch.wall_s
 
     def catch_up() -> None:
-        epoch.unlogged = float(unlogged)
+        (epoch.unlogged,) = current().mean(float(unlogged))
         epoch.wall_s = state.runtime.clock() - start
 
     with closing(feed(batches, state.runtime)) as fed:
@@ -213,7 +221,8 @@ def train_epoch(
                 mean, loss_B = train_step(state, batch.images, batch.labels, told, weight_B)
                 running.loss_N[batch.sample_ids] = loss_B
             unlogged += mean
-            epoch.images, epoch.steps = epoch.images + len(batch.labels), epoch.steps + 1
+            epoch.images += len(batch.labels) * current().size
+            epoch.steps += 1
             if epoch.steps - epoch.logged >= log_every_steps or epoch.steps == len(lr_S):
                 catch_up()
                 loss = epoch.unlogged / (epoch.steps - epoch.logged)
@@ -241,17 +250,6 @@ def _check(state: TrainState, epoch: Epoch, loss: float) -> None:
 def told_of(batch: Fed, live: LiveTeacher | None) -> Told:
     """Return what the teacher says of a batch."""
     return batch.stored if live is None else (live(batch.images, batch.labels),)
-
-
-@torch.inference_mode()
-def evaluate(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None], num_classes: int) -> float:
-    """Return the top-1 accuracy (0…1) of a net in eval mode on padded batches."""
-    top1 = MulticlassAccuracy(num_classes, average="micro").to(runtime.device)
-    for batch in feed(batches, runtime):
-        with runtime.autocast():
-            logits_BK = net(batch.images)
-        top1.update(logits_BK[: batch.valid].float(), batch.labels[: batch.valid])
-    return float(top1.compute())
 
 
 class Predicted(NamedTuple):

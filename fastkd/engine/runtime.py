@@ -1,5 +1,6 @@
 """Where and in what precision nets run. All that is particular to CUDA stands here."""
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
 from fastkd.recipe import Optim
+from fastkd.world import current
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -53,6 +55,10 @@ class Runtime:
         if chosen.type not in ("cpu", "cuda"):
             raise InputError(f"train.device={device!r}: only cpu and cuda are supported")
         if chosen.type == "cuda":
+            if current().size > 1:
+                if chosen.index is not None:
+                    raise InputError(f"train.device={device!r}: each process has a GPU of its own; expected cuda")
+                chosen = torch.device("cuda", current().local_rank)
             if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
                 raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
             torch.cuda.set_device(chosen)  # streams and events belong to the current device
@@ -71,6 +77,38 @@ class Runtime:
     def gpu(self) -> str | None:
         """Name of the GPU that is computed on, if it is one."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
+    def synchronise(self, net: nn.Module) -> None:
+        """Let the batch norms within a net take their statistics over all processes.
+
+        Raises
+        ------
+        InputError
+            Not on GPUs: torch has them there alone.
+        """
+        if self.device.type != "cuda":
+            raise InputError("train.sync_batchnorm: torch has it on GPUs alone; leave it out on a CPU")
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+    def distributed(self, net: nn.Module, *, accumulates: bool) -> nn.Module:
+        """Return the net such that its gradients are the means over all processes; alone, the net itself.
+
+        Buffers are left to each process: those of process 0 are the student's. Gradients lie in memory as weights do.
+        """
+        if current().size == 1:
+            return net
+        parallel = nn.parallel.DistributedDataParallel
+        known = inspect.signature(parallel).parameters
+        buffers = (
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        )  # before torch 2.14
+        return parallel(
+            net,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            static_graph=not accumulates,
+            **{buffers: False},  # type: ignore[arg-type]
+        )
 
     def autocast(self) -> torch.autocast:
         """Return the context in which nets compute."""

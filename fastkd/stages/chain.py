@@ -22,6 +22,7 @@ from fastkd.recipe import Recipe, Teacher
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.history import Stopwatch
 from fastkd.stages.writing import write
+from fastkd.world import current
 
 STAGES = ("write", "teacher", "score", "prune", "label", "train")
 _announced: set[Path] = set()
@@ -86,8 +87,9 @@ class Chain:
     ) -> None:
         if unknown := set(force) - set(STAGES):
             raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
+        current().agree("recipe", recipe.model_dump(mode="json", exclude={"data": {"path"}}))
         self.recipe = recipe
-        self.force = frozenset(force)
+        self.force = frozenset(force if current().leads else ())  # the others find what it has built
         self.build = build
         self.costs: dict[str, Cost] = {}
         self.watch = Stopwatch()
@@ -113,6 +115,11 @@ class Chain:
     @cached_property
     def dataset(self) -> Artifact:
         """The DATASET, written first if the recipe names a writer and it is not there."""
+        dataset = current().first(self._dataset)
+        current().agree("data set", {"key": dataset.key})
+        return dataset
+
+    def _dataset(self) -> Artifact:
         data, path = self.recipe.data, Path(self.recipe.data.path)
         if (path / artifacts.MANIFEST).exists() and "export" in artifacts.read_manifest(path).facts:
             console.say(f"{path} is an export: which samples are kept, and what the teacher says, come with it")
@@ -308,7 +315,8 @@ class Chain:
         """The SUBSET: which samples are kept, and what the teacher says of their plain views."""
         if self.export:
             return self.note("prune", pruning.exported_subset(self), built=False)
-        return self.note("prune", *pruning.build_subset(self))
+        self.scores  # noqa: B018 - all processes work at it, before the leading one goes on alone
+        return self.note("prune", *current().first(lambda: pruning.build_subset(self)))
 
     @cached_property
     def labels(self) -> Artifact:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastkd.engine.loop import Epoch
 from fastkd.errors import InputError
@@ -60,6 +60,8 @@ class History:
         and what was done since then, and is lost, is charged to training.
     tensorboard : bool
         Write the same for TensorBoard, in a folder of that name.
+    writes : bool
+        Whether this process writes at all: of several that train together, one does.
 
     Attributes
     ----------
@@ -79,6 +81,7 @@ class History:
         before: dict[str, Any] | None = None,
         *,
         tensorboard: bool = False,
+        writes: bool = True,
     ) -> None:
         self.key, self._watch = key, watch
         self._file = directory / "metrics.jsonl"
@@ -86,6 +89,12 @@ class History:
         self.epoch = Epoch()
         self.earlier_s = 0.0
         self._saved = time.monotonic()
+        self._stream: TextIO | None = None
+        self._board: Board | None = None
+        if not writes:
+            if before is not None:
+                self.epochs, self.epoch = before["epochs"], Epoch(**before["epoch"])
+            return
         if before is None:
             self._file.unlink(missing_ok=True)
         else:
@@ -100,7 +109,8 @@ class History:
             watch.charge("train", lost_s)
         self._stream = self._file.open("a", buffering=1)
         steps = self.steps_before + self.epoch.steps
-        self._board = Board(directory / "tensorboard", steps) if tensorboard else None
+        if tensorboard:
+            self._board = Board(directory / "tensorboard", steps)
         if before is not None:
             self.write("resumed", epoch=len(self.epochs), step=steps, lost_s=lost_s)
             worked_until = before["saved_at"] + lost_s  # if this process dies at once, the time till now was idle
@@ -113,6 +123,8 @@ class History:
 
     def write(self, event: str, **values: Any) -> None:
         """Append an event, with the seconds that the student has taken up to it."""
+        if self._stream is None:
+            return
         at_s = round(sum(self._watch.so_far().values()), 3)
         self._stream.write(json.dumps({"event": event, "at_s": at_s, **values}) + "\n")
         if self._board is not None:
@@ -146,14 +158,15 @@ class History:
             "key": self.key,
             "epochs": self.epochs,
             "epoch": asdict(self.epoch),
-            "metrics_bytes": self._file.stat().st_size,
+            "metrics_bytes": self._file.stat().st_size if self._stream is not None else 0,
             "seconds": self._watch.so_far(),
             "saved_at": time.time(),
         }
 
     def close(self) -> None:
         """Close the files."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
         if self._board is not None:
             self._board.close()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastkd import console, models
 from fastkd import recipe as recipes
 from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader
-from fastkd.data.order import epoch_order
+from fastkd.data.order import epoch_order, rank_slices
 from fastkd.data.stored import StoredRows
 from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
@@ -23,8 +23,10 @@ from fastkd.engine.feed import feed
 from fastkd.engine.loop import LiveTeacher, Objective, ReadFn, TrainState, warm_up
 from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
 from fastkd.engine.runtime import Runtime
+from fastkd.errors import InputError
 from fastkd.kernels import mix64
 from fastkd.stages import labelling
+from fastkd.world import current
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -88,7 +90,11 @@ class Job:
     @property
     def images_per_epoch(self) -> int:
         """Images of an epoch that leaves nothing out but the last batch, if that is not full."""
-        return self.loader.full_batches(len(self.ids)) * self.recipe.train.batch_size
+        return self.steps_of(len(self.ids)) * self.recipe.train.batch_size
+
+    def steps_of(self, count: int) -> int:
+        """Return how many steps an epoch of `count` samples has."""
+        return count // self.recipe.train.batch_size
 
     @property
     def result(self) -> models.Normalised:
@@ -110,13 +116,15 @@ class Job:
             epochs = self.recipe.train.epochs
             full = epoch >= epochs - round(epochs * prune.full_epochs_ratio, 9)
             if not begun:
+                self.running.merge()
                 self.running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
             order = order[self.running.kept()[order]]
         return self.ids[order]
 
     def batches(self, ids: np.ndarray, epoch: int) -> Generator[Batch, None, None]:
-        """Load samples in the order given, as an epoch sees them."""
+        """Load samples in the order given, as an epoch sees them: of each batch, the part that is this process's."""
         view, px = self.recipe.view_of(epoch), self.recipe.px_of(epoch)
+        ids = rank_slices(ids, self.recipe.train.batch_size, current().rank, current().size)
         return self.loader.batches(ids, last="drop", view=view, stored=self.teacher.stored(view), input_px=px)
 
 
@@ -144,17 +152,24 @@ def assemble(
     Raises
     ------
     InputError
-        There are fewer samples than a batch has, or a dynamic method may leave fewer.
+        There are fewer samples than a batch has, or a dynamic method may leave fewer; the processes do not divide a
+        batch.
     """
-    recipe, train = chain.recipe, chain.recipe.train
-    loader = chain.loader("train", train.batch_size)
-    loader.full_batches(len(ids_M))
-    if recipe.prune.dynamic:
-        loader.full_batches(len(ids_M) - int(recipe.prune.easy_drop_ratio * len(ids_M)))  # the least it may leave
+    recipe, train, world = chain.recipe, chain.recipe.train, current()
+    if train.batch_size % (world.size * train.accumulate):
+        parts = f"{world.size} processes" + (f" × {train.accumulate} parts" if train.accumulate > 1 else "")
+        raise InputError(f"train.batch_size={train.batch_size}: {parts} do not divide it; give a multiple")
+    loader = chain.loader("train", train.batch_size // world.size)
+    least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if recipe.prune.dynamic else 0)
+    if least < train.batch_size:
+        raise InputError(f"train.batch_size={train.batch_size}: larger than the {least} samples of train to train on")
+    if train.sync_batchnorm and world.size > 1:
+        runtime.synchronise(student)
     student.train()
+    objective = runtime.distributed(Objective(student, loss_of(recipe), teacher.read), accumulates=train.accumulate > 1)
     state = TrainState(
         runtime,
-        runtime.compiled(Objective(student, loss_of(recipe), teacher.read)),
+        runtime.compiled(objective),
         runtime.optimizer(recipe.optim, student.parameters()),
         runtime.scaler(),
         parts=train.accumulate,

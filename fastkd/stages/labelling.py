@@ -1,11 +1,9 @@
 """label: the teacher over the kept samples, in every view that students will see → LABELS."""
 
-import itertools
 import os
 import shutil
-import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +13,12 @@ import numpy as np
 from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, FileStamp
 from fastkd.data.stored import StoredRows
-from fastkd.engine.loop import predict
+from fastkd.engine.loop import Predicted
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
-from fastkd.stages.rows import SAVE_EVERY_S, Progress, RowFile, check_float16, full_disk_explained, need_space
+from fastkd.stages.rows import Progress, RowFile, check_float16, full_disk_explained, need_space, run_pass
+from fastkd.stages.together import build_together
+from fastkd.world import current
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -40,11 +40,12 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
         return there, False
     if force and path.exists():  # views that other recipes use are made again too
         views = max(views, artifacts.load(path, "LABELS").facts["views"])
+    views = current().share(views)
     progress = path.with_name(f".{path.name}.progress.json")
     if force:
         progress.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):
-        labels, built = artifacts.build(
+        labels, built = build_together(
             path,
             "LABELS",
             inputs,
@@ -61,7 +62,7 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
             enough=lambda artifact: artifact.facts["views"] >= views,
             resumable=True,
         )
-    if built:  # else somebody's growth may have been broken off, and will go on
+    if built and current().leads:  # else somebody's growth may have been broken off, and will go on
         progress.unlink(missing_ok=True)
     return labels, built
 
@@ -170,12 +171,14 @@ def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown
         raise InputError(f"labels.topk={topk}: expected fewer than the {K} classes, of which there may be 65,536")
     folder = directory / "views"
     folder.mkdir(exist_ok=True)
-    first = grown.facts["views"] if grown else 0
-    stamps = _adopt(directory, grown) if grown else {}
+    world = current()
+    first = world.share(grown.facts["views"] if grown else 0)
+    stamps = _adopt(directory, grown) if grown and world.leads else {}
     wanted = range(first, views)
-    for v in wanted:
+    for v in wanted if world.leads else ():
         if v in progress.views and not _as_left(chain, folder, progress, kept, v):
             del progress.views[v]
+    progress.views = dict(world.share(list(progress.views.items())))
 
     missing = [v for v in wanted if progress.rows(v) < len(kept)]
     total, left = len(wanted) * len(kept), sum(len(kept) - progress.rows(v) for v in wanted)
@@ -194,6 +197,8 @@ def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown
             done = left - sum(len(kept) - progress.rows(v) for v in wanted)
             _label(chain, folder, progress, kept, group, partial(_move, update, done))
             missing = [v for v in missing if v not in group]
+    if not world.leads:
+        return Built()
     expected = {name for v in range(views) for name, _, _ in view_files(v, K, topk)}
     for file in folder.iterdir():
         if file.name not in expected:  # begun when more views were asked for
@@ -255,40 +260,35 @@ def _label(
     """Run the teacher over some views at once, from the row to which all of them have come."""
     labels, runtime = chain.recipe.labels, chain.runtime
     sigma_K = np.asarray(chain.subset.array("class_std.npy"))
-    start = progress.rows(group[0])
-    before = [progress.views[v]["cost_s"] if v in progress.views else 0.0 for v in group]
-    began = saved = time.perf_counter()
-    loader = chain.loader("train", max(1, labels.batch_size // len(group)), input_px=chain.teacher_px)
-    with ExitStack() as stack:
-        files = [
+    world, start = current(), progress.rows(group[0])
+
+    def columns(predicted: Predicted) -> Iterator[Sequence[np.ndarray]]:
+        y_R = np.repeat(predicted.labels, len(group))
+        rows_RK = centred_rows(predicted.logits, y_R, sigma_K, reshape=labels.reshape)
+        whole: Sequence[np.ndarray] = (rows_RK,)
+        if labels.topk is not None:
+            whole = topk_rows(rows_RK, labels.topk, chain.recipe.loss.temperature)
+        return ([column[number :: len(group)] for column in whole] for number in range(len(group)))
+
+    def open_files() -> list[list[RowFile]]:
+        return [
             [
-                stack.enter_context(RowFile(folder / name, dtype, len(kept), width, done=start))
+                stack.enter_context(RowFile(folder / name, dtype, len(kept), width, done=start, begun=not world.leads))
                 for name, dtype, width in view_files(v, chain.num_classes, labels.topk)
             ]
             for v in group
         ]
-        batches = stack.enter_context(closing(loader.batches(kept[start:], last="pad", view=group)))
-        for predicted in predict(runtime, chain.teacher.net, batches):
-            y_R = np.repeat(predicted.labels, len(group))
-            rows_RK = centred_rows(predicted.logits, y_R, sigma_K, reshape=labels.reshape)
-            columns: tuple[np.ndarray, ...] = (rows_RK,)
-            if labels.topk is not None:
-                columns = topk_rows(rows_RK, labels.topk, chain.recipe.loss.temperature)
-            for number, own in enumerate(files):
-                for file, column in zip(own, columns, strict=True):
-                    file.append(column[number :: len(group)])
-            done = files[0][0].done
-            moved((done - start) * len(group))
-            if (now := time.perf_counter()) - saved > SAVE_EVERY_S or done == len(kept):
-                for file in itertools.chain(*files):
-                    file.sync()
-                artifacts.fsync(folder)
-                for v, own, earlier_s in zip(group, files, before, strict=True):
-                    progress.views[v] = {
-                        "rows": done,
-                        "digests": [file.digest for file in own],
-                        "precision": runtime.precision,
-                        "cost_s": earlier_s + (now - began) / len(group),
-                    }
-                progress.save()
-                saved = now
+
+    loader = chain.loader("train", max(1, labels.batch_size // len(group)), input_px=chain.teacher_px)
+    with ExitStack() as stack:
+        run_pass(
+            runtime,
+            chain.teacher.net,
+            loader,
+            kept,
+            world.first(open_files),
+            columns,
+            views=group,
+            progress=progress,
+            moved=lambda rows: moved(rows * len(group)),
+        )

@@ -1,11 +1,13 @@
 """Arrays that are written row by row, and can be gone on with."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +15,15 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from torch import nn
 
+from fastkd import artifacts
+from fastkd.data.loader import Loader
+from fastkd.data.order import dealt_batches
+from fastkd.engine.loop import Predicted, predict
+from fastkd.engine.runtime import Runtime
 from fastkd.errors import FULL, FastkdError, InputError
+from fastkd.world import current
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
 _READ_BYTES = 4 << 20
@@ -22,7 +31,7 @@ SAVE_EVERY_S = 15.0
 
 
 class RowFile:
-    """An .npy file [count, width] that rows are appended to.
+    """An .npy file [count, width] that rows are written to, by one process or by several at once.
 
     By plain writes: on a full disk they raise, where writing through a memory map kills the process.
 
@@ -33,47 +42,62 @@ class RowFile:
         Of the whole array.
     done : int
         Rows that are there already and stay; what follows them is written over.
+    begun : bool
+        The file is there, header and all: another process has made it.
 
     Attributes
     ----------
     done : int
-        Rows written so far.
+        Up to which row all of them are written.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype | str, count: int, width: int, *, done: int = 0) -> None:
+    def __init__(
+        self, path: Path, dtype: np.dtype | str, count: int, width: int, *, done: int = 0, begun: bool = False
+    ) -> None:
         self.dtype = np.dtype(dtype)
-        self.width = width
         self.done = done
-        self._digest = xxhash.xxh3_128()
-        if not done:
+        self._row_bytes = self.dtype.itemsize * width
+        self._digest, self._digested = xxhash.xxh3_128(), 0
+        if not done and not begun:
             path.unlink(missing_ok=True)  # it may be a second name of a file that is not to be changed
-        self._stream = path.open("r+b" if done else "w+b")
+        self._stream = path.open("r+b" if done or begun else "w+b")
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (count, width)}
         np.lib.format.write_array_header_1_0(self._stream, header)
-        left = done * self.dtype.itemsize * width
-        while left:
-            block = self._stream.read(min(left, _READ_BYTES))
-            if not block:  # shorter than it should be: the digest will tell
-                break
-            self._digest.update(block)
-            left -= len(block)
+        self._first = self._stream.tell()
+        self._stream.flush()
+        self._folder = path.parent
 
     @property
     def digest(self) -> str:
-        """The xxh3-128 (hex) of all rows so far."""
+        """The xxh3-128 (hex) of the rows that are done, read back from the file."""
+        self._stream.flush()
+        left = self.done * self._row_bytes - self._digested
+        while left:
+            block = os.pread(self._stream.fileno(), min(left, _READ_BYTES), self._first + self._digested)
+            if not block:  # shorter than it should be: the digest will tell
+                break
+            self._digest.update(block)
+            self._digested += len(block)
+            left -= len(block)
         return self._digest.hexdigest()
 
+    def put(self, first: int, rows: np.ndarray) -> None:
+        """Write rows [n, width] from a row on, converted to the file's type."""
+        at = self._first + first * self._row_bytes
+        if self._stream.tell() != at:
+            self._stream.seek(at)
+        self._stream.write(np.ascontiguousarray(rows, self.dtype).data)
+
     def append(self, rows: np.ndarray) -> None:
-        """Write rows [n, width], converted to the file's type."""
-        data = np.ascontiguousarray(rows, self.dtype)
-        self._stream.write(data.data)
-        self._digest.update(data.data)
+        """Write rows behind those that are done."""
+        self.put(self.done, rows)
         self.done += len(rows)
 
     def sync(self) -> None:
-        """Return once all rows are on the disk."""
+        """Return once all rows, and the file's name, are on the disk."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
+        artifacts.fsync(self._folder)
 
     def __enter__(self) -> "RowFile":
         return self
@@ -129,6 +153,86 @@ class Progress:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(self.file)
+
+
+def run_pass(
+    runtime: Runtime,
+    net: nn.Module,
+    loader: Loader,
+    sample_ids: np.ndarray,
+    files: Sequence[Sequence[RowFile]],
+    columns: Callable[[Predicted], Iterable[Sequence[np.ndarray]]],
+    *,
+    views: Sequence[int | None],
+    progress: Progress,
+    moved: Callable[[int], None],
+) -> None:
+    """Run a net over samples, from the row to which all files have come, and write what is made of its logits.
+
+    Where several processes work together, they deal out whole batches in turn: rows are the same, bit by bit, as one
+    process alone would make them. `progress` tells of rows up to the first that is not safe on the disk.
+
+    Parameters
+    ----------
+    sample_ids : int64 [M]
+        Of all rows.
+    files
+        For each view the files that hold it.
+    columns
+        Makes of a batch, for each view, what each of its files gets.
+    views
+        The numbers of the views; None: the plain one, which is number 0 in `progress`.
+    moved
+        Called with the count of rows that have been written since the beginning.
+    """
+    world, size, start = current(), loader.batch_size, files[0][0].done
+    numbers = [view or 0 for view in views]
+    earlier_s = [progress.views[v]["cost_s"] if v in progress.views else 0.0 for v in numbers]
+    name = f"pass {world.calls}"
+    began = saved = time.perf_counter()
+
+    def save(batches: int) -> None:
+        """Make what this process has written safe; where it leads, tell how far all have come."""
+        for file in itertools.chain(*files):
+            file.sync()
+        world.tell(name, batches)
+        if not world.leads:
+            return
+        counts = [batches] if world.size == 1 else world.told(name)
+        first_missing = min(rank + count * world.size for rank, count in enumerate(counts))
+        done = min(len(sample_ids), start + first_missing * size)
+        now = time.perf_counter()
+        for v, own, earlier in zip(numbers, files, earlier_s, strict=True):
+            for file in own:
+                file.done = done
+            progress.views[v] = {
+                "rows": done,
+                "digests": [file.digest for file in own],
+                "precision": runtime.precision,
+                "cost_s": earlier + (now - began) / len(views),
+            }
+        progress.save()
+
+    mine = dealt_batches(sample_ids[start:], size, world.rank, world.size)
+    batch = -1
+    if len(mine):
+        batches = loader.batches(mine, last="pad", view=None if None in views else numbers)
+        with closing(predict(runtime, net, batches)) as all_predicted:
+            for batch, predicted in enumerate(all_predicted):
+                first = start + (batch * world.size + world.rank) * size
+                for own, parts in zip(files, columns(predicted), strict=True):
+                    for file, part in zip(own, parts, strict=True):
+                        file.put(first, part)
+                moved(min(len(sample_ids) - start, (batch + 1) * world.size * size))
+                if (now := time.perf_counter()) - saved > SAVE_EVERY_S:
+                    save(batch + 1)
+                    saved = now
+    if not world.leads:
+        save(batch + 1)
+    world.wait()
+    if world.leads:
+        save(batch + 1)
+    world.wait()
 
 
 def check_float16(rows: np.ndarray) -> None:

@@ -1,18 +1,18 @@
 """score: one pass of the teacher over all of train, in the plain view → SCORES."""
 
 import shutil
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastkd import artifacts, console
+from fastkd import console
 from fastkd.artifacts import Artifact, Built
-from fastkd.engine.loop import predict
 from fastkd.errors import InputError
 from fastkd.kernels import Scores, score_logits
-from fastkd.stages.rows import SAVE_EVERY_S, Progress, RowFile, full_disk_explained, need_space
+from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, run_pass
+from fastkd.stages.together import build_together
+from fastkd.world import current
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -35,7 +35,7 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
     if "score" in chain.force:
         file.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):
-        scores, built = artifacts.build(
+        scores, built = build_together(
             path,
             "SCORES",
             inputs,
@@ -45,7 +45,7 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
             force="score" in chain.force,
             resumable=True,
         )
-    if chain.build:
+    if chain.build and current().leads:
         file.unlink(missing_ok=True)
     return scores, built
 
@@ -53,38 +53,39 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
 def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
     """Run the teacher over all of train, from where a pass that was broken off had come."""
     console.heading(f"score: {chain.teacher.inputs['model']} over train")
-    precision, file = chain.runtime.precision, directory / "logits.npy"
+    world, precision, file = current(), chain.runtime.precision, directory / "logits.npy"
     loader = chain.loader("train", chain.recipe.score.batch_size, input_px=chain.teacher_px)
     labels_N = loader.labels()
     count, K, dtype = loader.count, chain.num_classes, np.dtype(chain.recipe.score.dtype)
     begun = progress.views.get(0)
     done = begun["rows"] if begun and begun["precision"] == precision and file.is_file() else 0
-    if begun and done:
+    if begun and done and world.leads:
         with RowFile(file, dtype, count, K, done=done) as rows:
             if rows.digest != begun["digests"][0]:
                 console.warn("score: what was begun is damaged; scoring anew")
                 done = 0
+    done = world.share(done)
     earlier_s = begun["cost_s"] if begun and done else 0.0
     if done:
         console.say(f"score: going on with what was begun: {done:,} of {count:,} rows are there")
+    else:
+        progress.views.clear()
     need_space(directory, (count - done) * K * dtype.itemsize, f"storing {count - done:,} rows of logits")
-    began = saved = time.perf_counter()
-    with RowFile(file, dtype, count, K, done=done) as rows, console.progress("score", count - done) as update:
-        if done < count:
-            batches = loader.batches(np.arange(done, count), last="pad")
-            for predicted in predict(chain.runtime, chain.teacher.net, batches):
-                rows.append(predicted.logits)
-                update(rows.done - done, "")
-                if (now := time.perf_counter()) - saved > SAVE_EVERY_S:
-                    rows.sync()
-                    progress.views[0] = {
-                        "rows": rows.done,
-                        "digests": [rows.digest],
-                        "precision": precision,
-                        "cost_s": earlier_s + now - began,
-                    }
-                    progress.save()
-                    saved = now
+    opened = world.first(lambda: RowFile(file, dtype, count, K, done=done, begun=not world.leads))
+    with opened as rows, console.progress("score", count - done) as update:
+        run_pass(
+            chain.runtime,
+            chain.teacher.net,
+            loader,
+            np.arange(count),
+            [[rows]],
+            lambda predicted: [[predicted.logits]],
+            views=[None],
+            progress=progress,
+            moved=lambda rows: update(rows, ""),
+        )
+    if not world.leads:
+        return Built()
     np.save(directory / "labels.npy", labels_N)
     try:
         top1 = float(score_chunks(np.load(file, mmap_mode="r"), labels_N).correct.mean())

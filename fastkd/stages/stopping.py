@@ -7,13 +7,16 @@ import threading
 from types import FrameType
 from typing import Any
 
+import torch.distributed as dist
+
 from fastkd.errors import Terminated
+from fastkd.world import current
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """While it is entered, the first Ctrl-C or SIGTERM sets `requested`; a second one stops at once.
+    """While it is entered, the first Ctrl-C or SIGTERM sets `requested`; a second one stops at once (not in torchrun).
 
     A signal that the process was started to ignore stays ignored. In a thread other than the main one, which gets no
     signals, nothing is ever requested.
@@ -23,6 +26,8 @@ class StopRequest:
         self.requested = False
         self._signal = signal.SIGINT
         self._before: dict[signal.Signals, Any] = {}
+        # torchrun hands on what the terminal has sent to all already, and kills who is not done within 30 s.
+        self._counts = not dist.is_torchelastic_launched()
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
@@ -40,8 +45,9 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)
-        if self.requested:
+        if self.requested and self._counts:
             raise self.reason()
+        if not self.requested and current().leads:
+            with contextlib.suppress(OSError):  # print may hold a lock just now
+                os.write(2, b"\nstopping after this step" + self._counts * b"; once more stops at once" + b"\n")
         self.requested = True
-        with contextlib.suppress(OSError):  # print may hold a lock just now
-            os.write(2, b"\nstopping after this step; once more stops at once\n")

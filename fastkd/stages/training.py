@@ -17,8 +17,9 @@ from fastkd import artifacts, console, doctor, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
 from fastkd.data.loader import Loader
+from fastkd.data.order import dealt_batches
 from fastkd.engine import checkpoint
-from fastkd.engine.loop import Epoch, StoppedError, evaluate, train_epoch
+from fastkd.engine.loop import Epoch, StoppedError, train_epoch
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages.history import History, require_tensorboard
@@ -26,6 +27,8 @@ from fastkd.stages.job import LOADING_HELP, Job, prepare, uses_labels, uses_subs
 from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.stopping import StopRequest
 from fastkd.stages.student import STORED
+from fastkd.stages.together import build_together
+from fastkd.world import Vote, current
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -59,7 +62,7 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
     if uses_labels(recipe):
         parents["LABELS"] = chain.labels.key
     with full_disk_explained(path.parent, "the next run goes on from the last checkpoint", setting="train.runs_dir"):
-        return artifacts.build(
+        return build_together(
             path,
             "RUN",
             inputs,
@@ -109,7 +112,7 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
 
 def _unusual(train: recipes.Train) -> dict[str, Any]:
     """Return settings of the loop that bear on the student and are seldom used: where they are, alone."""
-    settings = {"accumulate": train.accumulate, "ema_decay": train.ema_decay}
+    settings = {name: getattr(train, name) for name in ("accumulate", "ema_decay", "sync_batchnorm")}
     usual = recipes.Train(epochs=1, batch_size=1)
     unusual: dict[str, Any] = {name: value for name, value in settings.items() if value != getattr(usual, name)}
     if train.progressive_px:
@@ -129,30 +132,38 @@ def _student_weights(recipe: recipes.Recipe) -> str | None:
 
 
 def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
-    """Train, from the last checkpoint on if there is one; evaluate once, and write everything that a RUN holds."""
-    recipe, runtime, watch = chain.recipe, chain.runtime, chain.watch
+    """Train, from the last checkpoint on if there is one; evaluate once, and write everything that a RUN holds.
+
+    All processes of a job are here at once; the leading one writes.
+    """
+    import fastkd.engine.evaluation  # noqa: F401 - torchmetrics takes seconds, for which scoring need not wait
+
+    recipe, runtime, watch, world = chain.recipe, chain.runtime, chain.watch, current()
     console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
     key = artifacts.key_of("RUN", run_inputs(chain))
     checkpoints = directory / CHECKPOINTS
     begun = checkpoints.exists()
-    found = checkpoint.newest(checkpoints)
+    found = world.first(lambda: checkpoint.newest(checkpoints))
     if found and found.state["key"] != key:
         raise InputError(
             f"{directory}: was begun for another recipe, or with other settings; give those again to go on, choose "
             "another place, or begin anew with --force train"
         )
-    if source is not None:
-        shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
-    (directory / "resolved.yaml").write_text(recipes.dump(recipe))
-    _write_environment(chain, directory / "env.json", begun=found is not None)
+    if world.leads:
+        if source is not None:
+            shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
+        (directory / "resolved.yaml").write_text(recipes.dump(recipe))
+        _write_environment(chain, directory / "env.json", begun=found is not None)
     try:
         job = prepare(chain)
     except InputError:
-        if not begun:
+        if not begun and world.leads:
             shutil.rmtree(directory)
         raise
-    torch.manual_seed(word(recipe.seed, "train"))  # for what nets draw while they train: dropout
-    history = History(directory, key, watch, found.state if found else None, tensorboard=recipe.log.tensorboard)
+    # For what nets draw while they train: dropout.
+    torch.manual_seed(word(recipe.seed, "train" if world.leads else f"train {world.rank}"))
+    before = found.state if found else None
+    history = History(directory, key, watch, before, tensorboard=recipe.log.tensorboard, writes=world.leads)
     if found:
         checkpoint.restore(found, job.student, job.state, job.running)
         console.say(
@@ -175,7 +186,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
                 save()
             console.say("train: stopped; the same command goes on from the last checkpoint")
             raise stop.reason() from None
-        if stop.requested:
+        if world.any_of(stop.requested):
             raise stop.reason()
     accuracy = {}
     epoch = recipe.train.epochs - 1
@@ -185,6 +196,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
         val_ids = np.arange(chain.dataset.facts["counts"]["val"])
         accuracy["val"] = _look(chain, job.result, history, "val", val_ids, "val", epoch)
     history.close()
+    if not world.leads:
+        return Built()
 
     _save_student(chain, job, directory)
     timing = _timing(chain, history.epochs)
@@ -215,14 +228,14 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
     StoppedError
         Somebody asked to stop; `history` is up to date.
     """
-    recipe, watch, train = chain.recipe, chain.watch, chain.recipe.train
-    images = job.images_per_epoch
+    recipe, watch, train, world = chain.recipe, chain.watch, chain.recipe.train, current()
+    images, stop_here = job.images_per_epoch, Vote(lambda: stop.requested)
     with console.progress("train", train.epochs * images) as update:
         for number in range(len(history.epochs), train.epochs):
             epoch = history.epoch
             with watch.on("train"):
                 ids = job.epoch_ids(number, begun=epoch.steps > 0)
-                lr_S = learning_rates(recipe.optim, train.epochs, number, job.loader.full_batches(len(ids)))
+                lr_S = learning_rates(recipe.optim, train.epochs, number, job.steps_of(len(ids)))
 
             def on_log(epoch: Epoch, loss: float, number: int = number, lr_S: np.ndarray = lr_S) -> None:
                 wait = epoch.data_wait_s / epoch.wall_s
@@ -236,7 +249,7 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
                 )
                 done = round((number + epoch.steps / len(lr_S)) * images)
                 update(done, f"epoch {number + 1}, loss {loss:.3f}, data wait {wait:.1%}")
-                if history.is_due(train.checkpoint_every_s) and epoch.steps < len(lr_S):
+                if epoch.steps < len(lr_S) and world.any_of(history.is_due(train.checkpoint_every_s)):
                     save()
 
             if epoch.steps < len(lr_S):
@@ -250,25 +263,35 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
                         on_log=on_log,
                         running=job.running,
                         epoch=epoch,
-                        stop=lambda: stop.requested,
+                        stop=stop_here,
                     )
+            (epoch.data_wait_s,) = world.mean(epoch.data_wait_s)
             history.end_epoch()
             every = train.eval_every_epochs
             if every and (number + 1) % every == 0 and number + 1 < train.epochs and len(chain.holdout_ids):
                 with watch.on("evaluate"):
                     _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", number)
-            if history.is_due(train.checkpoint_every_s):
+            if world.any_of(history.is_due(train.checkpoint_every_s)):
                 save()
+    stop_here.close()
 
 
 def _look(
     chain: "Chain", net: nn.Module, history: History, split: str, ids: np.ndarray, name: str, epoch: int
 ) -> float:
-    """Evaluate on a split; uncompiled, since compiling another graph costs more than one look saves."""
+    """Evaluate on a split; uncompiled, since compiling another graph costs more than one look saves.
+
+    The processes deal out the batches. Batch norm's statistics are those of the leading one.
+    """
+    from fastkd.engine.evaluation import evaluate
+
+    world = current()
     loader: Loader = chain.loader(split, min(EVAL_BATCH_SIZE, len(ids)))
     was_training = net.training
     net.eval()
-    top1 = evaluate(chain.runtime, net, loader.batches(ids, last="pad"), chain.num_classes)
+    world.spread(net.buffers())
+    mine = dealt_batches(ids, loader.batch_size, world.rank, world.size)
+    top1 = evaluate(chain.runtime, net, loader.batches(mine, last="pad") if len(mine) else None, chain.num_classes)
     net.train(was_training)
     history.write("evaluate", epoch=epoch, split=name, top1=top1, images=len(ids))
     if name == "holdout":
@@ -338,6 +361,7 @@ def environment(chain: "Chain") -> dict[str, Any]:
         "machine": doctor.machine(),
         "torch_threads": torch.get_num_threads(),
         "device": str(runtime.device),
+        "processes": current().size,
         "gpu": runtime.gpu,
         "precision": runtime.precision,
         "channels_last": runtime.channels_last,

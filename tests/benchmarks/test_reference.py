@@ -12,8 +12,9 @@ from fastkd.benchmarks.breakdown import changed, reference_recipe
 from fastkd.benchmarks.reference import Reference, augmentation, export_images, step
 from fastkd.benchmarks.savings import ways
 from fastkd.data.loader import Loader
+from fastkd.engine.evaluation import evaluate
 from fastkd.engine.feed import feed
-from fastkd.engine.loop import evaluate, train_step
+from fastkd.engine.loop import train_step
 from fastkd.recipe import View
 from fastkd.stages import Chain
 from fastkd.stages.job import prepare

@@ -12,13 +12,13 @@ from torch import nn
 
 from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
+from fastkd.engine.evaluation import evaluate
 from fastkd.engine.feed import feed
 from fastkd.engine.loop import (
     Epoch,
     Objective,
     StoppedError,
     TrainState,
-    evaluate,
     predict,
     train_epoch,
     train_step,

@@ -51,7 +51,9 @@ def result(noise, tiny_recipe, tmp_path):
     return get
 
 
-@pytest.mark.parametrize("name", ["write", "score", pytest.param("train", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "name", ["write", *(pytest.param(name, marks=pytest.mark.soak) for name in ("score", "train"))]
+)
 def test_two_processes_that_build_the_same__one_makes_it_and_the_other_waits_and_uses_it(
     name, both, result, tmp_path, leftovers
 ):
@@ -69,7 +71,9 @@ def test_two_processes_that_build_the_same__one_makes_it_and_the_other_waits_and
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["write", pytest.param("score", marks=pytest.mark.soak), "train"])
+@pytest.mark.parametrize(
+    "name", ["train", *(pytest.param(name, marks=pytest.mark.soak) for name in ("write", "score"))]
+)
 def test_two_processes_of_which_the_builder_is_killed__the_other_takes_over(
     name, both, result, tmp_path, leftovers, traces
 ):

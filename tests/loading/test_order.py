@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkd.data.order import epoch_order, split_holdout
+from fastkd.data.order import dealt_batches, epoch_order, rank_slices, split_holdout
 
 
 @given(st.integers(0, 2000), st.integers(0, 2**62), st.integers(0, 500))
@@ -40,3 +40,37 @@ def test_no_holdout_by_default():
     assert train.tolist() == [0, 1, 2, 3, 4]
     assert train.dtype == aside.dtype == np.int64
     assert len(aside) == 0
+
+
+@given(st.integers(0, 400), st.integers(1, 9), st.integers(1, 64), st.integers(0, 5))
+def test_processes_share_each_batch_and_miss_the_remainder_alone(count, local, size, epoch):
+    """In a world of any size: no sample twice, every batch the one that a single process has, in its order."""
+    batch_size = local * size
+    order = epoch_order(count, 3, epoch)
+    parts = [rank_slices(order, batch_size, rank, size) for rank in range(size)]
+    full = count // batch_size
+    assert [len(part) for part in parts] == [full * local] * size
+    batches = np.stack([part.reshape(full, local) for part in parts], axis=1).reshape(full, batch_size)
+    assert np.array_equal(batches.reshape(-1), order[: full * batch_size])
+
+
+@given(st.integers(0, 60), st.sampled_from([(1, 2), (2, 1), (4, 2), (2, 8), (8, 3)]), st.integers(0, 4))
+def test_a_world_of_another_size_goes_on_at_the_same_sample(count, sizes, steps):
+    batch_size = 24
+    order = epoch_order(count * 10, 0, 0)
+    seen: list[int] = []
+    for size, part in zip(sizes, (order[: steps * batch_size], order[steps * batch_size :]), strict=True):
+        for rank in range(size):
+            seen += rank_slices(part, batch_size, rank, size).tolist()
+    assert sorted(seen) == sorted(order[: len(order) // batch_size * batch_size].tolist())
+
+
+@given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 64))
+def test_whole_batches_are_dealt_out_in_turn(count, batch_size, size):
+    ids = np.arange(count) * 3
+    parts = [dealt_batches(ids, batch_size, rank, size) for rank in range(size)]
+    assert np.array_equal(np.sort(np.concatenate(parts)), ids)
+    for rank, part in enumerate(parts):
+        firsts = part[::batch_size]
+        assert firsts.tolist() == ids[rank * batch_size :: size * batch_size].tolist()
+        assert all(len(part[at : at + batch_size]) == batch_size for at in range(0, len(part) - batch_size, batch_size))

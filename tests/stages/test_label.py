@@ -17,9 +17,8 @@ import torch
 from fastkd import artifacts, check, label, recipe, stages
 from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
-from fastkd.stages import Chain, checking, labelling
+from fastkd.stages import Chain, checking, labelling, rows
 from fastkd.stages.job import prepare
-from fastkd.stages.rows import RowFile
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.batch_size=32")
 
@@ -242,20 +241,21 @@ def test_topk_of_all_classes_is_refused(tiny_recipe):
 SLOW = """
 import sys, time
 from fastkd import cli, label
-from fastkd.stages import labelling
-labelling.SAVE_EVERY_S = 0.0
-real = labelling.predict
+from fastkd.stages import rows
+rows.SAVE_EVERY_S = 0.0
+real = rows.predict
 def slow(*a):
     for item in real(*a):
         yield item
         time.sleep(0.3)
-labelling.predict = slow
+rows.predict = slow
 sys.argv = ["fastkd.label", *sys.argv[1:]]
 cli.run(label.main)
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
+@pytest.mark.soak  # one kill -9 of a labelling is in tests/faults
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, sent):
     overrides = (*VIEWS, "labels.views=2")
     chain = Chain(tiny_recipe(*overrides))
@@ -295,17 +295,17 @@ def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, s
         assert np.array_equal(labels.array(f"views/v{v:04}.npy"), whole.array(f"views/v{v:04}.npy"))
 
 
-def stop_after(monkeypatch, rows: int, error: BaseException) -> None:
+def stop_after(monkeypatch, count: int, error: BaseException) -> None:
     """Make writing fail once a file has that many rows; save after every batch."""
-    real = RowFile.append
+    real = rows.RowFile.put
 
-    def append(self: RowFile, data: np.ndarray) -> None:
-        if self.done >= rows:
+    def put(self: rows.RowFile, first: int, data: np.ndarray) -> None:
+        if first >= count:
             raise error
-        real(self, data)
+        real(self, first, data)
 
-    monkeypatch.setattr(labelling, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(RowFile, "append", append)
+    monkeypatch.setattr(rows, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(rows.RowFile, "put", put)
 
 
 def test_a_full_disk_says_so_and_the_next_run_goes_on(tiny_recipe, monkeypatch, capfd):

@@ -1,0 +1,240 @@
+"""The processes that torchrun started: which one this is, and what they tell one another.
+
+Tensors of each step go through torch.distributed's collectives. Everything else goes, as JSON, through the job's
+key-value store: waiting there may last as long as writing a data set does, and ends where another process has failed.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fastkd import console
+from fastkd.artifacts import differences
+from fastkd.errors import FastkdError, InputError, Terminated
+
+T = TypeVar("T")
+LOOK_EVERY_S = 0.02
+_FAILED = "failed"
+
+
+@dataclass
+class World:
+    """The processes that work together.
+
+    Attributes
+    ----------
+    rank, size
+        Number of this process, and how many there are. Number 0 leads: it writes and speaks for all.
+    local_rank, local_size
+        The same among those on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    store: dist.Store | None = None
+    calls: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """Return what the leading process gives, in all of them; what JSON cannot hold is an error."""
+        if self.store is None:
+            return value
+        key = self._next("shared")
+        if self.leads:
+            self.store.set(key, json.dumps(value))
+            return value
+        return json.loads(self._wait(key))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each process gives, by rank."""
+        if self.store is None:
+            return [value]
+        key = self._next("gathered")
+        self.store.set(f"{key}/{self.rank}", json.dumps(value))
+        return [json.loads(self._wait(f"{key}/{rank}")) for rank in range(self.size)]
+
+    def wait(self) -> None:
+        """Return once all have come to this point."""
+        self.gather(None)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Let the leading process do something, and then the others, who find what it left."""
+        if self.leads:
+            value = work()
+            self.share(True)
+            return value
+        self.share(True)
+        return work()
+
+    def agree(self, what: str, value: Mapping[str, Any]) -> None:
+        """See that all processes have the same.
+
+        Raises
+        ------
+        InputError
+            This one has something else than the leading one; names what differs.
+        FastkdError
+            Another one has.
+        """
+        if self.size == 1:
+            return
+        if phrases := differences(self.share(value), value):
+            raise InputError(
+                f"process {self.rank} on {platform.node()} has another {what} than process 0: {'; '.join(phrases)}. "
+                "All must be started with the same command, on the same data"
+            )
+        self.wait()  # for who will not agree
+
+    def tell(self, name: str, count: int) -> None:
+        """Leave a number for `told`; nobody waits for it."""
+        if self.store is not None:
+            self.store.set(f"{name}/{self.rank}", str(count))
+
+    def told(self, name: str) -> list[int]:
+        """Return what each process last told under a name, by rank; 0: nothing."""
+        assert self.store is not None
+        keys = [f"{name}/{rank}" for rank in range(self.size)]
+        return [int(self.store.get(key)) if self.store.check([key]) else 0 for key in keys]
+
+    def any_of(self, wish: bool) -> bool:
+        """Tell whether any process wishes something."""
+        return bool(self._reduced([float(wish)], dist.ReduceOp.MAX)[0])
+
+    def mean(self, *values: float) -> tuple[float, ...]:
+        """Return the means over all processes."""
+        if self.size == 1:
+            return values
+        return tuple((self._reduced(values, dist.ReduceOp.SUM) / self.size).tolist())
+
+    def every(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return each process's tensor of one shape on the CPU, by rank."""
+        if self.size == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(found, tensor)
+        return found
+
+    def spread(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors by those of the leading process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def _reduced(self, values: Any, how: Any) -> torch.Tensor:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(tensor, how)
+        return tensor
+
+    def _next(self, what: str) -> str:
+        self.calls += 1
+        return f"{what}/{self.calls}"
+
+    def _wait(self, key: str) -> bytes:
+        assert self.store is not None
+        while not self.store.check([key]):
+            if self.store.check([_FAILED]):
+                raise FastkdError(self.store.get(_FAILED).decode())
+            time.sleep(LOOK_EVERY_S)
+        return bytes(self.store.get(key))
+
+
+class Vote:
+    """A wish that any process may have at any step: all of them learn of it one step later, so that none ever waits.
+
+    Parameters
+    ----------
+    wish
+        Asked at each step in each process.
+    """
+
+    def __init__(self, wish: Callable[[], bool]) -> None:
+        self._wish = wish
+        self._cast: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __call__(self) -> bool:
+        """Return the same in all processes; each must ask at the same steps."""
+        if current().size == 1:
+            return self._wish()
+        granted = self.close()
+        ballot = torch.tensor([int(self._wish())])
+        self._cast = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True)
+        return granted
+
+    def close(self) -> bool:
+        """Wait for the last vote, and return what came of it."""
+        if self._cast is None:
+            return False
+        ballot, work = self._cast
+        self._cast = None
+        work.wait()
+        return bool(ballot)
+
+
+_world = World()
+
+
+def current() -> World:
+    """Return the processes that this one works with: none but itself, where torchrun did not start it."""
+    return _world
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[World]:
+    """Work with the other processes of a torchrun job inside; alone where there is no such job.
+
+    The leading process alone prints. What fails in one of them ends all, and is told once, by that one.
+    """
+    global _world
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield _world
+        return
+    store, rank, size = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore("collectives", store), rank=rank, world_size=size)
+    local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    _world = World(rank, size, local_rank, local_size, dist.PrefixStore("fastkd", store))
+    try:
+        with console.quieted(rank != 0):
+            yield _world
+            _world.wait()  # the store may live in a process that is done
+        dist.destroy_process_group()
+    except (KeyboardInterrupt, Terminated) as error:  # torchrun hands signals to all
+        if rank == 0:
+            raise
+        raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
+    except FastkdError as error:
+        _told_once(_world, str(error), error)
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            _told_once(_world, f"{type(error).__name__}: {error}", error)
+        lost = FastkdError("the connection to another process was lost; the same command goes on from what is safe")
+        _told_once(_world, str(lost), lost)
+    except BaseException as error:
+        _told_once(_world, f"{type(error).__name__}: {error}", error)
+    finally:
+        _world = World()
+
+
+def _told_once(world: World, message: str, error: BaseException) -> None:
+    """Raise an error if it is the first of the job, else leave quietly: somebody else's has been told."""
+    assert world.store is not None
+    with contextlib.suppress(dist.DistError):  # the store may be gone
+        first = f"process {world.rank} on {platform.node()}: {message}"
+        if world.store.compare_set(_FAILED, "", first).decode() != first:
+            raise SystemExit(getattr(error, "exit_code", 1)) from None
+    raise error

@@ -1,0 +1,49 @@
+"""What a torchrun job of the tests does: some stages, one after another, since starting one takes longer than they do.
+
+    torchrun … job.py '[{"stage": "train", "recipe": "student.yaml", "overrides": ["seed=1"]}, …]'
+
+Each may have `stop_after` (steps after which training is asked to stop), `pause_s` (before each step), and `apart`:
+overrides of each process of its own.
+"""
+
+import json
+import time
+
+from fastkd import cli, recipe, stages, world
+from fastkd.engine import loop
+from fastkd.stages import training
+
+
+class StopsAfter(world.Vote):
+    """A vote that one process alone wins at a given step."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+        super().__init__(self._is_over)
+
+    def _is_over(self) -> bool:
+        self.left -= 1
+        return self.left <= 0 and world.current().rank == world.current().size - 1
+
+
+def main(jobs: str) -> None:
+    real_step, real_vote = loop.train_step, world.Vote
+    for one in json.loads(jobs):
+        apart = one.get("apart", [[]] * world.current().size)[world.current().rank]
+        pause_s, stop_after = one.get("pause_s", 0.0), one.get("stop_after")
+
+        def step(*given, pause_s=pause_s):
+            time.sleep(pause_s)
+            return real_step(*given)
+
+        loop.train_step = step
+        training.Vote = real_vote if stop_after is None else lambda wish, steps=stop_after: StopsAfter(steps)
+        try:
+            getattr(stages, one["stage"])(recipe.load(one["recipe"], [*one["overrides"], *apart]))
+        except KeyboardInterrupt:
+            if stop_after is None:
+                raise
+
+
+if __name__ == "__main__":
+    cli.run(main, together=True)

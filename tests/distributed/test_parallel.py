@@ -1,0 +1,46 @@
+"""What several processes do to a net, here one in a group of its own."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastkd import world
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import InputError
+
+CPU = Runtime(torch.device("cpu"), "fp32", channels_last=True, compile=False)
+
+
+@pytest.fixture
+def as_in_a_job(monkeypatch):
+    """Believe to be one of two, in a group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(world, "_world", world.World(rank=0, size=2))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_lie_in_the_buckets_as_weights_do(as_in_a_job, accumulates):
+    """Nothing is copied or laid out anew between backward pass, all-reduce and optimizer."""
+    net = CPU.place(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    parallel = CPU.distributed(net, accumulates=accumulates)
+    for _ in range(2):
+        parallel(torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last)).sum().backward()
+    for convolution in (net[0], net[2]):
+        gradient = convolution.weight.grad
+        assert gradient.stride() == convolution.weight.stride()
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+    storages = {p.grad.untyped_storage().data_ptr() for p in net.parameters()}
+    assert len(storages) == 1
+
+
+def test_alone_a_net_stays_as_it_is():
+    net = nn.Linear(2, 2)
+    assert CPU.distributed(net, accumulates=False) is net
+
+
+def test_batch_norm_over_all_processes_needs_gpus():
+    with pytest.raises(InputError, match=r"train\.sync_batchnorm: torch has it on GPUs alone"):
+        CPU.synchronise(nn.BatchNorm2d(3))
