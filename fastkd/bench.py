@@ -92,6 +92,32 @@ def loader(
     console.say(f"written: {out / 'loader.json'}, {out / 'loader.png'}")
 
 
+def cold(
+    out: Annotated[Path, typer.Option(help="Where cold.json goes.")] = Path("runs/bench-cold"),
+    data: Annotated[
+        Path | None, typer.Option(help="Keep the data sets here, or find them: on a disk; default: made anew.")
+    ] = None,
+    small: Annotated[int, typer.Option(help="How many images of 32×32.")] = 60_000,
+    photos: Annotated[int, typer.Option(help="How many JPEGs, as large as ImageNet's.")] = 1000,
+) -> None:
+    """Tell what an epoch reads from the disk when nothing is in memory: all samples, half of them, an export of these.
+
+    The page cache is emptied of the data before each epoch, as it is where data are larger than memory.
+
+    Example: python -m fastkd.bench cold --data data/bench
+    """
+    from fastkd.benchmarks import cold as benchmark
+
+    report = benchmark.measure(out, data=data, small=small, photos=photos)
+    console.show(benchmark.table(report))
+    console.say(
+        "read: from the disk, by this process; in memory: after the epoch; in vain: pages without a byte of the "
+        f"samples. The disk's read_ahead_kb is {report['read_ahead_kb'] or 'unknown'}"
+    )
+    console.say(f"machine: {machine_line(report['machine'], None)}")
+    console.say(f"written: {out / 'cold.json'}")
+
+
 def step(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
@@ -121,24 +147,54 @@ def plan(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each rate is measured, in turn.")] = 3,
+    gpus: Annotated[int, typer.Option(min=1, help="Predict for so many devices a node.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="And so many nodes.")] = 1,
+    node_gb_s: Annotated[
+        float, typer.Option(min=0.001, help="GB/s from device to device in a node, each way: an H100's NVLink.")
+    ] = 450.0,
+    network_gb_s: Annotated[
+        float, typer.Option(min=0.001, help="GB/s from a device to other nodes: 400 Gb/s InfiniBand.")
+    ] = 50.0,
+    cores_per_gpu: Annotated[int, typer.Option(min=1, help="Loader threads a device: as in a DGX H100.")] = 14,
     out: Annotated[Path | None, typer.Option(help="Where plan.json goes.")] = None,
 ) -> None:
     """Measure for a minute and predict what vanilla KD and the recipe would take, at other keep ratios and views too.
 
-    Example: python -m fastkd.bench plan recipes/rn50_r18.yaml
+    For several devices, one is measured here at its share of the batch, and an all-reduce added that nothing hides:
+    an upper bound, by arithmetic that has never been checked on GPUs.
+
+    Example: python -m fastkd.bench plan recipes/rn50_r18.yaml --gpus 8 --nodes 2
     """
     resolved = recipe.load(path, overrides or ())
     from fastkd.benchmarks import plan as benchmark
+    from fastkd.benchmarks.scaling import Cluster
 
-    out = out or benchmark.out_of(resolved)
-    report = benchmark.measure(resolved, out, repeats=repeats)
+    cluster = Cluster(gpus, nodes, node_gb_s, network_gb_s, cores_per_gpu) if gpus * nodes > 1 else None
+    out = out or benchmark.out_of(resolved, cluster)
+    report = benchmark.measure(resolved, out, repeats=repeats, cluster=cluster)
     console.show(benchmark.table(report))
     rates = report["measured"]
-    console.say(
-        f"measured, images/s: student {rates['step']:,.0f}, with a live teacher {rates['vanilla_step']:,.0f}; "
-        f"teacher scoring {rates['score']:,.0f}, labelling {rates['label']:,.0f}; evaluating {rates['evaluate']:,.0f}"
-    )
-    console.say(f"the limit is {report['limit']}")
+    if several := report["cluster"]:
+        one = several["one_device"]
+        console.say(
+            f"measured here, at a device's {several['local_batch']} images of each batch, images/s: student "
+            f"{one['step']:,.0f}, with a live teacher {one['vanilla_step']:,.0f}; teacher scoring {one['score']:,.0f}, "
+            f"labelling {one['label']:,.0f}"
+        )
+        console.say(
+            f"predicted of all {gpus * nodes}: student {rates['step']:,.0f}, {rates['step'] / one['step']:.1f} times "
+            f"one. To add up {several['gradient_bytes'] / 1e6:,.1f} MB of gradients takes "
+            f"{1e3 * several['all_reduce_s']:.2f} ms of a step, as if the backward pass hid none of it: an upper "
+            "bound. Never checked on GPUs"
+        )
+        console.say(several["loading"])
+    else:
+        console.say(
+            f"measured, images/s: student {rates['step']:,.0f}, with a live teacher {rates['vanilla_step']:,.0f}; "
+            f"teacher scoring {rates['score']:,.0f}, labelling {rates['label']:,.0f}; "
+            f"evaluating {rates['evaluate']:,.0f}"
+        )
+        console.say(f"the limit is {report['limit']}")
     console.say(
         f"outside the table: training the teacher. Each row pays for {report['sizes']['epochs']} epochs; "
         "the recipe's precision, batch and loader"
@@ -254,4 +310,4 @@ def synthetic(
 
 
 if __name__ == "__main__":
-    cli.run(savings, plan, step, scale, loader, labels, prune, synthetic, named=True)
+    cli.run(savings, plan, step, scale, loader, cold, labels, prune, synthetic, named=True)

@@ -116,10 +116,15 @@ def memory_bytes(meminfo: str, limits: Sequence[str] = ()) -> tuple[int, int]:
     return min([total, *bounds]), min([available, *bounds])
 
 
+def memory() -> tuple[int, int]:
+    """Return the (total, available) bytes of memory that this process may have; 0 where unknown."""
+    return memory_bytes(_read("/proc/meminfo"), cgroup_values("memory.max", _read("/proc/self/cgroup")))
+
+
 def machine() -> dict[str, Any]:
     """Return the facts of this machine that need no package."""
     cpuinfo, self_cgroup = _read("/proc/cpuinfo"), _read("/proc/self/cgroup")
-    total, available = memory_bytes(_read("/proc/meminfo"), cgroup_values("memory.max", self_cgroup))
+    total, available = memory()
     return {
         "os": os_name(_read("/etc/os-release")),
         "python": platform.python_version(),

@@ -83,7 +83,7 @@ class Data(Section):
     workers: int = Field(0, ge=0)
     """Loader threads; 0: as many of the usable cores as it needs to stay ahead of the step, by measurement."""
     os_cache: bool = True
-    """Let the system's page cache hold the data; turn off for data larger than memory."""
+    """Read through the system's page cache: of large images just those asked for. Off: by whole pages of 8 MB."""
 
 
 class Teacher(Section):

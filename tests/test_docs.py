@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 from fastkd import artifacts, cli, models, recipe
 
@@ -137,12 +138,15 @@ def test_recipes_on_the_pages_are_valid(page, tmp_path):
 # What is to be typed --------------------------------------------------------------------------------------------------
 
 
+def blocks_of(page: Path) -> list[str]:
+    """Return a page's blocks of commands, with lines that go on as one."""
+    found = [text for language, text in FENCED.findall(page.read_text()) if language in ("bash", "")]
+    return [text.replace("\\\n", " ") for text in found]
+
+
 def commands_of(page: Path) -> list[str]:
     """Return what follows ``python -m fastkd.`` on the lines of a page's blocks."""
-    blocks = [
-        text.replace("\\\n", " ") for language, text in FENCED.findall(page.read_text()) if language in ("bash", "")
-    ]
-    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for block in blocks_of(page) for line in block.splitlines()]
     return [line.removeprefix("python -m fastkd.") for line in lines if line.startswith("python -m fastkd.")]
 
 
@@ -159,12 +163,13 @@ def words_of(command: str) -> list[str]:
     return words
 
 
-def run(command: str) -> None:
+def run(command: str, *, parse_only: bool = False) -> None:
     """Run a command in this process as ``python -m`` does, or only have it parsed; it must end with 0."""
     name, *words = words_of(command)
+    parse_only = parse_only or any(command.startswith(one) for one in PARSED_ONLY)
     told = io.StringIO()
     with contextlib.ExitStack() as stack:
-        if any(command.startswith(one) for one in PARSED_ONLY):
+        if parse_only:
             stack.enter_context(mock.patch.object(cli, "_explained", parsed))
             stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parsed_by_argparse))
         stack.enter_context(mock.patch.object(sys, "argv", [name, *words]))
@@ -262,6 +267,19 @@ def test_every_command_of_a_page_works(page, reader):
     """In order, as it stands there, on data and recipes that are small and bear the names of the page."""
     for command in commands_of(page):
         run(command)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "torchrun --" in p.read_text()], ids=lambda page: page.name)
+def test_every_torchrun_line_of_a_page_is_one(page, reader):
+    """By torchrun's own parser; what it is to start is parsed too. tests/distributed starts some."""
+    lines = [line for text in blocks_of(page) for line in text.splitlines() if re.match(r"(srun )?torchrun ", line)]
+    assert lines
+    for line in lines:
+        given = torchrun_parser().parse_args(shlex.split(line.partition("torchrun ")[2]))
+        assert given.module
+        assert given.training_script.startswith("fastkd.")
+        words = [given.training_script.removeprefix("fastkd."), *given.training_script_args]
+        run(shlex.join(words), parse_only=True)
 
 
 def test_the_python_of_the_page_about_it_runs(reader):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastkd import console, doctor
 from fastkd.benchmarks import charts, machine_line
 from fastkd.benchmarks.breakdown import changed
 from fastkd.benchmarks.savings import break_even
+from fastkd.benchmarks.scaling import Cluster
 from fastkd.benchmarks.step import LOADER_LIMITS
 from fastkd.benchmarks.workbench import Epochs, Workbench, bare_steps, fed_steps, in_turn, shares, steps_for
 from fastkd.engine.runtime import Runtime
@@ -28,6 +30,7 @@ KEEP_RATIOS = (0.3, 0.5, 0.7, 1.0)
 VIEWS = (1, 4, 8)
 STUDENTS = (1, 5)
 SCORED_ROWS = 20_000
+GRADIENT_BYTES = 4  # float32, whatever the step computes in
 
 
 @dataclass(frozen=True)
@@ -119,19 +122,65 @@ def predict_vanilla(m: Measured, s: Sizes) -> dict[str, float]:
     }
 
 
-def measure(recipe: Recipe, out: Path, *, repeats: int = 3) -> dict[str, Any]:
+def on_cluster(m: Measured, cluster: Cluster, local_batch: int, gradient_bytes: int, loader_thread: float) -> Measured:
+    """Return what several devices would do, from what one does at its share of the batch.
+
+    Scoring, labelling and evaluating are shared; one of them prunes.
+    """
+
+    def rate(one: float) -> float:
+        return cluster.rate(one, local_batch, gradient_bytes, loader_thread)
+
+    return replace(
+        m,
+        step=rate(m.step),
+        bare_step=rate(m.bare_step),
+        vanilla_step=rate(m.vanilla_step),
+        score=cluster.devices * m.score,
+        label=cluster.devices * m.label,
+        evaluate=cluster.devices * m.evaluate,
+    )
+
+
+def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | None = None) -> dict[str, Any]:
     """Measure, predict, and write `out/plan.json`. Nets have random weights: no teacher is trained for it.
 
     Parameters
     ----------
     repeats
         How often each rate is measured, in turn; medians count.
+    cluster
+        Predict for these devices, from a step that is measured here at a device's share of the batch.
+
+    Raises
+    ------
+    InputError
+        The devices cannot share the batch equally.
     """
+    whole, local = recipe, recipe.train.batch_size
+    if cluster:
+        local = cluster.local_batch(local)
+        recipe = changed(recipe, train={"batch_size": local})
     bench = Workbench(recipe)
     try:
-        measured = _measure(bench, repeats)
+        one = measured = _measure(bench, repeats)
+        several: dict[str, Any] = {}
+        if cluster:
+            gradient_bytes = GRADIENT_BYTES * sum(p.numel() for p in bench.student(bench.chain.runtime).parameters())
+            thread = _loader_thread(bench, repeats)
+            measured = on_cluster(one, cluster, local, gradient_bytes, thread)
+            several = {
+                **asdict(cluster),
+                "one_device": asdict(one),
+                "local_batch": local,
+                "gradient_bytes": gradient_bytes,
+                "all_reduce_s": cluster.all_reduce_s(gradient_bytes),
+                "loader_thread": thread,
+                "loading": cluster.loading(one.bare_step, thread),
+            }
     finally:
         bench.close()
+    recipe = whole
     dataset, classes = bench.chain.dataset, bench.chain.num_classes
     sizes = Sizes(
         samples=len(bench.ids),
@@ -172,7 +221,8 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3) -> dict[str, Any]:
         "sizes": asdict(sizes),
         "vanilla": vanilla,
         "lines": lines,
-        "limit": limit(measured),
+        "limit": limit(one),
+        "cluster": several or None,
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -214,9 +264,10 @@ def expected(recipe: Recipe, runtime: Runtime) -> dict[str, float] | None:
     return {name: told[name] for name in ("score", "prune", "label")} | {"train": told["further_student_s"]}
 
 
-def out_of(recipe: Recipe) -> Path:
+def out_of(recipe: Recipe, cluster: Cluster | None = None) -> Path:
     """Return where plan.json goes, unless another place is given."""
-    return Path(recipe.train.runs_dir) / f"plan-{recipe.name}"
+    devices = f"-{cluster.nodes}x{cluster.gpus}" if cluster else ""
+    return Path(recipe.train.runs_dir) / f"plan-{recipe.name}{devices}"
 
 
 def _measure(bench: Workbench, repeats: int) -> Measured:
@@ -280,6 +331,23 @@ def _measure(bench: Workbench, repeats: int) -> Measured:
     )
 
 
+def _loader_thread(bench: Workbench, repeats: int) -> float:
+    """Return the images/s that one loader thread gives to a student."""
+    loader = bench.chain.loader("train", bench.recipe.train.batch_size)
+    loader.workers = 1
+    rates = []
+    for _ in range(1 + repeats):  # the first reads the file
+        start, count = time.perf_counter(), 0
+        with closing(loader.batches(bench.ids, last="drop", view=bench.recipe.view_of(0))) as batches:
+            for batch in batches:
+                count += batch.valid
+                if time.perf_counter() - start > SEGMENT_S:
+                    break
+        rates.append(count / (time.perf_counter() - start))
+    loader.close()
+    return float(np.median(rates[1:]))
+
+
 def _prune_rate(classes: int) -> float:
     """Return how many rows of logits are scored in a second; choosing among them takes next to nothing."""
     rng = np.random.default_rng(0)
@@ -298,6 +366,13 @@ def limit(m: Measured) -> str:
     return f"the student's own step: loading costs {max(0.0, 1 - share):.1%} of its rate"
 
 
+def title(report: dict[str, Any]) -> str:
+    """Name what was planned."""
+    cluster = report["cluster"]
+    devices = f", predicted for {Cluster(cluster['gpus'], cluster['nodes'])}" if cluster else ""
+    return f"plan: {report['recipe']}{devices}"
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Write a chart of what students take each way."""
     ways = {"vanilla KD": report["vanilla"]}
@@ -305,7 +380,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         labels = "plain view" if line["views"] is None else f"V = {line['views']}"
         ways[f"keep {line['keep_ratio']:g}, {labels}"] = line
     charts.bars(
-        f"plan: {report['recipe']}",
+        title(report),
         [f"{n} student{'s' * (n > 1)}" for n in STUDENTS],
         {name: [charts.Spread(*[total(line, n) / 60] * 3) for n in STUDENTS] for name, line in ways.items()},
         path,
@@ -322,10 +397,10 @@ def total(line: dict[str, float], students: int) -> float:
 
 def table(report: dict[str, Any]) -> Table:
     """Lay the report out: vanilla KD, then a line per keep ratio and number of views."""
-    grid = Table(title=f"plan: {report['recipe']}", title_justify="left")
+    grid = Table(title=title(report), title_justify="left")
     grid.add_column("")
-    for title in ("score\n+ prune", "label", "train", *(f"{n} student{'s' * (n > 1)}" for n in STUDENTS)):
-        grid.add_column(title, justify="right")
+    for column in ("score\n+ prune", "label", "train", *(f"{n} student{'s' * (n > 1)}" for n in STUDENTS)):
+        grid.add_column(column, justify="right")
     grid.add_column(f"{STUDENTS[-1]} against\nvanilla", justify="right", style="bold")
     grid.add_column("pays from\nstudent no.", justify="right")
     grid.add_column("stored", justify="right")

@@ -6,6 +6,7 @@ batch buffers are reused while one may still look at them; an image that cannot 
 read, is passed on as whatever lies in memory.
 """
 
+import mmap
 import os
 import sys
 import time
@@ -23,13 +24,16 @@ import torch
 from ffcv.fields.decoders import IntDecoder
 from ffcv.loader import Loader as FfcvLoader
 from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.memory_managers.os_cache import OSCacheManager
+from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
 from ffcv.memory_managers.process_cache import page_reader, schedule
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.graph import Node
 from ffcv.transforms import ToTensor
 
+from fastkd import doctor
 from fastkd.artifacts import Artifact
+from fastkd.data import readahead
+from fastkd.data.readahead import ReadAhead
 from fastkd.data.stored import StoredRows
 from fastkd.data.views import ViewDecoder, Views
 from fastkd.doctor import usable_cores
@@ -151,7 +155,8 @@ class Loader:
         Loader threads; 0: one per usable core, shared with other processes of the job. The attribute may be lowered;
         the next epoch goes by it.
     os_cache : bool
-        Read through the system's page cache, rather than pages of FFCV's own.
+        Read through the system's page cache, rather than pages of FFCV's own: of a file that is mapped into memory,
+        and of large images that were not read before just those that are asked for (`fastkd.data.readahead`).
 
     Notes
     -----
@@ -219,6 +224,11 @@ class Loader:
         self._bytes = path.stat().st_size
         metadata = self._column("image")
         self._heights, self._widths = metadata["height"], metadata["width"]
+        self._starts = metadata["data_ptr"].astype(np.int64)
+        pages = self._ffcv.memory_manager
+        rows = np.minimum(np.searchsorted(pages.ptrs, metadata["data_ptr"]), len(pages.ptrs) - 1)
+        self._sizes = pages.sizes[rows].astype(np.int64)
+        self._was_read = np.zeros(self.count, bool) if os_cache else None
         ids = self._column("sample_id").astype(np.int64)
         # An exported data set keeps the ids of the samples it was made from; else an id is a position.
         self._ids = None if np.array_equal(ids, np.arange(self.count)) else ids
@@ -335,7 +345,9 @@ class Loader:
             draw = partial(_repeat, rows_1VP)
 
         self._decoder.hw, self._decoder.views = hw, len(views)  # for the buffers that the epoch is about to ask for
-        epoch = self._epoch = _Epoch(self._ffcv, self._positions(ids), ids, draw, self._cover, stored, self.workers)
+        positions = self._positions(ids)
+        ahead = self._read_ahead(positions)
+        epoch = self._epoch = _Epoch(self._ffcv, positions, ids, draw, self._cover, stored, self.workers, ahead)
         done = 0
         try:
             for image, label, sample_id, *rows in epoch:
@@ -344,11 +356,25 @@ class Loader:
                     raise LoaderError(
                         f"{self._ffcv.fname}: batch {done // self.batch_size} holds other samples than asked for"
                     )
+                if self._was_read is not None:
+                    self._was_read[positions[done : done + self.batch_size]] = True
                 valid = min(self.batch_size, count - done)
                 done += valid
                 yield Batch(image.flatten(0, 1).permute(0, 3, 1, 2), label[:, 0], sample_id[:, 0], valid, tuple(rows))
         finally:
             epoch.stop()
+
+    def _read_ahead(self, positions: np.ndarray) -> ReadAhead | None:
+        """Return what reads just these samples (int64 [n]), or None where the kernel, or FFCV, does as well."""
+        if self._was_read is None or not readahead.pays(
+            self._sizes[positions],
+            file_bytes=self._bytes,
+            available_bytes=doctor.memory()[1],
+            read_before=bool(self._was_read[positions].all()),
+        ):
+            return None
+        batches = [positions[start : start + self.batch_size] for start in range(0, len(positions), self.batch_size)]
+        return ReadAhead(self.file, [(self._starts[batch], self._sizes[batch]) for batch in batches])
 
     def close(self) -> None:
         """End the live epoch, if there is one, with its threads."""
@@ -378,11 +404,13 @@ class _Epoch(EpochIterator):
         cover_C: np.ndarray,
         stored: StoredRows | None,
         workers: int,
+        ahead: ReadAhead | None,
     ) -> None:
         self.closed: bool
         self.failure: BaseException | None = None
         self.at: tuple[int, np.ndarray] = (0, sample_ids[: loader.batch_size])
         self.sample_ids, self.draw, self.cover_C, self.stored = sample_ids, draw, cover_C, stored
+        self.ahead = ahead
         slots = loader.batches_ahead + 2
         self.rows = [stored.buffers(loader.batch_size) for _ in range(slots)] if stored else []
         (self.decoder,) = (node.id for node in loader.graph.root_nodes if isinstance(node.decoder, ViewDecoder))
@@ -391,6 +419,8 @@ class _Epoch(EpochIterator):
 
     def run(self) -> None:
         try:
+            if isinstance(self.memory_context, OSCacheContext):  # its map outlives the epoch
+                self.memory_context.mmap.base.madvise(mmap.MADV_RANDOM if self.ahead else mmap.MADV_NORMAL)
             super().run()
         except BaseException as error:
             self.failure = error
@@ -403,6 +433,8 @@ class _Epoch(EpochIterator):
         _, rows_BVP, cover_BC, complaint_B1 = (buffer[slot] for buffer in buffers)
         self.draw(positions_B, ids_B, rows_BVP)
         cover_BC[:] = self.cover_C
+        if self.ahead is not None:
+            self.ahead.reach(batch)
         result = super().run_pipeline(batch, positions_B, slot, event)
         if len(damaged := np.flatnonzero(complaint_B1[: len(ids_B)])):
             raise LoaderError(f"the image of sample_id {ids_B[damaged[0]]} is damaged; write the data set again")
@@ -448,4 +480,6 @@ class _Epoch(EpochIterator):
         self.terminate_event.set()
         if not self.closed:
             self.closed = True
+            if self.ahead is not None:
+                self.ahead.close()
             self.memory_context.__exit__(None, None, None)

@@ -5,7 +5,8 @@ import pytest
 
 from fastkd import bench
 from fastkd.benchmarks import plan, workbench
-from fastkd.benchmarks.plan import Measured, Sizes, duration, limit, predict, predict_vanilla, total
+from fastkd.benchmarks.plan import Measured, Sizes, duration, limit, on_cluster, predict, predict_vanilla, total
+from fastkd.benchmarks.scaling import NODE_HOP_S, Cluster
 from fastkd.benchmarks.workbench import shares
 
 RATES = Measured(
@@ -91,3 +92,38 @@ def test_of_images_that_grow_each_size_counts_by_its_share_of_the_epochs(tiny_re
     assert set(stepped) == {8, 16}
     assert shares(grown) == {8: 0.75, 16: 0.25}
     assert report["limit"]
+
+
+def test_for_several_devices_one_is_measured_at_its_share_of_the_batch(tiny_recipe, tmp_path, command, monkeypatch):
+    """And the rest is arithmetic; a batch that they cannot share is refused."""
+    monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
+    monkeypatch.setattr(plan, "SCORED_ROWS", 100)
+    options = ("--gpus", "2", "--nodes", "2", "--repeats", "1", "--out", tmp_path / "p")
+    code, said = command(bench.plan, tiny_recipe.path, "train.batch_size=20", *options)
+    assert code == 0, said
+    report = json.loads((tmp_path / "p" / "plan.json").read_text())
+    several, one = report["cluster"], report["cluster"]["one_device"]
+    assert (several["local_batch"], report["sizes"]["batch_size"]) == (5, 20)
+    assert report["measured"]["score"] == 4 * one["score"]
+    assert report["measured"]["step"] < 4 * one["step"]
+    assert several["gradient_bytes"] > 4 * 70_000  # a ResNet-8
+    for words in (
+        "predicted for 2 nodes of 2 devices",
+        "5 images of each batch",
+        "Never checked on GPUs",
+        "loading is",
+    ):
+        assert words in " ".join(said.split())
+    code, said = command(bench.plan, tiny_recipe.path, *options)
+    assert code == 2
+    assert "train.batch_size=25: 2 nodes of 2 devices cannot share it equally; give a multiple of 4" in said
+
+
+def test_scoring_labelling_and_evaluating_are_shared_and_the_rest_is_done_by_one():
+    """The step goes by its own rate."""
+    found = on_cluster(RATES, Cluster(4, node_gb_s=1e9), 16, 0, 1e9)
+    hops = 6 * NODE_HOP_S
+    assert (found.score, found.label, found.evaluate) == (4 * RATES.score, 4 * RATES.label, 4 * RATES.evaluate)
+    assert (found.prune, found.write_s) == (RATES.prune, RATES.write_s)
+    assert found.step == pytest.approx(64 / (16 / 100 + hops))
+    assert found.vanilla_step == pytest.approx(64 / (16 / 40 + hops))
