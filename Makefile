@@ -22,7 +22,7 @@ demo: setup ## distil on Fashion-MNIST, with and without pruning, and print what
 test: setup ## the tests that need no GPU, on all cores
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not soak'
 
-soak: setup ## hundreds of broken-off epochs and killed trainings, one after another: about ten minutes; prints its figures
+soak: setup ## hundreds of broken-off epochs and killed trainings, one after another: the better part of an hour; prints its figures
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m soak -s
 
 docs: setup ## write the generated parts of docs/ anew, and build site/index.html

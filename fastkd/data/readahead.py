@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 
 BATCHES_READ_AHEAD = 2
-LARGE_BYTES = (
-    32 << 10
-)  # a mean image of fewer shares its pages with others, and a request for each costs more than it saves
+LARGE_BYTES = 32 << 10
+"""Of a mean image; smaller ones share their pages with others, and a request for each costs more than it saves."""
 NEARLY_ALL = 0.9
 _PIECE_BYTES = 128 << 10  # the kernel reads no more than that at once, and drops the rest of a request
 
