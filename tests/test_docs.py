@@ -165,7 +165,7 @@ def run(command: str) -> None:
     told = io.StringIO()
     with contextlib.ExitStack() as stack:
         if any(command.startswith(one) for one in PARSED_ONLY):
-            stack.enter_context(mock.patch.object(cli, "_explained", parsed))
+            stack.enter_context(mock.patch.object(cli, "as_command", parsed(cli.as_command)))
             stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parsed_by_argparse))
         stack.enter_context(mock.patch.object(sys, "argv", [name, *words]))
         stack.enter_context(contextlib.redirect_stdout(told))
@@ -177,15 +177,18 @@ def run(command: str) -> None:
     assert not stop.value.code, f"python -m fastkd.{command}: exit code {stop.value.code}\n{told.getvalue()}"
 
 
-def parsed(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that does nothing, but for loading the recipe that it would."""
+def parsed(as_command: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
+    """Make commands that do nothing, but for loading the recipe that they would."""
 
-    @functools.wraps(command)
-    def nothing(**given):
-        if "overrides" in given:
-            recipe.load(given["path"], given["overrides"] or ())
+    def idle(command: Callable[..., cli.Told]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def nothing(**given):
+            if "overrides" in given:
+                recipe.load(given["path"], given["overrides"] or ())
 
-    return nothing
+        return as_command(nothing)
+
+    return idle
 
 
 def parsed_by_argparse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fastkd.console import clock
 from fastkd.stages.pictures import histogram
-from fastkd.stages.runs import STAGES, Group, RunFacts, clock
+from fastkd.stages.runs import STAGES, Group, RunFacts
 
 mpl.use("agg")
 PALETTE = {  # light, dark; contrast with the panel at least 4.5 for text and 3 for lines

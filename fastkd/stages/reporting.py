@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 
 from fastkd import __version__, console
 from fastkd.artifacts import PARTIAL
+from fastkd.console import clock
 from fastkd.errors import FastkdError, InputError
 from fastkd.stages import plots
 from fastkd.stages.inspecting import ClassAccuracy, Inspector, Samples, Selection
-from fastkd.stages.runs import Group, RunFacts, Stat, clock, differing, grouped, noise_points, read
+from fastkd.stages.runs import Group, RunFacts, Stat, differing, grouped, noise_points, read
 
 SUFFIX = ".report"
 T = TypeVar("T")

@@ -322,11 +322,3 @@ def noise_of(tops: Sequence[Stat], val_count: int | None) -> float:
     """
     sampling = [100 * math.sqrt(2 * top.mean * (1 - top.mean) / val_count) for top in tops] if val_count else []
     return max(SEED_NOISE_POINTS, *sampling, *(200 * top.std for top in tops if top.std is not None))
-
-
-def clock(seconds: float, *, whole: bool = False) -> str:
-    """Return a time as a person says it: 40.2 s, 3:20 min, 2:05 h; `whole`: 40 s."""
-    if seconds < 120:
-        return f"{seconds:g} s" if whole else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02} min" if minutes < 120 else f"{minutes // 60}:{minutes % 60:02} h"

@@ -197,12 +197,11 @@ def table(shown: Sequence[Found], found: Sequence[Found]) -> Table:
     return grid
 
 
-def as_json(found: Sequence[Found]) -> str:
-    """Return artifacts as a JSON list."""
-    lines = [
+def described(found: Sequence[Found]) -> list[dict[str, Any]]:
+    """Return artifacts as JSON has them."""
+    return [
         asdict(one) | {"path": str(one.path), "used_by": [str(path) for path in users(one, found)]} for one in found
     ]
-    return json.dumps(lines, indent=2)
 
 
 def megabytes(count: int) -> str:

@@ -216,15 +216,18 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
         Somebody asked to stop; `history` is up to date.
     """
     recipe, watch, train = chain.recipe, chain.watch, chain.recipe.train
-    images = job.images_per_epoch
-    with console.progress("train", train.epochs * images) as update:
+    images, look = job.images_per_epoch, ""
+    begun = len(history.epochs) * images + history.epoch.images
+    with console.progress("train", train.epochs * images, begun=begun) as update:
         for number in range(len(history.epochs), train.epochs):
             epoch = history.epoch
             with watch.on("train"):
                 ids = job.epoch_ids(number, begun=epoch.steps > 0)
                 lr_S = learning_rates(recipe.optim, train.epochs, number, job.loader.full_batches(len(ids)))
 
-            def on_log(epoch: Epoch, loss: float, number: int = number, lr_S: np.ndarray = lr_S) -> None:
+            def on_log(
+                epoch: Epoch, loss: float, number: int = number, lr_S: np.ndarray = lr_S, look: str = look
+            ) -> None:
                 wait = epoch.data_wait_s / epoch.wall_s
                 history.write(
                     "steps",
@@ -235,7 +238,8 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
                     data_wait_share=wait,
                 )
                 done = round((number + epoch.steps / len(lr_S)) * images)
-                update(done, f"epoch {number + 1}, loss {loss:.3f}, data wait {wait:.1%}")
+                memory = f"{chain.runtime.memory_bytes() / 1e9:.2f} GB"
+                update(done, f"epoch {number + 1}, loss {loss:.3f}, data wait {wait:.1%}{look}, {memory}")
                 if history.is_due(train.checkpoint_every_s) and epoch.steps < len(lr_S):
                     save()
 
@@ -256,7 +260,8 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
             every = train.eval_every_epochs
             if every and (number + 1) % every == 0 and number + 1 < train.epochs and len(chain.holdout_ids):
                 with watch.on("evaluate"):
-                    _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", number)
+                    top1 = _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", number)
+                look = f", top-1 {top1:.2%}"
             if history.is_due(train.checkpoint_every_s):
                 save()
 

@@ -18,7 +18,7 @@ from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import reporting
 from fastkd.stages.chain import Chain
 from fastkd.stages.plots import ends
-from fastkd.stages.runs import clock, differing, grouped, noise_points, read
+from fastkd.stages.runs import differing, grouped, noise_points, read
 
 NAMES = ["<script>alert(1)</script>", '$x_1$ & "co"', "plain"]
 """Of the classes: what would run, what matplotlib would take for mathematics, and a peaceful one."""
@@ -406,15 +406,6 @@ def test_of_many_classes_both_ends_are_named():
     assert values[shown].tolist() == [*range(12), *range(88, 100)]
     assert "12 lowest and highest of 100" in told
     assert ends(values[:24])[1] == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(3.04, "3.0 s"), (119.94, "119.9 s"), (120, "2:00 min"), (3661, "61:01 min"), (9000, "2:30 h")],
-)
-def test_times_are_said_as_people_do(seconds, said):
-    """Seconds, then minutes, then hours."""
-    assert clock(seconds) == said
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------

@@ -82,7 +82,9 @@ def test_ls_tells_kind_size_key_and_users(disk, run):
 
 def test_ls_prints_json(disk, run):
     code, said = run("ls", "--json", "data", "runs")
-    found = {Path(one["path"]).name: one for one in json.loads(said)}
+    told = json.loads(said.splitlines()[-1])
+    found = {Path(one["path"]).name: one for one in told["artifacts"]}
+    assert told["bytes"] == sum(one["bytes"] for one in found.values())
     assert code == 0
     assert set(found) == {f"{kind}-{n}" for kind in ("scores", "subset", "labels") for n in (1, 2)} | {
         "pets",
@@ -122,7 +124,7 @@ def test_gc_deletes_what_no_run_needs_and_nothing_else(disk, run, tmp_path):
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_gc_asks_first(disk, run, tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(typer, "confirm", lambda question: answer)
+    monkeypatch.setattr(typer, "confirm", lambda question, err: answer)
     code, said = run("gc")
     assert code == 0
     assert ("subset-2" not in left(tmp_path)) == answer
@@ -137,7 +139,7 @@ def test_without_anybody_to_ask_nothing_is_deleted(disk, run, tmp_path, monkeypa
 
 
 def test_what_was_trained_on_until_somebody_answered_is_kept(disk, run, tmp_path, monkeypatch):
-    def trains_meanwhile(question: str) -> bool:
+    def trains_meanwhile(question: str, err: bool) -> bool:
         make(tmp_path / "runs" / "student-2", "RUN", disk.data, disk.subset2)
         return True
 
