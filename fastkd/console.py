@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
 
@@ -68,6 +69,16 @@ def clock(seconds: float, *, whole: bool = False) -> str:
     return f"{minutes}:{rest:02} min" if minutes < 120 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
+class _Progress(Progress):
+    """A bar, with what is said of it on a line of its own: beside it there is no room on a narrow terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["info"]:
+                yield Text(f"  {task.fields['info']}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) -> Iterator[Update]:
     """Show how far a long task is: a bar with rate and ETA on a terminal, else a line every 10 s.
@@ -86,15 +97,14 @@ def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) ->
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=out) as bar:
-            task = bar.add_task(label, total=total, completed=begun, info="")
+        with _Progress(*columns, console=out) as bar:
+            task = bar.add_task(label, total=total, completed=begun, rate="", info="")
 
             def move(done: int, info: str) -> None:
-                bar.update(task, completed=done, info=f"{rate(done):,.0f} {unit}/s {info}")
+                bar.update(task, completed=done, rate=f"{rate(done):,.0f} {unit}/s", info=info)
 
             yield move
         return

@@ -209,10 +209,15 @@ class Chain:
             os_cache=data.os_cache,
         )
 
+    @property
+    def artifacts_dir(self) -> Path:
+        """Where SCORES, SUBSETs and LABELS lie."""
+        data = Path(self.recipe.data.path)
+        return Path(self.recipe.data.artifacts_dir or data.with_name(data.name + ".artifacts"))
+
     def place(self, kind: Kind, inputs: Mapping[str, Any]) -> Path:
         """Return where an artifact with these inputs lies; say what the nearest lacks if it is not there."""
-        data = Path(self.recipe.data.path)
-        directory = Path(self.recipe.data.artifacts_dir or data.with_name(data.name + ".artifacts"))
+        directory = self.artifacts_dir
         path = directory / f"{kind.lower()}-{artifacts.key_of(kind, inputs)[:12]}"
         if not path.exists() and (near := artifacts.nearest(directory, kind, inputs)):
             console.say(f"no {kind} for this recipe yet; the nearest is {near}")
