@@ -20,7 +20,8 @@ def main(
     """Write report.html: accuracy, time, the selection, samples, and how to reproduce it; of several runs, compared.
 
     The page needs nothing else and no network. Runs that differ only in their seed are summed up as mean ± std. What
-    needs the data, the teacher or the selection is left out where these are gone, and the page says so.
+    needs the data, the teacher or the selection is left out where these are gone, and the page says so. A student that
+    was exported is told of where it lies beside its RUN, or is given as well.
 
     JSON keys: path, runs.
 

@@ -101,7 +101,7 @@ def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -
 
     console.out.print(recipe.dump(resolved), end="", markup=False)
     told = outlook(resolved, force=force, out=out)
-    seconds = expected(resolved, told.runtime)
+    seconds = expected(resolved, told.runtime, told.keep_ratio)
     table = Table(title=f"dry run: {resolved.name}: nothing was written", title_justify="left")
     table.add_column("stage")
     table.add_column("")

@@ -46,7 +46,8 @@ def gc(
 
     RUNs and exports count where they lie in the folders given, or in data and runs: name others too. No RUN is deleted,
     and no data set. An unfinished RUN that could be gone on with is listed, and what it needs is kept; so is what a
-    process is at work on.
+    process is at work on. With each artifact goes what lies beside it: a SUBSET's pictures, and how far a pass of the
+    teacher had come. Lock files, which are empty, stay: processes may wait for them.
 
     JSON keys: unneeded, deleted, freed_bytes.
 

@@ -46,6 +46,12 @@ class LoadedTeacher:
     """Model, digest of the weights and normalisation: the part of a key that is the teacher's."""
 
 
+def refuse_unknown(stages: frozenset[str] | set[str]) -> None:
+    """Refuse to force what is no stage."""
+    if unknown := stages - set(STAGES):
+        raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
+
+
 class MissingError(InputError):
     """An artifact of a recipe is not there, and is not to be built now."""
 
@@ -84,8 +90,7 @@ class Chain:
         build: bool = True,
         reset_compiler: bool = True,
     ) -> None:
-        if unknown := set(force) - set(STAGES):
-            raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
+        refuse_unknown(force)
         self.recipe = recipe
         self.force = frozenset(force)
         self.build = build
@@ -346,8 +351,9 @@ def prune(recipe: Recipe, *, force: bool = False, pictures: bool = False) -> tup
     subset = chain.subset
     if pictures:
         from fastkd.stages.pictures import draw  # matplotlib takes a second
+        from fastkd.stages.storage import PICTURES
 
-        for file in draw(chain, subset, subset.path.with_name(subset.path.name + ".pictures")):
+        for file in draw(chain, subset, subset.path.with_name(subset.path.name + PICTURES)):
             console.say(f"picture: {file}")
     return subset, not chain.costs["prune"].reused
 

@@ -18,7 +18,15 @@ from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import predict
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
-from fastkd.stages.rows import SAVE_EVERY_S, Progress, RowFile, check_float16, full_disk_explained, need_space
+from fastkd.stages.rows import (
+    SAVE_EVERY_S,
+    Progress,
+    RowFile,
+    check_float16,
+    full_disk_explained,
+    need_space,
+    progress_file,
+)
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -40,7 +48,7 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
         return there, False
     if force and path.exists():  # views that other recipes use are made again too
         views = max(views, artifacts.load(path, "LABELS").facts["views"])
-    progress = path.with_name(f".{path.name}.progress.json")
+    progress = progress_file(path)
     if force:
         progress.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from fastkd.artifacts import Artifact
 from fastkd.kernels import class_ranks
 from fastkd.stages.letters import class_names, families
+from fastkd.stages.storage import PICTURE_NAMES
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -25,7 +26,7 @@ def draw(chain: "Chain", subset: Artifact, directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     difficulty_N = np.asarray(subset.array("difficulty.npy"))
     kept = np.asarray(subset.array("indices.npy"))
-    files = [directory / "difficulty.png", directory / "samples.png"]
+    files = [directory / name for name in PICTURE_NAMES]
     title = f"{subset.manifest.inputs['method']}, {len(kept):,} of {len(chain.train_ids):,} kept"
     score = subset.manifest.inputs.get("score", "cross_entropy")
     with mpl.rc_context({"font.family": families(chain.dataset.facts["classes"])}):

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from fastkd.artifacts import write_whole
 from fastkd.errors import FULL, FastkdError, InputError
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -88,6 +89,11 @@ class RowFile:
                 raise
 
 
+def progress_file(path: Path) -> Path:
+    """Return where it stands how far a pass of the teacher for the artifact at `path` has come."""
+    return path.with_name(f".{path.name}.progress.json")
+
+
 @dataclass
 class Progress:
     """How far a pass of the teacher has come, for going on when it is broken off: kept beside the artifact until then.
@@ -123,12 +129,7 @@ class Progress:
 
     def save(self) -> None:
         """Write it whole or not at all."""
-        temporary = self.file.with_suffix(".tmp")
-        with temporary.open("w") as stream:
-            json.dump(self.views, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.file)
+        write_whole(self.file, json.dumps(self.views).encode(), self.file.with_suffix(".tmp"))
 
 
 def check_float16(rows: np.ndarray) -> None:

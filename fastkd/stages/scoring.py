@@ -12,7 +12,14 @@ from fastkd.artifacts import Artifact, Built
 from fastkd.engine.loop import predict
 from fastkd.errors import InputError
 from fastkd.kernels import Scores, score_logits
-from fastkd.stages.rows import SAVE_EVERY_S, Progress, RowFile, full_disk_explained, need_space
+from fastkd.stages.rows import (
+    SAVE_EVERY_S,
+    Progress,
+    RowFile,
+    full_disk_explained,
+    need_space,
+    progress_file,
+)
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -31,7 +38,7 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
     }
 
     path = chain.place("SCORES", inputs)
-    file = path.with_name(f".{path.name}.progress.json")
+    file = progress_file(path)
     if "score" in chain.force:
         file.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from fastkd import artifacts, console, doctor, models
@@ -137,10 +138,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     begun = checkpoints.exists()
     found = checkpoint.newest(checkpoints)
     if found and found.state["key"] != key:
-        raise InputError(
-            f"{directory}: was begun for another recipe, or with other settings; give those again to go on, choose "
-            "another place, or begin anew with --force train"
-        )
+        raise begun_otherwise(recipe, directory)
     if source is not None:
         shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
     (directory / "resolved.yaml").write_text(recipes.dump(recipe))
@@ -205,6 +203,19 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             "could reach"
         )
     return Built(facts=facts, earlier_s=history.earlier_s)
+
+
+def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
+    """Return the error about an unfinished RUN of another recipe, which says what differs in them."""
+    phrases = []
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):  # it was being written
+        begun = yaml.safe_load((directory / "resolved.yaml").read_text())
+        phrases = artifacts.differences(yaml.safe_load(recipes.dump(recipe)), begun)
+    differs = f" ({'; '.join(phrases[:5])})" if phrases else ""
+    return InputError(
+        f"{directory}: was begun for another recipe, or with other settings{differs}; give those again to go on, "
+        "choose another place, or begin anew with --force train"
+    )
 
 
 def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[], None], stop: StopRequest) -> None:

@@ -12,7 +12,7 @@ from filelock import FileLock
 from fastkd import artifacts, stages
 from fastkd.artifacts import Artifact, Built
 from fastkd.artifacts.__main__ import gc, ls
-from fastkd.stages import Chain, storage
+from fastkd.stages import Chain, rows, storage
 
 VIEWS = ("data.view.family=flip", "train.epochs=2")
 
@@ -120,6 +120,37 @@ def test_gc_deletes_what_no_run_needs_and_nothing_else(disk, run, tmp_path):
     for artifact in (disk.data, disk.scores, disk.subset, disk.labels, disk.run):
         assert artifacts.load(artifact.path).manifest == artifact.manifest
     assert "there is nothing to delete" in run("gc")[1]
+
+
+def test_what_lay_beside_goes_with_it_but_for_locks_and_what_is_somebody_elses(disk, run, tmp_path):
+    """Pictures, and how far the teacher had come; what a process that waits has open is no file to delete."""
+    (subset,) = (path for path in disk.unused if path.name.startswith("subset"))
+    (labels,) = (path for path in disk.unused if path.name.startswith("labels"))
+    beside = [rows.progress_file(path) for path in (labels, disk.labels.path)]
+    beside += [path.with_name(path.name + ".pictures") / "samples.png" for path in (subset, disk.subset.path)]
+    locks = [path.with_name(f".{path.name}.lock") for path in (subset, labels)]
+    thesis = beside[2].with_name("thesis.tex")
+    for file in (*beside, *locks, thesis):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    assert run("gc", "--yes")[0] == 0
+    assert [file.exists() for file in beside] == [False, True, False, True]
+    assert all(lock.exists() for lock in locks)
+    assert thesis.exists()
+    thesis.unlink()
+    beside[2].parent.rmdir()
+
+
+def test_progress_stays_while_a_build_that_goes_on_with_it_does(disk, run):
+    """Of labels that grow: what is deleted is the published artifact, or what was begun of the next."""
+    (labels,) = (path for path in disk.unused if path.name.startswith("labels"))
+    partial, progress = artifacts.partial_of(labels), rows.progress_file(labels)
+    partial.mkdir()
+    progress.write_text("{}")
+    artifacts.remove(labels, storage._clear_beside)
+    assert progress.exists()
+    artifacts.remove(partial, storage._clear_beside)
+    assert not progress.exists()
 
 
 @pytest.mark.parametrize("answer", [True, False])
