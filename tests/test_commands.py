@@ -175,7 +175,8 @@ def test_training_tells_how_it_goes_and_sums_up(command, tiny_recipe, monkeypatc
     assert code == 0
     lines = [line[9:] for line in text.splitlines() if re.search(r"train: \d+/120, ", line)]
     assert len(lines) == 6
-    line = r"train: \d+/120, [\d,]+ images/s, [\d.]+ s left, epoch {}, loss [\d.]+, data wait [\d.]+%{}, \d+\.\d\d GB"
+    rate = r"train: \d+/120, [\d,]+ images/s, [\d.]+ s left"
+    line = rate + r", epoch {}, loss [\d.]+, data wait [\d.]+%{}, memory \d+\.\d\d GB"
     assert all(re.fullmatch(line.format(1, ""), one) for one in lines[:3])
     assert all(re.fullmatch(line.format(2, r", top-1 [\d.]+%"), one) for one in lines[3:])
     ending = text[text.index("student: top-1 ") :]

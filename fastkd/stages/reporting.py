@@ -89,6 +89,9 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
         raise InputError(f"--out {out}: lies in an artifact ({inside}); artifacts are never written to: choose another")
     groups = grouped(runs)
     exported = [one for run in runs for one in exports(run, students)]
+    for path in students:
+        if path.resolve() not in {one.path for one in exported}:
+            console.warn(f"report: {path} was exported from none of these runs; left out")
     texts = [*(group.title for group in groups), *(name for run in runs for name in run.classes)]
     with plots.style(texts):
         found = inspect(runs, evaluate=evaluate)

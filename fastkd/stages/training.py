@@ -249,7 +249,7 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
                     data_wait_share=wait,
                 )
                 done = round((number + epoch.steps / len(lr_S)) * images)
-                memory = f"{chain.runtime.memory_bytes() / 1e9:.2f} GB"
+                memory = f"memory {chain.runtime.memory_bytes() / 1e9:.2f} GB"
                 update(done, f"epoch {number + 1}, loss {loss:.3f}, data wait {wait:.1%}{look}, {memory}")
                 if history.is_due(train.checkpoint_every_s) and epoch.steps < len(lr_S):
                     save()
