@@ -153,7 +153,8 @@ def words_of(command: str) -> list[str]:
         if word == ">":
             break
         pattern = re.sub(r"(?<=-)(KEY|[0-9a-f]{8,12})\b", "*", word)
-        found = [path for path in sorted(glob(pattern)) if (Path(path) / artifacts.MANIFEST).exists()]
+        found = [path for path in glob(pattern) if (Path(path) / artifacts.MANIFEST).exists()]
+        found.sort(key=lambda path: (Path(path) / artifacts.MANIFEST).stat().st_mtime_ns)  # a KEY is the first one made
         assert found or "*" not in pattern, f"{command}: there is no {word}"
         words += found if "*" in word else found[:1] if "*" in pattern else [word]
     return words
