@@ -126,7 +126,7 @@ def _command(name: str) -> Iterator[str]:
     yield from (f"## {name}", "")
     for function in functions:
         app = typer.Typer(add_completion=False)
-        app.command()(function)
+        app.command()(cli.as_command(function))
         own = f" {function.__name__.rstrip('_')}" if named else ""
         yield from _one_command(f"python -m fastkd.{name}{own}", typer.main.get_command(app), function.__doc__ or "")
 

@@ -31,10 +31,12 @@ def savings(
         ),
     ] = Reference.MEASURE,
     breakdown: Annotated[bool, typer.Option(help="Time the ways between the reference's and the recipe.")] = True,
-) -> None:
+) -> cli.Told:
     """Train the recipe's student and, in the same loop, vanilla KD's and the baselines'; print what each cost.
 
     Beside them stands how the field's reference code does it: torch's loader, float32, a live teacher.
+
+    JSON: what savings.json holds.
 
     Example: python -m fastkd.bench savings recipes/quickstart.yaml --seeds 3
     """
@@ -61,7 +63,7 @@ def savings(
     env = report["environment"]
     console.say(f"machine: {machine_line(env['machine'], env['gpu'])}, {env['precision']}")
     console.say(report["conclusion"])
-    console.say(f"written: {out / 'savings.json'}, {out / 'savings.png'}")
+    return cli.Told(f"written: {out / 'savings.json'}, {out / 'savings.png'}", report)
 
 
 def loader(
@@ -77,10 +79,12 @@ def loader(
     workers: Annotated[
         list[int] | None, typer.Option(help="How many workers load; may be repeated. Default: 1 and one per core.")
     ] = None,
-) -> None:
+) -> cli.Told:
     """Load the same images by fastkd's pipeline, FFCV's own and torch's DataLoader, on files and on arrays.
 
     Prints images/s, with views and without. Takes some minutes: the slowest pipeline goes through all images as well.
+
+    JSON: what loader.json holds.
 
     Example: python -m fastkd.bench loader --data data/bench
     """
@@ -89,7 +93,7 @@ def loader(
     report = benchmark.measure(out, data=data, small=small, photos=photos, repeats=repeats, workers=workers or ())
     console.show(benchmark.table(report))
     console.say(f"machine: {benchmark.machine_line(report)}")
-    console.say(f"written: {out / 'loader.json'}, {out / 'loader.png'}")
+    return cli.Told(f"written: {out / 'loader.json'}, {out / 'loader.png'}", report)
 
 
 def cold(
@@ -99,10 +103,12 @@ def cold(
     ] = None,
     small: Annotated[int, typer.Option(help="How many images of 32×32.")] = 60_000,
     photos: Annotated[int, typer.Option(help="How many JPEGs, as large as ImageNet's.")] = 1000,
-) -> None:
+) -> cli.Told:
     """Tell what an epoch reads from the disk when nothing is in memory: all samples, half of them, an export of these.
 
     The page cache is emptied of the data before each epoch, as it is where data are larger than memory.
+
+    JSON: what cold.json holds.
 
     Example: python -m fastkd.bench cold --data data/bench
     """
@@ -115,7 +121,7 @@ def cold(
         f"samples. The disk's read_ahead_kb is {report['read_ahead_kb'] or 'unknown'}"
     )
     console.say(f"machine: {machine_line(report['machine'], None)}")
-    console.say(f"written: {out / 'cold.json'}")
+    return cli.Told(f"written: {out / 'cold.json'}", report)
 
 
 def step(
@@ -126,8 +132,10 @@ def step(
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="How often each way is timed, in turn.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Where step.json goes.")] = None,
-) -> None:
+) -> cli.Told:
     """Time the student's step and the teacher's forward pass in each precision and layout; say which to use here.
+
+    JSON: what step.json holds.
 
     Example: python -m fastkd.bench step recipes/quickstart.yaml
     """
@@ -140,7 +148,7 @@ def step(
     for sentence in report["advice"]:
         console.say(sentence)
     console.say(f"machine: {machine_line(report['machine'], report['gpu'])}, {report['threads']} threads")
-    console.say(f"written: {out / 'step.json'}, {out / 'step.png'}")
+    return cli.Told(f"written: {out / 'step.json'}, {out / 'step.png'}", report)
 
 
 def plan(
@@ -157,11 +165,13 @@ def plan(
     ] = 50.0,
     cores_per_gpu: Annotated[int, typer.Option(min=1, help="Loader threads a device: as in a DGX H100.")] = 14,
     out: Annotated[Path | None, typer.Option(help="Where plan.json goes.")] = None,
-) -> None:
+) -> cli.Told:
     """Measure for a minute and predict what vanilla KD and the recipe would take, at other keep ratios and views too.
 
     For several devices, one is measured here at its share of the batch, and an all-reduce added that nothing hides:
     an upper bound, by arithmetic that has never been checked on GPUs.
+
+    JSON: what plan.json holds.
 
     Example: python -m fastkd.bench plan recipes/rn50_r18.yaml --gpus 8 --nodes 2
     """
@@ -200,7 +210,7 @@ def plan(
         "the recipe's precision, batch and loader"
     )
     console.say(f"machine: {machine_line(report['machine'], report['gpu'])}, {report['precision']}")
-    console.say(f"written: {out / 'plan.json'}, {out / 'plan.png'}")
+    return cli.Told(f"written: {out / 'plan.json'}, {out / 'plan.png'}", report)
 
 
 def scale(
@@ -212,8 +222,10 @@ def scale(
     repeats: Annotated[int, typer.Option(min=1, help="How many segments of 2 s each number has in a round.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="How often each number has its turn.")] = 2,
     out: Annotated[Path | None, typer.Option(help="Where scale.json and scale.png go.")] = None,
-) -> None:
+) -> cli.Told:
     """Train by more and more processes, as torchrun starts them; print images/s, stall and efficiency.
+
+    JSON: what scale.json holds.
 
     Example: python -m fastkd.bench scale recipes/quickstart.yaml --processes 1 --processes 2
     """
@@ -231,15 +243,17 @@ def scale(
         f"machine: {machine_line(report['machine'], report['gpu'])}, {report['precision']}; "
         f"torch threads a process: {report['threads']}"
     )
-    console.say(f"written: {out / 'scale.json'}, {out / 'scale.png'}")
+    return cli.Told(f"written: {out / 'scale.json'}, {out / 'scale.png'}", report)
 
 
 def labels(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where labels.json goes.")] = None,
-) -> None:
+) -> cli.Told:
     """Print what each way to store the teacher's logits takes on disk, and what it changes in the KD loss.
+
+    JSON: what labels.json holds.
 
     Example: python -m fastkd.bench labels recipes/quickstart.yaml
     """
@@ -254,7 +268,7 @@ def labels(
         f"student that gives all classes alike, whose loss is {report['loss_start']:.2f}; at the end: for one that "
         "gives the teacher's own softmax. Gradient: the share of a student's first one."
     )
-    console.say(f"written: {out / 'labels.json'}")
+    return cli.Told(f"written: {out / 'labels.json'}", report)
 
 
 def prune(
@@ -264,8 +278,10 @@ def prune(
     classes: Annotated[int, typer.Option(help="How many logits a row.")] = 1000,
     dtype: Annotated[str, typer.Option(help="How they are stored: float16 or float32.")] = "float16",
     repeats: Annotated[int, typer.Option(min=1, help="How often each is timed, after two runs that are not.")] = 7,
-) -> None:
+) -> cli.Told:
     """Score and select from logits on disk by fastkd, by torch and as the reference does; print times and memory.
+
+    JSON: what prune.json holds.
 
     Example: python -m fastkd.bench prune --samples 1281167
     """
@@ -286,7 +302,7 @@ def prune(
         f"extrapolated as linear to {report['samples']:,}"
     )
     console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, numba {versions['numba']}, torch {versions['torch']}")
-    console.say(f"written: {out / 'prune.json'}")
+    return cli.Told(f"written: {out / 'prune.json'}", report)
 
 
 def synthetic(
@@ -296,17 +312,22 @@ def synthetic(
     classes: Annotated[int, typer.Option(help="How many classes.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="What the photos are drawn from.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="How many photos are drawn at a time; 0: one per core.")] = 0,
-) -> None:
+) -> cli.Told:
     """Write textured JPEGs as large as ImageNet's into OUT/train and OUT/val: photos for any bench, from nowhere.
+
+    JSON keys: path, train, val, classes.
 
     Example: python -m fastkd.bench synthetic data/photos --count 10000 --classes 100
     """
     from fastkd.benchmarks import synthetic as benchmark
 
     benchmark.make(out, count, val=val, classes=classes, seed=seed, threads=threads)
-    console.say(f"written: {out}, {count:,} train and {val:,} val photos of {classes} classes")
     root, dataset = shlex.quote(str(out)), shlex.quote(f"{out}-dataset")
     console.say(f"as a data set: python -m fastkd.write image_folder {dataset} root={root}")
+    return cli.Told(
+        f"written: {out}, {count:,} train and {val:,} val photos of {classes} classes",
+        {"path": str(out), "train": count, "val": val, "classes": classes},
+    )
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     pairs: Annotated[int, typer.Option(min=1, help="How many (sample, view) the teacher is asked about again.")] = 256,
     seed: Annotated[int | None, typer.Option(min=0, help="Which of them; default: others each time.")] = None,
-) -> None:
+) -> cli.Told:
     """Verify every checksum; of a recipe, also re-run its teacher on random views and compare with what is stored.
 
     Exits with 2 where something is damaged or not the teacher's.
+
+    JSON keys: path, whole, compared, seed (null of an artifact).
 
     Example: python -m fastkd.check recipes/quickstart.yaml --pairs 1000
     """
@@ -25,14 +27,18 @@ def main(
 
     if (Path(path) / artifacts.MANIFEST).exists() or Path(path).is_dir():
         artifact = checking.check_artifact(Path(path))
-        if artifact.manifest.kind in ("SCORES", "SUBSET", "LABELS"):
-            console.say("to compare it with the teacher, give the recipe instead")
-        return
+        more = " (to compare it with the teacher, give the recipe instead)"
+        stored = artifact.manifest.kind in ("SCORES", "SUBSET", "LABELS")
+        return _told(path, f"{artifact.manifest.kind}: all is whole{more * stored}", 0, None)
     resolved = recipe.load(path, overrides or ())
     seed = secrets.randbits(31) if seed is None else seed
     console.say(f"check: seed {seed}")
-    checking.check(resolved, pairs=pairs, seed=seed)
-    console.say("check: all is as it should be")
+    found = checking.check(resolved, pairs=pairs, seed=seed)
+    return _told(path, "all is as it should be", sum(one.pairs for one in found), seed)
+
+
+def _told(path: str, said: str, compared: int, seed: int | None) -> cli.Told:
+    return cli.Told(f"check: {said}", {"path": path, "whole": True, "compared": compared, "seed": seed})
 
 
 if __name__ == "__main__":

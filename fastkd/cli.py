@@ -1,15 +1,19 @@
 """What every command shares: parsing by typer, and one place where errors become messages and exit codes."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import inspect
+import json
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from inspect import Parameter
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.logging import RichHandler
@@ -17,8 +21,28 @@ from rich.logging import RichHandler
 from fastkd import console
 from fastkd.errors import FULL, FastkdError, Terminated
 
+if TYPE_CHECKING:
+    from fastkd.artifacts import Artifact
 
-def run(*commands: Callable[..., None], named: bool = False, together: bool = False) -> None:
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings, errors and the last line.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Make the last line a JSON object.")]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command ends with: its last line, and for machines, what `--json` prints instead."""
+
+    line: str
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, line: str, artifact: "Artifact", built: bool, **more: Any) -> "Told":
+        """Tell of an artifact."""
+        about = {"path": str(artifact.path), "kind": artifact.manifest.kind, "key": artifact.key}
+        return cls(line, about | {"built": built, "cost_s": artifact.cost_s} | more)
+
+
+def run(*commands: Callable[..., Told | None], named: bool = False, together: bool = False) -> None:
     """Run a command, or of several (`named`) the one that the first argument names, and exit.
 
     With `together`, the processes that torchrun starts do it as one.
@@ -35,7 +59,7 @@ def run(*commands: Callable[..., None], named: bool = False, together: bool = Fa
     for command in commands:
         name = command.__name__.rstrip("_") if named else None  # `list_` is called `list`
         needed = [p for p in inspect.signature(command).parameters.values() if p.default is p.empty]
-        app.command(name, no_args_is_help=bool(needed))(_explained(_together(command) if together else command))
+        app.command(name, no_args_is_help=bool(needed))(as_command(command, together=together))
     if named:
         app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
     app()
@@ -45,24 +69,35 @@ def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-def _together(command: Callable[..., None]) -> Callable[..., None]:
+@contextlib.contextmanager
+def _processes(together: bool) -> Iterator[bool]:
+    """Work with the other processes of a job inside, if so chosen; yield whether this one speaks for all."""
+    if not together:
+        yield True
+        return
+    from fastkd import world  # torch takes seconds, and --help needs none
+
+    with world.joined() as all_processes:
+        yield all_processes.leads
+
+
+def as_command(command: Callable[..., Told | None], *, together: bool = False) -> Callable[..., None]:
+    """Return what typer makes a command of: errors become messages and exit codes.
+
+    One that returns `Told` has ``--quiet`` and ``--json``; where it declares `as_json` itself, it prints its own JSON.
+    """
+    signature = inspect.signature(command)
+    own_json = "as_json" in signature.parameters
+
     @functools.wraps(command)
-    def joined(*args: Any, **kwargs: Any) -> None:
-        from fastkd import world  # torch takes seconds, and --help needs none
-
-        with world.joined():
-            command(*args, **kwargs)
-
-    return joined
-
-
-def _explained(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a command raises into a message and an exit code."""
-
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
+    def guarded(*args: Any, quiet: bool = False, as_json: bool = False, **kwargs: Any) -> None:
+        if own_json:
+            kwargs["as_json"] = as_json
         try:
-            command(*args, **kwargs)
+            with console.quieted(quiet), _processes(together) as leads:
+                told = command(*args, **kwargs)
+                if told and leads and not (own_json and as_json):
+                    print(json.dumps(told.facts) if as_json else told.line, flush=True)
         except Terminated:
             _stop("terminated", 143)
         except KeyboardInterrupt:
@@ -75,6 +110,12 @@ def _explained(command: Callable[..., None]) -> Callable[..., None]:
             place = error.filename or "the disk"
             _stop(f"{place}: no space left ({error.strerror}): free some, and give the same command again", 1)
 
+    parameters = list(signature.parameters.values())
+    if signature.return_annotation is Told:
+        parameters.append(Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet))
+        if not own_json:
+            parameters.append(Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=AsJson))
+    guarded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return guarded
 
 

@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Update = Callable[[int, str], None]
 """``update(done, info)``: how many are done by now, and a few words beside the bar."""
@@ -37,7 +38,7 @@ def heading(message: str) -> None:
 
 def show(table: Table) -> None:
     """Print a table; into a file it is as wide as it needs to be."""
-    (out if out.is_terminal else Console(highlight=False, width=200, quiet=out.quiet)).print(table)
+    (out if out.is_terminal else Console(highlight=False, width=200, emoji=False, quiet=out.quiet)).print(table)
 
 
 @contextlib.contextmanager
@@ -60,27 +61,50 @@ def error(message: str) -> None:
     err.print(f"error: {message}", markup=False, style="red")
 
 
+def clock(seconds: float, *, whole: bool = False) -> str:
+    """Return a time as a person says it: 40.2 s, 3:20 min, 2:05 h; `whole`: 40 s."""
+    if seconds < 120:
+        return f"{seconds:g} s" if whole else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02} min" if minutes < 120 else f"{minutes // 60}:{minutes % 60:02} h"
+
+
+class _Progress(Progress):
+    """A bar, with what is said of it on a line of its own: beside it there is no room on a narrow terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["info"]:
+                yield Text(f"  {task.fields['info']}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 @contextlib.contextmanager
-def progress(label: str, total: int, unit: str = "images") -> Iterator[Update]:
-    """Show how far a long task is: a bar with rate and ETA on a terminal, else a line every 10 s."""
+def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) -> Iterator[Update]:
+    """Show how far a long task is: a bar with rate and ETA on a terminal, else a line every 10 s.
+
+    Parameters
+    ----------
+    begun
+        How many were done before, where it is gone on with.
+    """
     start = time.monotonic()
 
     def rate(done: int) -> float:
-        return done / max(time.monotonic() - start, 1e-9)
+        return (done - begun) / max(time.monotonic() - start, 1e-9)
 
     if out.is_terminal:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=out) as bar:
-            task = bar.add_task(label, total=total, info="")
+        with _Progress(*columns, console=out) as bar:
+            task = bar.add_task(label, total=total, completed=begun, rate="", info="")
 
             def move(done: int, info: str) -> None:
-                bar.update(task, completed=done, info=f"{rate(done):,.0f} {unit}/s {info}")
+                bar.update(task, completed=done, rate=f"{rate(done):,.0f} {unit}/s", info=info)
 
             yield move
         return
@@ -92,8 +116,9 @@ def progress(label: str, total: int, unit: str = "images") -> Iterator[Update]:
         now = time.monotonic()
         if now - last >= PLAIN_EVERY_S and done:
             last = now
-            eta = (total - done) / max(rate(done), 1e-9)
-            say(f"{label}: {done:,}/{total:,} {rate(done):,.0f} {unit}/s, {eta:,.0f} s left {info}".rstrip())
+            left = clock((total - done) / max(rate(done), 1e-9))
+            more = f", {info}" if info else ""
+            say(f"{label}: {done:,}/{total:,}, {rate(done):,.0f} {unit}/s, {left} left{more}")
             sys.stdout.flush()
 
     yield line

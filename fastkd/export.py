@@ -23,7 +23,7 @@ def main(
         typer.Option(metavar="LABELS", help="Of a SUBSET: the labels to take along; default: those beside it."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
-) -> None:
+) -> cli.Told:
     """Make what a RUN or a SUBSET holds usable elsewhere.
 
     Of a RUN: its student as ONNX, as torch.export's .pt2 and as weights, with model.json, which says what images it
@@ -32,19 +32,20 @@ def main(
     Of a SUBSET: the samples that it keeps, and the labels made for it, as a data set that needs nothing else. Images
     are copied as they are stored; samples keep their ids, and the data set its mean and std.
 
+    JSON keys: path, kind, key, built, cost_s. Of a RUN also: model, worst_difference. Of a SUBSET also: counts, bytes.
+
     Example: python -m fastkd.export runs/quickstart-01234567 student
 
     Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab data/cifar10_half
     """
     if artifacts.read_manifest(path).kind != "RUN":
-        _export_subset(path, out, data, labels, force)
-    elif data is None and labels is None:
-        _export_run(path, out, force)
-    else:
+        return _export_subset(path, out, data, labels, force)
+    if data is not None or labels is not None:
         raise InputError(f"{path}: is a RUN, whose student needs neither --data nor --labels")
+    return _export_run(path, out, force)
 
 
-def _export_run(run: Path, out: Path, force: bool) -> None:
+def _export_run(run: Path, out: Path, force: bool) -> cli.Told:
     from fastkd import stages
 
     console.heading(f"export {run} → {out}")
@@ -56,11 +57,16 @@ def _export_run(run: Path, out: Path, force: bool) -> None:
         console.say(f"{artifact.path / name}: {stamp.size / 1e6:,.1f} MB; {told}")
     console.say(f"{artifact.path / 'model.json'}: what images it takes, and what it gives")
     done = f"built in {artifact.cost_s:.1f} s" if built else "reused: it was exported before"
-    console.say(f"STUDENT: {artifact.path} ({artifact.facts['model']}), {done}")
     console.say(f"try it: python -m fastkd.predict {artifact.path} IMAGES…")
+    return cli.Told.of(
+        f"STUDENT: {artifact.path} ({artifact.facts['model']}), {done}",
+        artifact,
+        built,
+        **{name: artifact.facts[name] for name in ("model", "worst_difference")},
+    )
 
 
-def _export_subset(subset: Path, out: Path, data: Path | None, labels: Path | None, force: bool) -> None:
+def _export_subset(subset: Path, out: Path, data: Path | None, labels: Path | None, force: bool) -> cli.Told:
     from fastkd import stages
 
     console.heading(f"export {subset} → {out}")
@@ -71,12 +77,18 @@ def _export_subset(subset: Path, out: Path, data: Path | None, labels: Path | No
     files = size["dataset"] + size["labels"]
     kept, of = facts["counts"]["train"], origin["counts"]["train"]
     done = f"built in {artifact.cost_s:.1f} s" if built else "reused: it was exported before, from the same"
-    console.say(f"{artifact.path}: {kept:,} of {of:,} train images, {facts['counts']['val']:,} val images; {done}")
     console.say(
         f"what remains of the train images' bytes: {_share(size['images'], size['images_parent'])}; "
         f"of the files, with val{' and the labels' if size['labels'] else ''}: {_share(files, size['parent'])}"
     )
     console.say(f"train from it: python -m fastkd.train RECIPE data.path={artifact.path}")
+    return cli.Told.of(
+        f"DATASET: {artifact.path}: {kept:,} of {of:,} train images, {facts['counts']['val']:,} val images; {done}",
+        artifact,
+        built,
+        counts=facts["counts"],
+        bytes=size,
+    )
 
 
 def _share(part: int, whole: int) -> str:

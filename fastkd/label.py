@@ -4,24 +4,30 @@ from typing import Annotated
 
 import typer
 
-from fastkd import cli, console, recipe
+from fastkd import cli, recipe
 
 
 def main(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     force: Annotated[bool, typer.Option(help="Label again although these LABELS are there.")] = False,
-) -> None:
+) -> cli.Told:
     """Run the teacher over the views of the kept samples that students will see, and store its reshaped logits.
+
+    JSON keys: path, kind, key, built, cost_s, count, views, bytes.
 
     Example: python -m fastkd.label recipes/rn50_r18.yaml labels.views=20
     """
     from fastkd import stages
 
-    artifact, _ = stages.label(recipe.load(path, overrides or ()), force=force)
+    artifact, built = stages.label(recipe.load(path, overrides or ()), force=force)
     facts = artifact.facts
-    console.say(
-        f"LABELS: {artifact.path} ({facts['count']:,} samples × {facts['views']} views, {facts['bytes'] / 1e6:,.1f} MB)"
+    return cli.Told.of(
+        f"LABELS: {artifact.path} ({facts['count']:,} samples × {facts['views']} views, "
+        f"{facts['bytes'] / 1e6:,.1f} MB)",
+        artifact,
+        built,
+        **{name: facts[name] for name in ("count", "views", "bytes")},
     )
 
 

@@ -23,11 +23,13 @@ def main(
     as_json: Annotated[
         bool, typer.Option("--json", help="For machines: a JSON object per image, each on a line of its own.")
     ] = False,
-) -> None:
+) -> cli.Told:
     """Tell the most probable classes of images from anywhere.
 
     Images are decoded, cut and resized as those were that the student was evaluated on. One that cannot be read is an
     error line of its own, the others go on, and the exit code is 2 at the end.
+
+    JSON keys: image, top.
 
     Example: python -m fastkd.predict runs/quickstart-01234567 boot.png photos/ --top 5
     """
@@ -58,6 +60,7 @@ def main(
         console.show(table)
     if broken:
         raise InputError(f"{broken} of {len(files)} images could not be read")
+    return cli.Told(f"predict: {len(files)} images, by {student.described['model']}", {})
 
 
 def _best(prediction: "Prediction", classes: list[str], count: int) -> list[dict[str, Any]]:

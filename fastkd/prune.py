@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from fastkd import cli, console, recipe
+from fastkd import cli, recipe
 from fastkd.errors import InputError
 from fastkd.validation import explain
 
@@ -32,8 +32,10 @@ def main(
     ] = None,
     reshape: Annotated[bool, typer.Option(help="Rescale stored logits by σ of their class.")] = True,
     force: Annotated[bool, typer.Option(help="Select again although this SUBSET is there.")] = False,
-) -> None:
+) -> cli.Told:
     """Select the samples to keep and store their reshaped logits.
+
+    JSON keys: path, kind, key, built, cost_s, count, of, keep_ratio, class_counts.
 
     Example: python -m fastkd.prune recipes/quickstart.yaml prune.keep_ratio=0.3
 
@@ -56,9 +58,12 @@ def main(
     else:
         artifact, built = stages.prune(recipe.load(str(path), overrides or ()), force=force, pictures=True)
     facts = artifact.facts
-    console.say(
+    return cli.Told.of(
         f"SUBSET: {artifact.path} {'built' if built else 'was there'}: "
-        f"{facts['count']:,} of {facts['of']:,} samples ({facts['keep_ratio']:.2%})"
+        f"{facts['count']:,} of {facts['of']:,} samples ({facts['keep_ratio']:.2%})",
+        artifact,
+        built,
+        **{name: facts[name] for name in ("count", "of", "keep_ratio", "class_counts")},
     )
 
 

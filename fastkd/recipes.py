@@ -19,29 +19,46 @@ SCHEMA = "recipe.schema.json"
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, as `list` prints it.")]
 
 
-def list_() -> None:
+def list_() -> cli.Told:
     """List the recipes, each with the first line of its head.
+
+    JSON keys: recipes (of each: name, about, path).
 
     Example: python -m fastkd.recipes list
     """
     table = Table("recipe", "what it is", box=None, pad_edge=False)
-    for file in _files():
-        table.add_row(*map(escape, (file.stem, file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))))
+    recipes = [
+        {
+            "name": file.stem,
+            "about": file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "),
+            "path": str(file),
+        }
+        for file in _files()
+    ]
+    for one in recipes:
+        table.add_row(escape(one["name"]), escape(one["about"]))
     console.show(table)
+    return cli.Told(f"{len(recipes)} recipes", {"recipes": recipes})
 
 
-def show(name: Name) -> None:
+def show(name: Name) -> cli.Told:
     """Print a recipe as it is written.
+
+    JSON keys: name, path, text.
 
     Example: python -m fastkd.recipes show quickstart
     """
-    print(_find(name).read_text(encoding="utf-8"), end="")
+    file = _find(name)
+    text = file.read_text(encoding="utf-8")
+    return cli.Told(text.removesuffix("\n"), {"name": file.stem, "path": str(file), "text": text})
 
 
-def copy(name: Name) -> None:
+def copy(name: Name) -> cli.Told:
     """Copy a recipe into the current directory, with the recipe of its teacher and the schema for editors.
 
     Nothing is overwritten: where a file of that name holds something else, nothing is copied.
+
+    JSON keys: path, copied.
 
     Example: python -m fastkd.recipes copy quickstart
     """
@@ -54,7 +71,9 @@ def copy(name: Name) -> None:
     for source in new:
         shutil.copyfile(source, source.name)
     console.say(f"copied: {', '.join(f.name for f in new) or 'nothing, all of it is there already'}")
-    console.say(f"train it: python -m fastkd.train {file.name}")
+    return cli.Told(
+        f"train it: python -m fastkd.train {file.name}", {"path": file.name, "copied": [f.name for f in new]}
+    )
 
 
 def schema() -> None:

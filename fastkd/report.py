@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fastkd import cli, console
+from fastkd import cli
 
 
 def main(
@@ -16,11 +16,14 @@ def main(
     evaluate: Annotated[
         bool, typer.Option(help="Run student and teacher over val, for the accuracy on each class.")
     ] = True,
-) -> None:
+) -> cli.Told:
     """Write report.html: accuracy, time, the selection, samples, and how to reproduce it; of several runs, compared.
 
     The page needs nothing else and no network. Runs that differ only in their seed are summed up as mean ± std. What
-    needs the data, the teacher or the selection is left out where these are gone, and the page says so.
+    needs the data, the teacher or the selection is left out where these are gone, and the page says so. A student that
+    was exported is told of where it lies beside its RUN, or is given as well.
+
+    JSON keys: path, runs.
 
     Example: python -m fastkd.report runs/quickstart-0123abcd
 
@@ -28,7 +31,8 @@ def main(
     """
     from fastkd.stages import reporting
 
-    console.say(f"report: {reporting.report(runs, out, evaluate=evaluate)}")
+    page = reporting.report(runs, out, evaluate=evaluate)
+    return cli.Told(f"report: {page}", {"path": str(page), "runs": [str(run) for run in runs]})
 
 
 if __name__ == "__main__":

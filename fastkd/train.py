@@ -1,6 +1,7 @@
 """``python -m fastkd.train RECIPE``: the whole way from a data set to a distilled student → RUN."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fastkd import artifacts, cli, console, recipe, world
+from fastkd import artifacts, cli, console, recipe
 from fastkd.artifacts import Artifact
 from fastkd.errors import InputError
 
@@ -25,16 +26,13 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be built, and what reused; write nothing.")
     ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Print nothing but warnings, errors and the last line.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Make the last line a JSON object: paths, top-1, seconds.")
-    ] = False,
-) -> None:
+) -> cli.Told:
     """Train a student; whatever it needs and is missing is built first, whatever is there is reused.
 
     What was broken off goes on from its last checkpoint when the same command is given again.
+
+    JSON keys: path, kind, key, built, cost_s, student, metrics, top1, first_student_s, further_student_s,
+    teacher_training_s, images_per_s, data_wait_share, stages. With --dry-run: recipe, stages, ahead_s.
 
     Example: python -m fastkd.train recipes/quickstart.yaml prune.keep_ratio=0.3 seed=1
     """
@@ -46,31 +44,44 @@ def main(
     if resume and not (resume.exists() or artifacts.partial_of(resume).exists()):
         raise InputError(f"--resume {resume}: nothing was begun there")
     if dry_run:
-        _tell(resolved, frozenset(force or ()), resume)
-        return
-    with console.quieted(quiet):
-        run, built = stages.train(resolved, out=resume, source=Path(path), force=frozenset(force or ()))
-        if not built:
-            top1 = run.facts["top1"]["val"]
-            console.say(f"this recipe has been trained: top-1 {top1:.2%} (--force train: train again)")
-    if as_json and world.current().leads:
-        print(json.dumps(_summary(run, built)))
-    else:
-        console.say(f"RUN: {run.path}")
-
-
-def _summary(run: Artifact, built: bool) -> dict[str, Any]:
+        return _dry_run(resolved, frozenset(force or ()), resume)
+    run, built = stages.train(resolved, out=resume, source=Path(path), force=frozenset(force or ()))
+    if not built:
+        console.say("this recipe has been trained (--force train: train again)")
     timing = json.loads(run.file("timing.json").read_bytes())
-    seconds = ("first_student_s", "further_student_s", "teacher_training_s", "images_per_s", "data_wait_share")
-    return {
-        "run": str(run.path),
-        "built": built,
-        "student": str(run.file("student.safetensors")),
-        "metrics": str(run.file("metrics.jsonl")),
-        "top1": run.facts["top1"],
-        **{name: timing[name] for name in seconds},
-        "stages": timing["stages"],
-    }
+    console.show(_summary(resolved.name, run, timing))
+    for name in ("student.safetensors", "metrics.jsonl"):
+        console.say(f"{name.partition('.')[0]}: {run.file(name)}")
+    console.say(f"report: python -m fastkd.report {shlex.quote(str(run.path))}")
+    figures = ("first_student_s", "further_student_s", "teacher_training_s", "images_per_s", "data_wait_share")
+    return cli.Told.of(
+        f"RUN: {run.path}",
+        run,
+        built,
+        student=str(run.file("student.safetensors")),
+        metrics=str(run.file("metrics.jsonl")),
+        top1=run.facts["top1"],
+        **{name: timing[name] for name in figures},
+        stages=timing["stages"],
+    )
+
+
+def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
+    """Lay out what a RUN reached, and what it took."""
+    looks = {"val": "val", "holdout": "the hold-out"}
+    reached = ", ".join(f"{top1:.2%} on {looks[split]}" for split, top1 in sorted(run.facts["top1"].items())[::-1])
+    table = Table(title=f"{name}: top-1 {reached}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("time", justify="right")
+    table.add_column("")
+    for stage in timing["stages"]:
+        table.add_row(stage["stage"], console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
+    table.add_section()
+    table.add_row("further student", console.clock(timing["further_student_s"]), "what this one took by itself")
+    table.add_row("first student", console.clock(timing["first_student_s"]), "with all that was made before it")
+    if timing["teacher_training_s"] is not None:
+        table.add_row("teacher", console.clock(timing["teacher_training_s"]), "its training, in neither")
+    return table
 
 
 STATES = {
@@ -83,14 +94,14 @@ STATES = {
 }
 
 
-def _tell(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> None:
-    """Print what training would do."""
+def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> cli.Told:
+    """Tell what training would do."""
     from fastkd.benchmarks.plan import duration, expected, out_of
     from fastkd.stages.outlook import outlook
 
-    print(recipe.dump(resolved), end="", flush=True)
+    console.out.print(recipe.dump(resolved), end="", markup=False)
     told = outlook(resolved, force=force, out=out)
-    seconds = expected(resolved, told.runtime)
+    seconds = expected(resolved, told.runtime, told.keep_ratio)
     table = Table(title=f"dry run: {resolved.name}: nothing was written", title_justify="left")
     table.add_column("stage")
     table.add_column("")
@@ -113,10 +124,15 @@ def _tell(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> N
         )
     console.show(table)
     if seconds is None:
-        console.say("how long it would take: python -m fastkd.bench plan RECIPE measures that for a minute, here")
+        ahead = "how long it would take: python -m fastkd.bench plan RECIPE measures that for a minute, here"
     else:
         beside = f"; not in it: {', '.join(unknown)}" if unknown else ""
-        console.say(f"ahead: about {duration(ahead_s)} by {out_of(resolved) / 'plan.json'}{beside}")
+        ahead = f"ahead: about {duration(ahead_s)} by {out_of(resolved) / 'plan.json'}{beside}"
+    steps = [
+        {"stage": s.stage, "state": s.state, "path": s.path and str(s.path), "cost_s": s.seconds, "bytes": s.size}
+        for s in told.steps
+    ]
+    return cli.Told(ahead, {"recipe": resolved.name, "stages": steps, "ahead_s": None if unknown else ahead_s})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def main(
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The data set: a new directory.")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The writer's options.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a data set that was written there before.")] = False,
-) -> None:
+) -> cli.Told:
     """See _help()."""
     console.heading(f"write {writer} → {out_dir}")
     with console.bars() as progress:
@@ -31,9 +31,15 @@ def main(
         console.warn(f"left out {len(facts['skipped'])} images in all; the manifest lists them")
     size = sum(stamp.size for stamp in artifact.manifest.files.values())
     done = f"written in {artifact.cost_s:.1f} s" if written else "reused: it was written before, with the same options"
-    console.say(
+    return cli.Told.of(
         f"{artifact.path}: {counts['train']:,} train and {counts['val']:,} val images of {len(facts['classes'])} "
-        f"classes, {size / 1e6:,.1f} MB; {done}"
+        f"classes, {size / 1e6:,.1f} MB; {done}",
+        artifact,
+        written,
+        counts=counts,
+        classes=facts["classes"],
+        skipped=len(facts["skipped"]),
+        bytes=size,
     )
 
 
@@ -63,6 +69,8 @@ def _help() -> str:
 Example: `python -m fastkd.write fashion_mnist data/fashion_mnist`
 
 Example: `python -m fastkd.write image_folder data/pets root=~/pets max_resolution=256`
+
+JSON keys: path, kind, key, built, cost_s, counts, classes, skipped, bytes.
 
 Writers (the head of `writers/NAME.py` tells a writer's own options):
 

@@ -3,15 +3,35 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
-from fastkd import artifacts, bench, prune, score, train
+from fastkd import (
+    artifacts,
+    bench,
+    check,
+    cli,
+    console,
+    export,
+    label,
+    predict,
+    prune,
+    recipes,
+    report,
+    score,
+    stages,
+    train,
+    write,
+)
+from fastkd.artifacts import __main__ as artifacts_command
 from fastkd.errors import FastkdError
 
 PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
@@ -49,20 +69,95 @@ def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_reci
     assert "train: built" in text
 
 
-def test_train_may_be_quiet_and_end_with_json(command, tiny_recipe):
-    """--quiet leaves the last line, --json makes it an object; errors are told as ever."""
+# For machines ---------------------------------------------------------------------------------------------------------
+
+PRUNE = "--logits {z} --labels {y} --out {tmp}/own"
+VIEWS = "data.view.family=flip labels.views=2 train.epochs=2"
+TELLING = {
+    "write": (write.main, "arrays {tmp}/data file={npz} workers=1"),
+    "score": (score.main, "{recipe}"),
+    "prune": (prune.main, "{recipe}"),
+    "prune, own logits": (prune.main, PRUNE),
+    "label": (label.main, "{recipe} " + VIEWS),
+    "train": (train.main, "{recipe} train.epochs=1"),
+    "train --dry-run": (train.main, "{recipe} --dry-run"),
+    "check an artifact": (check.main, "{run}"),
+    "check a recipe": (check.main, "{recipe} --seed 0 --pairs 5"),
+    "export a RUN": (export.main, "{run} {tmp}/student"),
+    "export a SUBSET": (export.main, "{subset} {tmp}/half"),
+    "predict": (predict.main, "{run} {image}"),
+    "report": (report.main, "{run} --no-evaluate --out {tmp}/report"),
+    "artifacts ls": (artifacts_command.ls, "{tmp}/artifacts"),
+    "artifacts gc": (artifacts_command.gc, "{tmp}/artifacts --dry-run"),
+    "recipes list": (recipes.list_, ""),
+    "recipes show": (recipes.show, "quickstart"),
+    "recipes copy": (recipes.copy, "quickstart"),
+}
+"""What builds or tells something, with arguments; tests/benchmarks has the benchmarks."""
+FINDS = ("check a recipe", "export a SUBSET", "artifacts ls", "artifacts gc")  # these take what others built
+
+
+def documented(doc: str) -> set[str]:
+    """Return the JSON keys that a command's help names."""
+    told = doc.partition("JSON keys:")[2].partition("\n\n")[0]
+    return set(re.findall(r"\b[a-z_0-9]+\b(?=\s*[,;.(])", re.sub(r"\([^)]*\)", ",", told)))
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_quiet_and_json_leave_one_line_on_stdout_that_parses(
+    name, tiny_recipe, tiny_run, tiny_npz, tmp_path, monkeypatch, capfd
+):
+    """Of every command; its keys are those that --help names."""
+    monkeypatch.chdir(tmp_path)
+    np.save("z.npy", np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32))
+    np.save("y.npy", np.arange(12) % 3)
+    Image.new("RGB", (16, 16)).save("image.png")
+    subset = stages.prune(tiny_recipe())[0].path if name in FINDS else None
+    capfd.readouterr()
+    main, words = TELLING[name]
+    places = {"recipe": tiny_recipe.path, "run": tiny_run.path, "subset": subset, "npz": tiny_npz, "tmp": tmp_path}
+    given = words.format(z="z.npy", y="y.npy", image="image.png", **places).split()
+
+    monkeypatch.setattr(sys, "argv", ["fastkd", *given, "--quiet", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert not stop.value.code
+    (line,) = capfd.readouterr().out.splitlines()
+    told = json.loads(line)
+    assert told
+    assert set(told) <= documented(write._help() if main is write.main else main.__doc__)
+    for key in {"path", "student", "metrics"} & set(told):
+        assert Path(told[key]).exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_can_be_quiet_and_print_json(name):
+    """All that are made of functions; `doctor` needs the standard library alone, and has a --json of its own."""
+    if name == "doctor":
+        return
+    with mock.patch.object(cli, "run") as run:
+        runpy.run_module(f"fastkd.{name}", run_name="__main__")
+    for function in run.call_args.args:
+        if function.__name__ == "schema":  # prints JSON, and nothing else
+            continue
+        app = typer.Typer()
+        app.command()(cli.as_command(function))
+        assert {"quiet", "as_json"} <= {option.name for option in typer.main.get_command(app).params}
+        assert "JSON" in (write._help() if name == "write" else function.__doc__)
+
+
+def test_the_json_of_train_is_that_of_its_run_and_errors_are_told_as_ever(command, tiny_recipe):
+    """Whether it was built now, or before; --quiet hides no error."""
     code, text = command(train.main, tiny_recipe.path, "--quiet")
     assert code == 0
-    (line,) = text.splitlines()
-    run = artifacts.load(line.partition("RUN: ")[2], "RUN")
+    run = artifacts.load(text.strip().partition("RUN: ")[2], "RUN")
     code, text = command(train.main, tiny_recipe.path, "--json")
     assert "this recipe has been trained" in text
     told = json.loads(text.splitlines()[-1])
-    assert told["run"] == str(run.path)
+    assert told["path"] == str(run.path)
     assert told["built"] is False
     assert told["top1"] == run.facts["top1"]
-    assert Path(told["student"]).is_file()
-    assert Path(told["metrics"]).is_file()
     assert told["first_student_s"] > told["further_student_s"] > 0
     assert {stage["stage"] for stage in told["stages"]} >= {"write", "score", "prune", "train"}
     code, text = command(train.main, tiny_recipe.path, "seed=1", "--quiet", "--json")
@@ -70,6 +165,37 @@ def test_train_may_be_quiet_and_end_with_json(command, tiny_recipe):
     code, text = command(train.main, tiny_recipe.path, "train.batch_size=1000", "--quiet")
     assert code == 2
     assert text.startswith("error: ")
+
+
+def test_training_tells_how_it_goes_and_sums_up(command, tiny_recipe, monkeypatch):
+    """Rate, time left, loss, data wait, the latest look, memory; then what it reached and took, and where it lies."""
+    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.0)
+    asked = ("data.holdout_ratio=0.2", "train.eval_every_epochs=1", "train.epochs=2", "train.batch_size=20")
+    code, text = command(train.main, tiny_recipe.path, *asked)
+    assert code == 0
+    lines = [line[9:] for line in text.splitlines() if re.search(r"train: \d+/120, ", line)]
+    assert len(lines) == 6
+    rate = r"train: \d+/120, [\d,]+ images/s, [\d.]+ s left"
+    line = rate + r", epoch {}, loss [\d.]+, data wait [\d.]+%{}, memory \d+\.\d\d GB"
+    assert all(re.fullmatch(line.format(1, ""), one) for one in lines[:3])
+    assert all(re.fullmatch(line.format(2, r", top-1 [\d.]+%"), one) for one in lines[3:])
+    ending = text[text.index("student: top-1 ") :]
+    run = artifacts.load(text.splitlines()[-1].partition("RUN: ")[2], "RUN")
+    assert ending.startswith(
+        f"student: top-1 {run.facts['top1']['val']:.2%} on val, {run.facts['top1']['holdout']:.2%} on the hold-out"
+    )
+    cells = [[cell.strip() for cell in row.split("│")[1:-1]] for row in ending.splitlines() if row.startswith("│")]
+    stages_told = {name: remark for name, _, remark in cells}
+    assert stages_told["write"] == "reused"
+    assert stages_told["score"] == stages_told["train"] == ""
+    assert {"further student", "first student", "teacher"} <= set(stages_told)
+    for words in (
+        f"{run.path}/student.safetensors",
+        f"{run.path}/metrics.jsonl",
+        f"python -m fastkd.report {run.path}",
+    ):
+        assert words in ending
+    assert len(ending.splitlines()) <= 24
 
 
 @pytest.mark.parametrize("no_color", [False, True])
@@ -234,9 +360,11 @@ def test_prune_wants_a_recipe_or_arrays(command, arrays):
 
 def test_savings_compares_four_ways_and_writes_them_down(command, tiny_recipe, tmp_path):
     out = tmp_path / "savings"
-    code, text = command(bench.savings, "savings", tiny_recipe.path, "--out", str(out), "--seeds", "2", named=True)
+    code, text = command(bench.savings, tiny_recipe.path, "--out", str(out), "--seeds", "2", "--json")
     assert code == 0
     report = json.loads((out / "savings.json").read_text())
+    (line,) = [line for line in text.splitlines() if line.startswith("{")]
+    assert json.loads(line) == report
     assert list(report["ways"]) == ["vanilla", "recipe", "random", "same_compute"]
     assert report["seeds"] == [0, 1]
     for name, way in report["ways"].items():

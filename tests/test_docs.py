@@ -157,7 +157,8 @@ def words_of(command: str) -> list[str]:
         if word == ">":
             break
         pattern = re.sub(r"(?<=-)(KEY|[0-9a-f]{8,12})\b", "*", word)
-        found = [path for path in sorted(glob(pattern)) if (Path(path) / artifacts.MANIFEST).exists()]
+        found = [path for path in glob(pattern) if (Path(path) / artifacts.MANIFEST).exists()]
+        found.sort(key=lambda path: (Path(path) / artifacts.MANIFEST).stat().st_mtime_ns)  # a KEY is the first one made
         assert found or "*" not in pattern, f"{command}: there is no {word}"
         words += found if "*" in word else found[:1] if "*" in pattern else [word]
     return words
@@ -170,7 +171,7 @@ def run(command: str, *, parse_only: bool = False) -> None:
     told = io.StringIO()
     with contextlib.ExitStack() as stack:
         if parse_only:
-            stack.enter_context(mock.patch.object(cli, "_explained", parsed))
+            stack.enter_context(mock.patch.object(cli, "as_command", parsed(cli.as_command)))
             stack.enter_context(mock.patch.object(argparse.ArgumentParser, "parse_args", parsed_by_argparse))
         stack.enter_context(mock.patch.object(sys, "argv", [name, *words]))
         stack.enter_context(contextlib.redirect_stdout(told))
@@ -182,15 +183,18 @@ def run(command: str, *, parse_only: bool = False) -> None:
     assert not stop.value.code, f"python -m fastkd.{command}: exit code {stop.value.code}\n{told.getvalue()}"
 
 
-def parsed(command: Callable[..., None]) -> Callable[..., None]:
-    """Return a command that does nothing, but for loading the recipe that it would."""
+def parsed(as_command: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
+    """Make commands that do nothing, but for loading the recipe that they would."""
 
-    @functools.wraps(command)
-    def nothing(**given):
-        if "overrides" in given:
-            recipe.load(given["path"], given["overrides"] or ())
+    def idle(command: Callable[..., cli.Told], *, together: bool = False) -> Callable[..., None]:
+        @functools.wraps(command)
+        def nothing(**given):
+            if "overrides" in given:
+                recipe.load(given["path"], given["overrides"] or ())
 
-    return nothing
+        return as_command(nothing)
+
+    return idle
 
 
 def parsed_by_argparse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> None:

@@ -339,10 +339,9 @@ def _settle(state: Mapping[str, Any]) -> None:
 def _write_verdict(artifact: Artifact, state: Mapping[str, Any]) -> None:
     if not _may_write.get():
         return
-    with contextlib.suppress(OSError):  # a read-only place: checksums are computed at each load instead
+    with contextlib.suppress(OSError):  # read-only, or full: checksums are computed at each load instead
         temporary = artifact.path / f"{_VERDICT}.{os.getpid()}"
-        temporary.write_text(json.dumps(state))
-        temporary.replace(artifact.path / _VERDICT)
+        write_whole(artifact.path / _VERDICT, json.dumps(state).encode(), temporary, sync=False)
 
 
 def find(
@@ -476,11 +475,17 @@ def in_use(path: Path) -> bool:
         return True
 
 
-def remove(path: Path) -> None:
+def remove(path: Path, then: Callable[[Path], None] = lambda published: None) -> None:
     """Delete an artifact, or what bears its name with ``.fastkd-partial`` and the like: under its lock, never by half.
 
     It is renamed before it is deleted, so that what a killed process leaves is known for what it is. No link is
-    followed, and nothing outside the folder is touched.
+    followed, and nothing outside the folder is touched. The lock's own file stays: deleted, it would be held by whoever
+    has it open, and by whoever makes it anew.
+
+    Parameters
+    ----------
+    then
+        Called under the same lock, with the place where the artifact is when it is published.
 
     Raises
     ------
@@ -498,6 +503,7 @@ def remove(path: Path) -> None:
             if path != aside:
                 path.rename(aside)
                 shutil.rmtree(aside)
+            then(published)
     except Timeout:
         raise InputError(f"{path}: another process is at work on it; nothing was deleted") from None
     except OSError as error:
@@ -595,6 +601,19 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes, temporary: Path, *, sync: bool = True) -> None:
+    """Write a file whole or not at all: under another name first, of which a full disk leaves nothing behind."""
+    try:
+        temporary.write_bytes(data)
+        if sync:
+            fsync(temporary)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def differences(asked: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

@@ -1,12 +1,16 @@
 """``python -m fastkd.artifacts ls|gc``: what lies on the disk, and deleting what nobody needs."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastkd import cli, console
 from fastkd.errors import InputError
+
+if TYPE_CHECKING:
+    from fastkd.stages.storage import Found
 
 Folders = Annotated[
     list[Path] | None,
@@ -14,37 +18,38 @@ Folders = Annotated[
 ]
 
 
-def ls(
-    paths: Folders = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+def ls(paths: Folders = None) -> cli.Told:
     """List artifacts: kind, size, key, age and what uses each; also unfinished ones, and which can be gone on with.
 
     Nothing is verified: python -m fastkd.check ARTIFACT does that.
+
+    JSON keys: artifacts (of each: path, state, kind, key, parents, bytes, changed, note, left_over, used_by), bytes.
 
     Example: python -m fastkd.artifacts ls data runs
     """
     from fastkd.stages import storage
 
     found = storage.scan(paths or storage.homes())
-    if as_json:
-        typer.echo(storage.as_json(found))
-        return
     if found:
         console.show(storage.table(found, found))
-    console.say(f"{len(found)} artifacts, {storage.megabytes(sum(one.bytes for one in found))}")
+    size = sum(one.bytes for one in found)
+    facts = {"artifacts": storage.described(found), "bytes": size}
+    return cli.Told(f"{len(found)} artifacts, {storage.megabytes(size)}", facts)
 
 
 def gc(
     paths: Folders = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List, and delete nothing.")] = False,
-) -> None:
+) -> cli.Told:
     """Delete the SCORES, SUBSETs and LABELS that no RUN and no export needs, and what killed processes left.
 
     RUNs and exports count where they lie in the folders given, or in data and runs: name others too. No RUN is deleted,
     and no data set. An unfinished RUN that could be gone on with is listed, and what it needs is kept; so is what a
-    process is at work on.
+    process is at work on. With each artifact goes what lies beside it: a SUBSET's pictures, and how far a pass of the
+    teacher had come. Lock files, which are empty, stay: processes may wait for them.
+
+    JSON keys: unneeded, deleted, freed_bytes.
 
     Example: python -m fastkd.artifacts gc --dry-run
     """
@@ -54,8 +59,7 @@ def gc(
     unneeded = storage.unneeded(folders, also)
     found = storage.scan([*folders, *also])
     if not unneeded:
-        console.say("gc: there is nothing to delete")
-        return
+        return _told("there is nothing to delete", [])
     console.show(storage.table(unneeded, found))
     total = storage.megabytes(sum(one.bytes for one in unneeded))
     console.say(f"gc: {len(unneeded)} folders, {total}, are needed by no RUN and no export here")
@@ -65,20 +69,34 @@ def gc(
     for one in found:
         if one.state == "unreadable":
             console.warn(f"gc: {one.path}: what it needs is not known ({one.note})")
-    if dry_run or not (yes or typer.confirm("Delete them?")):
-        console.say("gc: nothing was deleted")
-        return
+    question = f"Delete {len(unneeded)} folders, {total}?"
+    if dry_run or not (yes or typer.confirm(question, err=True)):  # stdout may be read by a program
+        return _told("nothing was deleted", unneeded)
     still = {one.path for one in storage.unneeded(folders, also)}  # much may have happened until somebody answered
-    freed = failed = 0
+    deleted, failed = [], 0
     for one, error in storage.remove([one for one in unneeded if one.path in still]):
         if error:
             failed += 1
             console.warn(f"gc: {error}")
         else:
-            freed += one.bytes
-    console.say(f"gc: {storage.megabytes(freed)} freed ({freed:,} bytes)")
+            deleted.append(one)
+    freed = sum(one.bytes for one in deleted)
+    said = f"{storage.megabytes(freed)} freed ({freed:,} bytes)"
     if failed:
+        console.say(f"gc: {said}")
         raise InputError(f"{failed} of {len(unneeded)} folders could not be deleted")
+    return _told(said, unneeded, deleted)
+
+
+def _told(said: str, unneeded: "Sequence[Found]", deleted: "Sequence[Found]" = ()) -> cli.Told:
+    return cli.Told(
+        f"gc: {said}",
+        {
+            "unneeded": [str(one.path) for one in unneeded],
+            "deleted": [str(one.path) for one in deleted],
+            "freed_bytes": sum(one.bytes for one in deleted),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -243,8 +243,10 @@ def rates_of(recipe: Recipe) -> dict[str, Any]:
     )
 
 
-def expected(recipe: Recipe, runtime: Runtime) -> dict[str, float] | None:
+def expected(recipe: Recipe, runtime: Runtime, keep_ratio: float | None = None) -> dict[str, float] | None:
     """Return the seconds that each stage takes by what `measure` wrote, where it goes by default.
+
+    `keep_ratio` is what is kept where the recipe's does not say: of a list.
 
     None where it was measured for other settings, on another machine, or never.
     """
@@ -260,7 +262,8 @@ def expected(recipe: Recipe, runtime: Runtime) -> dict[str, float] | None:
     if there[1:] != here[1:]:
         return None
     sizes = replace(sizes, epochs=recipe.train.epochs)
-    told = predict(measured, sizes, recipe.prune.static.keep_ratio, recipe.num_views)
+    keep = recipe.prune.static.keep_ratio if keep_ratio is None else keep_ratio
+    told = predict(measured, sizes, keep, recipe.num_views)
     return {name: told[name] for name in ("score", "prune", "label")} | {"train": told["further_student_s"]}
 
 

@@ -444,6 +444,11 @@ class _Epoch(EpochIterator):
         return (*result, *(torch.from_numpy(buffer) for buffer in self.rows[slot]))
 
     def __next__(self) -> tuple[torch.Tensor, ...]:
+        if self.terminate_event.is_set():  # to end here would look as if these were all samples
+            raise LoaderError(
+                f"{self.loader.fname}: this epoch was broken off, since another one of the same loader was begun, or "
+                "the loader closed: a loader gives one epoch at a time; make a second one to go through data twice"
+            )
         waiting, looks = self.output_queue, 0
         while not waiting.queue:  # a dead thread puts nothing: FFCV's own get() would wait for ever
             if not self.is_alive() and not waiting.queue:

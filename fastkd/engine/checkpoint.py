@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastkd import console
-from fastkd.artifacts import file_digest, fsync
+from fastkd.artifacts import file_digest, fsync, write_whole
 from fastkd.engine.dynamic import RunningLosses
 from fastkd.engine.loop import DIVERGED_HELP, TrainState
 from fastkd.errors import FastkdError
@@ -84,10 +84,7 @@ def save(
     data = safetensors.torch.save(plain, {STATE: json.dumps(whole, allow_nan=False)})
     path = folder / f"step-{step:09}-{xxhash.xxh3_128_hexdigest(data)}.safetensors"
     folder.mkdir(exist_ok=True)
-    temporary = folder / "unfinished"
-    temporary.write_bytes(data)
-    fsync(temporary)
-    temporary.replace(path)
+    write_whole(path, data, folder / "unfinished")
     fsync(folder)
     same_step = [file for file in _files(folder) if file != path and file.name.startswith(f"step-{step:09}-")]
     for old in same_step:  # of before it was gone on with

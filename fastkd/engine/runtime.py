@@ -2,9 +2,11 @@
 
 import inspect
 import os
+import resource
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -151,6 +153,15 @@ class Runtime:
             return host.numpy()
 
         return wait
+
+    def memory_bytes(self) -> int:
+        """Return the most that tensors took on the GPU so far; on a CPU, what the process holds now (resident set)."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        statm = Path("/proc/self/statm")
+        if statm.exists():
+            return int(statm.read_text().split()[1]) * resource.getpagesize()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: the most it held
 
     def clock(self) -> float:
         """Return the wall time in seconds, once the device has done all that it was asked."""

@@ -47,6 +47,12 @@ class LoadedTeacher:
     """Model, digest of the weights and normalisation: the part of a key that is the teacher's."""
 
 
+def refuse_unknown(stages: frozenset[str] | set[str]) -> None:
+    """Refuse to force what is no stage."""
+    if unknown := stages - set(STAGES):
+        raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
+
+
 class MissingError(InputError):
     """An artifact of a recipe is not there, and is not to be built now."""
 
@@ -85,8 +91,7 @@ class Chain:
         build: bool = True,
         reset_compiler: bool = True,
     ) -> None:
-        if unknown := set(force) - set(STAGES):
-            raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
+        refuse_unknown(force)
         current().agree("recipe", recipe.model_dump(mode="json", exclude={"data": {"path"}}))
         self.recipe = recipe
         self.force = frozenset(force if current().leads else ())  # the others find what it has built
@@ -216,10 +221,15 @@ class Chain:
             os_cache=data.os_cache,
         )
 
+    @property
+    def artifacts_dir(self) -> Path:
+        """Where SCORES, SUBSETs and LABELS lie."""
+        data = Path(self.recipe.data.path)
+        return Path(self.recipe.data.artifacts_dir or data.with_name(data.name + ".artifacts"))
+
     def place(self, kind: Kind, inputs: Mapping[str, Any]) -> Path:
         """Return where an artifact with these inputs lies; say what the nearest lacks if it is not there."""
-        data = Path(self.recipe.data.path)
-        directory = Path(self.recipe.data.artifacts_dir or data.with_name(data.name + ".artifacts"))
+        directory = self.artifacts_dir
         path = directory / f"{kind.lower()}-{artifacts.key_of(kind, inputs)[:12]}"
         if not path.exists() and (near := artifacts.nearest(directory, kind, inputs)):
             console.say(f"no {kind} for this recipe yet; the nearest is {near}")
@@ -349,8 +359,9 @@ def prune(recipe: Recipe, *, force: bool = False, pictures: bool = False) -> tup
     subset = chain.subset
     if pictures:
         from fastkd.stages.pictures import draw  # matplotlib takes a second
+        from fastkd.stages.storage import PICTURES
 
-        for file in draw(chain, subset, subset.path.with_name(subset.path.name + ".pictures")):
+        for file in draw(chain, subset, subset.path.with_name(subset.path.name + PICTURES)):
             console.say(f"picture: {file}")
     return subset, not chain.costs["prune"].reused
 

@@ -1,12 +1,13 @@
 """What can still be found out about a RUN: the selection, samples, accuracy by class.
 
-Its parents are looked for where the recipe of the RUN says. They may be gone, or others by now: everything here raises
-one of the project's errors then, whose message says why.
+Its parents are looked for where the recipe of the RUN says, by their keys. They may be gone, or others by now:
+everything here raises one of the project's errors then, whose message says why.
 """
 
 import base64
 import io
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,10 +16,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
-from fastkd import console, models
-from fastkd.artifacts import Artifact
+from fastkd import artifacts, console, models
+from fastkd.artifacts import Artifact, Kind
+from fastkd.data.order import split_holdout
 from fastkd.engine.loop import predict
-from fastkd.errors import ArtifactError, InputError
+from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import class_ranks
 from fastkd.stages import pictures
 from fastkd.stages.chain import Chain
@@ -40,8 +42,12 @@ class Selection:
     difficulty : float32 [n]
         Of the samples that could be chosen: those of train but the hold-out.
     kept : bool [n]
-    kept_share, sigma : float64 [K]
-        Of each class, the share that was kept, and σ of the teacher's logits.
+    labels : int64 [n] or None
+        None: neither the DATASET nor the SCORES are there.
+    class_counts : int64 [K]
+        How many samples of each class were kept.
+    sigma : float64 [K]
+        σ of the teacher's logits on each class.
     """
 
     subset: Artifact
@@ -49,8 +55,14 @@ class Selection:
     score: str
     difficulty: np.ndarray
     kept: np.ndarray
-    kept_share: np.ndarray
+    labels: np.ndarray | None
+    class_counts: np.ndarray
     sigma: np.ndarray
+
+    @property
+    def class_sizes(self) -> np.ndarray | None:
+        """How many samples of each class there were to choose from (int64 [K])."""
+        return None if self.labels is None else np.bincount(self.labels, minlength=len(self.sigma))
 
     @property
     def is_negated(self) -> bool:
@@ -128,49 +140,84 @@ class Inspector:
         self.run = run
 
     @cached_property
-    def chain(self) -> Chain:
-        """The artifacts of its recipe, the DATASET being the one that it learned from."""
+    def _unseen(self) -> Chain:
+        """The chain of its recipe, before its DATASET is looked at."""
         recipe = self.run.recipe
         train = recipe.train.model_copy(update={"compile": False})  # takes longer than one pass
-        chain = Chain(recipe.model_copy(update={"train": train}), build=False)
-        self._must_be(chain.dataset, "DATASET")
-        return chain
+        return Chain(recipe.model_copy(update={"train": train}), build=False)
 
-    def _must_be(self, artifact: Artifact, kind: str) -> Artifact:
-        if artifact.key != self.run.artifact.manifest.parents.get(kind):
-            raise ArtifactError(f"{artifact.path}: is not the {kind} that {self.run.path} was made from")
-        return artifact
+    @cached_property
+    def chain(self) -> Chain:
+        """The artifacts of its recipe, the DATASET being the one that it learned from."""
+        dataset = self._unseen.dataset
+        if dataset.key != self.run.artifact.manifest.parents["DATASET"]:
+            raise ArtifactError(f"{dataset.path}: is not the DATASET that {self.run.path} was made from")
+        return self._unseen
+
+    def _find(self, kind: Kind, key: str) -> Artifact:
+        """Return what bears a key, though what it was made from may be gone."""
+        folder = self._unseen.artifacts_dir
+        for path, manifest in artifacts.published(folder, kind):
+            if manifest.key == key:
+                return artifacts.load(path, kind)
+        raise InputError(f"{folder}: the {kind} that this student learned from is not there any more")
+
+    @cached_property
+    def _scores(self) -> Artifact | None:
+        """The SCORES by which samples were selected, if they are there."""
+        try:
+            return self._find("SCORES", self.selection_of.manifest.parents["SCORES"])
+        except InputError:
+            return None
+
+    @cached_property
+    def selection_of(self) -> Artifact:
+        """The SUBSET that it learned from."""
+        run, export = self.run, None
+        if "SUBSET" not in run.artifact.manifest.parents:
+            if run.dynamic:
+                raise InputError(
+                    f"{run.dynamic} chose anew in each epoch, and trained on {run.trained_share:.1%} of the images of "
+                    "all epochs; there is no list of samples that were kept"
+                )
+            raise InputError("this student learned from all of its data set: nothing was selected")
+        with suppress(FastkdError, OSError):  # also where the data are gone
+            export = self.chain.export
+        if export:
+            raise InputError(f"{self.chain.dataset.path} is an export: what was left out is not in it")
+        return self._find("SUBSET", run.artifact.manifest.parents["SUBSET"])
 
     @cached_property
     def selection(self) -> Selection:
-        """Which samples were kept."""
-        if "SUBSET" not in self.run.artifact.manifest.parents:
-            raise InputError("this student learned from all of its data set: nothing was selected")
-        chain = self.chain
-        subset = self._must_be(chain.subset, "SUBSET")
-        y_N, K = chain.loader("train", 1).labels(), chain.num_classes
-        kept, ids = np.asarray(subset.array("indices.npy")), chain.train_ids
-        if chain.export:
-            raise InputError(f"{chain.dataset.path} is an export: what was left out is not in it")
-        sizes_K = np.bincount(y_N[ids], minlength=K)
+        """Which samples were kept, as far as the SUBSET tells; their labels are the DATASET's, or the SCORES'."""
+        subset = self.selection_of
+        inputs = subset.manifest.inputs
+        ids = split_holdout(subset.facts["scored"], inputs["holdout_ratio"])[0]
         return Selection(
             subset,
-            subset.manifest.inputs["method"],
-            subset.manifest.inputs.get("score", "cross_entropy"),
+            inputs["method"],
+            inputs.get("score", "cross_entropy"),
             np.asarray(subset.array("difficulty.npy"))[ids],
-            np.isin(ids, kept),
-            np.bincount(y_N[kept], minlength=K) / np.maximum(sizes_K, 1),
+            np.isin(ids, np.asarray(subset.array("indices.npy"))),
+            None if (y_N := self._labels()) is None else y_N[ids],
+            np.array(subset.facts["class_counts"]),
             np.asarray(subset.array("class_std.npy")),
         )
+
+    def _labels(self) -> np.ndarray | None:
+        """Return the labels of train (int64 [N]); None where they are gone."""
+        try:
+            return self.chain.loader("train", 1).labels()
+        except (FastkdError, OSError):
+            return None if self._scores is None else np.asarray(self._scores.array("labels.npy"))
 
     def samples(self) -> list[Samples]:
         """Return easy, medium and hard samples, kept and dropped: of each, some evenly spread over the classes."""
         selection, chain = self.selection, self.chain
         names, ids = chain.dataset.facts["classes"], chain.train_ids
-        y_N = chain.loader("train", 1).labels()
-        y_n = y_N[ids]
+        y_n = chain.loader("train", 1).labels()[ids]
         place_n = class_ranks(selection.difficulty, y_n, len(names)) / np.bincount(y_n, minlength=len(names))[y_n]
-        guesses = self._guesses()
+        guesses = self._scores.array("logits.npy") if self._scores else None
         chosen = {
             (name, kept): _spread((place_n >= low) & (place_n <= high) & (selection.kept == kept), y_n)
             for name, low, high in GROUPS
@@ -198,13 +245,6 @@ class Inspector:
         subset = self.selection.subset
         kept = np.asarray(subset.array("indices.npy"))
         return pictures.contact_sheet(self.chain, np.asarray(subset.array("difficulty.npy")), kept)
-
-    def _guesses(self) -> np.ndarray | None:
-        """Return the teacher's logits of all of train; None where the SCORES are gone."""
-        try:
-            return self.chain.scores.array("logits.npy")
-        except InputError:
-            return None
 
     def _images(self, ids: np.ndarray) -> dict[int, str]:
         """Load samples as the student sees them, as data URIs."""

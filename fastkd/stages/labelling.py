@@ -16,7 +16,15 @@ from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import Predicted
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
-from fastkd.stages.rows import Progress, RowFile, check_float16, full_disk_explained, need_space, run_pass
+from fastkd.stages.rows import (
+    Progress,
+    RowFile,
+    check_float16,
+    full_disk_explained,
+    need_space,
+    progress_file,
+    run_pass,
+)
 from fastkd.stages.together import build_together
 from fastkd.world import current
 
@@ -41,7 +49,7 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
     if force and path.exists():  # views that other recipes use are made again too
         views = max(views, artifacts.load(path, "LABELS").facts["views"])
     views = current().share(views)
-    progress = path.with_name(f".{path.name}.progress.json")
+    progress = progress_file(path)
     if force:
         progress.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):

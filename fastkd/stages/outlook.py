@@ -1,5 +1,7 @@
 """outlook: what training a recipe would take: what is there, and what would be built; nothing is written."""
 
+import contextlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,11 @@ from fastkd.artifacts import BEGUN, MANIFEST, Artifact, partial_of
 from fastkd.data.source import load_writer
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
-from fastkd.stages.chain import Chain, MissingError
+from fastkd.stages.chain import Chain, MissingError, refuse_unknown
 from fastkd.stages.job import needs_scores, uses_labels, uses_subset
 from fastkd.stages.labelling import row_bytes
-from fastkd.stages.training import build_run
+from fastkd.stages.pruning import listed_rows
+from fastkd.stages.training import CHECKPOINTS, begun_otherwise, build_run, run_inputs
 from fastkd.stages.writing import refuse_foreign, write
 
 
@@ -48,10 +51,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Outlook:
-    """The stages of a recipe in their order, and where its nets would run."""
+    """The stages of a recipe in their order, where its nets would run, and which share of train would be kept (0…1)."""
 
     steps: list[Step]
     runtime: Runtime
+    keep_ratio: float
 
 
 def outlook(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), out: Path | None = None) -> Outlook:
@@ -59,10 +63,12 @@ def outlook(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), o
 
     What follows something missing is taken to be missing too: where it would lie follows from what it is made of.
     """
-    Chain(recipe, force, build=False)  # refuses unknown stages
+    refuse_unknown(force)
     with artifacts.untouched():
         chain = Chain(recipe, build=False)
-        return Outlook(list(_steps(chain, force, out)), chain.runtime)
+        steps = list(_steps(chain, force, out))
+        there = steps[0].state != "build"
+        return Outlook(steps, chain.runtime, _keep_ratio(chain) if there else recipe.prune.static.keep_ratio)
 
 
 def _steps(chain: Chain, force: frozenset[str] | set[str], out: Path | None) -> Iterator[Step]:
@@ -89,7 +95,7 @@ def _steps(chain: Chain, force: frozenset[str] | set[str], out: Path | None) -> 
             artifact = get()
         except MissingError as error:
             missing = True
-            begun = (partial_of(error.path) / BEGUN).exists() and stage not in force
+            begun = stage not in force and _is_begun(chain, stage, partial_of(error.path))
             yield Step(stage, "go on" if begun else "build", error.path, size=size)
             continue
         if stage == "write":
@@ -107,6 +113,18 @@ def _steps(chain: Chain, force: frozenset[str] | set[str], out: Path | None) -> 
             yield Step(
                 stage, "reuse", artifact.path, chain.costs[stage].seconds if stage != "train" else artifact.cost_s, used
             )
+
+
+def _is_begun(chain: Chain, stage: str, partial: Path) -> bool:
+    """Tell whether there is an unfinished build to go on with; refuse a RUN of another recipe, as training would."""
+    if not (partial / BEGUN).exists():
+        return False
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it was being written
+        key = json.loads((partial / BEGUN).read_bytes())["key"]
+        other = stage == "train" and key != artifacts.key_of("RUN", run_inputs(chain))
+        if other and any((partial / CHECKPOINTS).glob("step-*")):
+            raise begun_otherwise(chain.recipe, partial)
+    return True
 
 
 def _is_needed(chain: Chain, stage: str, dataset: Artifact | None) -> bool:
@@ -158,7 +176,15 @@ def _kept(chain: Chain, *, found: bool) -> int:
     """Return M, or what it will be but for rounding."""
     if found and uses_subset(chain):
         return int(chain.subset.facts["count"])
-    return round(chain.recipe.prune.static.keep_ratio * len(chain.train_ids))
+    return round(_keep_ratio(chain) * len(chain.train_ids))
+
+
+def _keep_ratio(chain: Chain) -> float:
+    """Return which share of train a recipe keeps: of a list, as many as stand in it."""
+    settings = chain.recipe.prune.static
+    if settings.method != "list" or chain.export:
+        return settings.keep_ratio
+    return len(listed_rows(chain.train_ids, settings)) / len(chain.train_ids)
 
 
 def _bytes(chain: Chain, stage: str, dataset: Artifact | None) -> int | None:
@@ -173,7 +199,7 @@ def _bytes(chain: Chain, stage: str, dataset: Artifact | None) -> int | None:
         with torch.device("meta"):
             net = models.build(recipe.student.model, K)
         return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
-    kept = all_of_train if chain.export else round(recipe.prune.static.keep_ratio * len(chain.train_ids))
+    kept = all_of_train if chain.export else round(_keep_ratio(chain) * len(chain.train_ids))
     if stage == "prune":
         return kept * (2 * K + 8) + 4 * all_of_train + 8 * K
     return (recipe.num_views or 0) * kept * row_bytes(K, recipe.labels.topk)

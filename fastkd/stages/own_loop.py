@@ -139,7 +139,11 @@ class Loader:
         return full + (rest > 0 and source.seed is None)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begin the next epoch; one that is still going on is broken off, and asking it for more is an error."""
+        """Begin the next epoch; one that is still going on is broken off, and asking it for more is a `LoaderError`.
+
+        It does not merely end: of two loops over one loader, one within the other, the outer would see few samples, and
+        nobody would know. Two loaders give two epochs at a time.
+        """
         source, number = self._source, self.epoch
         self.epoch += 1
         ids = source.sample_ids

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 
 from fastkd.artifacts import Artifact
 from fastkd.kernels import class_ranks
+from fastkd.stages.letters import class_names, families
+from fastkd.stages.storage import PICTURE_NAMES
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
@@ -24,11 +26,13 @@ def draw(chain: "Chain", subset: Artifact, directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     difficulty_N = np.asarray(subset.array("difficulty.npy"))
     kept = np.asarray(subset.array("indices.npy"))
-    files = [directory / "difficulty.png", directory / "samples.png"]
+    files = [directory / name for name in PICTURE_NAMES]
     title = f"{subset.manifest.inputs['method']}, {len(kept):,} of {len(chain.train_ids):,} kept"
     score = subset.manifest.inputs.get("score", "cross_entropy")
-    histogram(difficulty_N[chain.train_ids], np.isin(chain.train_ids, kept), score, title).savefig(files[0], dpi=120)
-    contact_sheet(chain, difficulty_N, kept).savefig(files[1], dpi=120)
+    with mpl.rc_context({"font.family": families(chain.dataset.facts["classes"])}):
+        shown = histogram(difficulty_N[chain.train_ids], np.isin(chain.train_ids, kept), score, title)
+        shown.savefig(files[0], dpi=120)
+        contact_sheet(chain, difficulty_N, kept).savefig(files[1], dpi=120)
     return files
 
 
@@ -55,7 +59,7 @@ def histogram(
 def contact_sheet(chain: "Chain", difficulty_N: np.ndarray, kept: np.ndarray) -> Figure:
     """Draw the easiest, the medium and the hardest samples of a few classes; those kept have a frame."""
     loader = chain.loader("train", 1)
-    y_N, names = loader.labels(), chain.dataset.facts["classes"]
+    y_N, names = loader.labels(), class_names(chain.dataset.facts["classes"])
     ids = chain.train_ids
     rank_N = class_ranks(difficulty_N[ids], y_N[ids], len(names))
     classes = np.unique(np.linspace(0, len(names) - 1, min(CLASSES, len(names))).astype(int))

@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle
@@ -15,8 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from fastkd.console import clock
+from fastkd.stages.letters import families
 from fastkd.stages.pictures import histogram
-from fastkd.stages.runs import STAGES, Group, RunFacts, clock
+from fastkd.stages.runs import STAGES, Group, RunFacts
 
 mpl.use("agg")
 PALETTE = {  # light, dark; contrast with the panel at least 4.5 for text and 3 for lines
@@ -71,9 +74,9 @@ STYLE: Any = {  # matplotlib types these by a literal of all its settings
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """Draw as the report looks."""
-    with mpl.rc_context(STYLE):
+def style(texts: Sequence[str] = ()) -> Iterator[None]:
+    """Draw as the report looks, with fonts for all letters of some texts that fonts are there for."""
+    with mpl.rc_context({**STYLE, "font.family": families(texts)}):
         yield
 
 
@@ -84,7 +87,11 @@ def svg(figure: Figure, name: str) -> str:
     text; `name` keeps its ids apart from those of other figures.
     """
     stream = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}):
+    with (
+        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
         figure.savefig(stream, format="svg", transparent=True)
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -232,13 +239,16 @@ def difficulty(difficulty_n: np.ndarray, kept_n: np.ndarray, score: str) -> Figu
     return histogram(difficulty_n, kept_n, score, "Difficulty, and what was kept", (WIDTH_IN, 3.3))
 
 
-def classes(names: Sequence[str], kept_share_K: np.ndarray, sigma_K: np.ndarray) -> Figure:
-    """Draw for each class the share of its samples that was kept, beside σ of the teacher's logits."""
+def classes(names: Sequence[str], kept_K: np.ndarray, size_K: np.ndarray | None, sigma_K: np.ndarray) -> Figure:
+    """Draw for each class how many samples were kept, as a share where the sizes are known, beside σ of its logits."""
     shown, told = ends(sigma_K)
+    kept = (
+        (kept_K, "Kept", "{:,.0f}") if size_K is None else (100 * kept_K / np.maximum(size_K, 1), "Kept (%)", "{:.0f}")
+    )
     figure = Figure(figsize=(WIDTH_IN, 0.95 + ROW_IN * len(shown)))
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, values, title, form in (
-        (left, 100 * kept_share_K, "Kept (%)", "{:.0f}"),
+        (left, *kept),
         (right, sigma_K, "σ of its logits", "{:.2f}"),
     ):
         axes.barh(range(len(shown)), values[shown], height=0.62, color=SERIES[0] if axes is left else SERIES[2])

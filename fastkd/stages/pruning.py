@@ -269,7 +269,7 @@ def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Pr
     """
     method, N = settings.method, len(ids_N)
     if method == "list":
-        return _listed(ids_N, settings)
+        return listed_rows(ids_N, settings)
     draw_N = mix64(ids_N, settings.seed, "prune")
     keep = round(settings.keep_ratio * N)
     if method == "random_unbalanced":
@@ -289,8 +289,8 @@ def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Pr
     return select_ranks(score_N, y_N, window_ranks(count_K, quota_K, centre), quota_K)
 
 
-def _listed(ids_N: np.ndarray, settings: Prune) -> np.ndarray:
-    """Return where the samples of a user's list stand among those to choose from."""
+def listed_rows(ids_N: np.ndarray, settings: Prune) -> np.ndarray:
+    """Return where the samples of a user's list stand among those to choose from, ids ascending (int64 [M])."""
     path = Path(str(settings.ids))
     listed = open_array(path)
     if listed.ndim != 1 or listed.dtype.kind not in "iu" or not len(listed):

@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,11 +11,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fastkd import __version__, console
-from fastkd.artifacts import PARTIAL
+from fastkd.artifacts import MANIFEST, PARTIAL, read_manifest
+from fastkd.console import clock
 from fastkd.errors import FastkdError, InputError
 from fastkd.stages import plots
 from fastkd.stages.inspecting import ClassAccuracy, Inspector, Samples, Selection
-from fastkd.stages.runs import Group, RunFacts, Stat, clock, differing, grouped, noise_points, read
+from fastkd.stages.letters import class_names, writable
+from fastkd.stages.runs import Exported, Group, RunFacts, Stat, differing, exports, grouped, noise_points, read
 
 SUFFIX = ".report"
 T = TypeVar("T")
@@ -44,6 +46,7 @@ class Found:
     selection: Selection | None
     samples: list[Samples] | None
     by_class: ClassAccuracy | None
+    sheet: Figure | None
     why: dict[str, str]
 
     @property
@@ -70,10 +73,14 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
     InputError
         `out` lies in an artifact, or cannot be written.
     """
-    given = [read(path) for path in dict.fromkeys(path.resolve() for path in paths if not _is_beside(path))]
+    students = [path for path in paths if (path / MANIFEST).exists() and read_manifest(path).kind == "STUDENT"]
+    meant = [path for path in paths if path not in students and not _is_beside(path)]
+    given = [read(path) for path in dict.fromkeys(path.resolve() for path in meant)]
     runs = list({run.artifact.key: run for run in reversed(given)}.values())[::-1]  # one student is one, however often
     if not runs:
-        raise InputError(f"{paths[0]}: is no RUN; give those beside it")
+        raise InputError(
+            f"{paths[0]}: is no RUN; give {'the one that it was exported from' if students else 'those beside it'}"
+        )
     if len(runs) < len(given):
         console.warn(f"report: {len(given) - len(runs)} runs are of a recipe and seed that others are of; left out")
     out = out or runs[0].path.with_name(runs[0].path.name + SUFFIX)
@@ -81,15 +88,26 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
     if inside:
         raise InputError(f"--out {out}: lies in an artifact ({inside}); artifacts are never written to: choose another")
     groups = grouped(runs)
-    with plots.style():
-        found, charts = inspect(runs, evaluate=evaluate)
-        charts = [*over_time(groups), *charts]
+    exported = [one for run in runs for one in exports(run, students)]
+    for path in students:
+        if path.resolve() not in {one.path for one in exported}:
+            console.warn(f"report: {path} was exported from none of these runs; left out")
+    texts = [*(group.title for group in groups), *(name for run in runs for name in run.classes)]
+    with plots.style(texts):
+        found = inspect(runs, evaluate=evaluate)
+        names = found.run.classes
+        charts = drawn = [*over_time(groups), *of_classes(found, names)]
+        if any(writable(text) != text for text in texts):  # what a browser can write a PNG may not
+            titled = [replace(group, title=writable(group.title)) for group in groups]
+            drawn = [*over_time(titled), *of_classes(found, class_names(names))]
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for chart in charts:
+            for chart in drawn:
                 plots.png(chart.figure, out / f"{chart.name}.png")
+            if found.sheet:
+                plots.png(found.sheet, out / "samples.png")  # a PNG alone: the page has its own
             page = out / "report.html"
-            page.write_text(render(groups, found, charts), encoding="utf-8")
+            page.write_text(render(groups, found, charts, exported), encoding="utf-8")
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
     return page
@@ -149,11 +167,10 @@ def over_time(groups: Sequence[Group]) -> list[Chart]:
     ]
 
 
-def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> tuple[Found, list[Chart]]:
+def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> Found:
     """Look at the parents of the first run that has a selection, else of the first."""
     run = next((one for one in runs if "SUBSET" in one.artifact.manifest.parents), runs[0])
     inspector, why = Inspector(run), {}
-    charts: list[Chart] = []
 
     def attempt(name: str, make: Callable[[], T]) -> T | None:
         try:
@@ -162,32 +179,39 @@ def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> tuple[Found, list[Ch
             why[name] = str(error)
             return None
 
-    names = run.classes
-    if selection := attempt("selection", lambda: inspector.selection):
+    selection = attempt("selection", lambda: inspector.selection)
+    samples = attempt("samples", inspector.samples) if selection else None
+    sheet = attempt("samples", inspector.sheet) if samples else None
+    by_class = attempt("by_class", inspector.accuracy_by_class) if evaluate else None
+    if not evaluate:
+        why["by_class"] = "--no-evaluate was given"
+    return Found(run, selection, samples, by_class, sheet, why)
+
+
+def of_classes(found: Found, names: Sequence[str]) -> list[Chart]:
+    """Draw the selection and the accuracy on each class, under the names given."""
+    charts: list[Chart] = []
+    if selection := found.selection:
         kept, of = int(selection.kept.sum()), len(selection.kept)
+        sizes_K = selection.class_sizes
+        unknown = " How many there were to choose from is not known: the DATASET and the SCORES are gone."
         charts += [
             Chart(
                 "difficulty",
                 plots.difficulty(selection.difficulty, selection.kept, selection.score),
                 f"Histogram of difficulty ({selection.score}) of {of:,} samples, {kept:,} of them kept",
                 f"Difficulty is {'minus ' * selection.is_negated}the teacher’s {selection.score.replace('_', '-')} "
-                "on the plain view. "
-                f"{selection.method} kept {kept:,} of {of:,} samples ({kept / of:.1%}).",
+                f"on the plain view. {what_was_kept(found.run, selection)}",
             ),
             Chart(
                 "classes",
-                plots.classes(names, selection.kept_share, selection.sigma),
-                "Share kept and σ of the teacher’s logits for each class",
-                "σ is the mean standard deviation of the teacher’s logits on a class: how loudly it speaks of it.",
+                plots.classes(names, selection.class_counts, sizes_K, selection.sigma),
+                f"{'Samples' if sizes_K is None else 'Share'} kept and σ of the teacher’s logits for each class",
+                "σ is the mean standard deviation of the teacher’s logits on a class: how loudly it speaks of it."
+                + unknown * (sizes_K is None),
             ),
         ]
-    samples = attempt("samples", inspector.samples) if selection else None
-    if samples and (sheet := attempt("samples", inspector.sheet)):
-        charts.append(Chart("samples", sheet, "Easy, medium and hard samples", ""))  # a PNG alone: the page has its own
-    by_class = attempt("by_class", inspector.accuracy_by_class) if evaluate else None
-    if not evaluate:
-        why["by_class"] = "--no-evaluate was given"
-    if by_class:
+    if by_class := found.by_class:
         charts.append(
             Chart(
                 "accuracy-by-class",
@@ -197,13 +221,24 @@ def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> tuple[Found, list[Ch
                 "sorted by how far the student trails.",
             )
         )
-    return Found(run, selection, samples, by_class, why), charts
+    return charts
+
+
+def what_was_kept(run: RunFacts, selection: Selection) -> str:
+    """Say which method kept how much: of one that chooses while it trains, what share it trained on."""
+    kept, of = int(selection.kept.sum()), len(selection.kept)
+    if run.dynamic:
+        return (
+            f"{run.dynamic} drops none of them for good: by their losses it chose anew in each epoch, and trained on "
+            f"{run.trained_share:.1%} of the images of all epochs."
+        )
+    return f"{selection.method} kept {kept:,} of {of:,} samples ({kept / of:.1%})."
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart]) -> str:
+def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], exported: Sequence[Exported] = ()) -> str:
     """Fill the template; whatever comes from outside is escaped."""
     environment = Environment(
         loader=PackageLoader("fastkd.stages", "."),
@@ -225,6 +260,7 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart]) -> st
         differs=differing([group.lead for group in groups]),
         same_machine=all(group.lead.machine == lead.lead.machine for group in groups),
         found=found,
+        exported=exported,
         charts={chart.name: chart for chart in charts},
         palette=plots.PALETTE,
         stage_colours=plots.STAGE_COLOURS,

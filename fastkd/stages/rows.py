@@ -18,6 +18,7 @@ import xxhash
 from torch import nn
 
 from fastkd import artifacts
+from fastkd.artifacts import write_whole
 from fastkd.data.loader import Loader
 from fastkd.data.order import dealt_batches
 from fastkd.engine.loop import Predicted, predict
@@ -112,6 +113,11 @@ class RowFile:
                 raise
 
 
+def progress_file(path: Path) -> Path:
+    """Return where it stands how far a pass of the teacher for the artifact at `path` has come."""
+    return path.with_name(f".{path.name}.progress.json")
+
+
 @dataclass
 class Progress:
     """How far a pass of the teacher has come, for going on when it is broken off: kept beside the artifact until then.
@@ -147,12 +153,7 @@ class Progress:
 
     def save(self) -> None:
         """Write it whole or not at all."""
-        temporary = self.file.with_suffix(".tmp")
-        with temporary.open("w") as stream:
-            json.dump(self.views, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self.file)
+        write_whole(self.file, json.dumps(self.views).encode(), self.file.with_suffix(".tmp"))
 
 
 def run_pass(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from fastkd import artifacts
-from fastkd.artifacts import Artifact, canonical
+from fastkd.artifacts import Artifact, Manifest, canonical
 from fastkd.errors import InputError
 from fastkd.recipe import Recipe
 from fastkd.validation import explain
@@ -100,6 +101,16 @@ class RunFacts:
         return float(self.artifact.facts["top1"]["val"])
 
     @property
+    def dynamic(self) -> str | None:
+        """Name of the method that chose samples anew in each epoch, if one did."""
+        return self.resolved["prune"]["method"] if "trained_share" in self.artifact.facts else None
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the images of all epochs that it was trained on: what a dynamic method leaves (0…1)."""
+        return float(self.artifact.facts.get("trained_share", 1.0))
+
+    @property
     def further_s(self) -> float:
         """Wall seconds of what this student alone took."""
         return float(self.timing["further_student_s"])
@@ -156,6 +167,25 @@ class RunFacts:
             return Recipe.model_validate(self.resolved)
         except ValidationError as error:
             raise InputError(f"{self.path / 'resolved.yaml'}: {explain(error, Recipe)}") from None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A student for use elsewhere, made of a RUN."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def quoted(self) -> str:
+        """Where it lies, as a shell takes it."""
+        return shlex.quote(str(self.path))
+
+    @property
+    def files(self) -> list[tuple[str, int, float | None]]:
+        """What it holds: name, bytes, and of graphs how far they are off the net, over the largest logit."""
+        off = self.manifest.facts["worst_difference"]
+        return [(name, stamp.size, off.get(name)) for name, stamp in sorted(self.manifest.files.items())]
 
 
 @dataclass(frozen=True)
@@ -249,6 +279,13 @@ def read(path: Path) -> RunFacts:
     )
 
 
+def exports(run: RunFacts, given: Sequence[Path]) -> list[Exported]:
+    """Return the students that were exported from a RUN: those that lie beside it, and which of the given ones are."""
+    found = {path.resolve(): manifest for path, manifest in artifacts.published(run.path.parent, "STUDENT")}
+    found |= {path.resolve(): artifacts.load(path, "STUDENT").manifest for path in given}
+    return [Exported(path, m) for path, m in found.items() if m.parents.get("RUN") == run.artifact.key]
+
+
 def way(resolved: Mapping[str, Any]) -> str:
     """Say in a few words how a student was trained."""
     if resolved["teacher"] is None:
@@ -322,11 +359,3 @@ def noise_of(tops: Sequence[Stat], val_count: int | None) -> float:
     """
     sampling = [100 * math.sqrt(2 * top.mean * (1 - top.mean) / val_count) for top in tops] if val_count else []
     return max(SEED_NOISE_POINTS, *sampling, *(200 * top.std for top in tops if top.std is not None))
-
-
-def clock(seconds: float, *, whole: bool = False) -> str:
-    """Return a time as a person says it: 40.2 s, 3:20 min, 2:05 h; `whole`: 40 s."""
-    if seconds < 120:
-        return f"{seconds:g} s" if whole else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02} min" if minutes < 120 else f"{minutes // 60}:{minutes % 60:02} h"

@@ -10,7 +10,7 @@ from fastkd import console
 from fastkd.artifacts import Artifact, Built
 from fastkd.errors import InputError
 from fastkd.kernels import Scores, score_logits
-from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, run_pass
+from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, progress_file, run_pass
 from fastkd.stages.together import build_together
 from fastkd.world import current
 
@@ -31,7 +31,7 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
     }
 
     path = chain.place("SCORES", inputs)
-    file = path.with_name(f".{path.name}.progress.json")
+    file = progress_file(path)
     if "score" in chain.force:
         file.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):

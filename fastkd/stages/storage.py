@@ -16,10 +16,13 @@ from rich.table import Table
 from fastkd import artifacts
 from fastkd.artifacts import BEGUN, MANIFEST, OLD, PARTIAL, REMOVED
 from fastkd.errors import ArtifactError, InputError
+from fastkd.stages.rows import progress_file
 
 HOMES = (Path("data"), Path("runs"))
 """Where artifacts lie unless a recipe says otherwise: under the working directory."""
 DELETABLE = ("LABELS", "SUBSET", "SCORES")  # what is made from others before those; the rest is the user's to delete
+PICTURES, PICTURE_NAMES = ".pictures", ("difficulty.png", "samples.png")
+"""Where those of a SUBSET are drawn: the end of the folder's name, and what lies in it."""
 _GOES_ON = "unfinished: the same command goes on with it"
 
 
@@ -174,10 +177,22 @@ def remove(chosen: Sequence[Found]) -> Iterator[tuple[Found, InputError | None]]
     """Delete what was chosen, one after the other; yield each, with the reason where it could not be deleted."""
     for one in chosen:
         try:
-            artifacts.remove(one.path)
+            artifacts.remove(one.path, _clear_beside)
             yield one, None
         except InputError as error:
             yield one, error
+
+
+def _clear_beside(published: Path) -> None:
+    """Delete what lay beside an artifact for its sake: its pictures, and how far a pass of the teacher had come."""
+    if not published.exists():
+        pictures = published.with_name(published.name + PICTURES)
+        for name in PICTURE_NAMES:
+            (pictures / name).unlink(missing_ok=True)
+        with suppress(OSError):  # there are none, or somebody put something else there
+            pictures.rmdir()
+    if not artifacts.partial_of(published).exists():
+        progress_file(published).unlink(missing_ok=True)
 
 
 def table(shown: Sequence[Found], found: Sequence[Found]) -> Table:
@@ -197,12 +212,11 @@ def table(shown: Sequence[Found], found: Sequence[Found]) -> Table:
     return grid
 
 
-def as_json(found: Sequence[Found]) -> str:
-    """Return artifacts as a JSON list."""
-    lines = [
+def described(found: Sequence[Found]) -> list[dict[str, Any]]:
+    """Return artifacts as JSON has them."""
+    return [
         asdict(one) | {"path": str(one.path), "used_by": [str(path) for path in users(one, found)]} for one in found
     ]
-    return json.dumps(lines, indent=2)
 
 
 def megabytes(count: int) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from fastkd import artifacts, console, doctor, models
@@ -145,10 +146,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     begun = checkpoints.exists()
     found = world.first(lambda: checkpoint.newest(checkpoints))
     if found and found.state["key"] != key:
-        raise InputError(
-            f"{directory}: was begun for another recipe, or with other settings; give those again to go on, choose "
-            "another place, or begin anew with --force train"
-        )
+        raise begun_otherwise(recipe, directory)
     if world.leads:
         if source is not None:
             shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
@@ -220,6 +218,19 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     return Built(facts=facts, earlier_s=history.earlier_s)
 
 
+def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
+    """Return the error about an unfinished RUN of another recipe, which says what differs in them."""
+    phrases = []
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):  # it was being written
+        begun = yaml.safe_load((directory / "resolved.yaml").read_text())
+        phrases = artifacts.differences(yaml.safe_load(recipes.dump(recipe)), begun)
+    differs = f" ({'; '.join(phrases[:5])})" if phrases else ""
+    return InputError(
+        f"{directory}: was begun for another recipe, or with other settings{differs}; give those again to go on, "
+        "choose another place, or begin anew with --force train"
+    )
+
+
 def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[], None], stop: StopRequest) -> None:
     """Train the epochs that are left, writing a checkpoint every now and then.
 
@@ -229,15 +240,18 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
         Somebody asked to stop; `history` is up to date.
     """
     recipe, watch, train, world = chain.recipe, chain.watch, chain.recipe.train, current()
-    images, stop_here = job.images_per_epoch, Vote(lambda: stop.requested)
-    with console.progress("train", train.epochs * images) as update:
+    images, stop_here, look = job.images_per_epoch, Vote(lambda: stop.requested), ""
+    begun = len(history.epochs) * images + history.epoch.images
+    with console.progress("train", train.epochs * images, begun=begun) as update:
         for number in range(len(history.epochs), train.epochs):
             epoch = history.epoch
             with watch.on("train"):
                 ids = job.epoch_ids(number, begun=epoch.steps > 0)
                 lr_S = learning_rates(recipe.optim, train.epochs, number, job.steps_of(len(ids)))
 
-            def on_log(epoch: Epoch, loss: float, number: int = number, lr_S: np.ndarray = lr_S) -> None:
+            def on_log(
+                epoch: Epoch, loss: float, number: int = number, lr_S: np.ndarray = lr_S, look: str = look
+            ) -> None:
                 wait = epoch.data_wait_s / epoch.wall_s
                 history.write(
                     "steps",
@@ -248,7 +262,8 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
                     data_wait_share=wait,
                 )
                 done = round((number + epoch.steps / len(lr_S)) * images)
-                update(done, f"epoch {number + 1}, loss {loss:.3f}, data wait {wait:.1%}")
+                memory = f"memory {chain.runtime.memory_bytes() / 1e9:.2f} GB"
+                update(done, f"epoch {number + 1}, loss {loss:.3f}, data wait {wait:.1%}{look}, {memory}")
                 if epoch.steps < len(lr_S) and world.any_of(history.is_due(train.checkpoint_every_s)):
                     save()
 
@@ -270,7 +285,8 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
             every = train.eval_every_epochs
             if every and (number + 1) % every == 0 and number + 1 < train.epochs and len(chain.holdout_ids):
                 with watch.on("evaluate"):
-                    _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", number)
+                    top1 = _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", number)
+                look = f", top-1 {top1:.2%}"
             if world.any_of(history.is_due(train.checkpoint_every_s)):
                 save()
     stop_here.close()

@@ -181,3 +181,5 @@ def test_the_command_prints_what_it_measured(data, tmp_path, command, monkeypatc
     assert "FFCV" in text
     assert "machine: a CPU, 2 cores, no GPU used; ffcv 1, torch 2, pillow 3" in text
     assert "written: there/loader.json, there/loader.png" in text
+    code, text = command(bench.loader, "loader", "--quiet", "--json", named=True)
+    assert json.loads(text)["machine"] == MACHINE

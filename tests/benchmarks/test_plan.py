@@ -56,9 +56,12 @@ def test_the_command_measures_and_shows_the_recipe_among_others(tiny_recipe, tmp
         "1",
         "--out",
         tmp_path / "p",
+        "--json",
     )
     assert code == 0, said
     report = json.loads((tmp_path / "p" / "plan.json").read_text())
+    (line,) = [line for line in said.splitlines() if line.startswith("{")]
+    assert json.loads(line) == report
     assert (tmp_path / "p" / "plan.png").stat().st_size > 10_000
     assert {line["views"] for line in report["lines"]} == {1, 2, 4, 6}
     assert [line["views"] for line in report["lines"] if line["recipe"]] == [2]

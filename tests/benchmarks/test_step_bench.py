@@ -15,11 +15,12 @@ def short(monkeypatch):
 
 
 def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, tmp_path, command):
-    code, said = command(
-        bench.step, tiny_recipe.path, "data.view.family=flip", "--repeats", "2", "--out", tmp_path, "--batch-size", "30"
-    )
+    options = ("--repeats", "2", "--out", tmp_path, "--batch-size", "30", "--json")
+    code, said = command(bench.step, tiny_recipe.path, "data.view.family=flip", *options)
     assert code == 0, said
     report = json.loads((tmp_path / "step.json").read_text())
+    (line,) = [line for line in said.splitlines() if line.startswith("{")]
+    assert json.loads(line) == report
     assert [(line["batch_size"], line["way"]["channels_last"]) for line in report["lines"]][:2] == [
         (25, True),
         (25, False),
@@ -31,7 +32,7 @@ def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, 
             assert len(line[kind]["repeats"]) == 2
     assert report["stall"]["fed"]["median"] > 0
     assert (tmp_path / "step.png").stat().st_size > 10_000
-    for words in ("cifar/resnet8", "fp32, channels_last, eager", "fed by its loader", "machine:", "step.json"):
+    for words in ("cifar/resnet8", "fp32, channels_last, eager", "fed by its loader", "machine:"):
         assert words in said
     assert not list((tmp_path / "runs").glob("student-*"))  # nothing was trained for it
 

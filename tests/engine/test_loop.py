@@ -434,3 +434,21 @@ def test_batches_reach_cuda_whole_and_in_order_though_buffers_are_used_again():
             torch.testing.assert_close(ours.cpu(), theirs)
     logits = np.concatenate([p.logits for p in predict(runtime, runtime.place(Net().eval()), batches(5, valid=3))])
     assert logits.shape == (15, 3)
+
+
+def test_memory_on_a_cpu_is_what_the_process_holds():
+    """It grows by what is allocated and written to."""
+    runtime = Runtime.choose("cpu", "fp32", channels_last=True, compile=False)
+    before = runtime.memory_bytes()
+    taken = np.ones(64 << 20, np.uint8)
+    assert 0.9 * taken.nbytes < runtime.memory_bytes() - before < 2 * taken.nbytes
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu_is_the_most_that_tensors_took():
+    """Also once they are gone."""
+    runtime = Runtime.choose("cuda", "fp32", channels_last=True, compile=False)
+    before = torch.cuda.memory_allocated()
+    taken = torch.ones(64 << 20, dtype=torch.uint8, device=runtime.device)
+    del taken
+    assert runtime.memory_bytes() - before >= 64 << 20

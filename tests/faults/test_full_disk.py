@@ -100,6 +100,7 @@ def test_a_full_disk_while_training__is_one_error_and_training_goes_on_when_ther
     fill_at(monkeypatch, disk, module, name, call)
     code, said = command(train.main, tiny_recipe.path, *overrides)
     refused(code, said, "train.runs_dir; the next run goes on from the last checkpoint")
+    assert not list(disk.path.rglob("unfinished"))
     assert [path.name for path in disk.path.glob("student-*") if artifacts.PARTIAL not in path.name] == []
     assert artifacts.load(old.path).manifest == old.manifest
     artifacts.verify(old)
@@ -113,6 +114,17 @@ def test_a_full_disk_while_training__is_one_error_and_training_goes_on_when_ther
     assert found.manifest.files["student.safetensors"] == whole.manifest.files["student.safetensors"]
     assert found.facts["top1"] == whole.facts["top1"]
     assert leftovers(disk.path) == []
+
+
+def test_on_a_full_disk_artifacts_are_verified_at_each_load__and_nothing_is_left_of_the_verdict(
+    own_logits, disk, command
+):
+    code, _ = command(prune.main, *own_logits, "--out", disk.path / "kept")
+    assert code == 0
+    (disk.path / "kept" / ".verified.json").unlink()
+    disk.fill()
+    assert artifacts.load(disk.path / "kept", "SUBSET").facts["of"] == 3000
+    assert not list((disk.path / "kept").glob(".verified.json*"))
 
 
 def test_a_full_disk_while_writing_anew__keeps_the_data_set_that_was_there(
@@ -143,4 +155,4 @@ def test_all_this_holds_in_a_name_space_where_one_may_not_mount() -> None:
     inside = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
     done = subprocess.run([*NAMESPACE, *inside], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert re.search(r"\b10 passed, 1 skipped\b", done.stdout), done.stdout
+    assert re.search(r"\b11 passed, 1 skipped\b", done.stdout), done.stdout

@@ -157,6 +157,10 @@ def test_one_epoch_is_live_at_a_time(loader):
     next(second)
     assert threading.active_count() <= 1 + sum(t.daemon for t in threading.enumerate())
     assert loader._epoch.is_alive() or loader._epoch.output_queue.qsize() > 0
+    with pytest.raises(LoaderError, match="was broken off, since another one of the same loader was begun"):
+        next(first)  # rather than end, as if these had been all samples
+    assert next(first, None) is None
+    assert sum(batch.valid for batch in second) == 32 - 16
     second.close()
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastkd import artifacts, bench, doctor, stages, train
@@ -104,6 +105,39 @@ def test_what_was_broken_off_would_go_on(tiny_recipe):
     (partial / artifacts.BEGUN).write_text("{}")
     assert states(loaded)["train"] == "go on"
     assert states(loaded, force={"train"})["train"] == "build"
+
+
+def test_a_run_begun_with_another_recipe_is_refused_as_training_would_and_told_why(tiny_recipe, tmp_path, stop_after):
+    """Where --resume names its place; what differs is named, and nothing is touched."""
+    loaded, out = tiny_recipe(), tmp_path / "runs" / "mine"
+    stop_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(loaded, out=out)
+    assert states(loaded, out=out)["train"] == "go on"
+    other = tiny_recipe("optim.lr=0.01")
+    before = tree(tmp_path)
+    for refused in (lambda: outlook(other, out=out), lambda: stages.train(other, out=out)):
+        with pytest.raises(InputError, match=r"was begun for another recipe.*optim\.lr is 0\.05, not 0\.01"):
+            refused()
+        assert tree(out.with_name("mine.fastkd-partial") / "checkpoints").items() <= before.items()
+    assert states(other, out=out, force={"train"})["train"] == "build"
+    assert states(loaded, out=out)["train"] == "go on"
+
+
+def test_a_list_keeps_what_stands_in_it(tiny_recipe, tmp_path):
+    """Not all of the data; one that training would refuse is refused."""
+    np.save(tmp_path / "ids.npy", np.arange(0, 150, 5))
+    loaded = tiny_recipe(f"prune={{method: list, ids: {tmp_path / 'ids.npy'}, keep_ratio: 1}}")
+    told = outlook(loaded)
+    assert told.keep_ratio == 0.2
+    size = {step.stage: step.size for step in told.steps}["prune"]
+    stages.train(loaded)
+    (subset,) = (tmp_path / "artifacts").glob("subset-*")
+    written = sum(stamp.size for stamp in artifacts.read_manifest(subset).files.values())
+    assert 0 <= written - size < 200 * 4
+    np.save(tmp_path / "ids.npy", np.array([1, 1000]))
+    with pytest.raises(InputError, match="1 ids are no samples to train on"):
+        outlook(loaded)
 
 
 @pytest.mark.parametrize(

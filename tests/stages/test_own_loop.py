@@ -11,7 +11,7 @@ import torch
 import fastkd
 from fastkd import console, stages
 from fastkd.engine import losses
-from fastkd.errors import InputError
+from fastkd.errors import InputError, LoaderError
 from fastkd.stages import Chain, own_loop
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.views=3", "labels.reshape=false")
@@ -63,6 +63,19 @@ def test_epochs_are_those_of_fastkds_own_training(tiny_recipe):
             assert torch.equal(theirs.labels, ours.labels)
             assert torch.equal(theirs.stored[0].float(), ours.teacher_logits)
     assert loader.epoch == 6
+
+
+def test_a_loop_within_a_loop_over_one_loader_is_an_error_and_a_new_loop_is_none(tiny_recipe):
+    """As in a notebook, whose cell is run again: what was broken off is forgotten; two loaders go side by side."""
+    loader, other = fastkd.Loader(tiny_recipe.path), fastkd.Loader(tiny_recipe.path)
+    outer = iter(loader)
+    next(outer)
+    assert len(list(loader)) == len(loader)
+    with pytest.raises(LoaderError, match="this epoch was broken off"):
+        next(outer)
+    for _ in loader:
+        break
+    assert sum(len(list(other)) for _ in loader) == len(loader) * len(other)
 
 
 def test_batches_may_be_kept(tiny_recipe):

@@ -4,21 +4,25 @@ import json
 import re
 import shutil
 import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.font_manager import findfont, get_font
 from PIL import Image
 
 from fastkd import artifacts, recipe, stages
 from fastkd import report as command_module
 from fastkd.errors import ArtifactError, InputError
-from fastkd.stages import reporting
+from fastkd.stages import letters, plots, reporting
 from fastkd.stages.chain import Chain
 from fastkd.stages.plots import ends
-from fastkd.stages.runs import clock, differing, grouped, noise_points, read
+from fastkd.stages.runs import differing, exports, grouped, noise_points, read
 
 NAMES = ["<script>alert(1)</script>", '$x_1$ & "co"', "plain"]
 """Of the classes: what would run, what matplotlib would take for mathematics, and a peaceful one."""
@@ -295,24 +299,133 @@ def test_a_run_without_a_teacher_has_a_page_too(runs, place):
     ("gone", "said"),
     [
         ("data", "no data set there"),
-        ("data.artifacts", "no SCORES for this recipe yet"),
+        ("data.artifacts", "the SUBSET that this student learned from is not there any more"),
         ("runs/teacher-*", "no RUN for this recipe yet"),
         ("teacher.yaml", "no such file"),
     ],
 )
 def test_what_is_gone_is_left_out_and_said(runs, place, tmp_path, gone, said):
     """The page is made from what is left."""
-    (path,) = [p for p in place.glob(gone) if not p.name.endswith((".lock", ".report"))]
-    hidden = tmp_path / path.name
-    shutil.move(path, hidden)
-    try:
+    with hidden(place, gone):
         page = reporting.report([runs["seed0"]], tmp_path / "page")
-    finally:
-        shutil.move(hidden, path)
     told = read_page(page).text
     assert "left out" in told
     assert said in told
     assert f"{100 * read(runs['seed0']).top1:.2f}" in told
+
+
+@contextmanager
+def hidden(place: Path, *patterns: str) -> Iterator[None]:
+    """Move some of a folder's contents away for a while."""
+    moved = [path for one in patterns for path in place.glob(one) if not path.name.endswith((".lock", ".report"))]
+    assert len(moved) == len(patterns)
+    aside = {path: place / f"hidden-{number}" for number, path in enumerate(moved)}
+    for path, elsewhere in aside.items():
+        path.rename(elsewhere)
+    try:
+        yield
+    finally:
+        for path, elsewhere in aside.items():
+            elsewhere.rename(path)
+
+
+@pytest.mark.parametrize(
+    ("gone", "labelled", "guessed"),
+    [
+        (("runs/teacher-*", "teacher.yaml"), True, True),
+        (("data.artifacts/scores-*",), True, False),
+        (("data",), True, True),
+        (("data", "data.artifacts/scores-*"), False, False),
+    ],
+)
+def test_the_subset_is_found_by_its_key_and_shows_what_it_alone_can(runs, place, gone, labelled, guessed):
+    """Without the teacher, the SCORES or the data; what is missing then is told."""
+    facts = read(runs["seed0"])
+    with hidden(place, *gone):
+        found = reporting.inspect([facts], evaluate=False)
+    subset = artifacts.load(found.selection.subset.path)
+    assert subset.key == facts.artifact.manifest.parents["SUBSET"]
+    assert found.selection.kept.sum() == len(subset.array("indices.npy")) == 60
+    assert found.selection.class_counts.sum() == 60
+    assert (found.selection.class_sizes is not None) == labelled
+    if labelled:
+        assert found.selection.class_sizes.sum() == len(found.selection.kept) == 120
+    charts = reporting.of_classes(found, NAMES)
+    assert [chart.name for chart in charts] == ["difficulty", "classes"]
+    assert ("the DATASET and the SCORES are gone" in charts[1].caption) != labelled
+    told = " ".join(Reader(reporting.render(grouped([facts]), found, charts)).text.split())
+    if "data" in gone:
+        assert "Samples are left out:" in told
+        assert "no data set there" in told
+    else:
+        assert found.guesses_missing != guessed
+        assert ("The SCORES are gone, so there are no guesses." in told) != guessed
+
+
+@pytest.mark.parametrize("labels", ["labels.mode=stored", "labels={mode: online, reshape: false}"])
+def test_of_a_method_that_chooses_while_it_trains_the_share_is_told(place, labels):
+    """It is no selection by medium that keeps all."""
+    asked = ("prune={method: infobatch, keep_ratio: 1}", "train={epochs: 2, batch_size: 20, compile: false}", labels)
+    changed = recipe.load(place / "student.yaml", (*asked, f"train.runs_dir={place / 'runs'}"))
+    facts = read(stages.train(changed)[0].path)
+    found = reporting.inspect([facts], evaluate=False)
+    told = " ".join(Reader(reporting.render(grouped([facts]), found, reporting.of_classes(found, NAMES))).text.split())
+    share = f"{100 * facts.artifact.facts['trained_share']:.1f}"
+    assert f"on {share} % of their images, which infobatch chose" in told
+    assert f"trained on {share}% of the images of all epochs" in told
+    assert not re.search(r"medium kept \d", told)
+    assert "None of these was dropped" not in told
+
+
+def test_an_exported_student_is_told_of_where_it_lies_beside_its_run_or_is_given(tiny_run, tiny_student, tmp_path):
+    """Another RUN's is not."""
+    run = tmp_path / "runs" / tiny_run.path.name
+    shutil.copytree(tiny_run.path, run)
+    assert exports(read(run), []) == []
+    page = reporting.report([run, tiny_student.path], tmp_path / "page", evaluate=False)
+    assert "Exported" in read_page(page).text
+    assert f"python -m fastkd.predict {tiny_student.path} IMAGES…" in read_page(page).text
+    shutil.copytree(tiny_student.path, run.with_name("student"))
+    (one,) = exports(read(run), [])
+    assert one.path == run.with_name("student")
+    assert {name for name, *_ in one.files} == {"model.json", "student.onnx", "student.pt2", "student.safetensors"}
+    assert all(off < 1e-3 for _, _, off in one.files if off is not None)
+    with pytest.raises(InputError, match="is no RUN; give the one that it was exported from"):
+        reporting.report([tiny_student.path], tmp_path / "page")
+
+
+# --- letters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_fonts(monkeypatch):
+    """A machine that has the fonts that come with matplotlib, and no others."""
+    own = [one for one in letters._fonts() if one[0].startswith(("DejaVu", "STIX", "cm"))]
+    monkeypatch.setattr(letters, "_fonts", lambda: own)
+    letters._family_of.cache_clear()
+    yield
+    letters._family_of.cache_clear()
+
+
+def test_letters_that_the_usual_font_lacks_are_taken_from_others(few_fonts):
+    """Only those: it has Latin, Greek, Cyrillic and more itself."""
+    assert letters.families(["kočka", "кошка", "αβγ"]) == ["DejaVu Sans"]
+    usual, other = letters.families(["⌢ cat"])
+    assert usual == "DejaVu Sans"
+    assert ord("⌢") in get_font(findfont(other)).get_charmap()
+
+
+def test_names_that_no_font_can_write_are_told_apart_in_a_png_and_whole_in_the_page(few_fonts, tmp_path):
+    """No warning, no box: a number stands for them."""
+    names = ["猫", "кошка", "犬", "αβγ\t"]
+    assert letters.class_names(names) == ["class 0", "кошка", "class 2", "class 3"]
+    assert letters.writable("ccs (猫-0123)") == "ccs (?-0123)"
+    values = (np.arange(4), np.full(4, 5), np.linspace(1, 2, 4))
+    with warnings.catch_warnings(), plots.style(names):
+        warnings.simplefilter("error")
+        plots.png(plots.classes(letters.class_names(names), *values), tmp_path / "classes.png")
+        assert ">猫</text>" in plots.svg(plots.classes(names, *values), "classes")
+    assert (tmp_path / "classes.png").stat().st_size > 5000
 
 
 def test_no_evaluate_runs_no_net(runs, tmp_path, monkeypatch):
@@ -367,7 +480,7 @@ def test_a_resumed_run_says_so(place, tmp_path, stop_after):
     assert step == 4
     assert lost_s >= 0
     groups = grouped([run])
-    found, _ = reporting.inspect([run], evaluate=False)
+    found = reporting.inspect([run], evaluate=False)
     charts = reporting.over_time(groups)
     told = " ".join(Reader(reporting.render(groups, found, charts)).text.split())
     assert "broken off and went on from a checkpoint at step 4" in told
@@ -406,15 +519,6 @@ def test_of_many_classes_both_ends_are_named():
     assert values[shown].tolist() == [*range(12), *range(88, 100)]
     assert "12 lowest and highest of 100" in told
     assert ends(values[:24])[1] == ""
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(3.04, "3.0 s"), (119.94, "119.9 s"), (120, "2:00 min"), (3661, "61:01 min"), (9000, "2:30 h")],
-)
-def test_times_are_said_as_people_do(seconds, said):
-    """Seconds, then minutes, then hours."""
-    assert clock(seconds) == said
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------

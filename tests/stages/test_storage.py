@@ -12,7 +12,7 @@ from filelock import FileLock
 from fastkd import artifacts, stages
 from fastkd.artifacts import Artifact, Built
 from fastkd.artifacts.__main__ import gc, ls
-from fastkd.stages import Chain, storage
+from fastkd.stages import Chain, rows, storage
 
 VIEWS = ("data.view.family=flip", "train.epochs=2")
 
@@ -82,7 +82,9 @@ def test_ls_tells_kind_size_key_and_users(disk, run):
 
 def test_ls_prints_json(disk, run):
     code, said = run("ls", "--json", "data", "runs")
-    found = {Path(one["path"]).name: one for one in json.loads(said)}
+    told = json.loads(said.splitlines()[-1])
+    found = {Path(one["path"]).name: one for one in told["artifacts"]}
+    assert told["bytes"] == sum(one["bytes"] for one in found.values())
     assert code == 0
     assert set(found) == {f"{kind}-{n}" for kind in ("scores", "subset", "labels") for n in (1, 2)} | {
         "pets",
@@ -120,9 +122,40 @@ def test_gc_deletes_what_no_run_needs_and_nothing_else(disk, run, tmp_path):
     assert "there is nothing to delete" in run("gc")[1]
 
 
+def test_what_lay_beside_goes_with_it_but_for_locks_and_what_is_somebody_elses(disk, run, tmp_path):
+    """Pictures, and how far the teacher had come; what a process that waits has open is no file to delete."""
+    (subset,) = (path for path in disk.unused if path.name.startswith("subset"))
+    (labels,) = (path for path in disk.unused if path.name.startswith("labels"))
+    beside = [rows.progress_file(path) for path in (labels, disk.labels.path)]
+    beside += [path.with_name(path.name + ".pictures") / "samples.png" for path in (subset, disk.subset.path)]
+    locks = [path.with_name(f".{path.name}.lock") for path in (subset, labels)]
+    thesis = beside[2].with_name("thesis.tex")
+    for file in (*beside, *locks, thesis):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    assert run("gc", "--yes")[0] == 0
+    assert [file.exists() for file in beside] == [False, True, False, True]
+    assert all(lock.exists() for lock in locks)
+    assert thesis.exists()
+    thesis.unlink()
+    beside[2].parent.rmdir()
+
+
+def test_progress_stays_while_a_build_that_goes_on_with_it_does(disk, run):
+    """Of labels that grow: what is deleted is the published artifact, or what was begun of the next."""
+    (labels,) = (path for path in disk.unused if path.name.startswith("labels"))
+    partial, progress = artifacts.partial_of(labels), rows.progress_file(labels)
+    partial.mkdir()
+    progress.write_text("{}")
+    artifacts.remove(labels, storage._clear_beside)
+    assert progress.exists()
+    artifacts.remove(partial, storage._clear_beside)
+    assert not progress.exists()
+
+
 @pytest.mark.parametrize("answer", [True, False])
 def test_gc_asks_first(disk, run, tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(typer, "confirm", lambda question: answer)
+    monkeypatch.setattr(typer, "confirm", lambda question, err: answer)
     code, said = run("gc")
     assert code == 0
     assert ("subset-2" not in left(tmp_path)) == answer
@@ -137,7 +170,7 @@ def test_without_anybody_to_ask_nothing_is_deleted(disk, run, tmp_path, monkeypa
 
 
 def test_what_was_trained_on_until_somebody_answered_is_kept(disk, run, tmp_path, monkeypatch):
-    def trains_meanwhile(question: str) -> bool:
+    def trains_meanwhile(question: str, err: bool) -> bool:
         make(tmp_path / "runs" / "student-2", "RUN", disk.data, disk.subset2)
         return True
 
