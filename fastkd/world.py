@@ -8,10 +8,11 @@ import contextlib
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,10 @@ from fastkd.artifacts import differences
 from fastkd.errors import FastkdError, InputError, Terminated
 
 T = TypeVar("T")
-LOOK_EVERY_S = 0.02
-_FAILED = "failed"
+GONE_AFTER_S = 60.0
+"""Without a sign of life from a process for so long, nobody waits for it any more."""
+_BEAT_EVERY_S, _LOOK_EVERY_S = 1.0, 0.2
+_FAILED, _ALIVE = "failed", "alive"
 
 
 @dataclass
@@ -57,7 +60,7 @@ class World:
         if self.leads:
             self.store.set(key, json.dumps(value))
             return value
-        return json.loads(self._wait(key))
+        return json.loads(self._wait(key, 0))
 
     def gather(self, value: Any) -> list[Any]:
         """Return what each process gives, by rank."""
@@ -65,7 +68,7 @@ class World:
             return [value]
         key = self._next("gathered")
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        return [json.loads(self._wait(f"{key}/{rank}")) for rank in range(self.size)]
+        return [json.loads(self._wait(f"{key}/{rank}", rank)) for rank in range(self.size)]
 
     def wait(self) -> None:
         """Return once all have come to this point."""
@@ -144,13 +147,43 @@ class World:
         self.calls += 1
         return f"{what}/{self.calls}"
 
-    def _wait(self, key: str) -> bytes:
+    def _wait(self, key: str, rank: int) -> bytes:
+        """Wait for what the process of a rank gives; where that dies, torchrun ends those on its own machine alone."""
         assert self.store is not None
+        beat, seen, pause_s = 0, time.monotonic(), 0.005
         while not self.store.check([key]):
             if self.store.check([_FAILED]):
                 raise FastkdError(self.store.get(_FAILED).decode())
-            time.sleep(LOOK_EVERY_S)
+            now = time.monotonic()
+            if (latest := self.store.add(f"{_ALIVE}/{rank}", 0)) != beat:
+                beat, seen = latest, now
+            elif now - seen > GONE_AFTER_S:
+                raise FastkdError(
+                    f"process {rank} has given no sign of life for {GONE_AFTER_S:.0f} s; the same command goes on from "
+                    "what is safe"
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LOOK_EVERY_S)
         return bytes(self.store.get(key))
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Give signs of life inside."""
+        store, over = self.store, threading.Event()
+        assert store is not None
+
+        def beat() -> None:
+            with contextlib.suppress(dist.DistError):  # the store is gone, and with it whoever asks
+                while not over.wait(_BEAT_EVERY_S):
+                    store.add(f"{_ALIVE}/{self.rank}", 1)
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
 class Vote:
@@ -204,37 +237,40 @@ def joined() -> Iterator[World]:
         yield _world
         return
     store, rank, size = next(dist.rendezvous("env://"))
+    # With --max-restarts the store is that of the processes before, and holds what they said.
+    store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("collectives", store), rank=rank, world_size=size)
     local_rank, local_size = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     _world = World(rank, size, local_rank, local_size, dist.PrefixStore("fastkd", store))
     try:
-        with console.quieted(rank != 0):
+        with console.quieted(rank != 0), _world.beating():
             yield _world
             _world.wait()  # the store may live in a process that is done
         dist.destroy_process_group()
-    except (KeyboardInterrupt, Terminated) as error:  # torchrun hands signals to all
-        if rank == 0:
-            raise
-        raise SystemExit(143 if isinstance(error, Terminated) else 130) from None
-    except FastkdError as error:
-        _told_once(_world, str(error), error)
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            _told_once(_world, f"{type(error).__name__}: {error}", error)
-        lost = FastkdError("the connection to another process was lost; the same command goes on from what is safe")
-        _told_once(_world, str(lost), lost)
     except BaseException as error:
-        _told_once(_world, f"{type(error).__name__}: {error}", error)
+        _leave(_world, error)
     finally:
         _world = World()
 
 
-def _told_once(world: World, message: str, error: BaseException) -> None:
+def _leave(world: World, error: BaseException) -> NoReturn:
     """Raise an error if it is the first of the job, else leave quietly: somebody else's has been told."""
     assert world.store is not None
-    with contextlib.suppress(dist.DistError):  # the store may be gone
-        first = f"process {world.rank} on {platform.node()}: {message}"
-        if world.store.compare_set(_FAILED, "", first).decode() != first:
-            raise SystemExit(getattr(error, "exit_code", 1)) from None
-    raise error
+    code, what = getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}"
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    if lost:
+        error = FastkdError("the connection to another process was lost; the same command goes on from what is safe")
+    if isinstance(error, FastkdError):
+        what = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        code, what = (143, "terminated") if isinstance(error, Terminated) else (130, "interrupted")
+    what = f"process {world.rank} on {platform.node()}: {what}"
+    try:
+        first = world.store.compare_set(_FAILED, "", what).decode() == what
+    except dist.DistError:  # the store is gone: who held it has told why
+        first = not lost
+    # torchrun hands signals to all, of whom one tells.
+    if world.leads if isinstance(error, KeyboardInterrupt) else first:
+        raise error
+    raise SystemExit(code) from None

@@ -361,6 +361,8 @@ class Loader:
                 valid = min(self.batch_size, count - done)
                 done += valid
                 yield Batch(image.flatten(0, 1).permute(0, 3, 1, 2), label[:, 0], sample_id[:, 0], valid, tuple(rows))
+            if self._was_read is not None and current().local_size > 1:
+                self._was_read[:] = True  # by the other processes; another epoch brings this one what they have read
         finally:
             epoch.stop()
 
@@ -368,6 +370,7 @@ class Loader:
         """Return what reads just these samples (int64 [n]), or None where the kernel, or FFCV, does as well."""
         if self._was_read is None or not readahead.pays(
             self._sizes[positions],
+            shares=current().local_size,
             file_bytes=self._bytes,
             available_bytes=doctor.memory()[1],
             read_before=bool(self._was_read[positions].all()),

@@ -21,13 +21,15 @@ NEARLY_ALL = 0.9
 _PIECE_BYTES = 128 << 10  # the kernel reads no more than that at once, and drops the rest of a request
 
 
-def pays(asked: np.ndarray, *, file_bytes: int, available_bytes: int, read_before: bool) -> bool:
+def pays(asked: np.ndarray, *, shares: int = 1, file_bytes: int, available_bytes: int, read_before: bool) -> bool:
     """Tell whether to read sample by sample, rather than as the kernel does by itself.
 
     Parameters
     ----------
     asked : int64 [n]
         Bytes of each image that is asked for.
+    shares
+        How many processes here ask for as much each, all of the same file.
     file_bytes, available_bytes
         Size of the file, and of the memory that may hold it.
     read_before
@@ -35,7 +37,7 @@ def pays(asked: np.ndarray, *, file_bytes: int, available_bytes: int, read_befor
     """
     if asked.mean() < LARGE_BYTES:
         return False
-    return file_bytes > available_bytes or not (read_before or asked.sum() > NEARLY_ALL * file_bytes)
+    return file_bytes > available_bytes or not (read_before or shares * asked.sum() > NEARLY_ALL * file_bytes)
 
 
 def pieces(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -118,7 +118,7 @@ def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: R
             number, _, entry = rest.partition(".")
             like = parameters[int(number)]
             # Fused kernels go through weights and buffers as they lie in memory: both must lie alike.
-            placed = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor
+            placed = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.clone()
             optimizer["state"].setdefault(int(number), {})[entry] = placed
     train.optimizer.load_state_dict(optimizer)
     if found.state["scaler"] and train.scaler.is_enabled():  # it is at work in fp16 alone

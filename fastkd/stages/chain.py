@@ -120,7 +120,7 @@ class Chain:
     @cached_property
     def dataset(self) -> Artifact:
         """The DATASET, written first if the recipe names a writer and it is not there."""
-        dataset = current().first(self._dataset)
+        dataset = current().first(self._dataset) if self.build else self._dataset()
         current().agree("data set", {"key": dataset.key})
         return dataset
 
@@ -325,8 +325,12 @@ class Chain:
         """The SUBSET: which samples are kept, and what the teacher says of their plain views."""
         if self.export:
             return self.note("prune", pruning.exported_subset(self), built=False)
+        if not self.build:
+            return self.note("prune", *pruning.build_subset(self))
         self.scores  # noqa: B018 - all processes work at it, before the leading one goes on alone
-        return self.note("prune", *current().first(lambda: pruning.build_subset(self)))
+        subset, built = current().first(lambda: pruning.build_subset(self))
+        current().agree("SUBSET", labelling.subset_inputs(subset))
+        return self.note("prune", subset, built)
 
     @cached_property
     def labels(self) -> Artifact:
@@ -357,7 +361,7 @@ def prune(recipe: Recipe, *, force: bool = False, pictures: bool = False) -> tup
     """
     chain = Chain(recipe, {"prune"} if force else frozenset())
     subset = chain.subset
-    if pictures:
+    if pictures and current().leads:
         from fastkd.stages.pictures import draw  # matplotlib takes a second
         from fastkd.stages.storage import PICTURES
 

@@ -1,5 +1,7 @@
 """One artifact, built by all processes of a job together."""
 
+import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from fastkd import artifacts
 from fastkd.artifacts import Artifact, Built, Kind
 from fastkd.errors import InputError
 from fastkd.world import current
+
+SEEN_WITHIN_S = 60.0
 
 
 def build_together(
@@ -42,20 +46,30 @@ def build_together(
         return artifact, built
     built = world.share(False)
     if built:
-        partial = artifacts.partial_of(path)
-        if not partial.is_dir():
-            raise _not_shared(partial)
-        builder(partial)
+        builder(_seen(artifacts.partial_of(path)))
         world.wait()
     world.share(True)
-    found = artifacts.find(path, kind, inputs, options.get("parents"))
-    if found is None:
-        raise _not_shared(path)
+    found = artifacts.find(_seen(path), kind, inputs, options.get("parents"))
+    assert found is not None
     return found, built
 
 
-def _not_shared(path: Path) -> InputError:
-    return InputError(
-        f"{path}: process {current().rank} does not see what process 0 wrote there: data.artifacts_dir and "
-        "train.runs_dir must be on storage that all machines share"
-    )
+def _seen(path: Path) -> Path:
+    """Return a path once it is there: a network file system may remember for half a minute that it was not.
+
+    Raises
+    ------
+    InputError
+        It does not come.
+    """
+    give_up = time.monotonic() + SEEN_WITHIN_S
+    while not path.exists():
+        if time.monotonic() > give_up:
+            raise InputError(
+                f"{path}: process {current().rank} does not see what process 0 wrote there: data.artifacts_dir and "
+                "train.runs_dir must be on storage that all machines share"
+            )
+        time.sleep(0.1)
+        if path.parent.is_dir():
+            os.listdir(path.parent)  # makes such a file system look again
+    return path

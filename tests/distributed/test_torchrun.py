@@ -1,10 +1,10 @@
 """Trainings, scorings and labellings by several processes, started by torchrun, against those by one."""
 
-import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +19,7 @@ from fastkd.errors import InputError
 from fastkd.stages.job import assemble
 
 JOB = Path(__file__).with_name("job.py")
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 GROUPNORM = (
     *("student.model=timm/test_efficientnet_gn", "train.precision=fp32", "train.batch_size=24", "train.epochs=7"),
     "optim.lr=0.001",  # with more, rounding grows from step to step
@@ -32,9 +32,9 @@ STOPPED_AT = 10
 class Job:
     """A torchrun job."""
 
-    def __init__(self, processes: int, *tasks: dict) -> None:
+    def __init__(self, processes: int, *tasks: dict, options: tuple[str, ...] = ("--standalone",)) -> None:
         self.process = subprocess.Popen(
-            [*TORCHRUN, str(processes), JOB, json.dumps(tasks)],
+            [*TORCHRUN, *options, "--nproc-per-node", str(processes), JOB, json.dumps(tasks)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
@@ -43,10 +43,16 @@ class Job:
         """Return its exit code and what it said."""
         try:
             said, _ = self.process.communicate(timeout=within_s)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        except subprocess.TimeoutExpired:
+            for pid in (*self.workers(), self.process.pid):  # each in a session of its own
+                os.kill(pid, signal.SIGKILL)
+            raise
         return self.process.returncode, said
+
+    def workers(self) -> list[int]:
+        """Return its processes."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
 
     def wait_for(self, lines: int, folder: Path, within_s: float = 120.0) -> None:
         """Wait until the student that is trained in a folder of runs has written so many lines of metrics."""
@@ -58,9 +64,8 @@ class Job:
 
     def pid_of(self, rank: int) -> int:
         """Return the process of a rank."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         mark = f"\0RANK={rank}\0".encode()
-        return next(int(pid) for pid in children if mark in Path(f"/proc/{pid}/environ").read_bytes())
+        return next(pid for pid in self.workers() if mark in Path(f"/proc/{pid}/environ").read_bytes())
 
 
 def run(processes: int, *tasks: dict) -> str:
@@ -267,4 +272,30 @@ def test_a_job_that_is_terminated_leaves_a_checkpoint_and_goes_on(given, runs, r
     assert said.count("train: stopped; the same command goes on from the last checkpoint") == 1
     said = run(2, task(given, "train", *options))
     assert re.search(r"going on with epoch \d, step \d, from the last checkpoint", said)
+    assert trace(tmp_path / "runs") == trace(runs / "two")
+
+
+@pytest.mark.soak
+def test_a_job_that_torchrun_restarts_goes_on_by_itself(given, runs, runs_in, tmp_path):
+    """What the killed ones told one another does not mislead the new ones."""
+    options = (*GROUPNORM, runs_in(tmp_path / "runs"), "train.checkpoint_every_s=0")
+    job = Job(2, task(given, "train", *options, pause_s=0.3), options=("--standalone", "--max-restarts", "1"))
+    job.wait_for(6, tmp_path / "runs")
+    os.kill(job.pid_of(1), signal.SIGKILL)
+    code, said = job.end()
+    assert code == 0, said
+    assert re.search(r"going on with epoch \d, step \d, from the last checkpoint", said)
+    assert trace(tmp_path / "runs") == trace(runs / "two")
+
+
+@pytest.mark.soak
+def test_two_torchruns_that_meet_are_one_job(given, runs, runs_in, tmp_path):
+    """As on two machines."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = f"localhost:{free.getsockname()[1]}"
+    options = ("--nnodes", "2", "--rdzv-id", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting)
+    tasks = [task(given, "train", *GROUPNORM, runs_in(tmp_path / "runs"))]
+    ended = [job.end() for job in [Job(1, *tasks, options=options) for _ in range(2)]]
+    assert [code for code, _ in ended] == [0, 0], ended
     assert trace(tmp_path / "runs") == trace(runs / "two")

@@ -67,7 +67,7 @@ def test_what_differs_is_named(everywhere):
             one.agree("recipe", {"optim": {"lr": 0.1 + one.rank}, "seed": 1})
         except InputError as error:
             with pytest.raises(InputError):
-                world._told_once(one, str(error), error)
+                world._leave(one, error)
             return str(error)
         except FastkdError as error:
             return str(error)
@@ -82,15 +82,38 @@ def test_who_waits_for_one_that_failed_is_told_why(everywhere):
     def work(one: World):
         if one.rank == 1:
             with pytest.raises(InputError, match="its disk is full"):
-                world._told_once(one, "its disk is full", InputError("its disk is full"))
+                world._leave(one, InputError("its disk is full"))
             return None
         with pytest.raises(FastkdError, match=r"process 1 on .*: its disk is full"):
             one.gather(None)
         with pytest.raises(SystemExit) as quiet:  # a second one is not told
-            world._told_once(one, "me too", InputError("me too"))
+            world._leave(one, InputError("me too"))
         return quiet.value.code
 
     assert everywhere(3, work) == [2, None, 2]
+
+
+def test_nobody_waits_for_one_that_gives_no_sign_of_life(everywhere, monkeypatch):
+    monkeypatch.setattr(world, "GONE_AFTER_S", 0.5)
+    monkeypatch.setattr(world, "_BEAT_EVERY_S", 0.05)
+    over = threading.Event()
+
+    def work(one: World):
+        if one.rank == 2:  # it is dead
+            return over.wait(10)
+        if one.rank == 1:  # it takes its time
+            with one.beating():
+                time.sleep(1.5)
+                one.tell("x", 1)
+                over.wait(10)
+            return None
+        with pytest.raises(FastkdError, match="process 2 has given no sign of life for 0 s"):
+            one._wait("never", 2)
+        one._wait("x/1", 1)
+        over.set()
+        return True
+
+    assert everywhere(3, work)[0]
 
 
 def test_alone_everything_is_as_without():
