@@ -79,6 +79,10 @@ class _Progress(Progress):
                 yield Text(f"  {task.fields['info']}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
+def _figure(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) -> Iterator[Update]:
     """Show how far a long task is: a bar with rate and ETA on a terminal, else a line every 10 s.
@@ -104,7 +108,7 @@ def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) ->
             task = bar.add_task(label, total=total, completed=begun, rate="", info="")
 
             def move(done: int, info: str) -> None:
-                bar.update(task, completed=done, rate=f"{rate(done):,.0f} {unit}/s", info=info)
+                bar.update(task, completed=done, rate=f"{_figure(rate(done))} {unit}/s", info=info)
 
             yield move
         return
@@ -118,7 +122,7 @@ def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) ->
             last = now
             left = clock((total - done) / max(rate(done), 1e-9))
             more = f", {info}" if info else ""
-            say(f"{label}: {done:,}/{total:,}, {rate(done):,.0f} {unit}/s, {left} left{more}")
+            say(f"{label}: {done:,}/{total:,}, {_figure(rate(done))} {unit}/s, {left} left{more}")
             sys.stdout.flush()
 
     yield line

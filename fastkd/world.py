@@ -38,6 +38,10 @@ class World:
         Number of this process, and how many there are. Number 0 leads: it writes and speaks for all.
     local_rank, local_size
         The same among those on this machine.
+    store
+        Where they leave what they tell one another; None: there is but this one.
+    calls : int
+        How often they have told something: the same number in all, by which each finds what the others mean.
     """
 
     rank: int = 0

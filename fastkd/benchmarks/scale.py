@@ -72,7 +72,7 @@ def measure(
         for number in range(rounds):
             for count in counts:
                 found[count].append(_job(path, overrides, count, threads, repeats))
-                update(number * len(counts) + len([c for c in counts if c <= count]), f"{count} processes")
+                update(number * len(counts) + len([c for c in counts if c <= count]), _plural(count))
     lines = []
     for count, jobs in found.items():
         lines.append(
