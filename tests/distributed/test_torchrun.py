@@ -204,14 +204,7 @@ def test_a_training_goes_on_with_another_number_of_processes(given, runs, runs_i
 def test_a_killed_process_ends_the_job_and_the_next_one_goes_on_to_the_same_student(given, runs, runs_in, tmp_path):
     options = (*GROUPNORM, runs_in(tmp_path / "runs"), "log.every_steps=1", "train.checkpoint_every_s=0")
     job = Job(2, task(given, "train", *options, pause_s=0.3))
-    give_up = time.monotonic() + 120
-    while (
-        not (metrics := list((tmp_path / "runs").glob("student-*/metrics.jsonl")))
-        or len(metrics[0].open().readlines()) < 6
-    ):
-        assert time.monotonic() < give_up
-        assert job.process.poll() is None
-        time.sleep(0.05)
+    job.wait_for(6, tmp_path / "runs")
     os.kill(job.pid_of(1), signal.SIGKILL)
     killed = time.monotonic()
     code, said = job.end(60)
@@ -260,13 +253,7 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(given, monkeypatch)
 def test_a_job_that_is_terminated_leaves_a_checkpoint_and_goes_on(given, runs, runs_in, tmp_path):
     options = (*GROUPNORM, runs_in(tmp_path / "runs"), "log.every_steps=1")
     job = Job(2, task(given, "train", *options, pause_s=0.3))
-    give_up = time.monotonic() + 120
-    while (
-        not (metrics := list((tmp_path / "runs").glob("student-*/metrics.jsonl")))
-        or len(metrics[0].open().readlines()) < 6
-    ):
-        assert time.monotonic() < give_up
-        time.sleep(0.05)
+    job.wait_for(6, tmp_path / "runs")
     os.kill(job.process.pid, signal.SIGTERM)
     _, said = job.end(60)
     assert said.count("train: stopped; the same command goes on from the last checkpoint") == 1
