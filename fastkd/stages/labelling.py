@@ -16,6 +16,7 @@ from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import Predicted
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
+from fastkd.stages.passes import run_pass
 from fastkd.stages.rows import (
     Progress,
     RowFile,
@@ -23,7 +24,6 @@ from fastkd.stages.rows import (
     full_disk_explained,
     need_space,
     progress_file,
-    run_pass,
 )
 from fastkd.stages.together import build_together
 from fastkd.world import current
@@ -198,7 +198,8 @@ def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown
     )
     if left < total:
         console.say(f"label: going on with what was begun: {total - left:,} of {total:,} rows are there")
-    need_space(directory, left * per_row, f"labelling {left:,} rows")
+    if world.leads:  # before others write
+        need_space(directory, left * per_row, f"labelling {left:,} rows")
     with console.progress("label", left) as update:
         while missing:
             group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]

@@ -10,7 +10,8 @@ from fastkd import console
 from fastkd.artifacts import Artifact, Built
 from fastkd.errors import InputError
 from fastkd.kernels import Scores, score_logits
-from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, progress_file, run_pass
+from fastkd.stages.passes import run_pass
+from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, progress_file
 from fastkd.stages.together import build_together
 from fastkd.world import current
 
@@ -70,7 +71,8 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
         console.say(f"score: going on with what was begun: {done:,} of {count:,} rows are there")
     else:
         progress.views.clear()
-    need_space(directory, (count - done) * K * dtype.itemsize, f"storing {count - done:,} rows of logits")
+    if world.leads:  # before others write
+        need_space(directory, (count - done) * K * dtype.itemsize, f"storing {count - done:,} rows of logits")
     opened = world.first(lambda: RowFile(file, dtype, count, K, done=done, begun=not world.leads))
     with opened as rows, console.progress("score", count - done) as update:
         run_pass(

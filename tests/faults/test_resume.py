@@ -14,7 +14,7 @@ import pytest
 
 from fastkd import artifacts, stages, train
 from fastkd.errors import FastkdError, InputError
-from fastkd.stages import rows, training
+from fastkd.stages import passes, training
 
 WAYS = {
     "plain": [],
@@ -240,14 +240,14 @@ def test_a_wrong_setting_when_going_on__leaves_what_was_begun(tiny_recipe, tmp_p
 SLOW_SCORING = """
 import sys, time
 from fastkd import cli, score
-from fastkd.stages import rows
-rows.SAVE_EVERY_S = 0.0
-real = rows.predict
+from fastkd.stages import passes
+passes.SAVE_EVERY_S = 0.0
+real = passes.predict
 def slow(*a):
     for item in real(*a):
         yield item
         time.sleep(0.3)
-rows.predict = slow
+passes.predict = slow
 sys.argv = ["fastkd.score", *sys.argv[1:]]
 cli.run(score.main)
 """
@@ -283,21 +283,21 @@ def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_p
 def test_a_damaged_beginning_of_scores__is_scored_anew_and_says_so(tiny_recipe, tmp_path, monkeypatch, capfd):
     loaded = tiny_recipe("score.batch_size=16")
     whole, _ = stages.score(tiny_recipe("score.batch_size=16", f"data.artifacts_dir={tmp_path / 'whole'}"))
-    real = rows.predict
+    real = passes.predict
 
     def breaks(*arguments):
         yield from itertools.islice(real(*arguments), 4)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rows, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(rows, "predict", breaks)
+    monkeypatch.setattr(passes, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(passes, "predict", breaks)
     with pytest.raises(KeyboardInterrupt):
         stages.score(loaded)
     (file,) = (tmp_path / "artifacts").glob(f"scores-*{artifacts.PARTIAL}/logits.npy")
     data = bytearray(file.read_bytes())
     data[150] ^= 255
     file.write_bytes(data)
-    monkeypatch.setattr(rows, "predict", real)
+    monkeypatch.setattr(passes, "predict", real)
     scores, _ = stages.score(loaded)
     assert "what was begun is damaged; scoring anew" in capfd.readouterr().err
     assert scores.manifest.files == whole.manifest.files

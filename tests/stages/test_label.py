@@ -17,7 +17,7 @@ import torch
 from fastkd import artifacts, check, label, recipe, stages
 from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
-from fastkd.stages import Chain, checking, labelling, rows
+from fastkd.stages import Chain, checking, labelling, passes, rows
 from fastkd.stages.job import prepare
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.batch_size=32")
@@ -241,14 +241,14 @@ def test_topk_of_all_classes_is_refused(tiny_recipe):
 SLOW = """
 import sys, time
 from fastkd import cli, label
-from fastkd.stages import rows
-rows.SAVE_EVERY_S = 0.0
-real = rows.predict
+from fastkd.stages import passes
+passes.SAVE_EVERY_S = 0.0
+real = passes.predict
 def slow(*a):
     for item in real(*a):
         yield item
         time.sleep(0.3)
-rows.predict = slow
+passes.predict = slow
 sys.argv = ["fastkd.label", *sys.argv[1:]]
 cli.run(label.main)
 """
@@ -304,7 +304,7 @@ def stop_after(monkeypatch, count: int, error: BaseException) -> None:
             raise error
         real(self, first, data)
 
-    monkeypatch.setattr(rows, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(passes, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(rows.RowFile, "put", put)
 
 
