@@ -278,9 +278,12 @@ def test_a_hundred_broken_off_epochs__leave_no_thread_and_no_open_file(loaders, 
     loader.close()
     gc.collect()
     give_up = time.monotonic() + 5
-    while threads() > before and time.monotonic() < give_up:
+    # What torch and numba keep for their own use may start at any time; a leak would be a hundred.
+    most = before[0], before[1] + 2
+    while any(now > limit for now, limit in zip(threads(), most, strict=True)) and time.monotonic() < give_up:
         time.sleep(0.05)  # the readers of pages are told to end, not waited for
-    assert threads() <= before
+    assert threads()[0] <= most[0]
+    assert threads()[1] <= most[1]
     assert len(os.listdir("/proc/self/fd")) <= files
 
 
