@@ -119,13 +119,11 @@ class World:
 
     def any_of(self, wish: bool) -> bool:
         """Tell whether any process wishes something."""
-        return bool(self._reduced([float(wish)], dist.ReduceOp.MAX)[0])
+        return bool(self._reduced(wish, dist.ReduceOp.MAX))
 
-    def mean(self, *values: float) -> tuple[float, ...]:
-        """Return the means over all processes."""
-        if self.size == 1:
-            return values
-        return tuple((self._reduced(values, dist.ReduceOp.SUM) / self.size).tolist())
+    def mean(self, value: float) -> float:
+        """Return the mean over all processes."""
+        return float(self._reduced(value, dist.ReduceOp.SUM)) / self.size
 
     def every(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return each process's tensor of one shape on the CPU, by rank."""
@@ -141,8 +139,8 @@ class World:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def _reduced(self, values: Any, how: Any) -> torch.Tensor:
-        tensor = torch.tensor(values, dtype=torch.float64)
+    def _reduced(self, value: float, how: Any) -> torch.Tensor:
+        tensor = torch.tensor(value, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(tensor, how)
         return tensor

@@ -69,10 +69,9 @@ def measure(
     threads = max(1, usable_cores() // max(counts))
     found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     with console.progress("scale", rounds * len(counts), "jobs") as update:
-        for number in range(rounds):
-            for count in counts:
-                found[count].append(_job(path, overrides, count, threads, repeats))
-                update(number * len(counts) + len([c for c in counts if c <= count]), _plural(count))
+        for done, count in enumerate(rounds * counts, start=1):
+            found[count].append(_job(path, overrides, count, threads, repeats))
+            update(done, _plural(count))
     lines = []
     for count, jobs in found.items():
         lines.append(

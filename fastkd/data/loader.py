@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from queue import Queue
 from typing import Any, Literal, NamedTuple
 
@@ -112,6 +112,13 @@ def _hide_finalizer_noise(unraisable: "sys.UnraisableHookArgs", shown: Any = sys
 
 
 sys.unraisablehook = _hide_finalizer_noise
+
+
+def full_batches(count: int, batch_size: int, split: str = "train") -> int:
+    """Return how many full batches `count` samples make; none is an error."""
+    if count < batch_size:
+        raise InputError(f"train.batch_size={batch_size}: larger than the {count} samples of {split} to train on")
+    return count // batch_size
 
 
 class Batch(NamedTuple):
@@ -224,10 +231,6 @@ class Loader:
         self._bytes = path.stat().st_size
         metadata = self._column("image")
         self._heights, self._widths = metadata["height"], metadata["width"]
-        self._starts = metadata["data_ptr"].astype(np.int64)
-        pages = self._ffcv.memory_manager
-        rows = np.minimum(np.searchsorted(pages.ptrs, metadata["data_ptr"]), len(pages.ptrs) - 1)
-        self._sizes = pages.sizes[rows].astype(np.int64)
         self._was_read = np.zeros(self.count, bool) if os_cache else None
         ids = self._column("sample_id").astype(np.int64)
         # An exported data set keeps the ids of the samples it was made from; else an id is a position.
@@ -280,11 +283,7 @@ class Loader:
 
     def full_batches(self, count: int) -> int:
         """Return how many full batches `count` samples make; none is an error."""
-        if count < self.batch_size:
-            raise InputError(
-                f"train.batch_size={self.batch_size}: larger than the {count} samples of {self.split} to train on"
-            )
-        return count // self.batch_size
+        return full_batches(count, self.batch_size, self.split)
 
     def labels(self) -> np.ndarray:
         """Return the labels of all samples of the split in the order of their ids (int64 [N])."""
@@ -294,6 +293,13 @@ class Loader:
         """Return what the file's table holds of one field, by position."""
         reader = self._ffcv.reader
         return reader.metadata[f"f{reader.field_names.index(name)}"]
+
+    @cached_property
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where images lie in the file, and how many bytes they have, by position (int64 [N] each)."""
+        pages, starts = self._ffcv.memory_manager, self._column("image")["data_ptr"]
+        rows = np.minimum(np.searchsorted(pages.ptrs, starts), len(pages.ptrs) - 1)
+        return starts.astype(np.int64), pages.sizes[rows].astype(np.int64)
 
     def _positions(self, ids: np.ndarray) -> np.ndarray:
         return ids if self._ids is None else np.searchsorted(self._ids, ids)
@@ -368,8 +374,11 @@ class Loader:
 
     def _read_ahead(self, positions: np.ndarray) -> ReadAhead | None:
         """Return what reads just these samples (int64 [n]), or None where the kernel, or FFCV, does as well."""
-        if self._was_read is None or not readahead.pays(
-            self._sizes[positions],
+        if self._was_read is None:
+            return None
+        starts, sizes = self._places
+        if not readahead.pays(
+            sizes[positions],
             shares=current().local_size,
             file_bytes=self._bytes,
             available_bytes=doctor.memory()[1],
@@ -377,7 +386,7 @@ class Loader:
         ):
             return None
         batches = [positions[start : start + self.batch_size] for start in range(0, len(positions), self.batch_size)]
-        return ReadAhead(self.file, [(self._starts[batch], self._sizes[batch]) for batch in batches])
+        return ReadAhead(self.file, [(starts[batch], sizes[batch]) for batch in batches])
 
     def close(self) -> None:
         """End the live epoch, if there is one, with its threads."""

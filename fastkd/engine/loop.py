@@ -201,7 +201,7 @@ def train_epoch(
     start = state.runtime.clock() - epoch.wall_s
 
     def catch_up() -> None:
-        (epoch.unlogged,) = current().mean(float(unlogged))
+        epoch.unlogged = current().mean(float(unlogged))
         epoch.wall_s = state.runtime.clock() - start
 
     with closing(feed(batches, state.runtime)) as fed:

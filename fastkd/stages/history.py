@@ -91,9 +91,9 @@ class History:
         self._saved = time.monotonic()
         self._stream: TextIO | None = None
         self._board: Board | None = None
+        if before is not None:
+            self.epochs, self.epoch = before["epochs"], Epoch(**before["epoch"])
         if not writes:
-            if before is not None:
-                self.epochs, self.epoch = before["epochs"], Epoch(**before["epoch"])
             return
         if before is None:
             self._file.unlink(missing_ok=True)
@@ -102,7 +102,6 @@ class History:
                 self._file.touch()
             lost_s = max(0.0, self._file.stat().st_mtime - before["saved_at"])
             os.truncate(self._file, min(before["metrics_bytes"], self._file.stat().st_size))
-            self.epochs, self.epoch = before["epochs"], Epoch(**before["epoch"])
             self.earlier_s = sum(before["seconds"].values()) + lost_s
             for what, seconds in before["seconds"].items():
                 watch.charge(what, seconds)

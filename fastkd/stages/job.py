@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastkd import console, models
 from fastkd import recipe as recipes
-from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader
+from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader, full_batches
 from fastkd.data.order import epoch_order, rank_slices
 from fastkd.data.stored import StoredRows
 from fastkd.engine.average import MovingAverage
@@ -94,7 +94,7 @@ class Job:
 
     def steps_of(self, count: int) -> int:
         """Return how many steps an epoch of `count` samples has."""
-        return count // self.recipe.train.batch_size
+        return full_batches(count, self.recipe.train.batch_size)
 
     @property
     def result(self) -> models.Normalised:
@@ -161,8 +161,7 @@ def assemble(
         raise InputError(f"train.batch_size={train.batch_size}: {parts} do not divide it; give a multiple")
     loader = chain.loader("train", train.batch_size // world.size)
     least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if recipe.prune.dynamic else 0)
-    if least < train.batch_size:
-        raise InputError(f"train.batch_size={train.batch_size}: larger than the {least} samples of train to train on")
+    full_batches(least, train.batch_size)
     if train.sync_batchnorm and world.size > 1:
         runtime.synchronise(student)
     student.train()

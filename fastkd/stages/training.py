@@ -280,7 +280,7 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
                         epoch=epoch,
                         stop=stop_here,
                     )
-            (epoch.data_wait_s,) = world.mean(epoch.data_wait_s)
+            epoch.data_wait_s = world.mean(epoch.data_wait_s)
             history.end_epoch()
             every = train.eval_every_epochs
             if every and (number + 1) % every == 0 and number + 1 < train.epochs and len(chain.holdout_ids):
