@@ -25,15 +25,28 @@ if TYPE_CHECKING:
     from fastkd.artifacts import Artifact
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings, errors and the last line.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Make the last line a JSON object.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and everything else to stderr.")]
+WARNINGS = "warnings"
+"""The key, in every command's JSON object, of the list of warnings."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a command ends with: its last line, and for machines, what `--json` prints instead."""
+    """What a command ends with.
+
+    Attributes
+    ----------
+    line
+        Its last line.
+    facts
+        What `--json` prints instead, together with the warnings.
+    error
+        Raised once that is printed: where a part of what was asked for failed.
+    """
 
     line: str
     facts: Mapping[str, Any]
+    error: FastkdError | None = None
 
     @classmethod
     def of(cls, line: str, artifact: "Artifact", built: bool, **more: Any) -> "Told":
@@ -84,20 +97,23 @@ def _processes(together: bool) -> Iterator[bool]:
 def as_command(command: Callable[..., Told | None], *, together: bool = False) -> Callable[..., None]:
     """Return what typer makes a command of: errors become messages and exit codes.
 
-    One that returns `Told` has ``--quiet`` and ``--json``; where it declares `as_json` itself, it prints its own JSON.
+    One that returns `Told` has ``--quiet`` and ``--json``.
     """
     signature = inspect.signature(command)
-    own_json = "as_json" in signature.parameters
 
     @functools.wraps(command)
     def guarded(*args: Any, quiet: bool = False, as_json: bool = False, **kwargs: Any) -> None:
-        if own_json:
-            kwargs["as_json"] = as_json
+        console.forget_warnings()
         try:
             with console.quieted(quiet), _processes(together) as leads:
-                told = command(*args, **kwargs)
-                if told and leads and not (own_json and as_json):
-                    print(json.dumps(told.facts) if as_json else told.line, flush=True)
+                # With --json, stdout is the object's alone, whatever libraries print.
+                with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                    told = command(*args, **kwargs)
+                if told and leads:
+                    warnings = console.warnings_since(0)
+                    print(json.dumps({**told.facts, WARNINGS: warnings}) if as_json else told.line, flush=True)
+                if told and told.error:
+                    raise told.error
         except Terminated:
             _stop("terminated", 143)
         except KeyboardInterrupt:
@@ -113,8 +129,7 @@ def as_command(command: Callable[..., Told | None], *, together: bool = False) -
     parameters = list(signature.parameters.values())
     if signature.return_annotation is Told:
         parameters.append(Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet))
-        if not own_json:
-            parameters.append(Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=AsJson))
+        parameters.append(Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=AsJson))
     guarded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return guarded
 

@@ -51,9 +51,29 @@ def quieted(quiet: bool = True) -> Iterator[None]:
         out.quiet = before
 
 
+_warnings: list[str] = []
+
+
 def warn(message: str) -> None:
-    """Print a warning to stderr."""
-    err.print(f"warning: {message}", markup=False, style="yellow")
+    """Print a warning to stderr, unless the same one was printed before."""
+    if message not in _warnings:
+        err.print(f"warning: {message}", markup=False, style="yellow")
+    _warnings.append(message)
+
+
+def warning_mark() -> int:
+    """Return a mark for `warnings_since`."""
+    return len(_warnings)
+
+
+def warnings_since(mark: int) -> list[str]:
+    """Return the warnings that were given since a mark was taken, each once, printed or not."""
+    return list(dict.fromkeys(_warnings[mark:]))
+
+
+def forget_warnings() -> None:
+    """Forget all warnings, so that each is printed again: a command starts."""
+    _warnings.clear()
 
 
 def error(message: str) -> None:

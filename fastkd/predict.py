@@ -1,6 +1,5 @@
 """``python -m fastkd.predict RUN IMAGES…``: what a trained student sees in images."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,16 +19,13 @@ def main(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a RUN, or of a student that was exported.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes are told of each image.")] = 3,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="For machines: a JSON object per image, each on a line of its own.")
-    ] = False,
 ) -> cli.Told:
     """Tell the most probable classes of images from anywhere.
 
     Images are decoded, cut and resized as those were that the student was evaluated on. One that cannot be read is an
     error line of its own, the others go on, and the exit code is 2 at the end.
 
-    JSON keys: image, top.
+    JSON keys: model, images (of each: image, and top or error).
 
     Example: python -m fastkd.predict runs/quickstart-01234567 boot.png photos/ --top 5
     """
@@ -44,23 +40,25 @@ def main(
     for place in range(told):
         table.add_column(f"{place + 1}.", overflow="fold")
         table.add_column("", justify="right")
+    images_told: list[dict[str, Any]] = []
     broken = 0
     for prediction in predict(student, files):
         if prediction.logits is None:
             broken += 1
             console.error(f"{prediction.path}: {prediction.error}")
+            images_told.append({"image": str(prediction.path), "error": str(prediction.error)})
             continue
         best = _best(prediction, student.classes, told)
-        if as_json:
-            print(json.dumps({"image": str(prediction.path), "top": best}), flush=True)
-        else:
-            cells = [cell for one in best for cell in (one["class"], f"{one['probability']:.2%}")]
-            table.add_row(*map(escape, (str(prediction.path), *cells)))
-    if not as_json and broken < len(files):
+        images_told.append({"image": str(prediction.path), "top": best})
+        cells = [cell for one in best for cell in (one["class"], f"{one['probability']:.2%}")]
+        table.add_row(*map(escape, (str(prediction.path), *cells)))
+    if broken < len(files):
         console.show(table)
-    if broken:
-        raise InputError(f"{broken} of {len(files)} images could not be read")
-    return cli.Told(f"predict: {len(files)} images, by {student.described['model']}", {})
+    return cli.Told(
+        f"predict: {len(files) - broken} of {len(files)} images, by {student.described['model']}",
+        {"model": student.described["model"], "images": images_told},
+        InputError(f"{broken} of {len(files)} images could not be read") if broken else None,
+    )
 
 
 def _best(prediction: "Prediction", classes: list[str], count: int) -> list[dict[str, Any]]:

@@ -8,12 +8,13 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 
-from fastkd import artifacts, cli, recipe
+from fastkd import artifacts, cli, console, recipe
 
 hypothesis.settings.register_profile("fastkd", deadline=None)  # the first call of a kernel compiles it
 hypothesis.settings.load_profile("fastkd")
@@ -107,6 +108,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_warnings_of_other_tests() -> None:
+    """Let each test see the warnings that earlier ones have seen: a process prints each once."""
+    console.forget_warnings()
 
 
 @pytest.fixture(autouse=True)
@@ -284,6 +291,19 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return int(stop.value.code or 0), captured.out + captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def json_in() -> Callable[[str], dict[str, Any]]:
+    """Return a function that finds the one JSON object in a command's output, without its warnings."""
+
+    def find(text: str) -> dict[str, Any]:
+        (line,) = [line for line in text.splitlines() if line.startswith("{")]
+        told = json.loads(line)
+        assert isinstance(told.pop("warnings"), list)
+        return told
+
+    return find
 
 
 @pytest.fixture(scope="session")

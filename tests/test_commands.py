@@ -1,5 +1,6 @@
 """The commands as a user meets them: what they print, where they stop, with which exit code."""
 
+import inspect
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from fastkd import (
 )
 from fastkd.artifacts import __main__ as artifacts_command
 from fastkd.errors import FastkdError
+from fastkd.stages import training
 
 PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
 
@@ -103,9 +105,10 @@ def documented(doc: str) -> set[str]:
     return set(re.findall(r"\b[a-z_0-9]+\b(?=\s*[,;.(])", re.sub(r"\([^)]*\)", ",", told)))
 
 
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)], ids=["", "quiet"])
 @pytest.mark.parametrize("name", TELLING)
-def test_quiet_and_json_leave_one_line_on_stdout_that_parses(
-    name, tiny_recipe, tiny_run, tiny_npz, tmp_path, monkeypatch, capfd
+def test_json_is_one_object_on_stdout_whatever_is_warned_of(
+    name, quiet, tiny_recipe, tiny_run, tiny_npz, tmp_path, monkeypatch, capfd
 ):
     """Of every command; its keys are those that --help names."""
     monkeypatch.chdir(tmp_path)
@@ -118,12 +121,23 @@ def test_quiet_and_json_leave_one_line_on_stdout_that_parses(
     places = {"recipe": tiny_recipe.path, "run": tiny_run.path, "subset": subset, "npz": tiny_npz, "tmp": tmp_path}
     given = words.format(z="z.npy", y="y.npy", image="image.png", **places).split()
 
-    monkeypatch.setattr(sys, "argv", ["fastkd", *given, "--quiet", "--json"])
+    def warning(*args, **kwargs):
+        console.warn("a warning")
+        print("a line of some library")
+        return main(*args, **kwargs)
+
+    warning.__signature__ = inspect.signature(main)
+    warning.__name__, warning.__doc__ = main.__name__, main.__doc__
+    monkeypatch.setattr(sys, "argv", ["fastkd", *given, *quiet, "--json"])
     with pytest.raises(SystemExit) as stop:
-        cli.run(main)
+        cli.run(warning)
     assert not stop.value.code
-    (line,) = capfd.readouterr().out.splitlines()
+    captured = capfd.readouterr()
+    (line,) = captured.out.splitlines()
     told = json.loads(line)
+    assert "a warning" in told.pop("warnings")
+    assert captured.err.count("warning: a warning") == 1
+    assert "a line of some library" in captured.err
     assert told
     assert set(told) <= documented(write._help() if main is write.main else main.__doc__)
     for key in {"path", "student", "metrics"} & set(told):
@@ -147,21 +161,21 @@ def test_every_command_can_be_quiet_and_print_json(name):
         assert "JSON" in (write._help() if name == "write" else function.__doc__)
 
 
-def test_the_json_of_train_is_that_of_its_run_and_errors_are_told_as_ever(command, tiny_recipe):
+def test_the_json_of_train_is_that_of_its_run_and_errors_are_told_as_ever(command, tiny_recipe, json_in):
     """Whether it was built now, or before; --quiet hides no error."""
     code, text = command(train.main, tiny_recipe.path, "--quiet")
     assert code == 0
     run = artifacts.load(text.strip().partition("RUN: ")[2], "RUN")
     code, text = command(train.main, tiny_recipe.path, "--json")
     assert "this recipe has been trained" in text
-    told = json.loads(text.splitlines()[-1])
+    told = json_in(text)
     assert told["path"] == str(run.path)
     assert told["built"] is False
     assert told["top1"] == run.facts["top1"]
     assert told["first_student_s"] > told["further_student_s"] > 0
     assert {stage["stage"] for stage in told["stages"]} >= {"write", "score", "prune", "train"}
     code, text = command(train.main, tiny_recipe.path, "seed=1", "--quiet", "--json")
-    assert json.loads(text)["built"] is True
+    assert json_in(text)["built"] is True
     code, text = command(train.main, tiny_recipe.path, "train.batch_size=1000", "--quiet")
     assert code == 2
     assert text.startswith("error: ")
@@ -170,6 +184,7 @@ def test_the_json_of_train_is_that_of_its_run_and_errors_are_told_as_ever(comman
 def test_training_tells_how_it_goes_and_sums_up(command, tiny_recipe, monkeypatch):
     """Rate, time left, loss, data wait, the latest look, memory; then what it reached and took, and where it lies."""
     monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(training, "LOADER_LIMITS", 1.0)  # a slow machine is no reason to warn here
     asked = ("data.holdout_ratio=0.2", "train.eval_every_epochs=1", "train.epochs=2", "train.batch_size=20")
     code, text = command(train.main, tiny_recipe.path, *asked)
     assert code == 0
@@ -358,13 +373,12 @@ def test_prune_wants_a_recipe_or_arrays(command, arrays):
 # Savings --------------------------------------------------------------------------------------------------------------
 
 
-def test_savings_compares_four_ways_and_writes_them_down(command, tiny_recipe, tmp_path):
+def test_savings_compares_four_ways_and_writes_them_down(command, tiny_recipe, tmp_path, json_in):
     out = tmp_path / "savings"
     code, text = command(bench.savings, tiny_recipe.path, "--out", str(out), "--seeds", "2", "--json")
     assert code == 0
     report = json.loads((out / "savings.json").read_text())
-    (line,) = [line for line in text.splitlines() if line.startswith("{")]
-    assert json.loads(line) == report
+    assert json_in(text) == report
     assert list(report["ways"]) == ["vanilla", "recipe", "random", "same_compute"]
     assert report["seeds"] == [0, 1]
     for name, way in report["ways"].items():

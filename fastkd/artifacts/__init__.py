@@ -28,7 +28,7 @@ import xxhash
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fastkd import __version__
+from fastkd import __version__, console
 from fastkd.errors import ArtifactError, InputError
 
 Kind = Literal["DATASET", "SCORES", "SUBSET", "LABELS", "RUN", "STUDENT"]
@@ -42,6 +42,9 @@ _TICK_S = 0.01  # of the clock that file systems go by: 1 to 10 ms
 PARTIAL, OLD, REMOVED = ".fastkd-partial", ".fastkd-old", ".fastkd-removed"
 BEGUN = "begun.json"
 """In an unfinished build that can be gone on with: its kind, key and parents."""
+
+WARNINGS = "warnings"
+"""The fact that lists what was warned of while an artifact was built."""
 
 # The arrays that artifacts hold: kind and name, types, and shape by what the facts call it; the first that fits.
 _ARRAYS: tuple[tuple[Kind, str, str, tuple[str | int, ...]], ...] = (
@@ -423,14 +426,16 @@ def build(
             if resumable:
                 asked = {"kind": kind, "key": key_of(kind, inputs or {}), "parents": dict(parents or {})}
                 begun.write_text(json.dumps(asked))
+            mark = console.warning_mark()
             built = builder(partial)
+            warned = [*built.facts.get(WARNINGS, ()), *console.warnings_since(mark)]
             manifest = _seal(
                 partial,
                 kind=kind,
                 inputs=dict(inputs if inputs is not None else built.inputs or {}),
                 parents=dict(parents or {}),
                 settings=dict(settings or {}),
-                facts=built.facts,
+                facts=built.facts | ({WARNINGS: list(dict.fromkeys(warned))} if warned else {}),
                 cost_s=built.earlier_s + time.perf_counter() - start,
                 known=built.stamps,
                 scratch=scratch,

@@ -79,6 +79,8 @@ class Chain:
     ----------
     costs : dict of str to Cost
         Of the stages that were needed so far, in their order. `teacher` is the training of the teacher.
+    used : dict of str to Artifact
+        The same stages' artifacts.
     watch : Stopwatch
         What the student itself takes, loading the teacher included (its weights are part of every key).
     """
@@ -96,7 +98,9 @@ class Chain:
         self.recipe = recipe
         self.force = frozenset(force if current().leads else ())  # the others find what it has built
         self.build = build
+        self.warning_mark = console.warning_mark()
         self.costs: dict[str, Cost] = {}
+        self.used: dict[str, Artifact] = {}
         self.watch = Stopwatch()
         self.runtime = Runtime.choose(
             recipe.train.device,
@@ -107,8 +111,18 @@ class Chain:
         if reset_compiler:
             torch.compiler.reset()
 
+    @property
+    def warnings(self) -> list[str]:
+        """What was warned of while this chain was at work, and while the artifacts that it uses were built, each once.
+
+        Earlier warnings of a training that was broken off are not among them.
+        """
+        earlier = [one for artifact in self.used.values() for one in artifact.facts.get(artifacts.WARNINGS, ())]
+        return list(dict.fromkeys([*earlier, *console.warnings_since(self.warning_mark)]))
+
     def note(self, stage: str, artifact: Artifact, built: bool, *, share: float = 1.0) -> Artifact:
         """Charge a stage with what its artifact cost, or a share of it, and say whether it was built or reused."""
+        self.used[stage] = artifact
         self.costs[stage] = Cost(share * artifact.cost_s, reused=not built)
         if built:
             console.say(f"{stage}: built {artifact.path} ({artifact.cost_s:.1f} s)")
@@ -267,7 +281,7 @@ class Chain:
         data = self.recipe.data.model_copy(update={"view": own.data.view, "input_px": self.teacher_px})
         own = own.model_copy(update={"data": data, "train": train})
         chain = Chain(own, {"train"} if "teacher" in self.force else set(), build=self.build)
-        chain.dataset, chain.costs["write"] = self.dataset, self.costs["write"]
+        chain.dataset, chain.costs["write"], chain.used["write"] = self.dataset, self.costs["write"], self.dataset
         return self.note("teacher", *training.build_run(chain, source=Path(teacher.recipe)))
 
     @cached_property

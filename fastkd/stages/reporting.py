@@ -265,6 +265,7 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], expor
         palette=plots.PALETTE,
         stage_colours=plots.STAGE_COLOURS,
         stage_names={stage.name for group in groups for stage in group.stages},
+        warnings=list(dict.fromkeys(one for group in groups for run in group.runs for one in run.warnings)),
         commands=commands(lead),
         resolved=(lead.lead.path / "resolved.yaml").read_text(encoding="utf-8"),
         environment=environment_of(lead.lead),

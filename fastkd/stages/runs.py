@@ -101,6 +101,11 @@ class RunFacts:
         return float(self.artifact.facts["top1"]["val"])
 
     @property
+    def warnings(self) -> list[str]:
+        """What was warned of while it was trained, and while what it was made from was built."""
+        return [str(one) for one in self.artifact.facts.get(artifacts.WARNINGS, ())]
+
+    @property
     def dynamic(self) -> str | None:
         """Name of the method that chose samples anew in each epoch, if one did."""
         return self.resolved["prune"]["method"] if "trained_share" in self.artifact.facts else None

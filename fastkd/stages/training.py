@@ -215,6 +215,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             f"train: the step waited for data; {LOADING_HELP}; python -m fastkd.bench step RECIPE tells what each step "
             "could reach"
         )
+    if chain.warnings:
+        facts[artifacts.WARNINGS] = chain.warnings
     return Built(facts=facts, earlier_s=history.earlier_s)
 
 

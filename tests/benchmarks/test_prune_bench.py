@@ -18,14 +18,13 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.slow  # three processes that import torch and compile
-def test_every_line_is_measured_and_written(data, tmp_path, command, monkeypatch):
+def test_every_line_is_measured_and_written(data, tmp_path, command, monkeypatch, json_in):
     monkeypatch.setattr(benchmark, "REFERENCE_STEPS", 4000)
     options = ("--samples", 400, "--classes", 10, "--dtype", "float32", "--repeats", 2, "--data", data)
     code, text = command(bench.prune, *options, "--out", tmp_path, "--json")
     assert code == 0
     report = json.loads((tmp_path / "prune.json").read_text())
-    (line,) = [line for line in text.splitlines() if line.startswith("{")]
-    assert json.loads(line) == report
+    assert json_in(text) == report
     assert list(report["lines"]) == [OURS, SCORING, TORCH, FLOOR]
     for line in report["lines"].values():
         assert len(line["repeats_s"]) == 2

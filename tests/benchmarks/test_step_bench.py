@@ -14,13 +14,12 @@ def short(monkeypatch):
     monkeypatch.setattr(step, "ways", lambda device: [Way("fp32", True, False), Way("fp32", False, False)])
 
 
-def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, tmp_path, command):
+def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, tmp_path, command, json_in):
     options = ("--repeats", "2", "--out", tmp_path, "--batch-size", "30", "--json")
     code, said = command(bench.step, tiny_recipe.path, "data.view.family=flip", *options)
     assert code == 0, said
     report = json.loads((tmp_path / "step.json").read_text())
-    (line,) = [line for line in said.splitlines() if line.startswith("{")]
-    assert json.loads(line) == report
+    assert json_in(said) == report
     assert [(line["batch_size"], line["way"]["channels_last"]) for line in report["lines"]][:2] == [
         (25, True),
         (25, False),

@@ -94,7 +94,10 @@ def test_broken_images_are_a_line_each_and_the_others_go_on(command, tiny_run, p
     given += [tmp_path / "wide.png", pictures / "02.png"]
     code, text = command(command_module.main, tiny_run.path, *given, "--json")
     assert code == 2
-    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    (whole,) = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert [Path(one["image"]).name for one in whole["images"]] == [path.name for path in given]
+    assert sum("error" in one for one in whole["images"]) == 4
+    lines = [one for one in whole["images"] if "top" in one]
     assert [Path(line["image"]).name for line in lines] == ["01.png", "02.png"]
     assert all(sum(one["probability"] for one in line["top"]) == pytest.approx(1) for line in lines)
     assert {one["class"] for one in lines[0]["top"]} == {"0", "1", "2"}

@@ -1,7 +1,6 @@
 """What lies on the disk, what it is needed for, and what may be deleted."""
 
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,9 +79,9 @@ def test_ls_tells_kind_size_key_and_users(disk, run):
     assert "8 artifacts, 1.0 MB" in said
 
 
-def test_ls_prints_json(disk, run):
+def test_ls_prints_json(disk, run, json_in):
     code, said = run("ls", "--json", "data", "runs")
-    told = json.loads(said.splitlines()[-1])
+    told = json_in(said)
     found = {Path(one["path"]).name: one for one in told["artifacts"]}
     assert told["bytes"] == sum(one["bytes"] for one in found.values())
     assert code == 0
