@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import seconds
 
 import fastkd
 
@@ -188,7 +189,13 @@ def run_elsewhere(code: str, cwd: Path) -> str:
     """Run Python with nothing but what is installed on its path: from another folder, without PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds(120),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from harness import seconds
 from numba.core import event
 from PIL import Image
 
@@ -269,7 +270,7 @@ def test_another_process_sees_the_same(make_data, reference):
     environment = os.environ | {"PYTHONHASHSEED": "3"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, path, str(REFERENCE_VIEW)],
-        env=environment, capture_output=True, text=True, timeout=120,
+        env=environment, capture_output=True, text=True, timeout=seconds(120),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [hashlib.sha256(reference.tobytes()).hexdigest()]
