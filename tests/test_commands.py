@@ -47,10 +47,10 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_an_example(name):
+def test_help_has_an_example_and_imports_nothing_that_takes_seconds(name):
     arguments = {"bench": ["savings"], "recipes": ["copy"], "artifacts": ["gc"]}.get(name, [])
     done = subprocess.run(
-        [sys.executable, "-m", f"fastkd.{name}", *arguments, "--help"],
+        [sys.executable, "-X", "importtime", "-m", f"fastkd.{name}", *arguments, "--help"],
         capture_output=True,
         text=True,
         timeout=seconds(120),
@@ -58,6 +58,9 @@ def test_help_has_an_example(name):
     assert done.returncode == 0
     assert "Example" in done.stdout
     assert f"python -m fastkd.{name}" in " ".join(done.stdout.split())
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"fastkd", "json"} <= imported
+    assert imported.isdisjoint({"torch", "torchvision", "numba", "ffcv", "scipy", "sklearn", "matplotlib", "cv2"})
 
 
 def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_recipe):

@@ -135,7 +135,8 @@ def _compare(
     where = "the plain view" if result.worst_view is None else f"view {result.worst_view}"
     worst_text = (
         f"the worst, sample_id {result.worst_sample_id} in {where}, is off by {result.worst_error:.2g} of its largest "
-        f"logit, where {result.allowed:.2g} is allowed"
+        f"logit, where {result.allowed:.2g} is allowed (made in {' and '.join(sorted(set(precisions.values())))}, "
+        f"compared in {now})"
     )
     if wrong:
         raise ArtifactError(
