@@ -16,6 +16,7 @@ import pytest
 from harness import seconds
 
 from fastkd import artifacts, cli, console, recipe
+from fastkd.doctor import usable_cores
 
 hypothesis.settings.register_profile("fastkd", deadline=None)  # the first call of a kernel compiles it
 hypothesis.settings.load_profile("fastkd")
@@ -114,8 +115,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for option, (variable, _) in STAND_INS.items():
         if value := config.getoption(option):
             os.environ[variable] = value
-    if cores := config.getoption("--cores"):
-        os.environ.setdefault("NUMBA_NUM_THREADS", cores)  # else numba goes by the machine, and the loader by numba
+    # Numba goes by the machine otherwise, and the loader by numba; two threads are tested on one core as well.
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, usable_cores())))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -315,6 +316,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return int(stop.value.code or 0), captured.out + captured.err
 
     return run
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least two cores for the loader: on a machine of one, two threads take turns."""
+    monkeypatch.setenv("FASTKD_TEST_CORES", str(max(2, usable_cores())))
 
 
 @pytest.fixture(scope="session")
