@@ -52,11 +52,20 @@ def quieted(quiet: bool = True) -> Iterator[None]:
 
 
 _warnings: list[str] = []
+_hand_on: Callable[[str], None] | None = None
+
+
+def hand_on_warnings(to: Callable[[str], None] | None) -> None:
+    """Have warnings given to a function instead of printed: a child process hands them to its parent."""
+    global _hand_on
+    _hand_on = to
 
 
 def warn(message: str) -> None:
     """Print a warning to stderr, unless the same one was printed before."""
-    if message not in _warnings:
+    if _hand_on is not None:
+        _hand_on(message)
+    elif message not in _warnings:
         err.print(f"warning: {message}", markup=False, style="yellow")
     _warnings.append(message)
 

@@ -3,18 +3,20 @@
     python -m fastkd.write image_folder data/pets root=~/pets max_resolution=256
 
 The folders in ROOT/train name the classes, in alphabetical order. JPEG files no larger than `max_resolution` are stored
-byte for byte (mode=jpg, the default here); mode=raw costs more space and saves the decoding.
+byte for byte (mode=jpg, the default here); mode=raw costs more space and saves the decoding. Links are followed; hidden
+files, folders of operating systems (`@eaDir`, `__MACOSX`) and files that are no images are left out, with a warning.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastkd import console
+from fastkd.data.image_files import LOOKED_FOR, Listing, folded, left_out_text, list_classes, list_images, shown, some
 from fastkd.data.source import LocalPath, Source, WriterOptions
 from fastkd.errors import InputError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class Options(WriterOptions):
@@ -39,39 +41,102 @@ class Files:
         return Path(self.paths[index]).read_bytes(), self.labels[index]
 
     def describe(self, index: int) -> str:
-        return self.paths[index]
+        return shown(self.paths[index])
+
+
+@dataclass(frozen=True)
+class Found:
+    splits: dict[str, Files]
+    classes: list[str]
+    warnings: list[str]
 
 
 def read(options: Options) -> Source:
     """List the files of both splits."""
-    folders = {"train": options.root / options.train_dir, "val": options.root / options.val_dir}
-    classes = _classes(folders["train"])
-    if unknown := [name for name in _classes(folders["val"]) if name not in classes]:
-        raise InputError(f"{folders['val']}: the classes {unknown[:5]} are not in {folders['train']}")
-    return {split: _files(folder, classes) for split, folder in folders.items()}, classes
+    found = _find(options)
+    for text in found.warnings:
+        console.warn(f"image_folder: {text}")
+    return found.splits, found.classes
 
 
-def _classes(folder: Path) -> list[str]:
+def source_files(options: Options) -> Iterable[str | Path]:
+    """Return both folders and all images in them; nothing where the source is gone."""
+    folders = list(_folders(options).values())
+    if not all(folder.is_dir() for folder in folders):
+        return []
+    return [*folders, *(path for split in _find(options).splits.values() for path in split.paths)]
+
+
+def _folders(options: Options) -> dict[str, Path]:
+    return {"train": options.root / options.train_dir, "val": options.root / options.val_dir}
+
+
+def _find(options: Options) -> Found:
+    folders = _folders(options)
+    if options.root.exists() and not options.root.is_dir():
+        raise InputError(f"{options.root}: is a file; root= names the folder that holds train and val")
+    by_split, left_out, warnings = {}, {}, []
+    for split, folder in folders.items():
+        by_split[split], listing = _classes(folder)
+        for kind, paths in listing.left_out.items():
+            left_out.setdefault(kind, []).extend(paths)
+    _refuse_overlap(folders)
+    classes = by_split["train"]
+    if unknown := [name for name in by_split["val"] if name not in classes]:
+        near = {folded(name): name for name in classes}
+        alike = [f"{name} and {near[folded(name)]}" for name in unknown if folded(name) in near]
+        hint = f"; names that differ only in case or accents: {some(alike)}" if alike else ""
+        raise InputError(f"{folders['val']}: the classes {unknown[:5]} are not in {folders['train']}{hint}")
+    if alike := [name for name in classes if sum(folded(name) == folded(other) for other in classes) > 1]:
+        warnings.append(f"{folders['train']}: class names that differ only in case or accents: {some(alike)}")
+
+    seen: dict[tuple[int, int], str] = {}
+    splits = {}
+    for split, folder in folders.items():
+        paths, labels = [], []
+        for label, name in enumerate(classes):
+            if name not in by_split[split]:
+                continue
+            listing = list_images(folder / name, seen)
+            paths += listing.files
+            labels += [label] * len(listing.files)
+            for kind, some_paths in listing.left_out.items():
+                left_out.setdefault(kind, []).extend(some_paths)
+        if not paths:
+            raise InputError(f"{folder}: holds no images in its classes' folders ({LOOKED_FOR})")
+        splits[split] = Files(paths, labels)
+    in_val = set(splits["val"].labels)
+    if absent := [name for label, name in enumerate(classes) if label not in in_val]:
+        warnings.append(f"{folders['val']}: no images of {len(absent)} of {len(classes)} classes: {some(absent)}")
+    if left_out:
+        inside = {kind: [os.path.relpath(path, options.root) for path in paths] for kind, paths in left_out.items()}
+        warnings.append(f"{options.root}: left out {left_out_text(inside)}. None of these is stored as an image")
+    return Found(splits, classes, warnings)
+
+
+def _classes(folder: Path) -> tuple[list[str], Listing]:
     expected = "expected ROOT/train/CLASS/x.jpg and ROOT/val/CLASS/y.jpg (train_dir= and val_dir= name others)"
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; {expected}")
-    classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        what = "is no folder" if folder.exists() else "no such folder"
+        raise InputError(f"{shown(folder)}: {what}; {expected}")
+    classes, listing = list_classes(folder)
     if not classes:
         raise InputError(f"{folder}: holds no folder, so no class; {expected}")
-    return classes
+    if wrong := [name for name in classes if shown(name) != name]:
+        raise InputError(
+            f"{folder}: class names that are not valid UTF-8: {some(wrong)}. Rename these folders "
+            "(convmv -f latin1 -t utf8 does it)"
+        )
+    return classes, listing
 
 
-def _files(folder: Path, classes: list[str]) -> Files:
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = [
-            os.path.join(place, file)
-            for place, _, files in os.walk(folder / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(EXTENSIONS) and not file.startswith(".")
-        ]
-        paths += sorted(found)
-        labels += [label] * len(found)
-    if not paths:
-        raise InputError(f"{folder}: holds no images in its classes' folders (looked for {' '.join(EXTENSIONS)})")
-    return Files(paths, labels)
+def _refuse_overlap(folders: dict[str, Path]) -> None:
+    """Refuse splits of which one is the other, or lies in it."""
+    train, val = (folder.resolve() for folder in folders.values())
+    if train == val:
+        raise InputError(f"{folders['train']} and {folders['val']} are the same folder: train and val must be apart")
+    if train in val.parents or val in train.parents:
+        raise InputError(
+            f"{folders['train']} and {folders['val']}: one lies in the other, so that images would be in both; "
+            "give train_dir= and val_dir= that are apart"
+        )

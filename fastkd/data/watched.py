@@ -16,6 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
+from fastkd import console
 from fastkd.errors import FastkdError, InputError
 
 Report = Callable[[Any], None]
@@ -37,7 +38,7 @@ def call(name: str, target: str, argument: Any, on_report: Report) -> Any:
     argument
         Pickled to the new process.
     on_report
-        Called here with whatever the function passes to its `report`.
+        Called here with whatever the function passes to its `report`. Warnings of the function are given here, too.
 
     Raises
     ------
@@ -66,6 +67,8 @@ def call(name: str, target: str, argument: Any, on_report: Report) -> Any:
             kind, value = _receive(ours, child, name)
             if kind == "report":
                 on_report(value)
+            elif kind == "warning":
+                console.warn(value)
             elif kind == "returned":
                 return value
             else:
@@ -99,6 +102,13 @@ def serve(descriptor: int, caller: int) -> None:
 
 
 def _outcome(channel: Connection) -> tuple[str, Any]:
+    process = os.getpid()
+
+    def hand_on(text: str) -> None:
+        if os.getpid() == process:  # workers that are forked from it share the channel, and must not write to it
+            channel.send(("warning", text))
+
+    console.hand_on_warnings(hand_on)
     try:
         target, argument = channel.recv()
         module, function = target.split(":")

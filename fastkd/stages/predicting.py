@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastkd import console
+from fastkd.data.image_files import LOOKED_FOR, left_out_text, list_images, shown
 from fastkd.doctor import usable_cores
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.stages.student import Student
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-"""What is taken of a folder; a file that is named is taken whatever its name."""
 BATCH_SIZE = 64
 
 
@@ -40,22 +40,26 @@ class Prediction(NamedTuple):
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, and those images that lie anywhere in the folders, each folder's in the order of their names.
+    """Return the files, and those images that lie anywhere in the folders (see `fastkd.data.image_files`).
+
+    A file that is named is taken whatever its name. What is left out of a folder is warned of.
 
     Raises
     ------
     InputError
-        A folder without images.
+        A folder without images, one that cannot be read, or a link that leads to itself or upwards.
     """
-    found = []
+    found: list[Path] = []
     for path in paths:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-        if not inside:
-            raise InputError(f"{path}: holds no images (looked for {' '.join(EXTENSIONS)})")
-        found += inside
+        listing = list_images(path)
+        if listing.left_out:
+            console.warn(f"predict: {shown(path)}: left out {left_out_text(listing.left_out)}")
+        if not listing.files:
+            raise InputError(f"{shown(path)}: holds no images ({LOOKED_FOR})")
+        found += map(Path, listing.files)
     return found
 
 
