@@ -6,6 +6,7 @@ torchvision reads it from `root`, and downloads it there (170 MB) where it is mi
 unpickles them only after checking their md5.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions
@@ -15,6 +16,11 @@ from fastkd.errors import InputError
 class Options(WriterOptions):
     root: LocalPath = Path.home() / ".cache/fastkd/cifar100"
     """Where the files are, or are downloaded to."""
+
+
+def source_files(options: Options) -> Iterable[Path]:
+    """Return the files that are read."""
+    return (options.root / "cifar-100-python").glob("*")
 
 
 def read(options: Options) -> Source:

@@ -9,6 +9,7 @@ else torchvision downloads them (30 MB) into `download_root`.
 import gzip
 import math
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ class Options(WriterOptions):
     """Where the files are; without it, Debian's package."""
     download_root: LocalPath = Path.home() / ".cache/fastkd/fashion_mnist"
     """Where they are downloaded to."""
+
+
+def source_files(options: Options) -> Iterable[Path]:
+    """Return the files that are read, as far as they are there."""
+    downloaded = options.download_root / "FashionMNIST" / "raw"
+    root = options.root or (DEBIAN if DEBIAN.is_dir() else downloaded)
+    names = (f"{prefix}-{kind}-ubyte.gz" for prefix in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+    return [root / name for name in names]
 
 
 def read(options: Options) -> Source:

@@ -75,7 +75,9 @@ def _find(options: Options) -> Found:
     folders = _folders(options)
     if options.root.exists() and not options.root.is_dir():
         raise InputError(f"{options.root}: is a file; root= names the folder that holds train and val")
-    by_split, left_out, warnings = {}, {}, []
+    by_split: dict[str, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
+    warnings: list[str] = []
     for split, folder in folders.items():
         by_split[split], listing = _classes(folder)
         for kind, paths in listing.left_out.items():

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from fastkd.errors import InputError
 
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .mpo .png .apng .gif .bmp .dib .webp .avif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k".split()
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".bmp", ".dib", ".webp", ".avif"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
 )
 """Suffixes of image files, in lower case."""
 LOOKED_FOR = "looked for " + " ".join(sorted(SUFFIXES))
 _SYSTEM = frozenset(
-    "@eadir @tmp @recycle __macosx __pycache__ lost+found #recycle $recycle.bin thumbs.db ehthumbs.db desktop.ini".split()
-) | {"system volume information"}
+    {"@eadir", "@tmp", "@recycle", "__macosx", "__pycache__", "lost+found", "#recycle", "$recycle.bin"}
+    | {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+)
 _MAX_NAMES = 5
 
 HIDDEN = "hidden"
@@ -99,7 +101,8 @@ def list_images(folder: str | os.PathLike[str], seen: dict[Identity, str] | None
     folder = os.fspath(folder)
     before = dict(seen or {})
     seen = {} if seen is None else seen
-    listing, links = Listing(), []
+    listing = Listing()
+    links: list[str] = []
     stack = [(folder, _parents(os.path.abspath(folder)) | _parents(os.path.realpath(folder)))]
     while stack:
         place, above = stack.pop()

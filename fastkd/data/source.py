@@ -12,28 +12,56 @@ where ``train[i]`` is ``(image, label)``: a uint8 array [H, W], [H, W, 1] or [H,
 image file (JPEG bytes are kept as they are where the options allow it), and an integer label in 0 … K−1. Anything with
 ``__len__`` and ``__getitem__`` will do; with ``describe(index) -> str`` too, messages about a sample name its file.
 `read` is called in the process that writes, so the data sets need not be picklable.
+
+With a function ``source_files(options)`` in the file, too, which returns the files that `read` reads and the folders
+that it lists, a source that changed after it was written is noticed (see `Snapshot`).
 """
 
 import difflib
 import importlib.util
 import os
+import stat
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import xxhash
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from fastkd import shipped
-from fastkd.errors import InputError
+from fastkd.data.image_files import some
+from fastkd.errors import FastkdError, InputError
 from fastkd.validation import explain
 
-LocalPath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+def _no_odd_path(value: Any) -> Any:
+    """Refuse texts that are no path, or none that can be recorded."""
+    if isinstance(value, str | Path):
+        text = str(value)
+        if not text.strip():
+            raise ValueError("is empty; give a path (. is the current folder)")
+        if "\0" in text:
+            raise ValueError("holds a NUL, which no path can")
+        if os.fsencode(value).decode("utf-8", "replace") != text:
+            raise ValueError(f"{os.fsencode(value)!r} is not valid UTF-8; rename the folder, or give a link to it")
+    return value
+
+
+LocalPath = Annotated[Path, BeforeValidator(_no_odd_path), AfterValidator(lambda path: path.expanduser().absolute())]
 """A path as a writer's option: recorded in full, so that it means the same wherever the command is given."""
 
 
@@ -54,6 +82,16 @@ class WriterOptions(BaseModel):
     """What a corrupt image does: fail the write, or be left out and listed in the manifest."""
     workers: int = Field(0, ge=0)
     """Processes that decode and encode; 0: one per usable core."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``workers=true``, which pydantic takes for 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = (annotation, *get_args(annotation))
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError(f"{str(value).lower()} is wrong: expected a number")
+        return value
 
 
 @runtime_checkable
@@ -103,6 +141,82 @@ def stratified_split(labels: Sequence[int] | np.ndarray, val_ratio: float, seed:
     return np.flatnonzero(~is_val), np.flatnonzero(is_val)
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What the files of a source looked like: their paths, sizes and times of modification.
+
+    Attributes
+    ----------
+    files, bytes : int
+        How many there are, and their size in all.
+    newest_ns : int
+        The latest time of change of a file's content, name or attributes (nanoseconds), by the file system's clock.
+    names : str
+        xxh3-128 (hex) of all paths and sizes.
+    digest : str
+        xxh3-128 (hex) of all paths, sizes and times of modification.
+    folders : tuple of Path
+        Folders that are listed.
+    changed : tuple of str
+        Files that changed after a given time.
+    """
+
+    files: int
+    bytes: int
+    newest_ns: int
+    names: str
+    digest: str
+    folders: tuple[Path, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(paths: Iterable[str | os.PathLike[str]], since_ns: int | None = None) -> "Snapshot":
+        """Look at files, with one stat each; those that are missing count as no file.
+
+        Parameters
+        ----------
+        since_ns
+            `changed` lists files with a later time of change.
+        """
+        count = size = newest = 0
+        names, digest = xxhash.xxh3_128(), xxhash.xxh3_128()
+        folders, changed = [], []
+        for path in sorted(map(os.fsencode, paths)):
+            try:
+                found = os.stat(path)
+            except OSError:  # a broken link
+                names.update(struct.pack("<q", len(path)) + path)
+                digest.update(struct.pack("<q", len(path)) + path)
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                folders.append(Path(os.fsdecode(path)))
+                continue
+            record = struct.pack("<q", len(path)) + path + struct.pack("<q", found.st_size)
+            names.update(record)
+            digest.update(record + struct.pack("<q", found.st_mtime_ns))
+            count, size, newest = count + 1, size + found.st_size, max(newest, found.st_ctime_ns)
+            if since_ns is not None and found.st_ctime_ns > since_ns:
+                changed.append(os.fsdecode(path))
+        return Snapshot(count, size, newest, names.hexdigest(), digest.hexdigest(), tuple(folders), tuple(changed))
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what a manifest keeps of it."""
+        return {key: getattr(self, key) for key in ("files", "bytes", "newest_ns", "names", "digest")}
+
+    def difference(self, recorded: Mapping[str, Any]) -> str:
+        """Say how the source differs from what a manifest recorded of it; empty: it does not."""
+        if self.digest == recorded["digest"]:
+            return ""
+        if self.names == recorded["names"]:
+            what = f"{self.files:,} files with the same names and sizes, but other times of modification"
+        else:
+            what = (
+                f"{recorded['files']:,} files of {recorded['bytes']:,} bytes when it was written, "
+                f"now {self.files:,} files of {self.bytes:,} bytes"
+            )
+        return what + (f"; new or changed: {len(self.changed):,} ({some(self.changed)})" if self.changed else "")
+
+
 class Writer:
     """A writer file, loaded.
 
@@ -119,6 +233,7 @@ class Writer:
         self.path = path
         self.options_model: type[WriterOptions] = module.Options
         self.read = module.read
+        self._source_files = getattr(module, "source_files", None)
         self.doc = (module.__doc__ or "").strip()
 
     def options(self, values: dict[str, Any]) -> WriterOptions:
@@ -127,6 +242,29 @@ class Writer:
             return self.options_model.model_validate(values)
         except ValidationError as error:
             raise InputError(f"writer {self.name}: wrong options\n{explain(error, self.options_model)}") from None
+
+    def snapshot(self, options: WriterOptions, since_ns: int | None = None) -> Snapshot | None:
+        """Look at the files of the source; None: the writer does not tell which these are.
+
+        Raises
+        ------
+        InputError
+            The source cannot be listed, or `source_files` fails or returns something else than paths.
+        """
+        if self._source_files is None:
+            if self.path.parent != shipped("writers"):
+                return None
+            # A writer that ships with fastkd and says nothing reads the files that its options name.
+            return Snapshot.of([value for _, value in options if isinstance(value, Path)], since_ns)
+        try:
+            return Snapshot.of(self._source_files(options), since_ns)
+        except FastkdError:
+            raise
+        except Exception as error:  # a writer of the user's own may raise anything
+            raise InputError(
+                f"writer {self.name}: source_files() failed: {type(error).__name__}: {error}; expected the paths "
+                "of the files that read() reads"
+            ) from error
 
 
 def writer_names() -> list[str]:

@@ -105,8 +105,11 @@ def _outcome(channel: Connection) -> tuple[str, Any]:
     process = os.getpid()
 
     def hand_on(text: str) -> None:
-        if os.getpid() == process:  # workers that are forked from it share the channel, and must not write to it
+        if os.getpid() == process:
             channel.send(("warning", text))
+        else:  # a forked worker, which must not write to the channel that it shares
+            console.hand_on_warnings(None)
+            console.warn(text)
 
     console.hand_on_warnings(hand_on)
     try:

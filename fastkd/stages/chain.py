@@ -152,7 +152,8 @@ class Chain:
                 )
             return self.note("write", artifacts.load(path, "DATASET"), built=False)
         with console.bars() as progress:
-            written = write(data.writer, path, dict(data.options), force="write" in self.force, progress=progress)
+            force = "write" in self.force
+            written = write(data.writer, path, dict(data.options), force=force, progress=progress, mend="--force write")
         return self.note("write", *written)
 
     @property

@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastkd import shipped
+from fastkd import console, shipped
 from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, read_manifest
 from fastkd.data.beton import Progress, write_betons
-from fastkd.data.source import Writer, load_writer
+from fastkd.data.source import Snapshot, Writer, WriterOptions, load_writer
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages.rows import full_disk_explained
 
@@ -19,6 +19,7 @@ def write(
     *,
     force: bool = False,
     progress: Progress | None = None,
+    mend: str = "--force",
 ) -> tuple[Artifact, bool]:
     """Publish a DATASET: ``train.beton`` and ``val.beton``, and in the manifest all that was found out about them.
 
@@ -34,16 +35,19 @@ def write(
         Write again where the same or another data set was written before.
     progress
         Called with (split, done, total).
+    mend
+        What a message tells to add to the command, to write again.
 
     Returns
     -------
     artifact, written
-        `written` is False where `out_dir` held the data set already: same writer, same options.
+        `written` is False where `out_dir` held the data set already: same writer, same options, same source.
 
     Raises
     ------
     InputError
-        Unknown writer or option, a source that is missing or damaged, `out_dir` taken by something else.
+        Unknown writer or option, a source that is missing, damaged or changed since it was written,
+        `out_dir` taken by something else, or one of `out_dir` and the source lies in the other.
     FastkdError
         The disk is full, or a process was killed.
     """
@@ -54,7 +58,11 @@ def write(
     settings = {**_identity(loaded), "options": recorded}
 
     def builder(directory: Path) -> Built:
+        # From before it is read: what changes meanwhile is noticed at the next write.
+        source = before or loaded.snapshot(resolved)
         written = write_betons(loaded, resolved, directory, progress)
+        if source is not None and source.files == 0:  # the writer has just downloaded it
+            source = loaded.snapshot(resolved)
         train, val = written.splits["train"], written.splits["val"]
         facts = {
             "classes": written.classes,
@@ -71,19 +79,52 @@ def write(
             "writer": writer,
             "options": recorded,
         }
+        if source is not None and source.files:
+            facts["source"] = source.recorded()
         inputs = {"train": train.content_hash, "val": val.content_hash, "classes": written.classes}
         return Built(facts=facts, inputs=inputs)
 
     refuse_foreign(out_dir)
+    before = loaded.snapshot(resolved) if force or not out_dir.exists() else None
+    _refuse_overlap(out_dir, resolved, before)
     # Of sealing and publishing; what writers and workers meet is told by write_betons.
     with full_disk_explained(out_dir, "the next run begins anew", setting="another OUT_DIR"):
         artifact, built = build(out_dir, "DATASET", None, builder, settings=settings, force=force)
     if not built and (phrases := differences(_content(settings), _content(artifact.manifest.settings))):
         raise InputError(
             f"{out_dir}: holds a data set that was written otherwise: {'; '.join(phrases)}. "
-            "Choose another directory, or replace it with --force"
+            "Choose another directory, or replace it with {mend}"
         )
+    if not built:
+        _refuse_changed(artifact, loaded, resolved, mend)
     return artifact, built
+
+
+def _refuse_changed(artifact: Artifact, writer: Writer, options: WriterOptions, mend: str) -> None:
+    """Refuse to use a data set whose source changed; one whose source is gone or was never recorded may be used."""
+    recorded = artifact.facts.get("source")
+    if recorded is None:
+        return
+    found = writer.snapshot(options, recorded["newest_ns"])
+    if found is None or found.files == 0:
+        console.warn(f"{artifact.path}: used as it is: its source is gone, so that nothing tells whether it changed")
+    elif what := found.difference(recorded):
+        raise InputError(
+            f"{artifact.path}: its source changed since it was written: {what}. Write it again with {mend} (images, "
+            "labels and classes that are the same give the same key, so that scores stay valid), or choose another "
+            "directory"
+        )
+
+
+def _refuse_overlap(out_dir: Path, options: WriterOptions, source: Snapshot | None) -> None:
+    """Refuse a data set that would be published over its source, or among the images of it."""
+    place = out_dir.resolve()
+    for name, value in options:
+        if isinstance(value, Path) and place in (value.resolve(), *value.resolve().parents):
+            raise InputError(f"{out_dir}: the source ({name}={value}) lies in it; choose another directory")
+    for folder in source.folders if source else ():
+        if folder.resolve() in place.parents:
+            raise InputError(f"{out_dir}: lies in the source's folder {folder}; choose a directory outside it")
 
 
 def _identity(writer: Writer) -> dict[str, str]:
