@@ -252,7 +252,7 @@ def test_a_source_that_changed_before_a_training__is_refused(pets, tmp_path):
     )
     key = Chain(recipe.load(path)).dataset.key
     picture(pets / "train/cat/x.png", 11)
-    with pytest.raises(InputError, match="its source changed since it was written.*again with --force write "):
+    with pytest.raises(InputError, match=r"its source changed since it was written.*again with --force write "):
         stages.train(recipe.load(path))
     assert Chain(recipe.load(path), force={"write"}).dataset.key != key
 
@@ -292,7 +292,7 @@ def test_a_source_of_a_writer_of_ones_own_that_changed__is_refused_where_it_name
     assert ("source" in artifact.facts) == told
     np.save(file, np.ones((4, 6, 6), np.uint8))
     if told:
-        with pytest.raises(InputError, match="its source changed since it was written.*x.npy"):
+        with pytest.raises(InputError, match=r"its source changed since it was written.*x.npy"):
             write(str(own), tmp_path / "out", options)
     else:
         assert not write(str(own), tmp_path / "out", options)[1]
