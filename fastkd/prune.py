@@ -32,6 +32,7 @@ def main(
     ] = None,
     reshape: Annotated[bool, typer.Option(help="Rescale stored logits by σ of their class.")] = True,
     force: Annotated[bool, typer.Option(help="Select again although this SUBSET is there.")] = False,
+    no_code: cli.NoCode = False,
 ) -> cli.Told:
     """Select the samples to keep and store their reshaped logits.
 
@@ -43,6 +44,7 @@ def main(
     """
     from fastkd import stages
 
+    cli.forbid_code(no_code)
     if (path is None) == (logits is None):
         raise InputError("give either a RECIPE, or --logits with --labels and --out")
     if logits is not None:

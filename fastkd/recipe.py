@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastkd import shipped
 from fastkd.errors import InputError
-from fastkd.validation import explain
+from fastkd.validation import explain, refuse_code
 
 MAX_BYTES = 1 << 20
 MAX_OVERRIDE = 4096
@@ -423,6 +423,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"recipe {file} is wrong:\n{explain(error, Recipe)}") from None
+    refuse_code(recipe.data.writer, f"recipe {file}")
     if recipe.teacher and recipe.teacher.recipe:
         teacher = file.parent.absolute() / recipe.teacher.recipe  # resolved.yaml is read from elsewhere
         recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"recipe": str(teacher)})})
@@ -520,6 +521,17 @@ def _explained(where: str) -> Iterator[None]:
         yield
     except Exception as error:  # odd names fail OmegaConf in any way there is
         raise InputError(f"{where}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return what a YAML file of settings holds, read as recipes are: without aliases, tags, or more than a few levels.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, or is no plain mapping.
+    """
+    return _read(path)
 
 
 def dump(recipe: Recipe) -> str:

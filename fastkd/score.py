@@ -11,6 +11,7 @@ def main(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     force: Annotated[bool, typer.Option(help="Score again although these SCORES are there.")] = False,
+    no_code: cli.NoCode = False,
 ) -> cli.Told:
     """Run the teacher over all of train, in the plain view, and store its logits.
 
@@ -20,6 +21,7 @@ def main(
     """
     from fastkd import stages
 
+    cli.forbid_code(no_code)
     artifact, built = stages.score(recipe.load(path, overrides or ()), force=force)
     line = f"SCORES: {artifact.path} (teacher's top-1 on train {artifact.facts['top1']:.2%})"
     return cli.Told.of(line, artifact, built, **{name: artifact.facts[name] for name in ("count", "classes", "top1")})

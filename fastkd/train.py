@@ -26,6 +26,7 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be built, and what reused; write nothing.")
     ] = False,
+    no_code: cli.NoCode = False,
 ) -> cli.Told:
     """Train a student; whatever it needs and is missing is built first, whatever is there is reused.
 
@@ -38,6 +39,7 @@ def main(
     """
     from fastkd import stages
 
+    cli.forbid_code(no_code)
     resolved = recipe.load(path, overrides or ())
     if resume and resume.name.endswith(artifacts.PARTIAL):
         resume = resume.with_name(resume.name.removesuffix(artifacts.PARTIAL))

@@ -63,7 +63,7 @@ def _key_values(words: list[str]) -> dict[str, Any]:
 
 def _help() -> str:
     # "\n\n" keeps typer's markdown from joining the lines.
-    shipped = "\n\n".join(f"- `{name}`: {load_writer(name).doc.splitlines()[0]}" for name in writer_names())
+    shipped = "\n\n".join(f"- `{name}`: {(load_writer(name).doc or name).splitlines()[0]}" for name in writer_names())
     return f"""Turn a source of images into a data set: train.beton, val.beton and a manifest.
 
 Example: `python -m fastkd.write fashion_mnist data/fashion_mnist`

@@ -6,14 +6,12 @@ torchvision reads it from `root`, and downloads it there (170 MB) where it is mi
 unpickles them only after checking their md5.
 """
 
-from pathlib import Path
-
-from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions
+from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions, download_folder
 from fastkd.errors import InputError
 
 
 class Options(WriterOptions):
-    root: LocalPath = Path.home() / ".cache/fastkd/cifar100"
+    root: LocalPath = download_folder("cifar100")
     """Where the files are, or are downloaded to."""
 
 

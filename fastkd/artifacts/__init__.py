@@ -247,6 +247,12 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest of the artifact at `path`, in UTF-8; what is none, as in names of files, stands as escapes."""
+    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    (path / MANIFEST).write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
+
+
 def _stays_inside(name: str) -> bool:
     """Tell whether a file name is relative and plain: no ``..``, no empty part, nothing that a system reads its way."""
     path = PurePosixPath(name)
@@ -421,11 +427,11 @@ def build(
         (partial / MANIFEST).unlink(missing_ok=True)  # of a build that was broken off when it was all but published
         start = time.perf_counter()
         begun = partial / BEGUN
-        earlier = begun.read_text() if begun.exists() else None
+        earlier = begun.read_text(encoding="utf-8") if begun.exists() else None
         try:
             if resumable:
                 asked = {"kind": kind, "key": key_of(kind, inputs or {}), "parents": dict(parents or {})}
-                begun.write_text(json.dumps(asked))
+                begun.write_text(json.dumps(asked), encoding="utf-8")
             mark = console.warning_mark()
             built = builder(partial)
             warned = [*built.facts.get(WARNINGS, ()), *console.warnings_since(mark)]
@@ -574,7 +580,7 @@ def _seal(
         "files": {name: stamp.model_dump() for name, stamp in stamps.items()},
     }
     manifest = Manifest.model_validate(fields | {"digest": digest_of(fields)})
-    (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    write_manifest(partial, manifest)
     folders = [p for p in partial.rglob("*") if p.is_dir()]
     for p in [*files.values(), partial / MANIFEST, *folders, partial]:
         fsync(p)

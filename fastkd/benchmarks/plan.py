@@ -225,7 +225,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | N
         "cluster": several or None,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, out / "plan.png")
     return report
 

@@ -3,6 +3,8 @@
 import numba
 import numpy as np
 
+from fastkd.kernels.jit import njit
+
 
 def uniform_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
     """Return int(N/K·r) for each class, at most all of it: the reference's quota, which redistributes nothing.
@@ -175,7 +177,7 @@ def infobatch_weights(loss_N: np.ndarray, draw_N: np.ndarray, drop_ratio: float)
     return weight_N
 
 
-@numba.njit(cache=True)
+@njit()
 def _by_class(y_N: np.ndarray, start_K: np.ndarray) -> np.ndarray:
     """Return the positions of each class's samples, ascending, class after class."""
     next_K, members_N = start_K.copy(), np.empty(len(y_N), np.int64)
@@ -185,7 +187,7 @@ def _by_class(y_N: np.ndarray, start_K: np.ndarray) -> np.ndarray:
     return members_N
 
 
-@numba.njit(parallel=True, cache=True)
+@njit(parallel=True)
 def _mark_ranks(
     score_N: np.ndarray,
     members_N: np.ndarray,

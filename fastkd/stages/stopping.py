@@ -1,4 +1,4 @@
-"""Stopping where nothing is lost: Ctrl-C and SIGTERM as a wish that is granted between two steps."""
+"""Stopping where nothing is lost: Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are heeded between two steps."""
 
 import contextlib
 import os
@@ -9,14 +9,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastkd.errors import Terminated
+from fastkd.errors import HungUp, Terminated
 from fastkd.world import current
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """While it is entered, the first Ctrl-C or SIGTERM sets `requested`; a second one stops at once (not in torchrun).
+    """While it is entered, the first Ctrl-C, SIGTERM or SIGHUP sets `requested`; a second one stops at once.
+
+    Under torchrun a second one does not count.
 
     A signal that the process was started to ignore stays ignored. In a thread other than the main one, which gets no
     signals, nothing is ever requested.
@@ -41,7 +43,7 @@ class StopRequest:
 
     def reason(self) -> KeyboardInterrupt:
         """Return what is to be raised once it is safe."""
-        return Terminated() if self._signal == signal.SIGTERM else KeyboardInterrupt()
+        return {signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}.get(self._signal, KeyboardInterrupt)()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)

@@ -150,7 +150,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     if world.leads:
         if source is not None:
             shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
-        (directory / "resolved.yaml").write_text(recipes.dump(recipe))
+        (directory / "resolved.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
         _write_environment(chain, directory / "env.json", begun=found is not None)
     try:
         job = prepare(chain)
@@ -224,7 +224,7 @@ def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
     """Return the error about an unfinished RUN of another recipe, which says what differs in them."""
     phrases = []
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):  # it was being written
-        begun = yaml.safe_load((directory / "resolved.yaml").read_text())
+        begun = yaml.safe_load((directory / "resolved.yaml").read_text(encoding="utf-8"))
         phrases = artifacts.differences(yaml.safe_load(recipes.dump(recipe)), begun)
     differs = f" ({'; '.join(phrases[:5])})" if phrases else ""
     return InputError(
@@ -393,7 +393,7 @@ def _write_environment(chain: "Chain", path: Path, *, begun: bool) -> None:
     now, earlier = environment(chain), []
     if begun:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # it was being written at that moment
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_text(encoding="utf-8"))
             earlier = before.pop("earlier")
             if before != now:
                 earlier.append(before)
@@ -403,4 +403,4 @@ def _write_environment(chain: "Chain", path: Path, *, begun: bool) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
