@@ -119,7 +119,7 @@ def _is_begun(chain: Chain, stage: str, partial: Path) -> bool:
     """Tell whether there is an unfinished build to go on with; refuse a RUN of another recipe, as training would."""
     if not (partial / BEGUN).exists():
         return False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it was being written
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # it was being written
         key = json.loads((partial / BEGUN).read_bytes())["key"]
         other = stage == "train" and key != artifacts.key_of("RUN", run_inputs(chain))
         if other and any((partial / CHECKPOINTS).glob("step-*")):

@@ -125,7 +125,7 @@ class Progress:
     @classmethod
     def load(cls, file: Path) -> "Progress":
         """Read it, or begin anew where there is none."""
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             views = {}
             for v, state in json.loads(file.read_bytes()).items():
                 views[int(v)] = {

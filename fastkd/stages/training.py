@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from fastkd import artifacts, console, doctor, models
@@ -223,9 +222,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
 def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
     """Return the error about an unfinished RUN of another recipe, which says what differs in them."""
     phrases = []
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):  # it was being written
-        begun = yaml.safe_load((directory / "resolved.yaml").read_text(encoding="utf-8"))
-        phrases = artifacts.differences(yaml.safe_load(recipes.dump(recipe)), begun)
+    with contextlib.suppress(OSError, ValueError, TypeError, InputError):  # it was being written
+        phrases = artifacts.differences(recipe.model_dump(mode="json"), recipes.read_yaml(directory / "resolved.yaml"))
     differs = f" ({'; '.join(phrases[:5])})" if phrases else ""
     return InputError(
         f"{directory}: was begun for another recipe, or with other settings{differs}; give those again to go on, "
@@ -392,7 +390,8 @@ def _write_environment(chain: "Chain", path: Path, *, begun: bool) -> None:
     """Write what a run is made with; of one that was begun with something else, that as well, under `earlier`."""
     now, earlier = environment(chain), []
     if begun:
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # it was being written at that moment
+        # It was being written at that moment, or is none of ours.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             before = json.loads(path.read_text(encoding="utf-8"))
             earlier = before.pop("earlier")
             if before != now:
