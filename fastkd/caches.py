@@ -61,7 +61,8 @@ def writable(folder: str) -> bool:
         if parent == folder:
             return False
         folder = parent
-    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+    effective = os.access in os.supports_effective_ids  # those that opening a file goes by
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
 
 
 def _absolute(path: str) -> str:

@@ -227,6 +227,8 @@ def explained(error: Exception) -> tuple[str, int] | None:
     if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         detail = " ".join(str(error).split())[:200]
         return f"out of memory{f' ({detail})' if detail else ''}: use smaller batches or fewer workers", 1
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of ~
+        return "there is no home directory (no HOME, and no entry for this uid): give full paths instead of ~", 2
     return None
 
 

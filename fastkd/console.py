@@ -259,7 +259,7 @@ class _Progress(Progress):
         yield from super().get_renderables()
         for task in self.tasks:
             if task.fields["info"]:
-                yield Text(f"  {task.fields['info']}", style="dim", no_wrap=True, overflow="ellipsis")
+                yield Text(f"  {printable(task.fields['info'])}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _figure(rate: float) -> str:

@@ -450,7 +450,7 @@ def build(
             if not resumable:  # then it is of no use half done
                 shutil.rmtree(partial, ignore_errors=True)
             elif isinstance(error, InputError) and earlier is not None and partial.exists():
-                begun.write_text(earlier)  # it was refused, and what was begun stays what it was
+                begun.write_text(earlier, encoding="utf-8")  # it was refused, and what was begun stays what it was
             raise
         _publish(partial, path)
         _tidy(path, scratch)
