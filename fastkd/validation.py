@@ -27,7 +27,17 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         elif e["type"] == "value_error":
             yield f"{where}: {e['ctx']['error']}"
         else:
-            yield f"{where}: {_shown(e['input'])} is wrong: {e['msg'].removeprefix('Input ')}"
+            expected = e["msg"].removeprefix("Input ") + _hint(e["type"], e["input"])
+            yield f"{where}: {_shown(e['input'])} is wrong: {expected}"
+
+
+def _hint(kind: str, value: Any) -> str:
+    """Return what to write instead, where YAML's forms are what a person gets wrong."""
+    if kind in ("bool_type", "bool_parsing"):
+        return ": true or false"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f": write it in quotes, '{_shown(value)}'"
+    return ""
 
 
 def _shown(value: Any) -> str:

@@ -25,7 +25,7 @@ from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits,
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.kernels import mix64
-from fastkd.stages import labelling
+from fastkd.stages import labelling, pruning
 from fastkd.world import current
 
 if TYPE_CHECKING:
@@ -126,6 +126,30 @@ class Job:
         view, px = self.recipe.view_of(epoch), self.recipe.px_of(epoch)
         ids = rank_slices(ids, self.recipe.train.batch_size, current().rank, current().size)
         return self.loader.batches(ids, last="drop", view=view, stored=self.teacher.stored(view), input_px=px)
+
+
+def check_student(chain: "Chain", kept: int | None = None) -> None:
+    """Refuse, before anything is built for it, a student that cannot be trained as the recipe says.
+
+    Parameters
+    ----------
+    kept
+        Samples that are trained on; default: as many as the recipe keeps at most.
+
+    Raises
+    ------
+    InputError
+        It does not take images of its size, its weights do not fit, or there are fewer samples than a batch has.
+    """
+    recipe = chain.recipe
+    chain.try_nets()
+    model, weights = recipe.student.model, recipe.student.weights
+    if weights is not None and models.is_at_hand(weights, model):
+        models.load_weights(models.build(model, chain.num_classes), weights, name=model)
+    if kept is None and not chain.export:
+        kept = pruning.most_kept(recipe.prune.static, chain.train_ids, chain.num_classes)
+    if kept is not None:
+        full_batches(kept, recipe.train.batch_size)
 
 
 def prepare(chain: "Chain") -> Job:

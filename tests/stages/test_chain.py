@@ -260,7 +260,7 @@ def test_a_teacher_with_another_number_of_classes_is_refused(tiny_recipe, tmp_pa
 def test_a_teacher_whose_logits_are_not_finite_is_refused(tiny_recipe, tmp_path):
     net = models.build("cifar/resnet8", 3)
     with torch.no_grad():
-        net.fc.bias.fill_(float("nan"))
+        net.fc.weight.fill_(3e38)  # finite, as weights must be
     models.save_weights(net, tmp_path / "nan.safetensors")
     path = tmp_path / "nan.yaml"
     path.write_text(
@@ -291,3 +291,152 @@ def test_damaged_and_foreign_artifacts_are_refused(tiny_recipe):
     with pytest.raises(ArtifactError, match="holds a SUBSET, where a DATASET is expected"):
         stages.train(tiny_recipe(f"data.path={chain.subset.path}"))
     artifacts.load(chain.scores.path, "SCORES")
+
+
+# --- teachers -------------------------------------------------------------------------------------------------------
+
+
+def given_by(tiny_recipe, teacher):
+    """Write the student's recipe with another teacher; return its path."""
+    path = tiny_recipe.path.with_name("other.yaml")
+    path.write_text(tiny_recipe.path.read_text().replace("{recipe: teacher.yaml}", teacher))
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "/student.safetensors"])
+def test_the_file_of_a_run_is_the_teacher_that_the_run_is(tiny_recipe, tiny_teacher, inside):
+    expected = Chain(tiny_recipe()).scores
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {tiny_teacher}{inside}}}")
+    assert Chain(recipe.load(given)).scores.key == expected.key
+
+
+def test_a_guessed_normalisation_is_told_with_the_scores_and_set_by_the_recipe(tiny_recipe, tiny_teacher, tmp_path):
+    weights = tmp_path / "moved.safetensors"
+    weights.write_bytes((tiny_teacher / "student.safetensors").read_bytes())
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {weights}}}")
+    (warning,) = Chain(recipe.load(given)).scores.facts[artifacts.WARNINGS]
+    assert f"teacher: nothing beside {weights} says which mean and std" in warning
+    assert "set teacher.mean and teacher.std" in warning
+    stated = recipe.load(given, ["teacher.mean=[0.3, 0.3, 0.3]", "teacher.std=[0.2, 0.2, 0.2]"])
+    assert artifacts.WARNINGS not in Chain(stated).scores.facts
+
+
+def described(tiny_teacher, folder, **told):
+    """Copy a RUN's student and what lies beside it, changed."""
+    folder.mkdir()
+    (folder / "student.safetensors").write_bytes((tiny_teacher / "student.safetensors").read_bytes())
+    beside = json.loads((tiny_teacher / "model.json").read_bytes()) | told
+    (folder / "model.json").write_text(json.dumps(beside))
+    return folder / "student.safetensors"
+
+
+def test_a_teacher_of_the_same_classes_in_another_order_is_refused(tiny_recipe, tiny_teacher, tmp_path):
+    weights = described(tiny_teacher, tmp_path / "turned", classes=["2", "1", "0"])
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {weights}}}")
+    with pytest.raises(InputError, match=r"same classes in another order: class 0 is '2' there and '0' here"):
+        stages.score(recipe.load(given))
+    weights = described(tiny_teacher, tmp_path / "named", classes=["cat", "1", "2"])
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {weights}}}")
+    scores, _ = stages.score(recipe.load(given))
+    assert any("classes of other names, 1 of 3: class 0 is 'cat'" in one for one in scores.facts[artifacts.WARNINGS])
+
+
+def test_a_teacher_that_is_another_net_than_its_run_says_is_refused(tiny_recipe, tiny_teacher):
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet14, weights: {tiny_teacher}/student.safetensors}}")
+    with pytest.raises(InputError, match=r"holds a cifar/resnet8, as the model\.json beside it says"):
+        stages.score(recipe.load(given))
+
+
+def teacher_run(path, *overrides):
+    return Chain(recipe.load(path, overrides)).teacher_run
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "holdout_ratio: 0.2",
+        "input_px: 12, crop_ratio: 0.9",
+        "holdout_ratio: 0.2, input_px: 16, view: {family: flip}",
+    ],
+)
+def test_a_teachers_recipe_makes_the_same_run_by_itself_and_for_a_student(tiny_recipe, tiny, tmp_path, own):
+    teacher = tmp_path / "teacher.yaml"
+    train = "train: {epochs: 2, batch_size: 30, compile: false, eval_every_epochs: 1"
+    text = teacher.read_text().replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, {own}}}")
+    if "holdout" in own:
+        text = text.replace("train: {epochs: 2, batch_size: 30, compile: false", train)
+    teacher.write_text(text)
+    alone, built = stages.train(recipe.load(teacher, [f"train.runs_dir={tmp_path / 'runs'}"]))
+    assert built
+    assert teacher_run(tiny_recipe.path).path == alone.path
+    if "holdout" in own:
+        assert alone.facts["top1"]["holdout"] > 0
+
+
+def test_a_teacher_that_learns_from_the_hold_out_is_refused(tiny_recipe, tiny, tmp_path):
+    teacher = tmp_path / "teacher.yaml"
+    text = teacher.read_text()
+    teacher.write_text(text.replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, holdout_ratio: 0.1}}"))
+    with pytest.raises(InputError, match=r"data\.holdout_ratio=0\.2, and in teacher\.recipe it is 0\.1"):
+        teacher_run(tiny_recipe.path, "data.holdout_ratio=0.2")
+    assert teacher_run(tiny_recipe.path, "data.holdout_ratio=0.1").manifest.inputs["holdout_ratio"] == 0.1
+
+
+def test_a_run_that_has_learned_from_the_hold_out_is_told(tiny_recipe, tiny_teacher):
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {tiny_teacher}}}")
+    scores, _ = stages.score(recipe.load(given, ["data.holdout_ratio=0.2"]))
+    assert any("has learned from samples that the student is judged by" in w for w in scores.facts[artifacts.WARNINGS])
+
+
+def test_a_teacher_that_was_trained_at_another_side_is_told(tiny_recipe, tiny, tmp_path):
+    teacher = tmp_path / "teacher.yaml"
+    teacher.write_text(teacher.read_text().replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, input_px: 12}}"))
+    chain = Chain(tiny_recipe())
+    assert chain.teacher_run.manifest.inputs["view"]["input_px"] == 12
+    assert any("trains it on images of 12 px, and it scores and labels at 16 px" in one for one in chain.warnings)
+
+
+# --- before anything is built -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("student.model=torchvision/vit_b_16",), "student.model=torchvision/vit_b_16 does not take images of 16 x 16"),
+        (("student.model=torchvision/alexnet",), "Set data.input_px to a side that it takes"),
+        (
+            ("student.model=torchvision/alexnet", "data.input_px=224", "train.progressive_px={0: 32}"),
+            "does not take images of 32 x 32 pixels",
+        ),
+        (("student.model=torchvision/resnet18", "train.batch_size=1"), "in training on 1 at once"),
+        (("prune.keep_ratio=0.1",), r"train\.batch_size=25: larger than the 15 samples"),
+        (("prune={method: list, ids: none.npy}",), r"none\.npy"),
+        (("student.weights=WEIGHTS",), "the checkpoint's classifier has 5 classes, the model is built for 3"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_built(tiny_recipe, tmp_path, overrides, message):
+    models.save_weights(models.build("cifar/resnet8", 5), tmp_path / "five.safetensors")
+    overrides = [one.replace("WEIGHTS", str(tmp_path / "five.safetensors")) for one in overrides]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        stages.train(tiny_recipe(*overrides))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_teacher_that_does_not_take_the_images_is_refused_before_anything_is_built(tiny_recipe, tmp_path):
+    models.save_weights(models.build("torchvision/alexnet", 3), tmp_path / "w.safetensors")
+    given = given_by(tiny_recipe, f"{{model: torchvision/alexnet, weights: {tmp_path / 'w.safetensors'}}}")
+    before = sorted(tmp_path.rglob("*"))
+    for stage in (stages.train, stages.score):
+        with pytest.raises(InputError, match=r"teacher\.model=torchvision/alexnet.*Set teacher\.input_px"):
+            stage(recipe.load(given))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nets_are_tried_before_the_data_is_written_where_the_recipe_says_the_size(tiny_recipe, tmp_path):
+    loaded = tiny_recipe(
+        f"data.path={tmp_path / 'new'}", "data.writer=arrays", "data.input_px=32", "student.model=torchvision/alexnet"
+    )
+    with pytest.raises(InputError, match="does not take images of 32 x 32"):
+        stages.train(loaded)
+    assert not (tmp_path / "new").exists()
