@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,10 @@ def _absolute(text: str) -> str:
     path = os.path.expanduser(text)
     if not text:
         raise ValueError("an empty path; write . for the working directory")
+    if "://" in path:
+        raise ValueError(f"{text}: is an address, and expected is a path; download it first")
+    if re.search(r"(^|/)\$\w", path):
+        raise ValueError(f"{text}: environment variables are not read in recipes; write {os.path.expandvars(path)}")
     if path.startswith("~"):
         raise ValueError(f"{text}: there is no home directory of that name; write ./{text} for a file named so")
     if "\0" in path or (not path.isascii() and any("\ud800" <= one <= "\udfff" for one in path)):
@@ -153,8 +158,15 @@ class Teacher(Section):
             raise ValueError(f"model {self.model!r} needs `weights`: a file, a RUN, or the name of public weights")
         if self.recipe is not None and self.weights is not None:
             raise ValueError("`weights` belongs to `model`; a `recipe` brings its own")
+        if self.model is not None and self.overrides:
+            raise ValueError("`overrides` are changes to a `recipe`; a `model` with `weights` has none")
         if (self.mean is None) != (self.std is None):
             raise ValueError("`mean` and `std` go together")
+        if self.mean and self.std and not (all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)):
+            raise ValueError(
+                f"`mean` {list(self.mean)} and `std` {list(self.std)}: are of pixels in 0 … 1, so that a mean lies in "
+                "0 … 1 and a std is above 0 and at most 1; divide what is of 0 … 255 by 255"
+            )
         return self
 
 
@@ -181,7 +193,7 @@ class Prune(Section):
     """Share of the samples that is kept."""
     quota: Literal["proportional", "uniform"] = "proportional"
     """Exactly round(keep_ratio·N) by class share, or int(N/K·keep_ratio) for each class as the reference does."""
-    min_per_class: int = Field(0, ge=0)
+    min_per_class: int = Field(0, ge=0, le=1_000_000_000)
     """Samples that are kept of each class at least, or all that it has. What is added to small classes is taken from
     those of which the largest share is kept, so that the total stays `keep_ratio`'s, unless the floors alone are more.
     """
@@ -191,7 +203,7 @@ class Prune(Section):
     """Where the window of `medium` lies among the ranks: 0 the easiest, 1 the hardest."""
     drop_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the hardest that `ccs` drops first."""
-    strata: int = Field(50, ge=1)
+    strata: int = Field(50, ge=1, le=1_000_000)
     """How many strata of equal width `ccs` cuts the scores of the others into."""
     beta_mode: float = Field(0.5, ge=0, le=1)
     """Where among the ranks `beta` draws most: 0 the easiest, 1 the hardest."""
@@ -295,8 +307,8 @@ class Loss(Section):
     """Weight of the teacher's word."""
     gamma: float = Field(0.1, ge=0)
     """Weight of the labels."""
-    temperature: float = Field(4.0, gt=0)
-    """T, by which the logits of both are divided."""
+    temperature: float = Field(4.0, ge=0.01, le=1000)
+    """T, by which the logits of both are divided. Beyond these bounds float32 has no digits left for the loss."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each label that is spread over all classes, in the cross-entropy."""
 
@@ -404,6 +416,8 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.teacher is None and self.prune.leaves_out:
             raise ValueError("`prune.keep_ratio` below 1 needs a `teacher`, whose logits tell the difficulty")
+        if self.teacher is not None and self.loss.alpha == self.loss.gamma == 0:
+            raise ValueError("`loss.alpha` and `loss.gamma` are 0: nothing is trained on; give one of them")
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(f"`optim.warmup_epochs` ({self.optim.warmup_epochs}) must be below `train.epochs`")
         if isinstance(self.labels.views, int) and not self.data.view.varies:
@@ -429,6 +443,31 @@ class Recipe(Section):
         if self.train.eval_every_epochs and not self.data.holdout_ratio:
             raise ValueError("`train.eval_every_epochs` looks at the hold-out: it needs `data.holdout_ratio` above 0")
         return self
+
+    def without_effect(self) -> list[str]:
+        """Return, in words, which settings that are not the usual ones change nothing in this recipe."""
+        told: list[str] = []
+
+        def unused(section: str, names: set[str], given: Section, usual: Section, why: str) -> None:
+            for name in sorted(names):
+                if (value := getattr(given, name)) != getattr(usual, name):
+                    told.append(f"{section}.{name}={value} has no effect with {why}")
+
+        optim, prune, view, epochs = self.optim, self.prune, self.data.view, self.train.epochs
+        of_prune = set(Prune.model_fields) - set(prune.deciding()) - {"ids", "min_per_class"}
+        unused("prune", of_prune, prune, Prune(), f"prune.method={prune.method}")
+        of_optim = {"betas"} if optim.name == "sgd" else {"momentum", "nesterov"}
+        unused("optim", of_optim, optim, Optim(lr=1), f"optim.name={optim.name}")
+        if optim.schedule != "step":
+            unused("optim", {"decay_factor"}, optim, Optim(lr=1), f"optim.schedule={optim.schedule}")
+        of_view = {"pad_crop_flip": {"pad_ratio"}, "random_resized_crop_flip": {"scale", "ratio"}}
+        others = {"pad_ratio", "scale", "ratio"} - of_view.get(view.family, set())
+        unused("data.view", others, view, View(), f"data.view.family={view.family}")
+        if late := [one for one in optim.milestones_epochs if one >= epochs]:
+            told.append(f"optim.milestones_epochs {late} are not reached in {epochs} epochs: lr is not lowered there")
+        if never := [one for one in self.train.progressive_px if one >= epochs]:
+            told.append(f"train.progressive_px from epoch {never} on is not reached in train.epochs={epochs}")
+        return told
 
     @property
     def artifacts_dir(self) -> Path:

@@ -27,12 +27,14 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         elif e["type"] == "value_error":
             yield f"{where}: {e['ctx']['error']}"
         else:
-            expected = e["msg"].removeprefix("Input ") + _hint(e["type"], e["input"])
+            expected = e["msg"].removeprefix("Input ") + _hint(e["type"], e["input"], where)
             yield f"{where}: {_shown(e['input'])} is wrong: {expected}"
 
 
-def _hint(kind: str, value: Any) -> str:
-    """Return what to write instead, where YAML's forms are what a person gets wrong."""
+def _hint(kind: str, value: Any, where: str) -> str:
+    """Return what to write instead, where YAML's forms or percents are what a person gets wrong."""
+    if kind == "less_than_equal" and where.endswith("_ratio") and 1 < value <= 100:
+        return f": it is a share, {value / 100:g} for {value:g} %"
     if kind in ("bool_type", "bool_parsing"):
         return ": true or false"
     if kind == "string_type" and isinstance(value, bool | int | float):

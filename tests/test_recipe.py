@@ -389,3 +389,81 @@ def test_a_deleted_working_directory_is_told_and_needed_by_relative_paths_alone(
     with pytest.raises(InputError, match=r"data\.path: d: the working directory has been deleted"):
         recipe.load(path)
     assert recipe.load(path, ["data.path=/d", "train.runs_dir=/r"]).data.path == "/d"
+
+
+# --- odd settings ---------------------------------------------------------------------------------------------------
+
+TEACHER = {"model": "cifar/resnet8", "weights": "w.pth"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.keep_ratio=30", "should be less than or equal to 1: it is a share, 0.3 for 30 %"),
+        ("loss={alpha: 0.0, gamma: 0}", "`loss.alpha` and `loss.gamma` are 0: nothing is trained on"),
+        ("loss.temperature=1e30", "loss.temperature: 1e+30 is wrong: should be less than or equal to 1000"),
+        ("loss.temperature=1e-9", "loss.temperature: 1e-09 is wrong: should be greater than or equal to 0.01"),
+        ("teacher.overrides=[seed=1]", "`overrides` are changes to a `recipe`"),
+        ("teacher={mean: [123.7, 116.3, 103.5], std: [58.4, 57.1, 57.4]}", "divide what is of 0 … 255 by 255"),
+        ("teacher={mean: [0.5, 0.5, 0.5], std: [0, 0, 0]}", "a std is above 0"),
+        ("data.path=$HOME/data", "environment variables are not read in recipes"),
+        ("data.path=$UNKNOWN_VARIABLE/data", "environment variables are not read in recipes"),
+        ("teacher.weights=https://example.org/w.pth", "is an address, and expected is a path; download it first"),
+        ("data.path=s3://bucket/data", "is an address"),
+        ("train.epochs=0", "train.epochs: 0 is wrong"),
+        ("train.epochs=2.0", "train.epochs: 2.0 is wrong"),
+        ("optim.lr=0,1", "optim.lr: '0,1' is wrong: should be a valid number"),
+        ("optim.warmup_epochs=5", "must be below `train.epochs`"),
+        ("true=1", "expected a.b=value|unknown key"),
+        ("a..b=1", "override 'a..b=1': expected a.b=value"),
+    ],
+)
+def test_odd_settings_are_refused_in_words(write, override, message):
+    with pytest.raises(InputError) as error:
+        recipe.load(write(teacher=TEACHER), [override])
+    assert any(one in str(error.value) for one in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], []),
+        (["prune.strata=9"], ["prune.strata=9 has no effect with prune.method=medium"]),
+        (
+            ["prune={method: list, ids: x.npy, keep_ratio: 0.3}"],
+            ["prune.keep_ratio=0.3 has no effect with prune.method=list"],
+        ),
+        (["prune={method: ccs, keep_ratio: 0.5, strata: 9, seed: 4}"], []),
+        (["optim.name=adamw", "optim.momentum=0.8"], ["optim.momentum=0.8 has no effect with optim.name=adamw"]),
+        (["optim.betas=[0.8, 0.9]"], ["optim.betas=(0.8, 0.9) has no effect with optim.name=sgd"]),
+        (["optim.decay_factor=0.2"], ["optim.decay_factor=0.2 has no effect with optim.schedule=cosine"]),
+        (["data.view.pad_ratio=0.2"], ["data.view.pad_ratio=0.2 has no effect with data.view.family=none"]),
+        (["data.view={family: pad_crop_flip, pad_ratio: 0.2}"], []),
+        (
+            ["optim={schedule: step, milestones_epochs: [1, 2, 30]}"],
+            ["optim.milestones_epochs [2.0, 30.0] are not reached in 2 epochs: lr is not lowered there"],
+        ),
+        (
+            ["train.progressive_px={0: 16, 9: 24}"],
+            ["train.progressive_px from epoch [9] on is not reached in train.epochs=2"],
+        ),
+    ],
+)
+def test_settings_without_effect_are_told(write, overrides, told):
+    assert recipe.load(write(teacher=TEACHER), overrides).without_effect() == told
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_set_nothing_without_effect(path):
+    assert recipe.load(path).without_effect() == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_other_encodings_are_read_or_refused(tmp_path, encoding):
+    path = tmp_path / "r.yaml"
+    path.write_bytes((yaml.safe_dump(MINIMAL) + "# ü\n").encode(encoding))
+    if encoding == "utf-8-sig":
+        assert recipe.load(path).name == "x"
+    else:
+        with pytest.raises(InputError, match="cannot be read"):
+            recipe.load(path)

@@ -1,5 +1,6 @@
 """From a recipe to its artifacts: each is found by its key or built, when it is first asked for."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from torch import nn
 from fastkd import artifacts, console, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Kind
-from fastkd.data.loader import Loader
+from fastkd.data.loader import BATCHES_AHEAD, Loader
 from fastkd.data.order import split_holdout
 from fastkd.data.views import DECODE_PATH, Views
 from fastkd.engine.runtime import Runtime
@@ -228,6 +229,7 @@ class Chain:
         """Open a split as the recipe says, at the student's resolution unless another is given."""
         data = self.recipe.data
         view = data.view
+        self._refuse_beyond_memory(batch_size, input_px or data.input_px)
         return Loader(
             self.dataset,
             split,
@@ -240,6 +242,18 @@ class Chain:
             workers=data.workers,
             os_cache=data.os_cache,
         )
+
+    def _refuse_beyond_memory(self, batch_size: int, px: int | None) -> None:
+        """Refuse batches that the memory of this machine cannot hold: torch would fail without saying why."""
+        height, width = [px, px] if px else self.dataset.facts["image"]["fixed_size"] or [1, 1]
+        needed = (BATCHES_AHEAD + 2) * batch_size * 3 * height * width
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise InputError(
+                f"batches of {batch_size:,} images of {height} x {width} pixels, {BATCHES_AHEAD + 2} of them at a time, "
+                f"take {needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory: give a smaller "
+                "score.batch_size, labels.batch_size or train.batch_size, or a smaller data.input_px"
+            )
 
     @property
     def artifacts_dir(self) -> Path:
@@ -284,7 +298,6 @@ class Chain:
             }
         )
         own = own.model_copy(update={"data": self._teacher_data(own.data), "train": train})
-        self._warn_of_sides(own.data.input_px)
         chain = Chain(own, {"train"} if "teacher" in self.force else set(), build=self.build)
         chain.dataset, chain.costs["write"], chain.used["write"] = self.dataset, self.costs["write"], self.dataset
         return self.note("teacher", *training.build_run(chain, source=Path(teacher.recipe)))
@@ -357,16 +370,6 @@ class Chain:
             taken["crop_ratio"] = mine.crop_ratio
         return own.model_copy(update=taken)
 
-    def _warn_of_sides(self, trained_px: int | None) -> None:
-        """Warn where a teacher was trained on images of another side than those that it scores and labels."""
-        stored = (self.dataset.facts["image"]["fixed_size"] or [None])[0]
-        trained, asked = trained_px or stored, self.teacher_px or stored
-        if trained != asked:
-            console.warn(
-                f"teacher: its recipe trains it on images of {trained} px, and it scores and labels at {asked} px, "
-                f"where it knows less. Set teacher.input_px={trained}, or leave data.input_px out of its recipe"
-            )
-
     @property
     def _is_known_export(self) -> bool:
         """Tell whether the DATASET is an export, which brings what the teacher says; False while none is there."""
@@ -406,7 +409,9 @@ class Chain:
                 "with others, its logits are worse than they could be: set teacher.mean and teacher.std (to these, to "
                 "silence this)"
             )
-        self._compare_classes(weights)
+        told = models.description(weights) or {}
+        self._compare_classes(weights, told.get("classes"))
+        self._compare_sides(weights, told.get("input_hw"))
         self._compare_holdout(weights)
         inputs = {
             "model": name,
@@ -431,7 +436,18 @@ class Chain:
                 "Train one with the same data.holdout_ratio"
             )
 
-    def _compare_classes(self, weights: str) -> None:
+    def _compare_sides(self, weights: str, trained: Any) -> None:
+        """Warn where a teacher was trained on images of another size than those that it scores and labels."""
+        px = self.teacher_px
+        asked = [px, px] if px else self.dataset.facts["image"]["fixed_size"]
+        if isinstance(trained, list) and asked is not None and trained != asked:
+            sizes = [" x ".join(map(str, size)) for size in (trained, asked)]
+            console.warn(
+                f"teacher: {weights} was trained on images of {sizes[0]} pixels, and scores and labels at {sizes[1]}, "
+                f"where it knows less: set teacher.input_px={trained[-1]}, or train it at that size"
+            )
+
+    def _compare_classes(self, weights: str, told: Any) -> None:
         """Compare the class names that lie beside a teacher's weights with the data set's.
 
         Raises
@@ -439,7 +455,6 @@ class Chain:
         InputError
             They are the same in another order: every logit would be another class's.
         """
-        told = (models.description(weights) or {}).get("classes")
         own = self.dataset.facts["classes"]
         if not isinstance(told, list) or len(told) != len(own) or told == own:
             return

@@ -36,6 +36,7 @@ LOADING_HELP = (
     "data.input_px would help"
 )
 MEASURED_BATCHES, MEASURED_S = 64, 0.5
+STALE_AVERAGE = 0.1  # share of the first weights in the averaged ones, from which on a person should hear of it
 LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 
 
@@ -141,15 +142,31 @@ def check_student(chain: "Chain", kept: int | None = None) -> None:
     InputError
         It does not take images of its size, its weights do not fit, or there are fewer samples than a batch has.
     """
-    recipe = chain.recipe
+    recipe, train = chain.recipe, chain.recipe.train
+    for told in recipe.without_effect():
+        console.warn(f"recipe: {told}")
     chain.try_nets()
     model, weights = recipe.student.model, recipe.student.weights
     if weights is not None and models.is_at_hand(weights, model):
         models.load_weights(models.build(model, chain.num_classes), weights, name=model)
-    if kept is None and not chain.export:
+    if chain.export:
+        return
+    if recipe.data.holdout_ratio and not (len(chain.holdout_ids) and len(chain.train_ids)):
+        count = len(chain.holdout_ids) + len(chain.train_ids)
+        raise InputError(
+            f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {count} samples that keeps {len(chain.holdout_ids)} "
+            f"aside, and leaves {len(chain.train_ids)} to train on; of both there must be some"
+        )
+    if recipe.labels.topk is not None and recipe.teacher is not None:
+        labelling.refuse_topk(recipe.labels.topk, chain.num_classes)
+    if kept is None:
         kept = pruning.most_kept(recipe.prune.static, chain.train_ids, chain.num_classes)
-    if kept is not None:
-        full_batches(kept, recipe.train.batch_size)
+    steps = train.epochs * full_batches(kept, train.batch_size)
+    if train.ema_decay is not None and (left := train.ema_decay**steps) > STALE_AVERAGE:
+        console.warn(
+            f"train: train.ema_decay={train.ema_decay:g} over {steps:,} steps: {left:.0%} of the average are still the "
+            f"weights that training began with. Give a decay of {STALE_AVERAGE ** (1 / steps):.4g} or less"
+        )
 
 
 def prepare(chain: "Chain") -> Job:

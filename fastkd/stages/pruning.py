@@ -214,6 +214,11 @@ def _fill(
     np.save(directory / "difficulty.npy", difficulty_N)
 
     actual = len(kept) / len(train_ids)
+    if settings.min_per_class and len(kept) > (asked_count := round(settings.keep_ratio * len(train_ids))):
+        console.warn(
+            f"prune: prune.min_per_class={settings.min_per_class} alone keeps {len(kept):,} samples, more than the "
+            f"{asked_count:,} of prune.keep_ratio={settings.keep_ratio:g}"
+        )
     asked = "" if settings.method == "list" else f"; asked {settings.keep_ratio:.2%}"
     facts = {
         "count": len(kept),

@@ -393,7 +393,9 @@ def test_a_teacher_that_was_trained_at_another_side_is_told(tiny_recipe, tiny, t
     teacher.write_text(teacher.read_text().replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, input_px: 12}}"))
     chain = Chain(tiny_recipe())
     assert chain.teacher_run.manifest.inputs["view"]["input_px"] == 12
-    assert any("trains it on images of 12 px, and it scores and labels at 16 px" in one for one in chain.warnings)
+    told = "was trained on images of 12 x 12 pixels, and scores and labels at 16 x 16, where it knows less"
+    assert any(told in one for one in chain.scores.facts[artifacts.WARNINGS])
+    assert artifacts.WARNINGS not in Chain(tiny_recipe("teacher.input_px=12")).scores.facts
 
 
 # --- before anything is built -----------------------------------------------------------------------------------------
@@ -440,3 +442,50 @@ def test_nets_are_tried_before_the_data_is_written_where_the_recipe_says_the_siz
     with pytest.raises(InputError, match="does not take images of 32 x 32"):
         stages.train(loaded)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.holdout_ratio=0.001",), r"data\.holdout_ratio=0\.001: of 150 samples that keeps 0 aside"),
+        (("data.holdout_ratio=0.999",), r"that keeps 150 aside, and leaves 0 to train on"),
+        (("data.view.family=flip", "labels.topk=3"), r"labels\.topk=3: expected fewer than the 3 classes"),
+    ],
+)
+def test_shares_and_counts_that_leave_nothing_are_refused_before_anything_is_built(
+    tiny_recipe, tmp_path, overrides, message
+):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        stages.train(tiny_recipe(*overrides))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_has_no_effect_and_an_average_that_stays_behind_are_told_with_the_run(tiny_recipe):
+    run, _ = stages.train(tiny_recipe("train.ema_decay=0.999", "optim.betas=[0.5, 0.6]", "train.epochs=1"))
+    told = run.facts[artifacts.WARNINGS]
+    assert any("optim.betas=(0.5, 0.6) has no effect with optim.name=sgd" in one for one in told)
+    assert any("train.ema_decay=0.999 over 3 steps: 100% of the average are still the weights" in one for one in told)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("score", ["score.batch_size=1000000000"]),
+        ("label", ["labels.batch_size=1000000000", "data.view.family=flip"]),
+        ("score", ["data.input_px=1000000"]),
+    ],
+)
+def test_batches_that_no_memory_holds_are_refused_in_words(tiny_recipe, stage, overrides):
+    loaded = tiny_recipe(*overrides)
+    chain = Chain(loaded)
+    batch_size = getattr(loaded, "score" if stage == "score" else "labels").batch_size
+    with pytest.raises(InputError, match=r"take [\d,.]+ GB, and this machine has [\d,.]+ GB of memory: give a smaller"):
+        chain.loader("train", batch_size, input_px=chain.teacher_px)
+
+
+def test_a_floor_that_keeps_more_than_was_asked_for_is_told(tiny_recipe):
+    subset, _ = stages.prune(tiny_recipe("prune.min_per_class=30", "prune.keep_ratio=0.2"))
+    assert subset.facts["count"] == 90
+    (warning,) = subset.facts[artifacts.WARNINGS]
+    assert "prune.min_per_class=30 alone keeps 90 samples, more than the 30 of prune.keep_ratio=0.2" in warning
