@@ -250,8 +250,8 @@ class Chain:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > there:
             raise InputError(
-                f"batches of {batch_size:,} images of {height} x {width} pixels, {BATCHES_AHEAD + 2} of them at a time, "
-                f"take {needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory: give a smaller "
+                f"batches of {batch_size:,} images of {height} x {width} pixels, {BATCHES_AHEAD + 2} at a time, take "
+                f"{needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory: give a smaller "
                 "score.batch_size, labels.batch_size or train.batch_size, or a smaller data.input_px"
             )
 
