@@ -22,6 +22,7 @@ from fastkd.errors import ArtifactError, InputError
 from fastkd.recipe import Data, Recipe, Teacher
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.history import Stopwatch
+from fastkd.stages.rows import subset_inputs
 from fastkd.stages.writing import write
 from fastkd.world import current
 
@@ -498,7 +499,7 @@ class Chain:
             return self.note("prune", *pruning.build_subset(self))
         self.scores  # noqa: B018 - all processes work at it, before the leading one goes on alone
         subset, built = current().first(lambda: pruning.build_subset(self))
-        current().agree("SUBSET", labelling.subset_inputs(subset))
+        current().agree("SUBSET", subset_inputs(subset))
         return self.note("prune", subset, built)
 
     @cached_property

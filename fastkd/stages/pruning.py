@@ -26,8 +26,8 @@ from fastkd.kernels import (
 )
 from fastkd.recipe import Prune
 from fastkd.stages.judging import judge_logits
+from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
 from fastkd.stages.rows import RowFile, check_float16, full_disk_explained
-from fastkd.stages.scoring import CHUNK_ROWS, score_chunks
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain

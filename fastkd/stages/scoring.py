@@ -9,18 +9,15 @@ import numpy as np
 from fastkd import console
 from fastkd.artifacts import Artifact, Built
 from fastkd.errors import InputError
-from fastkd.kernels import Scores, score_logits
 from fastkd.stages.judging import judge_logits
 from fastkd.stages.passes import run_pass
+from fastkd.stages.row_scores import score_chunks
 from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, progress_file
 from fastkd.stages.together import build_together
 from fastkd.world import current
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
-
-CHUNK_ROWS = 65536
-"""Rows of logits that are looked at in one go, which bounds memory."""
 
 
 def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
@@ -103,40 +100,3 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
     judged = judge_logits(logits_NK, labels_N, top1, "score", "the teacher", chain.dataset.facts["classes"])
     facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count, "classes": K, **judged}
     return Built(facts=facts, earlier_s=earlier_s)
-
-
-def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray, own: str | None = None) -> Scores:
-    """Score memory-mapped logits of any floating-point dtype; see `fastkd.kernels.score_logits`.
-
-    Parameters
-    ----------
-    own
-        The name of the file, where they are not those of a teacher that fastkd ran.
-
-    Raises
-    ------
-    InputError
-        Logits that are not finite; names the first row.
-    """
-    if logits_NK.dtype in (np.float16, np.float32):
-        scores = score_logits(logits_NK, labels_N)
-    else:
-        parts = []
-        for start in range(0, len(labels_N), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            with np.errstate(over="ignore"):  # what is beyond float32 is not finite then
-                z_NK = np.ascontiguousarray(logits_NK[rows], np.float32)
-            parts.append(score_logits(z_NK, labels_N[rows]))
-        scores = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    bad = np.flatnonzero(~scores.finite)
-    if len(bad) and own is not None:
-        z_K = np.asarray(logits_NK[bad[0]])
-        kinds = "NaN" if np.isnan(z_K).any() else "inf" if (z_K == np.inf).any() else "-inf"
-        masked = "; where -inf masks a class, give a number far below the others, such as -1e4" * (kinds == "-inf")
-        raise InputError(f"{own}: {len(bad)} rows are not finite, first row {bad[0]}, which holds {kinds}{masked}")
-    if len(bad):
-        raise InputError(
-            f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}: "
-            "check the teacher's weights, or score in train.precision=fp32"
-        )
-    return scores
