@@ -34,11 +34,11 @@ def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray, own: str | None = 
         scores = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     bad = np.flatnonzero(~scores.finite)
     if len(bad):
-        rows = f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}"
+        told = f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}"
         if own is None:
-            raise InputError(f"{rows}: check the teacher's weights, or score in train.precision=fp32")
+            raise InputError(f"{told}: check the teacher's weights, or score in train.precision=fp32")
         z_K = np.asarray(logits_NK[bad[0]])
         kind = "NaN" if np.isnan(z_K).any() else "inf" if (z_K == np.inf).any() else "-inf"
         mend = "; where -inf masks a class, give a number far below the others, such as -1e4" if kind == "-inf" else ""
-        raise InputError(f"{own}: {rows}, which holds {kind}{mend}")
+        raise InputError(f"{own}: {told}, which holds {kind}{mend}")
     return scores

@@ -82,9 +82,7 @@ def test_logits_that_are_not_finite_are_refused_with_what_they_hold(tmp_path, va
         z[7, 2] = value
         return z
 
-    with pytest.raises(
-        InputError, match=f"z.npy: 1 rows of the teacher's logits are not finite, first row 7, which {told}"
-    ):
+    with pytest.raises(InputError, match=f"z.npy: 1 rows of .* are not finite, first row 7, which {told}"):
         own_logits(tmp_path, change)
     assert not (tmp_path / "out").exists()
 
