@@ -28,6 +28,10 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
             yield f"{where}: {e['ctx']['error']}"
         else:
             expected = e["msg"].removeprefix("Input ") + _hint(e["type"], e["input"], where)
+            if e["type"] == "model_type":
+                expected = f"expected a section with keys of its own: {', '.join(_fields_at(model, path))}"
+            elif e["type"] == "tuple_type":
+                expected = "expected a list, in brackets"
             yield f"{where}: {_shown(e['input'])} is wrong: {expected}"
 
 

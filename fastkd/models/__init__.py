@@ -6,6 +6,7 @@ A net is named ``cifar/NAME`` (the small nets of the distillation literature, be
 """
 
 from fastkd.models.beside import description, student_artifact
+from fastkd.models.checkpoint import takes_average
 from fastkd.models.head import Float32Linear, float32_head
 from fastkd.models.normalisation import Normalisation, Normalised, native_normalisation
 from fastkd.models.registry import build, names
@@ -26,5 +27,6 @@ __all__ = [
     "refusal",
     "save_weights",
     "student_artifact",
+    "takes_average",
     "weights_digest",
 ]

@@ -43,15 +43,24 @@ def read_file(path: Path) -> State:
     """
     if path.suffix == ".safetensors":
         try:
-            return unwrapped(safetensors.torch.load_file(path))
+            state = safetensors.torch.load_file(path)
         except Exception as error:  # of a damaged header, torch's own among them
             raise InputError(
                 f"{path}: not a whole safetensors file ({reason(error)}). Copy or download it again."
             ) from None
+        return unwrapped(_state_dict(state, path))
     if path.suffix not in PICKLES:
         expected = f".safetensors, {', '.join(PICKLES)} or a RUN directory"
         raise InputError(f"{path}: unknown kind of weights; expected {expected}")
     return unwrapped(_state_dict(_unpickle(path), path))
+
+
+def takes_average(path: Path) -> bool:
+    """Tell whether what `read_file` takes of a checkpoint is a moving average of its weights."""
+    if path.suffix not in PICKLES:
+        return False
+    where = next((where for where, _ in _states(_unpickle(path))), "")
+    return where.split(".")[0] in EMA_KEYS
 
 
 def unwrapped(state: State) -> State:

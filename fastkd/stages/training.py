@@ -129,7 +129,7 @@ def _student_weights(recipe: recipes.Recipe) -> str | None:
         return None
     path = Path(weights)
     if path.is_file():
-        return artifacts.file_digest(path)
+        return artifacts.file_digest(path) + (" (average)" if models.takes_average(path) else "")
     return artifacts.load(path).key if path.is_dir() else weights
 
 

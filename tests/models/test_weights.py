@@ -315,6 +315,9 @@ def test_an_average_is_taken_before_raw_weights_and_both_are_named(tmp_path, raw
     assert models.weights_digest(target) == models.weights_digest(averaged)
     (warning,) = console.warnings_since(0)
     assert f"holds weights under '{average}' and under '{raw}': those under '{average}' are used" in warning
+    assert models.takes_average(tmp_path / "w.pth")
+    torch.save({raw: source.state_dict()}, tmp_path / "raw.pth")
+    assert not models.takes_average(tmp_path / "raw.pth")
 
 
 def test_of_two_nets_the_one_that_is_taken_is_named(tmp_path):

@@ -11,6 +11,7 @@ from fastkd.data.order import epoch_order, split_holdout
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import Chain
 from fastkd.stages.job import prepare, teacher_feed
+from fastkd.stages.training import run_inputs
 
 
 def metrics(run, event):
@@ -213,6 +214,18 @@ def test_a_student_may_start_from_weights(tiny_recipe, tmp_path):
     again, _ = stages.train(tiny_recipe(f"student.weights={first.path}"))
     assert losses(again)[0] < losses(first)[0]
     assert again.manifest.inputs["student"]["weights"] == first.key
+
+
+def test_a_student_that_starts_from_an_average_is_another_than_one_from_the_raw_weights(tiny_recipe, tmp_path):
+    """What is taken of a file is in the key, not the file alone: an earlier fastkd took the raw weights of it."""
+    first, second = (models.build("cifar/resnet8", 3).state_dict() for _ in range(2))
+    torch.save({"model": first, "model_ema": second}, tmp_path / "both.pth")
+    torch.save({"model": first}, tmp_path / "raw.pth")
+    keys = [
+        run_inputs(Chain(tiny_recipe("teacher=null", "prune.keep_ratio=1", f"student.weights={tmp_path / name}.pth")))
+        for name in ("both", "raw")
+    ]
+    assert [inputs["student"]["weights"].endswith(" (average)") for inputs in keys] == [True, False]
 
 
 def test_the_message_names_the_nearest_artifact_and_what_differs(tiny_recipe, capsys):
@@ -489,3 +502,20 @@ def test_a_floor_that_keeps_more_than_was_asked_for_is_told(tiny_recipe):
     assert subset.facts["count"] == 90
     (warning,) = subset.facts[artifacts.WARNINGS]
     assert "prune.min_per_class=30 alone keeps 90 samples, more than the 30 of prune.keep_ratio=0.2" in warning
+
+
+def test_a_live_teacher_without_scores_is_judged_as_well(tiny_recipe, tiny_teacher, tmp_path):
+    net = models.build("cifar/resnet8", 3)
+    models.load_weights(net, tiny_teacher)
+    with torch.no_grad():
+        for entry in (net.fc.weight, net.fc.bias):
+            entry.copy_(entry[[1, 2, 0]].clone())
+    models.save_weights(net, tmp_path / "turned.safetensors")
+    live = ("labels={mode: online, reshape: false}", "prune.keep_ratio=1.0", "train.epochs=1")
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {tmp_path / 'turned.safetensors'}}}")
+    run, _ = stages.train(recipe.load(given, live))
+    told = run.facts[artifacts.WARNINGS]
+    assert any("the live teacher is at chance" in one for one in told)
+    assert any("the classes of the live teacher are in another order" in one for one in told)
+    right, _ = stages.train(tiny_recipe(*live))
+    assert not any("live teacher" in one for one in right.facts.get(artifacts.WARNINGS, []))
