@@ -152,11 +152,11 @@ def check_student(chain: "Chain", kept: int | None = None) -> None:
     if weights is not None and models.is_at_hand(weights, model):
         models.load_weights(models.build(model, chain.num_classes), weights, name=model)
     if not chain.export:
-        held, left = len(chain.holdout_ids), len(chain.train_ids)
-        if recipe.data.holdout_ratio and not (held and left):
+        aside, others = len(chain.holdout_ids), len(chain.train_ids)
+        if recipe.data.holdout_ratio and not (aside and others):
             raise InputError(
-                f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {held + left} samples that keeps {held} aside, and "
-                f"leaves {left} to train on; of both there must be some"
+                f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {aside + others} samples that keeps {aside} "
+                f"aside, and leaves {others} to train on; of both there must be some"
             )
         if recipe.labels.topk is not None and recipe.teacher is not None:
             labelling.refuse_topk(recipe.labels.topk, chain.num_classes)
