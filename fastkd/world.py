@@ -12,14 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fastkd import console
 from fastkd.artifacts import differences
 from fastkd.errors import FastkdError, InputError, Terminated
+
+if TYPE_CHECKING:  # torch takes seconds: it is imported where processes really work together
+    import torch
+    import torch.distributed as dist
 
 T = TypeVar("T")
 GONE_AFTER_S = 60.0
@@ -48,7 +49,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    store: dist.Store | None = None
+    store: "dist.Store | None" = None
     calls: int = 0
 
     @property
@@ -119,31 +120,35 @@ class World:
 
     def any_of(self, wish: bool) -> bool:
         """Tell whether any process wishes something."""
-        return bool(self._reduced(wish, dist.ReduceOp.MAX))
+        return any(self._every_value(wish)) if self.size > 1 else wish
 
     def mean(self, value: float) -> float:
         """Return the mean over all processes."""
-        return float(self._reduced(value, dist.ReduceOp.SUM)) / self.size
+        return sum(self._every_value(value)) / self.size if self.size > 1 else value
 
-    def every(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def every(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
         """Return each process's tensor of one shape on the CPU, by rank."""
         if self.size == 1:
             return [tensor]
+        import torch
+        import torch.distributed as dist
+
         found = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(found, tensor)
         return found
 
-    def spread(self, tensors: Iterable[torch.Tensor]) -> None:
+    def spread(self, tensors: "Iterable[torch.Tensor]") -> None:
         """Overwrite tensors by those of the leading process."""
         if self.size > 1:
+            import torch.distributed as dist
+
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def _reduced(self, value: float, how: Any) -> torch.Tensor:
-        tensor = torch.tensor(value, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(tensor, how)
-        return tensor
+    def _every_value(self, value: float) -> list[float]:
+        import torch
+
+        return [float(one) for one in self.every(torch.tensor(value, dtype=torch.float64))]
 
     def _next(self, what: str) -> str:
         self.calls += 1
@@ -171,6 +176,8 @@ class World:
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
         """Give signs of life inside."""
+        import torch.distributed as dist
+
         store, over = self.store, threading.Event()
         assert store is not None
 
@@ -205,6 +212,9 @@ class Vote:
         """Return the same in all processes; each must ask at the same steps."""
         if current().size == 1:
             return self._wish()
+        import torch
+        import torch.distributed as dist
+
         granted = self.close()
         ballot = torch.tensor([int(self._wish())])
         self._cast = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True)
@@ -235,9 +245,12 @@ def joined() -> Iterator[World]:
     The leading process alone prints. What fails in one of them ends all, and is told once, by that one.
     """
     global _world
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield _world
         return
+    import torch
+    import torch.distributed as dist
+
     store, rank, size = next(dist.rendezvous("env://"))
     # With --max-restarts the store is that of the processes before, and holds what they said.
     store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -258,6 +271,8 @@ def joined() -> Iterator[World]:
 
 def _leave(world: World, error: BaseException) -> NoReturn:
     """Raise an error if it is the first of the job, else leave quietly: somebody else's has been told."""
+    import torch.distributed as dist
+
     assert world.store is not None
     code, what = getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}"
     lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

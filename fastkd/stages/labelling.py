@@ -24,6 +24,7 @@ from fastkd.stages.rows import (
     full_disk_explained,
     need_space,
     progress_file,
+    subset_inputs,
 )
 from fastkd.stages.together import build_together
 from fastkd.world import current
@@ -114,19 +115,6 @@ def label_inputs(chain: "Chain") -> dict[str, Any]:
     }
 
 
-def subset_inputs(subset: Artifact) -> dict[str, str]:
-    """Return what tells for which samples, and reshaped to which σ, rows are stored.
-
-    A SUBSET that is built again under its key, on another machine or in another precision, may hold others.
-    """
-    files = subset.manifest.files
-    return {
-        "subset": subset.key,
-        "sample_ids": files["indices.npy"].xxh3_128,
-        "class_std": files["class_std.npy"].xxh3_128,
-    }
-
-
 def share_of(labels: Artifact, views: int) -> float:
     """Return the share of what LABELS cost that the first views did: those beyond are not a recipe's to pay for."""
     costs = [view["cost_s"] for view in labels.facts["each"]]
@@ -172,11 +160,18 @@ def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, resh
     return out_MK
 
 
+def refuse_topk(topk: int | None, num_classes: int) -> None:
+    """Refuse to store as many logits as there are classes, or of more classes than 16 bits number."""
+    if topk is not None and (topk >= num_classes or num_classes > 1 << 16):
+        raise InputError(
+            f"labels.topk={topk}: expected fewer than the {num_classes} classes, of which there may be 65,536"
+        )
+
+
 def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown: Artifact | None) -> Built:
     """Label the views that are not there yet."""
     kept, K, topk = np.asarray(chain.subset.array("indices.npy")), chain.num_classes, chain.recipe.labels.topk
-    if topk is not None and (topk >= K or K > 1 << 16):
-        raise InputError(f"labels.topk={topk}: expected fewer than the {K} classes, of which there may be 65,536")
+    refuse_topk(topk, K)
     folder = directory / "views"
     folder.mkdir(exist_ok=True)
     world = current()

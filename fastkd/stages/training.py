@@ -23,7 +23,7 @@ from fastkd.engine.loop import Epoch, StoppedError, train_epoch
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages.history import History, require_tensorboard
-from fastkd.stages.job import LOADING_HELP, Job, prepare, uses_labels, uses_subset, word
+from fastkd.stages.job import LOADING_HELP, Job, check_student, prepare, uses_labels, uses_subset, word
 from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.stopping import StopRequest
 from fastkd.stages.student import STORED
@@ -52,6 +52,8 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
     recipe = chain.recipe
     if recipe.log.tensorboard and chain.build:
         require_tensorboard()
+    if chain.build:
+        check_student(chain)
     inputs = run_inputs(chain)
     path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
     if not chain.build and not path.exists():
@@ -121,14 +123,14 @@ def _unusual(train: recipes.Train) -> dict[str, Any]:
 
 
 def _student_weights(recipe: recipes.Recipe) -> str | None:
-    """Return what identifies the weights that a student starts from: a file's digest, a RUN's key, or their name."""
+    """Return what identifies the weights that a student starts from: a file's digest, an artifact's key, or a name."""
     weights = recipe.student.weights
     if weights is None:
         return None
     path = Path(weights)
     if path.is_file():
-        return artifacts.file_digest(path)
-    return artifacts.load(path, "RUN").key if path.is_dir() else weights
+        return artifacts.file_digest(path) + (" (average)" if models.takes_average(path) else "")
+    return artifacts.load(path).key if path.is_dir() else weights
 
 
 def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:

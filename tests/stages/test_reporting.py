@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import seconds
 from matplotlib.font_manager import findfont, get_font
 from PIL import Image
 
@@ -21,6 +22,7 @@ from fastkd import report as command_module
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import letters, plots, reporting
 from fastkd.stages.chain import Chain
+from fastkd.stages.inspecting import Inspector
 from fastkd.stages.plots import ends
 from fastkd.stages.runs import differing, exports, grouped, noise_points, read
 
@@ -191,7 +193,7 @@ def test_contrast_is_enough_in_both_themes():
 def test_accuracy_by_class_is_the_runs_own(page, runs):
     """What the page measures again is what the RUN recorded."""
     run = read(runs["seed0"])
-    found = reporting.Inspector(run).accuracy_by_class()
+    found = Inspector(run).accuracy_by_class()
     assert found.student_top1 == pytest.approx(run.top1, abs=1e-6)
     assert found.teacher_top1 == pytest.approx(read(runs["teacher"]).top1, abs=1e-6)
     assert found.count.sum() == 60
@@ -199,7 +201,7 @@ def test_accuracy_by_class_is_the_runs_own(page, runs):
 
 def test_samples_are_of_their_difficulty_and_side(runs):
     """Easy ones score below hard ones, kept ones are in the SUBSET, and each shows its own pixels."""
-    inspector = reporting.Inspector(read(runs["seed0"]))
+    inspector = Inspector(read(runs["seed0"]))
     kept = set(np.asarray(inspector.selection.subset.array("indices.npy")).tolist())
     easy, _, hard = inspector.samples()
     for group in (easy, hard):
@@ -567,7 +569,7 @@ def open_in_browser(page: str, folder: Path, width: int) -> tuple[dict, list[str
             f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--window-size=1400,1000",
             "--dump-dom", (folder / "frame.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=seconds(120),
     )  # fmt: skip
     told = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
     assert told, done.stderr
