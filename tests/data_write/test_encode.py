@@ -47,7 +47,7 @@ def test_pil_modes_become_rgb(mode):
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_more_than_8_bits_are_refused(mode):
-    with pytest.raises(e.WrongSampleError, match="only 8 bits"):
+    with pytest.raises(e.CorruptImageError, match="only 8 bits"):
         e.encode(Image.new(mode, (4, 4)), WriterOptions())
 
 
