@@ -246,7 +246,9 @@ def test_all_corrupt(tmp_path):
         "from fastkd.data.source import WriterOptions as Options\n"
         "def read(options): return {'train': [(b'x', 0)] * 5, 'val': [(b'x', 0)]}, ['a', 'b']\n"
     )
-    with pytest.raises(InputError, match="train: none of the 5 samples can be read; the first, sample 0: corrupt image"):
+    with pytest.raises(
+        InputError, match="train: none of the 5 samples can be read; the first, sample 0: corrupt image"
+    ):
         write(str(file), tmp_path, on_error="skip")
 
 
