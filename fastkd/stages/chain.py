@@ -14,6 +14,7 @@ from torch import nn
 from fastkd import artifacts, console, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Kind
+from fastkd.data.beton import usable_std
 from fastkd.data.loader import BATCHES_AHEAD, Loader
 from fastkd.data.order import split_holdout
 from fastkd.data.views import DECODE_PATH, Views
@@ -479,7 +480,13 @@ class Chain:
     @property
     def normalisation(self) -> models.Normalisation:
         """The data set's own channel means and standard deviations."""
-        return models.Normalisation(tuple(self.dataset.facts["mean"]), tuple(self.dataset.facts["std"]))
+        facts = self.dataset.facts
+        red, green, blue = usable_std(facts["std"])
+        if [red, green, blue] != facts["std"]:  # recorded by a fastkd that did not look
+            console.warn(
+                f"{self.dataset.path}: a channel is constant over all of train; its standard deviation is taken as 1"
+            )
+        return models.Normalisation(tuple(facts["mean"]), (red, green, blue))
 
     @cached_property
     def scores(self) -> Artifact:
