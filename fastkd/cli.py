@@ -114,10 +114,10 @@ def as_command(command: Callable[..., Told | None], *, together: bool = False) -
                     print(json.dumps({**told.facts, WARNINGS: warnings}) if as_json else told.line, flush=True)
                 if told and told.error:
                     raise told.error
-        except Terminated:
-            _stop("terminated", 143)
-        except KeyboardInterrupt:
-            _stop("interrupted", 130)
+        except Terminated as stopped:  # the text, if there is one, tells where
+            _stop(str(stopped) or "terminated", 143)
+        except KeyboardInterrupt as stopped:
+            _stop(str(stopped) or "interrupted", 130)
         except FastkdError as error:
             _stop(str(error), error.exit_code)
         except OSError as error:  # of reports and pictures; stages tell of their artifacts themselves

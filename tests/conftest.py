@@ -1,5 +1,6 @@
 """Small data shared by the tests: three classes that a small net learns in seconds."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hypothesis
@@ -108,6 +110,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def patience() -> float:
+    """By what factor bounds in seconds are longer than on a quiet machine: FASTKD_TEST_PATIENCE, or 3."""
+    return float(os.environ.get("FASTKD_TEST_PATIENCE", "3"))
+
+
+@pytest.fixture(scope="session")
+def machines() -> ModuleType:
+    """The module that makes two machines in one (tests/distributed/hosts.py)."""
+    file = Path(__file__).parent / "distributed" / "hosts.py"
+    spec = importlib.util.spec_from_file_location("fastkd_tests_hosts", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def two_hosts(machines: ModuleType, tmp_path: Path) -> Iterator[Any]:
+    """Two machines, with a cable between them and a shared folder that both cache for longer than a test lasts."""
+    if reason := machines.why_not():
+        pytest.skip(f"two machines in one: {reason}")
+    made = machines.Hosts(tmp_path, caching_s=100)
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "validation": {"errors"},
     "console": {"errors"},
-    "world": {"errors", "console", "artifacts"},
+    "watch": {"errors"},
+    "meeting": {"errors", "watch"},
+    "world": {"errors", "console", "artifacts", "watch", "meeting"},
     **{unit: {"errors", "validation"} for unit in ARRAYS_AND_FILES},
     "artifacts": {"errors", "validation", "console"},  # a manifest lists the warnings that were given
     **dict.fromkeys(PARTS, LEAVES | ARRAYS_AND_FILES | {"doctor"}),  # doctor is a leaf itself, and knows the cores
