@@ -6,6 +6,8 @@ PYTHON_IN_VENV := .venv/bin/python
 # One pytest worker per usable core, up to 8 (each holds a torch of its own and compiles its own kernels).
 # OMP_NUM_THREADS is unset for the count since nproc heeds it.
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); [ $$n -le 8 ] && echo $$n || echo 8)
+# More options of pytest, such as --cpu-bf16=yes, which stands in for a CPU that computes in bf16.
+TEST_OPTIONS ?=
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -19,10 +21,12 @@ demo: setup ## distil on Fashion-MNIST, with and without pruning, and print what
 # One torch thread per worker, or the workers fight over the cores. Numba keeps its threads: FFCV's loaders ask for two.
 # worksteal hands each worker a run of neighbouring tests, so that a file's fixtures and compiled kernels are mostly made
 # once, and levels the end, where a whole file per worker (loadfile) would leave one core idle behind the longest file.
-test: setup ## the tests that need no GPU, on all cores
-	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not soak'
+test: ## the tests that need no GPU, on all cores
+	@./setup.sh tests
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not soak' $(TEST_OPTIONS)
 
-soak: setup ## hundreds of broken-off epochs and killed trainings, one after another: the better part of an hour; prints its figures
+soak: ## hundreds of broken-off epochs and killed trainings, one after another: the better part of an hour; prints its figures
+	@./setup.sh tests
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m soak -s
 
 docs: setup ## write the generated parts of docs/ anew, and build site/index.html

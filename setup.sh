@@ -1,6 +1,7 @@
 #!/bin/sh
 # From a bare machine to a working .venv: system libraries, Python environment, pinned packages. `make setup` runs this.
 #
+# `./setup.sh tests` also installs what some tests need and are skipped without; `make test` runs it so.
 # Safe to run again: a finished set-up is recognised by its stamp and costs nothing, and only what is missing is installed.
 # PYTHON=/path/to/python3.12 chooses the interpreter (>= 3.11).
 set -eu
@@ -11,6 +12,9 @@ STAMP=$VENV/.fastkd-setup # written last, so a half-made environment has none
 # ffcv has no wheels: it is compiled against OpenCV and libturbojpeg. The python3 packages are for the system's Python.
 APT_PACKAGES="build-essential pkg-config libopencv-dev libturbojpeg0-dev python3-dev python3-venv"
 APT_DATASET=dataset-fashion-mnist # wanted, not needed: its writer downloads the files where the package is absent
+
+# wanted by tests: a browser for the report's page, and what two hosts on one machine are made of
+APT_TESTS="chromium iproute2 bindfs"
 
 say() { echo "setup: $*"; }
 die() {
@@ -66,6 +70,22 @@ install_libraries_with_apt() {
     say "apt installs: $missing$dataset"
     # shellcheck disable=SC2086
     apt_get install -y --no-install-recommends $missing $dataset || die "apt-get could not install: $missing$dataset"
+}
+
+install_for_tests() { # each on its own: what apt does not have, or may not be installed, costs only the tests that need it
+    command -v apt-get >/dev/null && command -v dpkg-query >/dev/null || return 0
+    # shellcheck disable=SC2086
+    missing=$(not_installed $APT_TESTS)
+    [ -n "$missing" ] || return 0
+    if ! may_be_root; then
+        say "note: not installed, so the tests that need them are skipped: $missing"
+        return 0
+    fi
+    apt_get update || say "note: 'apt-get update' failed; going on with the package lists as they are"
+    for package in $missing; do
+        apt_get install -y --no-install-recommends "$package" ||
+            say "note: $package cannot be installed; the tests that need it are skipped"
+    done
 }
 
 install_libraries() {
@@ -141,6 +161,7 @@ import hypothesis, material, mkdocs, mypy, pytest, xdist'
 
 # --- all of it ----------------------------------------------------------------------------------------------------
 
+[ "${1:-}" != tests ] || install_for_tests
 if is_finished; then
     say "$VENV is up to date"
     exit 0

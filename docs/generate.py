@@ -114,6 +114,12 @@ def command_modules() -> list[str]:
     return sorted(found, key=lambda name: (COMMANDS.index(name) if name in COMMANDS else len(COMMANDS), name))
 
 
+def command_file(name: str) -> Path:
+    """Return the file that ``python -m fastkd.NAME`` runs."""
+    package = ROOT / "fastkd"
+    return next(file for file in (package / f"{name}.py", package / name / "__main__.py") if file.is_file())
+
+
 def command_reference() -> str:
     """Return what each command is for, with its arguments and an example."""
     return "\n".join(line for name in command_modules() if name != "doctor" for line in _command(name))
@@ -121,7 +127,7 @@ def command_reference() -> str:
 
 def _command(name: str) -> Iterator[str]:
     with mock.patch.object(cli, "run") as run:  # what the module gives it is what it is made of
-        runpy.run_module(f"fastkd.{name}", run_name="__main__")
+        runpy.run_path(str(command_file(name)), run_name="__main__")
     functions, named = run.call_args.args, run.call_args.kwargs.get("named", False)
     yield from (f"## {name}", "")
     for function in functions:

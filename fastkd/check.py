@@ -23,14 +23,16 @@ def main(
 
     Example: python -m fastkd.check recipes/quickstart.yaml --pairs 1000
     """
-    from fastkd.stages import checking
+    from fastkd.stages.storage import check_artifact
 
     if (Path(path) / artifacts.MANIFEST).exists() or Path(path).is_dir():
-        artifact = checking.check_artifact(Path(path))
+        artifact = check_artifact(Path(path))
         more = " (to compare it with the teacher, give the recipe instead)"
         stored = artifact.manifest.kind in ("SCORES", "SUBSET", "LABELS")
         return _told(path, f"{artifact.manifest.kind}: all is whole{more * stored}", 0, None)
     resolved = recipe.load(path, overrides or ())
+    from fastkd.stages import checking
+
     seed = secrets.randbits(31) if seed is None else seed
     console.say(f"check: seed {seed}")
     found = checking.check(resolved, pairs=pairs, seed=seed)

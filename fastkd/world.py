@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from fastkd import console
 from fastkd.artifacts import differences
 from fastkd.errors import FastkdError, InputError, Terminated
 from fastkd.meeting import meet
 from fastkd.watch import AGAIN, FAILED, Watch, claim, seconds_from
+
+if TYPE_CHECKING:  # torch takes seconds: it is imported where processes really work together
+    import torch
+    import torch.distributed as dist
 
 T = TypeVar("T")
 GONE_AFTER_S = 60.0
@@ -67,7 +68,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    store: dist.Store | None = None
+    store: "dist.Store | None" = None
     calls: int = 0
     everybody: Sequence[Mapping[str, Any]] = ()
     watch: Watch | None = None
@@ -146,31 +147,35 @@ class World:
 
     def any_of(self, wish: bool) -> bool:
         """Tell whether any process wishes something."""
-        return bool(self._reduced(wish, dist.ReduceOp.MAX))
+        return any(self._every_value(wish)) if self.size > 1 else wish
 
     def mean(self, value: float) -> float:
         """Return the mean over all processes."""
-        return float(self._reduced(value, dist.ReduceOp.SUM)) / self.size
+        return sum(self._every_value(value)) / self.size if self.size > 1 else value
 
-    def every(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+    def every(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
         """Return each process's tensor of one shape on the CPU, by rank."""
         if self.size == 1:
             return [tensor]
+        import torch
+        import torch.distributed as dist
+
         found = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(found, tensor)
         return found
 
-    def spread(self, tensors: Iterable[torch.Tensor]) -> None:
+    def spread(self, tensors: "Iterable[torch.Tensor]") -> None:
         """Overwrite tensors by those of the leading process."""
         if self.size > 1:
+            import torch.distributed as dist
+
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
-    def _reduced(self, value: float, how: Any) -> torch.Tensor:
-        tensor = torch.tensor(value, dtype=torch.float64)
-        if self.size > 1:
-            dist.all_reduce(tensor, how)
-        return tensor
+    def _every_value(self, value: float) -> list[float]:
+        import torch
+
+        return [float(one) for one in self.every(torch.tensor(value, dtype=torch.float64))]
 
     def _next(self, what: str) -> str:
         self.calls += 1
@@ -246,6 +251,9 @@ class Vote:
         """Return the same in all processes; each must ask at the same steps."""
         if current().size == 1:
             return self._wish()
+        import torch
+        import torch.distributed as dist
+
         granted = self.close()
         ballot = torch.tensor([int(self._wish())])
         self._cast = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, async_op=True)
@@ -276,9 +284,12 @@ def joined() -> Iterator[World]:
     The leading process alone prints. What fails in one of them ends all, and is told once, by that one.
     """
     global _world
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         yield _world
         return
+    import torch
+    import torch.distributed as dist
+
     with _quiet_unless_leading():
         _world = _join()
     watch, store = _world.watch, _world.store
@@ -330,6 +341,8 @@ def _join() -> World:
     FastkdError
         The place where they meet cannot be reached, or not all of them came.
     """
+    import torch.distributed as dist
+
     rank, size, local_rank, local_size, group = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
     )
@@ -421,6 +434,8 @@ def _ignore_signals() -> None:
 
 def _leave(world: World, error: BaseException) -> NoReturn:
     """Raise an error if it is the first of the job, else leave quietly: somebody else's has been told."""
+    import torch.distributed as dist
+
     assert world.store is not None
     code, what = getattr(error, "exit_code", 1), f"{type(error).__name__}: {error}"
     lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -440,6 +455,8 @@ def _leave(world: World, error: BaseException) -> NoReturn:
 
 def _lost(world: World) -> str:
     """Return which process an error of the network is about, after a moment for those that failed to tell why."""
+    import torch.distributed as dist
+
     give_up = time.monotonic() + _NAMED_WITHIN_S
     gone: list[int] = []
     while time.monotonic() < give_up and not gone:

@@ -1,6 +1,5 @@
 """Small data shared by the tests: three classes that a small net learns in seconds."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -9,14 +8,16 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import hosts
 import hypothesis
 import numpy as np
 import pytest
+from harness import seconds
 
 from fastkd import artifacts, cli, console, recipe
+from fastkd.doctor import usable_cores
 
 hypothesis.settings.register_profile("fastkd", deadline=None)  # the first call of a kernel compiles it
 hypothesis.settings.load_profile("fastkd")
@@ -99,9 +100,32 @@ def read(options):
 '''
 
 
+STAND_INS = {
+    "--cpu-bf16": ("FASTKD_TEST_CPU_BF16", "yes or no: what a CPU answers to whether it computes in bfloat16"),
+    "--cores": ("FASTKD_TEST_CORES", "how many cores there are to use"),
+}
+"""Options that stand in for what the machine is, and the environment variables by which subprocesses learn of them."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for option, (_, meaning) in STAND_INS.items():
+        parser.addoption(option, choices=["yes", "no"] if "bf16" in option else None, help=f"stand in for {meaning}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for option, (variable, _) in STAND_INS.items():
+        if value := config.getoption(option):
+            os.environ[variable] = value
+    # Numba goes by the machine otherwise, and the loader by numba; two threads are tested on one core as well.
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, usable_cores())))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
+    for item in items:
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(seconds(float(config.getini("timeout")))))
     if "soak" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("soak"):
@@ -112,30 +136,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def patience() -> float:
-    """By what factor bounds in seconds are longer than on a quiet machine: FASTKD_TEST_PATIENCE, or 3."""
-    return float(os.environ.get("FASTKD_TEST_PATIENCE", "3"))
-
-
-@pytest.fixture(scope="session")
-def machines() -> ModuleType:
-    """The module that makes two machines in one (tests/distributed/hosts.py)."""
-    file = Path(__file__).parent / "distributed" / "hosts.py"
-    spec = importlib.util.spec_from_file_location("fastkd_tests_hosts", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def two_hosts(machines: ModuleType, tmp_path: Path) -> Iterator[Any]:
+def two_hosts(tmp_path: Path) -> Iterator[hosts.Hosts]:
     """Two machines, with a cable between them and a shared folder that both cache for longer than a test lasts."""
-    if reason := machines.why_not():
+    if reason := hosts.why_not():
         pytest.skip(f"two machines in one: {reason}")
-    made = machines.Hosts(tmp_path, caching_s=100)
+    made = hosts.Hosts(tmp_path, caching_s=100)
     yield made
     made.close()
 
@@ -194,7 +200,7 @@ name: teacher
 data: {{path: {tiny.path}}}
 student: {{model: cifar/resnet8}}
 optim: {{lr: 0.05}}
-train: {{epochs: 2, batch_size: 30, compile: false}}
+train: {{epochs: 2, batch_size: 30, compile: false, precision: fp32}}
 """
     )
     student = tmp_path / "student.yaml"
@@ -206,7 +212,7 @@ teacher: {{recipe: teacher.yaml}}
 prune: {{keep_ratio: 0.5}}
 student: {{model: cifar/resnet8}}
 optim: {{lr: 0.05}}
-train: {{epochs: 6, batch_size: 25, compile: false, runs_dir: {tmp_path / "runs"}}}
+train: {{epochs: 6, batch_size: 25, compile: false, precision: fp32, runs_dir: {tmp_path / "runs"}}}
 log: {{every_steps: 1}}
 """
     )
@@ -321,6 +327,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return int(stop.value.code or 0), captured.out + captured.err
 
     return run
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least two cores for the loader: on a machine of one, two threads take turns."""
+    monkeypatch.setenv("FASTKD_TEST_CORES", str(max(2, usable_cores())))
 
 
 @pytest.fixture(scope="session")

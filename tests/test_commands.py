@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import typer
+from harness import command_file, seconds
 from PIL import Image
 
 from fastkd import (
@@ -46,14 +47,20 @@ COMMANDS = (
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_has_an_example(name):
+def test_help_has_an_example_and_imports_nothing_that_takes_seconds(name):
     arguments = {"bench": ["savings"], "recipes": ["copy"], "artifacts": ["gc"]}.get(name, [])
     done = subprocess.run(
-        [sys.executable, "-m", f"fastkd.{name}", *arguments, "--help"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-X", "importtime", "-m", f"fastkd.{name}", *arguments, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=seconds(120),
     )
     assert done.returncode == 0
     assert "Example" in done.stdout
     assert f"python -m fastkd.{name}" in " ".join(done.stdout.split())
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"fastkd", "json"} <= imported
+    assert imported.isdisjoint({"torch", "torchvision", "numba", "ffcv", "scipy", "sklearn", "matplotlib", "cv2"})
 
 
 def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_recipe):
@@ -144,14 +151,13 @@ def test_json_is_one_object_on_stdout_whatever_is_warned_of(
         assert Path(told[key]).exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_can_be_quiet_and_print_json(name):
     """All that are made of functions; `doctor` needs the standard library alone, and has a --json of its own."""
     if name == "doctor":
         return
     with mock.patch.object(cli, "run") as run:
-        runpy.run_module(f"fastkd.{name}", run_name="__main__")
+        runpy.run_path(command_file(name), run_name="__main__")
     for function in run.call_args.args:
         if function.__name__ == "schema":  # prints JSON, and nothing else
             continue
@@ -222,7 +228,9 @@ def test_no_color_is_heeded(no_color):
         "TERM": "xterm-256color",
     }
     environment |= {"NO_COLOR": "1"} if no_color else {}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=seconds(60)
+    )
     assert done.returncode == 0
     coloured = re.search(r"\x1b\[(\d+;)*3\d", done.stdout + done.stderr) is not None
     assert coloured is not no_color

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from glob import glob
 from pathlib import Path
@@ -20,6 +19,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import yaml
+from harness import command_file, seconds
 from PIL import Image
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -116,7 +116,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_the_network(tm
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=seconds(120),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for page in PAGES:
@@ -176,10 +176,8 @@ def run(command: str, *, parse_only: bool = False) -> None:
         stack.enter_context(mock.patch.object(sys, "argv", [name, *words]))
         stack.enter_context(contextlib.redirect_stdout(told))
         stack.enter_context(contextlib.redirect_stderr(told))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
         stop = stack.enter_context(pytest.raises(SystemExit))
-        runpy.run_module(f"fastkd.{name}", run_name="__main__")
+        runpy.run_path(command_file(name), run_name="__main__")
     assert not stop.value.code, f"python -m fastkd.{command}: exit code {stop.value.code}\n{told.getvalue()}"
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import seconds
 
 from fastkd import doctor
 
@@ -17,7 +18,7 @@ BARE = [sys.executable, "-I", "-S", str(SCRIPT)]  # -S: no site-packages, as on 
 
 def run(command, **environment):
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=280, check=False, env={**os.environ, **environment}
+        command, capture_output=True, text=True, timeout=seconds(280), check=False, env={**os.environ, **environment}
     )
 
 

@@ -7,9 +7,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from harness import seconds
 
 import fastkd
+from fastkd import stages
 
 PACKAGE = Path(fastkd.__file__).parent
 ROOT = PACKAGE.parent
@@ -190,7 +193,13 @@ def run_elsewhere(code: str, cwd: Path) -> str:
     """Run Python with nothing but what is installed on its path: from another folder, without PYTHONPATH."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=seconds(120),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -226,3 +235,45 @@ for name in {sorted({*names, "writers", "recipes", "tests", "setup"})}:
         if Path(place).is_relative_to(ROOT) and "site-packages" not in Path(place).relative_to(ROOT).parts
     }
     assert ours == {"fastkd"}
+
+
+# --- what real work waits for -------------------------------------------------------------------------------------
+
+LIGHT = {
+    "prune --logits {place}/z.npy --labels {place}/y.npy --keep-ratio 0.5 --out {tmp}/own": {"numba"},
+    "check {tiny}": set(),
+    "check {run}": set(),
+    "check {tmp}/none.yaml": set(),
+    "export {subset} {tmp}/half": set(),
+    "report {tmp}/none": {"numba"},
+    "artifacts ls {place}": set(),
+    "artifacts gc {place} --dry-run": set(),
+    "recipes list": set(),
+    "recipes show quickstart": set(),
+    "recipes schema": set(),
+    "write arrays {tmp}/data file={npz} workers=1": set(),
+    "train {tmp}/none.yaml": set(),
+    "train {recipe} train.epochs=0": set(),
+}
+"""Commands, and what they may import of what takes seconds: torch 1.8 s, FFCV and torchvision as much again."""
+
+
+@pytest.mark.parametrize("words", LIGHT)
+def test_no_command_waits_for_what_it_does_not_need(words, tiny, tiny_npz, tiny_run, tiny_recipe, tmp_path):
+    """Seen in `sys.modules` when the command has ended, whether it did its work or refused its input."""
+    np.save(tmp_path / "z.npy", np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32))
+    np.save(tmp_path / "y.npy", np.arange(12) % 3)
+    subset = stages.prune(tiny_recipe())[0].path if "{subset}" in words else None
+    places = {"place": tmp_path, "tmp": tmp_path / "out", "tiny": tiny.path, "npz": tiny_npz, "run": tiny_run.path}
+    given = words.format(subset=subset, recipe=tiny_recipe.path, **places).split()
+    code = f"""
+import runpy, sys
+sys.argv = {["fastkd", *given[1:]]!r}
+try:
+    runpy.run_module("fastkd." + {given[0]!r}, run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == (2 if {"none" in words or "epochs=0" in words!r} else 0), stop.code
+print("\\nimported:", *({HEAVY!r} & sys.modules.keys()))
+"""
+    imported = run_elsewhere(code, tmp_path).rpartition("imported:")[2].split()
+    assert set(imported) <= LIGHT[words]

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from harness import seconds
 
 from fastkd import recipe, recipes
 
@@ -94,7 +95,7 @@ def installed(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "README.md"):
         shutil.copyfile(ROOT / name, source / name)
     code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True, timeout=seconds(120))
     (wheel,) = out.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(out / "site")
@@ -107,7 +108,9 @@ def test_a_wheel_brings_the_recipes(installed, tmp_path):
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-m", "fastkd.recipes", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=seconds(60)
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -22,7 +22,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
 from fastkd.stages.job import LOADING_HELP, compile_sizes, divide_cores
 from fastkd.stages.labelling import VIEWS_PER_PASS, row_bytes
-from fastkd.stages.scoring import score_chunks
+from fastkd.stages.row_scores import score_chunks
 from fastkd.stages.training import EVAL_BATCH_SIZE
 
 SEGMENT_S = 2.0

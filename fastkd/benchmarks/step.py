@@ -67,13 +67,14 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
     bench = Workbench(changed(recipe, train={"progressive_px": {}}))
     size = recipe.train.batch_size
     own = bench.chain.runtime
+    own_way = Way(own.precision, own.channels_last, bool(own.compile))
     try:
         with torch._dynamo.config.patch(recompile_limit=1000):  # each way is a variant of the same code
-            lines = _grid(bench, own, ways(own.device.type), [size], repeats)
+            lines = _grid(bench, own, list(dict.fromkeys([*ways(own.device.type), own_way])), [size], repeats)
             best = {kind: max(lines, key=lambda line: line[kind]["median"])["way"] for kind in ("student", "teacher")}
             chosen = Way(**best["student"])
             sizes = sorted({*(batch_sizes or (size // 2, 2 * size, 4 * size))} - {0, size})
-            lines += _grid(bench, own, [chosen], sizes, repeats)
+            lines += _grid(bench, own, list(dict.fromkeys([chosen, own_way])), sizes, repeats)
             stall = _stall(bench, own, repeats)
     finally:
         bench.close()
@@ -89,7 +90,7 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
         "repeats": repeats,
         "lines": lines,
         "best": best,
-        "recipe_way": asdict(Way(own.precision, own.channels_last, bool(own.compile))),
+        "recipe_way": asdict(own_way),
         "stall": stall,
     }
     report["advice"] = advice(report)

@@ -171,9 +171,14 @@ class Runtime:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Tell whether the hardware computes in bfloat16; emulated, it is slower than float32."""
+    """Tell whether the hardware computes in bfloat16; emulated, it is slower than float32.
+
+    For tests, the environment variable FASTKD_TEST_CPU_BF16 (yes or no) stands in for a CPU's answer.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if stand_in := os.environ.get("FASTKD_TEST_CPU_BF16"):
+        return stand_in == "yes"
     return any(
         getattr(torch.cpu, name, bool)()
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")

@@ -23,6 +23,7 @@ from fastkd.errors import ArtifactError, InputError
 from fastkd.recipe import Recipe, Teacher
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.history import Stopwatch
+from fastkd.stages.rows import subset_inputs
 from fastkd.stages.together import built_by_leader, decided_by_leader, is_shared, read_once_seen
 from fastkd.stages.writing import write
 from fastkd.world import current
@@ -363,13 +364,13 @@ class Chain:
         """The SUBSET: which samples are kept, and what the teacher says of their plain views."""
         if self.export:
             own = pruning.exported_subset(self)
-            current().agree("SUBSET", labelling.subset_inputs(own))
+            current().agree("SUBSET", subset_inputs(own))
             return self.note("prune", own, built=False)
         if not self.build:
             return self.note("prune", *pruning.build_subset(self))
         self.scores  # noqa: B018 - all processes work at it, before the leading one goes on alone
         subset, built = built_by_leader(lambda: pruning.build_subset(self))
-        current().agree("SUBSET", labelling.subset_inputs(subset))
+        current().agree("SUBSET", subset_inputs(subset))
         return self.note("prune", subset, built)
 
     @cached_property

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastkd import artifacts, console
+from fastkd import console
 from fastkd.artifacts import Artifact
 from fastkd.data.stored import StoredRows
 from fastkd.engine.loop import predict
@@ -18,6 +17,7 @@ from fastkd.recipe import Recipe
 from fastkd.stages import labelling
 from fastkd.stages.chain import Chain
 from fastkd.stages.job import uses_labels, uses_subset
+from fastkd.stages.storage import check_artifact
 
 TOLERANCE = {"fp32": 2.0**-10, "fp16": 2.0**-6, "bf16": 2.0**-3}
 """How far a number of a row may be off, over the row's largest. float16 alone makes 2⁻¹¹ at most; in lower precision
@@ -44,21 +44,6 @@ class Comparison:
     allowed: float
     worst_sample_id: int
     worst_view: int | None
-
-
-def check_artifact(path: Path) -> Artifact:
-    """Verify the checksum of every file of an artifact, whatever was found before.
-
-    Raises
-    ------
-    ArtifactError
-        Something is missing, damaged or foreign; names the file.
-    """
-    artifact = artifacts.load(path)
-    artifacts.verify(artifact)
-    size = sum(stamp.size for stamp in artifact.manifest.files.values())
-    console.say(f"{artifact.manifest.kind} {path}: {len(artifact.manifest.files)} files, {size / 1e6:,.1f} MB: whole")
-    return artifact
 
 
 def check(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Comparison]:
@@ -150,7 +135,8 @@ def _compare(
     where = "the plain view" if result.worst_view is None else f"view {result.worst_view}"
     worst_text = (
         f"the worst, sample_id {result.worst_sample_id} in {where}, is off by {result.worst_error:.2g} of its largest "
-        f"logit, where {result.allowed:.2g} is allowed"
+        f"logit, where {result.allowed:.2g} is allowed (made in {' and '.join(sorted(set(precisions.values())))}, "
+        f"compared in {now})"
     )
     if wrong:
         raise ArtifactError(

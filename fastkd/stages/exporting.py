@@ -15,8 +15,7 @@ from fastkd.artifacts import MANIFEST, Artifact, Built, FileStamp, Manifest, fil
 from fastkd.data.beton import Progress
 from fastkd.data.extract import Table, extract, read_table
 from fastkd.errors import ArtifactError, FastkdError, InputError
-from fastkd.stages.labelling import subset_inputs
-from fastkd.stages.rows import full_disk_explained
+from fastkd.stages.rows import full_disk_explained, subset_inputs
 from fastkd.stages.writing import refuse_foreign
 
 _BETONS = ("train.beton", "val.beton")

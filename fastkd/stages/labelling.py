@@ -24,6 +24,7 @@ from fastkd.stages.rows import (
     full_disk_explained,
     need_space,
     progress_file,
+    subset_inputs,
 )
 from fastkd.stages.together import build_together, decided_by_leader, seen
 from fastkd.world import current
@@ -116,19 +117,6 @@ def label_inputs(chain: "Chain") -> dict[str, Any]:
         **subset_inputs(subset),
         "view": chain.view_inputs(chain.teacher_px, varied=True),
         **topk,
-    }
-
-
-def subset_inputs(subset: Artifact) -> dict[str, str]:
-    """Return what tells for which samples, and reshaped to which σ, rows are stored.
-
-    A SUBSET that is built again under its key, on another machine or in another precision, may hold others.
-    """
-    files = subset.manifest.files
-    return {
-        "subset": subset.key,
-        "sample_ids": files["indices.npy"].xxh3_128,
-        "class_std": files["class_std.npy"].xxh3_128,
     }
 
 

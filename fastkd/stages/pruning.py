@@ -24,8 +24,8 @@ from fastkd.kernels import (
     window_ranks,
 )
 from fastkd.recipe import Prune
+from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
 from fastkd.stages.rows import RowFile, check_float16, full_disk_explained
-from fastkd.stages.scoring import CHUNK_ROWS, score_chunks
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain

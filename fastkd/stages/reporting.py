@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -15,9 +15,11 @@ from fastkd.artifacts import MANIFEST, PARTIAL, read_manifest
 from fastkd.console import clock
 from fastkd.errors import FastkdError, InputError
 from fastkd.stages import plots
-from fastkd.stages.inspecting import ClassAccuracy, Inspector, Samples, Selection
 from fastkd.stages.letters import class_names, writable
 from fastkd.stages.runs import Exported, Group, RunFacts, Stat, differing, exports, grouped, noise_points, read
+
+if TYPE_CHECKING:
+    from fastkd.stages.inspecting import ClassAccuracy, Samples, Selection
 
 SUFFIX = ".report"
 T = TypeVar("T")
@@ -43,9 +45,9 @@ class Found:
     """What could be found out beside the RUNs themselves; where it could not, `why` says so by the section's name."""
 
     run: RunFacts
-    selection: Selection | None
-    samples: list[Samples] | None
-    by_class: ClassAccuracy | None
+    selection: "Selection | None"
+    samples: "list[Samples] | None"
+    by_class: "ClassAccuracy | None"
     sheet: Figure | None
     why: dict[str, str]
 
@@ -169,6 +171,8 @@ def over_time(groups: Sequence[Group]) -> list[Chart]:
 
 def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> Found:
     """Look at the parents of the first run that has a selection, else of the first."""
+    from fastkd.stages.inspecting import Inspector  # torch and FFCV take seconds
+
     run = next((one for one in runs if "SUBSET" in one.artifact.manifest.parents), runs[0])
     inspector, why = Inspector(run), {}
 
@@ -224,7 +228,7 @@ def of_classes(found: Found, names: Sequence[str]) -> list[Chart]:
     return charts
 
 
-def what_was_kept(run: RunFacts, selection: Selection) -> str:
+def what_was_kept(run: RunFacts, selection: "Selection") -> str:
     """Say which method kept how much: of one that chooses while it trains, what share it trained on."""
     kept, of = int(selection.kept.sum()), len(selection.kept)
     if run.dynamic:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from fastkd.artifacts import fsync, write_whole
+from fastkd.artifacts import Artifact, fsync, write_whole
 from fastkd.errors import FULL, FastkdError, InputError
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -155,6 +155,19 @@ def check_float16(rows: np.ndarray) -> None:
     """Refuse reshaped logits that float16 cannot hold."""
     if (largest := np.abs(rows).max()) > _FLOAT16_MAX:
         raise InputError(f"reshaped logits reach {largest:.3g}: beyond float16; the teacher's logits are too large")
+
+
+def subset_inputs(subset: Artifact) -> dict[str, str]:
+    """Return what tells for which samples, and reshaped to which σ, rows are stored.
+
+    A SUBSET that is built again under its key, on another machine or in another precision, may hold others.
+    """
+    files = subset.manifest.files
+    return {
+        "subset": subset.key,
+        "sample_ids": files["indices.npy"].xxh3_128,
+        "class_std": files["class_std.npy"].xxh3_128,
+    }
 
 
 def need_space(directory: Path, needed: int, what: str) -> None:

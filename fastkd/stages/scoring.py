@@ -9,17 +9,14 @@ import numpy as np
 from fastkd import console
 from fastkd.artifacts import Artifact, Built
 from fastkd.errors import InputError
-from fastkd.kernels import Scores, score_logits
 from fastkd.stages.passes import run_pass
+from fastkd.stages.row_scores import score_chunks
 from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, progress_file
 from fastkd.stages.together import build_together, decided_by_leader, seen
 from fastkd.world import current
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
-
-CHUNK_ROWS = 65536
-"""Rows of logits that are looked at in one go, which bounds memory."""
 
 
 def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
@@ -105,30 +102,3 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
     console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
     facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count, "classes": K}
     return Built(facts=facts, earlier_s=earlier_s)
-
-
-def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> Scores:
-    """Score memory-mapped logits of any floating-point dtype; see `fastkd.kernels.score_logits`.
-
-    Raises
-    ------
-    InputError
-        Logits that are not finite; names the first row.
-    """
-    if logits_NK.dtype in (np.float16, np.float32):
-        scores = score_logits(logits_NK, labels_N)
-    else:
-        parts = []
-        for start in range(0, len(labels_N), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            with np.errstate(over="ignore"):  # what is beyond float32 is not finite then
-                z_NK = np.ascontiguousarray(logits_NK[rows], np.float32)
-            parts.append(score_logits(z_NK, labels_N[rows]))
-        scores = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    bad = np.flatnonzero(~scores.finite)
-    if len(bad):
-        raise InputError(
-            f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}: "
-            "check the teacher's weights, or score in train.precision=fp32"
-        )
-    return scores

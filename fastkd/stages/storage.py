@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from fastkd import artifacts
-from fastkd.artifacts import BEGUN, MANIFEST, OLD, PARTIAL, REMOVED
+from fastkd import artifacts, console
+from fastkd.artifacts import BEGUN, MANIFEST, OLD, PARTIAL, REMOVED, Artifact
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages.rows import progress_file
 
@@ -132,6 +132,21 @@ def _taken(path: Path, *, shared: bool = True) -> dict[str, Any]:
                     taken += file.st_size
                 changed = max(changed, file.st_mtime)
     return {"bytes": taken, "changed": changed}
+
+
+def check_artifact(path: Path) -> Artifact:
+    """Verify the checksum of every file of an artifact, whatever was found before.
+
+    Raises
+    ------
+    ArtifactError
+        Something is missing, damaged or foreign; names the file.
+    """
+    artifact = artifacts.load(path)
+    artifacts.verify(artifact)
+    size = sum(stamp.size for stamp in artifact.manifest.files.values())
+    console.say(f"{artifact.manifest.kind} {path}: {len(artifact.manifest.files)} files, {size / 1e6:,.1f} MB: whole")
+    return artifact
 
 
 def users(one: Found, found: Iterable[Found]) -> list[Path]:

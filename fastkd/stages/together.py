@@ -72,8 +72,9 @@ def built_by_leader(build: Callable[[], tuple[Artifact, bool]]) -> tuple[Artifac
         artifact, built = build()
         world.share([str(artifact.path), artifact.manifest.kind, artifact.manifest.digest, built])
         return artifact, built
-    path, kind, digest, built = world.share(["", "", "", False])
-    return found(Path(path), kind, digest), built  # type: ignore[arg-type]
+    told: list[Any] = world.share([])
+    path, kind, digest, built = told
+    return found(Path(path), kind, digest), built
 
 
 def decided_by_leader(decide: Callable[[], T]) -> T:

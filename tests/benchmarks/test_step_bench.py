@@ -24,7 +24,7 @@ def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, 
         (25, True),
         (25, False),
     ]
-    assert [line["batch_size"] for line in report["lines"][2:]] == [30]
+    assert {line["batch_size"] for line in report["lines"][2:]} == {30}
     for line in report["lines"]:
         for kind in ("student", "teacher"):
             assert 0 < line[kind]["least"] <= line[kind]["median"] <= line[kind]["most"]
@@ -34,6 +34,29 @@ def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, 
     for words in ("cifar/resnet8", "fp32, channels_last, eager", "fed by its loader", "machine:"):
         assert words in said
     assert not list((tmp_path / "runs").glob("student-*"))  # nothing was trained for it
+
+
+def test_a_recipe_in_a_precision_that_no_way_has_is_timed_too_and_another_size_may_be_faster(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    """The recipe computes in bf16, as `auto` may, and the fastest line is one of another batch size."""
+    real = step._grid
+
+    def grid(bench, own, chosen, sizes, repeats):
+        lines = real(bench, own, chosen, sizes, repeats)
+        for line in lines:
+            line["student"] |= dict.fromkeys(step.SPREAD, float(line["batch_size"]))
+        return lines
+
+    monkeypatch.setattr(step, "_grid", grid)
+    report = step.measure(tiny_recipe("train.precision=bf16"), tmp_path, batch_sizes=[50], repeats=1)
+    assert [(line["way"]["precision"], line["batch_size"]) for line in report["lines"]] == [
+        *(("fp32", 25), ("fp32", 25), ("bf16", 25)),
+        *(("fp32", 50), ("bf16", 50)),
+    ]
+    said = " ".join(report["advice"])
+    assert "the recipe's way, bf16, channels_last, eager, is the fastest here or as good" in said
+    assert "batches of 50 would be 2.00× as fast" in said
 
 
 def report_of(best: float, own: float, large: float, fed: float) -> dict:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import command_file
 
 from fastkd import artifacts
 from fastkd import write as command
@@ -157,9 +158,8 @@ def test_wrong_options_are_told_before_anything_is_made(tmp_path):
 
 def run(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["fastkd.write", *map(str, arguments)])
-    monkeypatch.delitem(sys.modules, "fastkd.write", raising=False)
     with pytest.raises(SystemExit) as caught:
-        runpy.run_module("fastkd.write", run_name="__main__")
+        runpy.run_path(command_file("write"), run_name="__main__")
     return caught.value.code
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import seconds
 from safetensors.numpy import load_file
 
 from fastkd import artifacts, stages, world
@@ -42,7 +43,7 @@ class Job:
     def end(self, within_s: float = 240.0) -> tuple[int, str]:
         """Return its exit code and what it said."""
         try:
-            said, _ = self.process.communicate(timeout=within_s)
+            said, _ = self.process.communicate(timeout=seconds(within_s))
         except subprocess.TimeoutExpired:
             for pid in (*self.workers(), self.process.pid):  # each in a session of its own
                 os.kill(pid, signal.SIGKILL)
@@ -56,7 +57,7 @@ class Job:
 
     def wait_for(self, lines: int, folder: Path, within_s: float = 120.0) -> None:
         """Wait until the student that is trained in a folder of runs has written so many lines of metrics."""
-        give_up = time.monotonic() + within_s
+        give_up = time.monotonic() + seconds(within_s)
         while not any(len(file.read_text().splitlines()) >= lines for file in folder.glob("student-*/metrics.jsonl")):
             assert time.monotonic() < give_up
             assert self.process.poll() is None
@@ -209,7 +210,7 @@ def test_a_killed_process_ends_the_job_and_the_next_one_goes_on_to_the_same_stud
     killed = time.monotonic()
     code, said = job.end(60)
     assert code == 1
-    assert time.monotonic() - killed < 15
+    assert time.monotonic() - killed < seconds(15)
     assert "the connection to another process was lost; the same command goes on from what is safe" in said
     said = run(2, task(given, "train", *options))
     assert re.search(r"going on with epoch \d, step \d, from the last checkpoint", said)

@@ -339,9 +339,27 @@ def test_what_the_machine_has_not_is_refused(device, precision, message):
         Runtime.choose(device, precision, channels_last=True, compile=False)
 
 
-def test_auto_precision_follows_the_hardware():
-    chosen = Runtime.choose("cpu", "auto", channels_last=True, compile=False)
-    assert chosen.precision == ("bf16" if has_bf16(torch.device("cpu")) else "fp32")
+@pytest.mark.parametrize(("answer", "expected"), [("yes", "bf16"), ("no", "fp32")])
+def test_auto_precision_follows_the_hardware(monkeypatch, answer, expected):
+    monkeypatch.setenv("FASTKD_TEST_CPU_BF16", answer)
+    assert Runtime.choose("cpu", "auto", channels_last=True, compile=False).precision == expected
+
+
+@pytest.mark.parametrize(
+    "instructions", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported"]
+)
+def test_a_cpu_computes_in_bf16_by_any_of_the_instructions(monkeypatch, instructions):
+    """x86 has two kinds of them, aarch64 one; a torch that does not know of one says no."""
+    monkeypatch.delenv("FASTKD_TEST_CPU_BF16", raising=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_arm_bf16_supported")
+    for name in names:
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert not has_bf16(torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, instructions, lambda: True, raising=False)
+    assert has_bf16(torch.device("cpu"))
+    for name in names:
+        monkeypatch.delattr(torch.cpu, name)
+    assert not has_bf16(torch.device("cpu"))
 
 
 def test_autocast_computes_in_the_chosen_precision():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import seconds
 
 from fastkd import artifacts
 
@@ -74,7 +75,7 @@ class Running:
         return "".join(self.lines)
 
     def wait_for(self, text: str, within_s: float = 120.0) -> None:
-        give_up = time.monotonic() + within_s
+        give_up = time.monotonic() + seconds(within_s)
         while text not in self.said:
             assert self.process.poll() is None, f"it ended before it said {text!r}: {self.said}"
             assert time.monotonic() < give_up, f"it did not say {text!r}: {self.said}"

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from harness import seconds
 
 from fastkd import artifacts, stages, train
 from fastkd.errors import FastkdError, InputError
@@ -73,7 +74,7 @@ def heed_ctrl_c() -> None:
 
 
 def wait_for_steps(runs: Path, count: int, process: subprocess.Popen) -> None:
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + seconds(120)
     while time.monotonic() < give_up and process.poll() is None:
         for file in runs.glob(f"student-*{artifacts.PARTIAL}/metrics.jsonl"):
             if file.read_text().count('"steps"') >= count:
@@ -104,8 +105,8 @@ def test_a_killed_terminated_or_interrupted_training__goes_on_to_the_very_same_s
     wait_for_steps(tmp_path / "runs", 25, process)
     asked = time.monotonic()
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert time.monotonic() - asked < 15  # 5 s, where nothing else runs
+    said, _ = process.communicate(timeout=seconds(60))
+    assert time.monotonic() - asked < seconds(15)  # 5 s, where nothing else runs
     assert process.returncode == code, said
     assert word in said
     (partial,) = (tmp_path / "runs").glob(f"student-*{artifacts.PARTIAL}")
@@ -263,13 +264,13 @@ def rows_safe(folder: Path) -> int:
 def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_path, capfd, number):
     overrides = ("score.batch_size=16",)
     process = subprocess.Popen([sys.executable, "-c", SLOW_SCORING, tiny_recipe.path, *overrides])
-    folder, give_up = tmp_path / "artifacts", time.monotonic() + 120
+    folder, give_up = tmp_path / "artifacts", time.monotonic() + seconds(120)
     while not list(folder.glob(".scores-*.progress.json")) or rows_safe(folder) < 48:
         assert time.monotonic() < give_up
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
-    assert process.wait(timeout=30) == (-9 if number == signal.SIGKILL else 143)
+    assert process.wait(timeout=seconds(30)) == (-9 if number == signal.SIGKILL else 143)
     safe = rows_safe(folder)
     capfd.readouterr()
     scores, built = stages.score(tiny_recipe(*overrides))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from harness import seconds
 
 from fastkd import artifacts, check, export, label, prune, score, stages, write
 
@@ -27,7 +28,7 @@ def stop(running, number: signal.Signals) -> str:
     asked = time.monotonic()
     running.ctrl_c() if number == signal.SIGINT else running.process.send_signal(number)
     code, said = running.end(30)
-    assert time.monotonic() - asked < 15  # 5 s, where nothing else runs
+    assert time.monotonic() - asked < seconds(15)  # 5 s, where nothing else runs
     assert code == (130 if number == signal.SIGINT else 143), said
     assert said.splitlines()[-1] == ("error: interrupted" if number == signal.SIGINT else "error: terminated"), said
     assert "Traceback" not in said

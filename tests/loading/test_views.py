@@ -11,13 +11,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from harness import seconds
 from numba.core import event
 from PIL import Image
 
 from fastkd.data.encode import decode_jpeg
 from fastkd.data.loader import Loader
 from fastkd.data.views import Views
-from fastkd.doctor import usable_cores
 
 _spec = importlib.util.spec_from_file_location(
     "views_oracle", Path(__file__).parents[1] / "kernels" / "views_oracle.py"
@@ -33,7 +33,6 @@ SHIFT = Views("pad_crop_flip", pad_ratio=0.25, cutout_ratio=0.25, seed=1)
 FAR = Views("pad_crop_flip", pad_ratio=1.0, seed=1)  # some views show nothing of the image
 RESIZED = Views("random_resized_crop_flip", cutout_ratio=0.25, seed=1)
 FALLBACK = Views("random_resized_crop_flip", scale=(0.9, 1.0), ratio=(2.5, 3.0), seed=1)
-needs_two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs 2 cores")
 
 
 def texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -198,7 +197,8 @@ def reference(make_data):
 
 
 @pytest.mark.parametrize("os_cache", [True, False])
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=needs_two_cores)])
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_caches_orders_subsets_and_batch_sizes_change_nothing(make_data, reference, workers, os_cache):
     artifact, rng = make_data("jpg varied").artifact, np.random.default_rng(workers)
     batch_sizes = (16, 7, 1) if os_cache else (7,)  # without the system's cache each loader is compiled anew
@@ -228,7 +228,8 @@ def test_a_view_is_the_same_after_other_views_and_after_an_epoch_that_was_broken
         assert np.array_equal(load(loader, ids, 7), other)
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=needs_two_cores)])
+@pytest.mark.usefixtures("two_cores")
+@pytest.mark.parametrize("workers", [1, 2])
 def test_loaders_that_take_turns_do_not_disturb_one_another(make_data, tiny_data, workers):
     """Three at once share one compiled pipeline: of other views, sizes, numbers of views and files."""
     varied, ids = make_data("jpg varied"), np.arange(COUNT)
@@ -269,7 +270,7 @@ def test_another_process_sees_the_same(make_data, reference):
     environment = os.environ | {"PYTHONHASHSEED": "3"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, path, str(REFERENCE_VIEW)],
-        env=environment, capture_output=True, text=True, timeout=120,
+        env=environment, capture_output=True, text=True, timeout=seconds(120),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [hashlib.sha256(reference.tobytes()).hexdigest()]

@@ -17,7 +17,7 @@ from fastkd.data.extract import read_table
 from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.stages import export
-from fastkd.stages.labelling import subset_inputs
+from fastkd.stages.rows import subset_inputs
 
 pytestmark = pytest.mark.timeout(120)
 

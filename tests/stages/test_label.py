@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness import seconds
 
 from fastkd import artifacts, check, label, recipe, stages
 from fastkd.data.loader import Loader
@@ -269,14 +270,14 @@ def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, s
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     progress = place.with_name(f".{place.name}.progress.json")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds(120)
     rows = 0
     while rows < 32 and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.05)
         if progress.exists():
             rows = json.loads(progress.read_text())["0"]["rows"]
     os.kill(child.pid, sent)
-    output = child.communicate(timeout=60)[0].decode()
+    output = child.communicate(timeout=seconds(60))[0].decode()
     assert child.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), output
     assert 32 <= rows < 75, output
     assert not place.exists()

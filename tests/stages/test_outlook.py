@@ -193,7 +193,7 @@ def test_seconds_come_from_the_plan_that_was_measured_for_this_here(command, tin
     monkeypatch.setattr(plan, "SEGMENT_S", 0.05)
     code, _ = command(bench.plan, "plan", tiny_recipe.path, "--repeats", "1", named=True)
     assert code == 0
-    runtime = Runtime.choose("auto", "auto", channels_last=True, compile=False)
+    runtime = Runtime.choose("auto", "fp32", channels_last=True, compile=False)
     report = json.loads((tmp_path / "runs" / "plan-student" / "plan.json").read_text())
     (own,) = [line for line in report["lines"] if line["recipe"]]
     told = plan.expected(tiny_recipe(), runtime)

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from harness import seconds
 
 import fastkd
 from fastkd import console, stages
@@ -164,6 +165,6 @@ def test_the_top_level_is_lazy_and_says_what_it_has():
         "fastkd.kd_loss; assert 'torch' in sys.modules and 'ffcv' not in sys.modules; "
         "assert {'Loader', 'kd_loss', 'load_recipe'} <= set(fastkd.__all__)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=seconds(120), check=False).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         fastkd.nonsense  # noqa: B018

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import seconds
 from matplotlib.font_manager import findfont, get_font
 from PIL import Image
 
@@ -567,7 +568,7 @@ def open_in_browser(page: str, folder: Path, width: int) -> tuple[dict, list[str
             f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--window-size=1400,1000",
             "--dump-dom", (folder / "frame.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=seconds(120),
     )  # fmt: skip
     told = re.search(r"<pre>(.*?)</pre>", done.stdout, re.DOTALL)
     assert told, done.stderr

@@ -1,0 +1,36 @@
+"""Scores of memory-mapped logits, which need neither torch nor FFCV."""
+
+import numpy as np
+
+from fastkd.errors import InputError
+from fastkd.kernels import Scores, score_logits
+
+CHUNK_ROWS = 65536
+"""Rows of logits that are processed at once, which bounds memory."""
+
+
+def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> Scores:
+    """Score memory-mapped logits of any floating-point dtype; see `fastkd.kernels.score_logits`.
+
+    Raises
+    ------
+    InputError
+        Logits that are not finite; names the first row.
+    """
+    if logits_NK.dtype in (np.float16, np.float32):
+        scores = score_logits(logits_NK, labels_N)
+    else:
+        parts = []
+        for start in range(0, len(labels_N), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            with np.errstate(over="ignore"):  # what is beyond float32 is not finite then
+                z_NK = np.ascontiguousarray(logits_NK[rows], np.float32)
+            parts.append(score_logits(z_NK, labels_N[rows]))
+        scores = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    bad = np.flatnonzero(~scores.finite)
+    if len(bad):
+        raise InputError(
+            f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}: "
+            "check the teacher's weights, or score in train.precision=fp32"
+        )
+    return scores

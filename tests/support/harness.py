@@ -1,0 +1,21 @@
+"""What many tests share and is no fixture: where commands lie, and how long a test may wait on a slow machine."""
+
+import importlib.util
+import os
+
+PATIENCE = float(os.environ.get("FASTKD_TEST_PATIENCE", "1"))
+"""What every bound on waiting is multiplied by; more than 1 for a slow or busy machine."""
+
+
+def seconds(bound: float) -> float:
+    """Return how long a test may wait for what takes less than `bound` seconds on two idle cores."""
+    return bound * PATIENCE
+
+
+def command_file(name: str) -> str:
+    """Return the file that ``python -m fastkd.NAME`` runs.
+
+    `runpy.run_path` runs it whether or not the module was imported before; `runpy.run_module` would warn.
+    """
+    module = "fastkd.artifacts.__main__" if name == "artifacts" else f"fastkd.{name}"
+    return str(importlib.util.find_spec(module).origin)
