@@ -3,11 +3,14 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 
 import pytest
 import torch.distributed as dist
 
-from fastkd import watch, world
+import fastkd
+from fastkd import stages, watch, world
+from fastkd.engine import runtime
 from fastkd.errors import FastkdError, InputError
 from fastkd.meeting import meet
 from fastkd.watch import Watch
@@ -256,3 +259,37 @@ def test_without_torchrun_nothing_is_joined(monkeypatch):
     with world.joined() as one:
         assert one is world.current()
         assert one.size == 1
+
+
+def test_all_processes_compute_in_the_same_precision_on_the_same_kind_of_device(tiny_recipe, monkeypatch):
+    """`auto` may give another on another machine: it is what came of it that they agree on."""
+
+    class Told(World):
+        def agree(self, what, value, hint="") -> None:
+            told[what] = value, hint
+
+    told: dict[str, tuple] = {}
+    monkeypatch.setattr(world, "_world", Told())
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: True)
+    stages.Chain(tiny_recipe("train.device=cpu"))
+    value, hint = told["device or precision"]
+    assert value == {"device": "cpu", "precision": "bf16"}
+    assert hint.startswith("Give train.device and train.precision")
+
+
+def test_versions_are_those_that_are_installed():
+    found = world.versions()
+    assert found["fastkd"] == fastkd.__version__
+    assert found["torch"] == metadata.version("torch")
+    assert set(found) >= {"numba", "numpy", "ffcv"}
+
+
+def test_clocks_that_differ_are_warned_of(monkeypatch, capfd):
+    class Gathered(World):
+        def gather(self, value):
+            return [value, value + 2, value + 3600]
+
+    everybody = [{"host": f"node{k}"} for k in range(3)]
+    world._compare_clocks(Gathered(0, 3, everybody=everybody))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "the clocks of machines differ from that of node0: node2 by +3600 s; set them" in said

@@ -85,6 +85,7 @@ def test_a_process_that_is_stopped_for_long__is_given_up_and_publishes_nothing_w
     assert "publishes" not in jobs[0].said
 
 
+@pytest.mark.soak
 def test_a_process_that_is_stopped_for_a_moment__is_waited_for(one_host):
     job = one_host(STEPS, "collective", "40")
     job.wait_for("process 0 at step 10", seconds(START_WITHIN_S))
@@ -98,7 +99,7 @@ def test_a_process_that_is_stopped_for_a_moment__is_waited_for(one_host):
     assert job.said.count("publishes") == 2
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_one_process_that_is_killed__is_told_of_in_one_line_whichever_it_is(one_host, rank):
     job = one_host(STEPS, "collective")
     job.wait_for("process 0 at step 10", seconds(START_WITHIN_S))
@@ -119,7 +120,7 @@ def test_a_signal_that_one_process_gets__is_told_with_its_place(one_host):
     assert line.startswith("error: terminated on process 1 on ")
 
 
-def test_machines_with_other_versions_or_another_precision__are_refused_by_name(one_host, tmp_path):
+def test_machines_with_other_versions__are_refused_by_name(one_host, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(
         f"""
@@ -157,7 +158,7 @@ def given(two_hosts, recipe_in, tiny, tmp_path):
     return loaded
 
 
-@pytest.mark.timeout(seconds(600))
+@pytest.mark.timeout(seconds(900))
 def test_trainings_over_two_machines_whose_storage_shows_old_things__go_on_to_the_same_student(
     two_hosts, given, tmp_path
 ):
@@ -167,7 +168,7 @@ def test_trainings_over_two_machines_whose_storage_shows_old_things__go_on_to_th
     """
     options = (*GROUPNORM, *VIEWS, *given.shared)
     jobs = two_hosts.torchrun(JOB, task(given, "train", *options, apart=given.apart, stop_after=6))
-    assert [job.end(seconds(150)) for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
+    assert [job.end(seconds(300)) for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
     runs = two_hosts.disk / "runs"
     assert len(events_in(runs)) >= 6
 
@@ -175,9 +176,9 @@ def test_trainings_over_two_machines_whose_storage_shows_old_things__go_on_to_th
     again = task(given, "train", *options, apart=given.apart, pause_s=0.3)
     jobs = two_hosts.torchrun(JOB, again, options=("--max-restarts", "1"))
     lines = len(events_in(runs)) + 4
-    wait_until(lambda: len(events_in(runs)) >= lines, seconds(60), lambda: jobs[0].said, jobs[0].process)
+    wait_until(lambda: len(events_in(runs)) >= lines, seconds(240), lambda: jobs[0].said, jobs[0].process)
     os.kill(jobs[1].workers()[1], signal.SIGKILL)
-    assert [job.end(seconds(60)) for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
+    assert [job.end(seconds(300)) for job in jobs] == [0, 0], jobs[0].said + jobs[1].said
     assert jobs[0].said.count("from the last checkpoint") == 2
 
     alone = (*GROUPNORM, *VIEWS, f"train.runs_dir={tmp_path / 'alone'}", f"data.artifacts_dir={tmp_path / 'artifacts'}")
