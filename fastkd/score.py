@@ -14,7 +14,7 @@ def main(
 ) -> cli.Told:
     """Run the teacher over all of train, in the plain view, and store its logits.
 
-    JSON keys: path, kind, key, built, cost_s, count, classes, top1.
+    JSON keys: path, kind, key, built, cost_s, count, classes, top1, chance, at_chance, moved_classes.
 
     Example: python -m fastkd.score recipes/quickstart.yaml score.batch_size=512
     """
@@ -22,7 +22,8 @@ def main(
 
     artifact, built = stages.score(recipe.load(path, overrides or ()), force=force)
     line = f"SCORES: {artifact.path} (teacher's top-1 on train {artifact.facts['top1']:.2%})"
-    return cli.Told.of(line, artifact, built, **{name: artifact.facts[name] for name in ("count", "classes", "top1")})
+    names = ("count", "classes", "top1", "chance", "at_chance", "moved_classes")
+    return cli.Told.of(line, artifact, built, **{name: artifact.facts.get(name) for name in names})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,23 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         elif e["type"] == "value_error":
             yield f"{where}: {e['ctx']['error']}"
         else:
-            yield f"{where}: {_shown(e['input'])} is wrong: {e['msg'].removeprefix('Input ')}"
+            expected = e["msg"].removeprefix("Input ") + _hint(e["type"], e["input"], where)
+            if e["type"] == "model_type":
+                expected = f"expected a section with keys of its own: {', '.join(_fields_at(model, path))}"
+            elif e["type"] == "tuple_type":
+                expected = "expected a list, in brackets"
+            yield f"{where}: {_shown(e['input'])} is wrong: {expected}"
+
+
+def _hint(kind: str, value: Any, where: str) -> str:
+    """Return what to write instead, where YAML's forms or percents are what a person gets wrong."""
+    if kind == "less_than_equal" and where.endswith("_ratio") and 1 < value <= 100:
+        return f": it is a share, {value / 100:g} for {value:g} %"
+    if kind in ("bool_type", "bool_parsing"):
+        return ": true or false"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f": write it in quotes, '{_shown(value)}'"
+    return ""
 
 
 def _shown(value: Any) -> str:

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from fastkd import cli, console
+from fastkd import cli, console, plain_yaml
 from fastkd.data.source import load_writer, writer_names
 from fastkd.errors import InputError
 from fastkd.stages.writing import write
@@ -44,7 +43,7 @@ def main(
 
 
 def _key_values(words: list[str]) -> dict[str, Any]:
-    """Parse key=value words; values are YAML: 32 is an integer, true a boolean, null None."""
+    """Parse key=value words; values are YAML 1.2: 32 is an integer, true a boolean, null None, no is text."""
     options: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -53,10 +52,10 @@ def _key_values(words: list[str]) -> dict[str, Any]:
         if key in options:
             raise InputError(f"{word!r}: {key} is given twice")
         try:
-            parsed = yaml.safe_load(value) if value else ""
-        except Exception:  # a date that there is not, a tag
+            parsed = plain_yaml.parse(value, word) if value else ""
+        except InputError:  # a tag, a colon in a path
             parsed = value
-        # What YAML takes for a mapping or a date is a text, such as a path: no option is of these types.
+        # What YAML takes for a mapping is text, such as a path: no option is of this type.
         options[key] = parsed if isinstance(parsed, str | bool | int | float | list | None) else value
     return options
 

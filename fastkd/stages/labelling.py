@@ -169,11 +169,18 @@ def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, resh
     return out_MK
 
 
+def refuse_topk(topk: int | None, num_classes: int) -> None:
+    """Refuse to store as many logits as there are classes, or of more classes than 16 bits number."""
+    if topk is not None and (topk >= num_classes or num_classes > 1 << 16):
+        raise InputError(
+            f"labels.topk={topk}: expected fewer than the {num_classes} classes, of which there may be 65,536"
+        )
+
+
 def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown: Artifact | None) -> Built:
     """Label the views that are not there yet."""
     kept, K, topk = np.asarray(chain.subset.array("indices.npy")), chain.num_classes, chain.recipe.labels.topk
-    if topk is not None and (topk >= K or K > 1 << 16):
-        raise InputError(f"labels.topk={topk}: expected fewer than the {K} classes, of which there may be 65,536")
+    refuse_topk(topk, K)
     folder, world = directory / "views", current()
     if world.leads:
         folder.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from fastkd.data.source import load_writer
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
 from fastkd.stages.chain import Chain, MissingError, refuse_unknown
-from fastkd.stages.job import needs_scores, uses_labels, uses_subset
+from fastkd.stages.job import check_student, needs_scores, uses_labels, uses_subset
 from fastkd.stages.labelling import row_bytes
 from fastkd.stages.pruning import listed_rows
 from fastkd.stages.training import CHECKPOINTS, begun_otherwise, build_run, run_inputs
@@ -162,14 +162,11 @@ def _dataset(chain: Chain) -> Artifact:
 
 def _check_student(chain: Chain, dataset: Artifact | None, *, found: bool) -> None:
     """Refuse a student that cannot be built or does not fit its weights, and more than there is of batch or workers."""
-    recipe = chain.recipe
-    models.build(recipe.student.model, 10)
+    models.build(chain.recipe.student.model, 10)
     if dataset is None:
         return
-    weights = recipe.student.weights
-    if weights is not None and models.is_at_hand(weights, recipe.student.model):
-        models.load_weights(models.build(recipe.student.model, chain.num_classes), weights, name=recipe.student.model)
-    chain.loader("train", recipe.train.batch_size).full_batches(_kept(chain, found=found))
+    check_student(chain, _kept(chain, found=found))
+    chain.loader("train", chain.recipe.train.batch_size)
 
 
 def _kept(chain: Chain, *, found: bool) -> int:

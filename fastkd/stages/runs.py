@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
-from fastkd import artifacts
+from fastkd import artifacts, plain_yaml
 from fastkd.artifacts import Artifact, Manifest, canonical
 from fastkd.errors import InputError
 from fastkd.recipe import Recipe
@@ -276,7 +275,7 @@ def read(path: Path) -> RunFacts:
     lines = run.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return RunFacts(
         run,
-        yaml.safe_load(run.file("resolved.yaml").read_text(encoding="utf-8")),
+        plain_yaml.parse((file := run.file("resolved.yaml")).read_text(encoding="utf-8"), str(file)),
         json.loads(run.file("timing.json").read_bytes()),
         json.loads(run.file("env.json").read_bytes()),
         json.loads(run.file("model.json").read_bytes())["classes"],

@@ -9,6 +9,7 @@ import numpy as np
 from fastkd import console
 from fastkd.artifacts import Artifact, Built
 from fastkd.errors import InputError
+from fastkd.stages.judging import judge_logits
 from fastkd.stages.passes import run_pass
 from fastkd.stages.row_scores import score_chunks
 from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, progress_file
@@ -52,6 +53,8 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
 def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
     """Run the teacher over all of train, from where a pass that was broken off had come."""
     console.heading(f"score: {chain.teacher.inputs['model']} over train")
+    for told in chain.teacher.warnings:  # they belong to these logits
+        console.warn(told)
     world, precision, file = current(), chain.runtime.precision, directory / "logits.npy"
     loader = chain.loader("train", chain.recipe.score.batch_size, input_px=chain.teacher_px)
     labels_N = loader.labels()
@@ -94,11 +97,13 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
         return Built()
     np.save(directory / "labels.npy", labels_N)
     try:
-        top1 = float(score_chunks(np.load(file, mmap_mode="r"), labels_N).correct.mean())
+        logits_NK = np.load(file, mmap_mode="r")
+        top1 = float(score_chunks(logits_NK, labels_N).correct.mean())
     except InputError:  # the logits are of no use, and would not be when gone on with
         progress.file.unlink(missing_ok=True)
         shutil.rmtree(directory)
         raise
     console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
-    facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count, "classes": K}
+    judged = judge_logits(logits_NK, labels_N, top1, "score", "the teacher", chain.dataset.facts["classes"])
+    facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count, "classes": K, **judged}
     return Built(facts=facts, earlier_s=earlier_s)

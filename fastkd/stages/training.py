@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
-from fastkd import artifacts, console, doctor, models
+from fastkd import artifacts, console, doctor, models, plain_yaml
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
 from fastkd.data.loader import Loader
@@ -25,7 +24,7 @@ from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages import labelling
 from fastkd.stages.history import History, require_tensorboard
-from fastkd.stages.job import LOADING_HELP, Job, prepare, uses_labels, uses_subset, word
+from fastkd.stages.job import LOADING_HELP, Job, check_student, prepare, uses_labels, uses_subset, word
 from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.stopping import StopRequest
 from fastkd.stages.student import STORED
@@ -54,6 +53,8 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
     recipe = chain.recipe
     if recipe.log.tensorboard and chain.build:
         require_tensorboard()
+    if chain.build:
+        check_student(chain)
     inputs = run_inputs(chain)
     path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
     if not chain.build and not path.exists():
@@ -147,14 +148,14 @@ def _unusual(train: recipes.Train) -> dict[str, Any]:
 
 
 def _student_weights(recipe: recipes.Recipe) -> str | None:
-    """Return what identifies the weights that a student starts from: a file's digest, a RUN's key, or their name."""
+    """Return what identifies the weights that a student starts from: a file's digest, an artifact's key, or a name."""
     weights = recipe.student.weights
     if weights is None:
         return None
     path = Path(weights)
     if path.is_file():
-        return artifacts.file_digest(path)
-    return artifacts.load(path, "RUN").key if path.is_dir() else weights
+        return artifacts.file_digest(path) + (" (average)" if models.takes_average(path) else "")
+    return artifacts.load(path).key if path.is_dir() else weights
 
 
 def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
@@ -252,9 +253,10 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
 def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
     """Return the error about an unfinished RUN of another recipe, which says what differs in them."""
     phrases = []
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):  # it was being written
-        begun = yaml.safe_load((directory / "resolved.yaml").read_text())
-        phrases = artifacts.differences(yaml.safe_load(recipes.dump(recipe)), begun)
+    with contextlib.suppress(OSError, ValueError, InputError, TypeError, AttributeError):  # it was being written
+        file = directory / "resolved.yaml"
+        begun = plain_yaml.parse(file.read_text(encoding="utf-8"), str(file))
+        phrases = artifacts.differences(recipe.model_dump(mode="json"), begun)
     differs = f" ({'; '.join(phrases[:5])})" if phrases else ""
     return InputError(
         f"{directory}: was begun for another recipe, or with other settings{differs}; give those again to go on, "

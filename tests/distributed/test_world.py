@@ -271,7 +271,7 @@ def test_all_processes_compute_in_the_same_precision_on_the_same_kind_of_device(
     told: dict[str, tuple] = {}
     monkeypatch.setattr(world, "_world", Told())
     monkeypatch.setattr(runtime, "has_bf16", lambda device: True)
-    stages.Chain(tiny_recipe("train.device=cpu"))
+    stages.Chain(tiny_recipe("train.device=cpu", "train.precision=auto"))
     value, hint = told["device or precision"]
     assert value == {"device": "cpu", "precision": "bf16"}
     assert hint.startswith("Give train.device and train.precision")
