@@ -137,7 +137,7 @@ class Written:
 
     @property
     def std(self) -> list[float]:
-        """The standard deviations to normalise by: 1 for a constant channel, whose normalised pixels are then about 0."""
+        """The standard deviations to normalise by: 1 for a constant channel."""
         return usable_std(self.splits["train"].std)
 
     @property
@@ -157,8 +157,8 @@ class Written:
         ]
         if constant:
             texts.append(
-                f"{', '.join(constant)}: constant or nearly so over all of train. The standard deviation is recorded as "
-                "1, so that normalised pixels are about 0; look at the images"
+                f"{', '.join(constant)}: constant or nearly so over all of train. The standard deviation is recorded "
+                "as 1, so that normalised pixels are about 0; look at the images"
             )
         return texts
 
