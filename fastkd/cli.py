@@ -177,12 +177,12 @@ def as_command(command: Callable[..., Told | None], *, together: bool = False) -
                     print(line, flush=True)
                 if told and told.error:
                     raise told.error
-        except HungUp:
-            _stop("the terminal was closed", 129)
-        except Terminated:
-            _stop("terminated", 143)
-        except KeyboardInterrupt:
-            _stop("interrupted", 130)
+        except HungUp as stopped:
+            _stop(str(stopped) or "the terminal was closed", 129)
+        except Terminated as stopped:  # the text, if there is one, tells where
+            _stop(str(stopped) or "terminated", 143)
+        except KeyboardInterrupt as stopped:
+            _stop(str(stopped) or "interrupted", 130)
         except FastkdError as error:
             _stop(str(error), error.exit_code)
         except Exception as error:

@@ -43,7 +43,7 @@ def main(
     resolved = recipe.load(path, overrides or ())
     if resume and resume.name.endswith(artifacts.PARTIAL):
         resume = resume.with_name(resume.name.removesuffix(artifacts.PARTIAL))
-    if resume and not (resume.exists() or artifacts.partial_of(resume).exists()):
+    if resume and not _was_begun(resume):
         raise InputError(f"--resume {resume}: nothing was begun there")
     if dry_run:
         return _dry_run(resolved, frozenset(force or ()), resume)
@@ -66,6 +66,13 @@ def main(
         **{name: timing[name] for name in figures},
         stages=timing["stages"],
     )
+
+
+def _was_begun(run: Path) -> bool:
+    """Tell whether there is a RUN at a path, begun or finished, as the leading process sees it."""
+    from fastkd.stages.together import decided_by_leader
+
+    return decided_by_leader(lambda: run.exists() or artifacts.partial_of(run).exists())
 
 
 def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:

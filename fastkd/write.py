@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from fastkd import cli, console, plain_yaml
+from fastkd.artifacts import WARNINGS
 from fastkd.data.source import load_writer, writer_names
 from fastkd.errors import InputError
 from fastkd.stages.writing import write
@@ -24,10 +25,8 @@ def main(
     with console.bars() as progress:
         artifact, written = write(writer, out_dir, _key_values(options or []), force=force, progress=progress)
     facts, counts = artifact.facts, artifact.facts["counts"]
-    for skipped in facts["skipped"][:10]:
-        console.warn(f"left out {skipped['split']} {skipped['description'] or skipped['index']}: {skipped['reason']}")
-    if len(facts["skipped"]) > 10:
-        console.warn(f"left out {len(facts['skipped'])} images in all; the manifest lists them")
+    for text in facts.get(WARNINGS, ()):  # what was warned of when it was written holds where it is reused
+        console.warn(text)
     size = sum(stamp.size for stamp in artifact.manifest.files.values())
     done = f"written in {artifact.cost_s:.1f} s" if written else "reused: it was written before, with the same options"
     return cli.Told.of(

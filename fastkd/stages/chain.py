@@ -1,5 +1,6 @@
 """From a recipe to its artifacts: each is found by its key or built, when it is first asked for."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 
 from fastkd import artifacts, console, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Kind
+from fastkd.data.beton import usable_std
 from fastkd.data.loader import BATCHES_AHEAD, Loader
 from fastkd.data.order import split_holdout
 from fastkd.data.views import DECODE_PATH, Views
@@ -23,6 +26,7 @@ from fastkd.recipe import Data, Recipe, Teacher
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.history import Stopwatch
 from fastkd.stages.rows import subset_inputs
+from fastkd.stages.together import built_by_leader, decided_by_leader, is_shared, read_once_seen
 from fastkd.stages.writing import write
 from fastkd.world import current
 
@@ -116,6 +120,11 @@ class Chain:
             channels_last=recipe.train.channels_last,
             compile=recipe.train.compile and recipe.train.compile_mode,
         )
+        current().agree(
+            "device or precision",
+            {"device": self.runtime.device.type, "precision": self.runtime.precision},
+            "Give train.device and train.precision, as all machines have them",
+        )
         if reset_compiler:
             torch.compiler.reset()
 
@@ -142,9 +151,23 @@ class Chain:
     @cached_property
     def dataset(self) -> Artifact:
         """The DATASET, written first if the recipe names a writer and it is not there."""
-        dataset = current().first(self._dataset) if self.build else self._dataset()
-        current().agree("data set", {"key": dataset.key})
+        world = current()
+        if not self.build or world.size == 1:
+            return self._dataset()
+        dataset = self._dataset() if world.leads else None
+        key = decided_by_leader(lambda: dataset and dataset.key)
+        # Each machine may have a copy of its own; of one that all share, another may not see yet what was just written.
+        path, here = Path(self.recipe.data.path), world.leads or self._has_dataset(str(key))
+        if not all(world.gather(here)) and is_shared(path.parent) and not here:
+            read_once_seen(path, lambda path: artifacts.read_manifest(path).key == key or None)
+        dataset = dataset or self._dataset()
+        world.agree("data set", {"key": dataset.key})
         return dataset
+
+    def _has_dataset(self, key: str) -> bool:
+        with contextlib.suppress(ArtifactError):
+            return artifacts.read_manifest(Path(self.recipe.data.path)).key == key
+        return False
 
     def _dataset(self) -> Artifact:
         data, path = self.recipe.data, Path(self.recipe.data.path)
@@ -265,6 +288,8 @@ class Chain:
         """Return where an artifact with these inputs lies; say what the nearest lacks if it is not there."""
         directory = self.artifacts_dir
         path = directory / f"{kind.lower()}-{artifacts.key_of(kind, inputs)[:12]}"
+        if self.build and not current().leads:
+            return path
         if not path.exists() and (near := artifacts.nearest(directory, kind, inputs)):
             console.say(f"no {kind} for this recipe yet; the nearest is {near}")
         if not self.build and not path.exists():
@@ -479,7 +504,13 @@ class Chain:
     @property
     def normalisation(self) -> models.Normalisation:
         """The data set's own channel means and standard deviations."""
-        return models.Normalisation(tuple(self.dataset.facts["mean"]), tuple(self.dataset.facts["std"]))
+        facts = self.dataset.facts
+        red, green, blue = usable_std(facts["std"])
+        if [red, green, blue] != facts["std"]:  # recorded by a fastkd that did not look
+            console.warn(
+                f"{self.dataset.path}: a channel is constant over all of train; its standard deviation is taken as 1"
+            )
+        return models.Normalisation(tuple(facts["mean"]), (red, green, blue))
 
     @cached_property
     def scores(self) -> Artifact:
@@ -494,11 +525,13 @@ class Chain:
     def subset(self) -> Artifact:
         """The SUBSET: which samples are kept, and what the teacher says of their plain views."""
         if self.export:
-            return self.note("prune", pruning.exported_subset(self), built=False)
+            own = pruning.exported_subset(self)
+            current().agree("SUBSET", subset_inputs(own))
+            return self.note("prune", own, built=False)
         if not self.build:
             return self.note("prune", *pruning.build_subset(self))
         self.scores  # noqa: B018 - all processes work at it, before the leading one goes on alone
-        subset, built = current().first(lambda: pruning.build_subset(self))
+        subset, built = built_by_leader(lambda: pruning.build_subset(self))
         current().agree("SUBSET", subset_inputs(subset))
         return self.note("prune", subset, built)
 
@@ -506,6 +539,8 @@ class Chain:
     def labels(self) -> Artifact:
         """The LABELS: what the teacher says of the numbered views."""
         artifact, built = (labelling.exported_labels(self), False) if self.export else labelling.build_labels(self)
+        if current().size > 1:
+            current().agree("LABELS", _contents(artifact, self.recipe.num_views or 0))
         return self.note("label", artifact, built, share=labelling.share_of(artifact, self.recipe.num_views or 0))
 
     def train(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
@@ -513,6 +548,13 @@ class Chain:
         run, built = training.build_run(self, out=out, source=source)
         self.note("train", run, built)
         return run, built
+
+
+def _contents(labels: Artifact, views: int) -> dict[str, str]:
+    """Return what identifies the very rows of the first views."""
+    names = [name for view in range(views) for name in labelling.view_names(labels, view)]
+    digests = [labels.manifest.files[name].xxh3_128 for name in names]
+    return {"key": labels.key, "rows": xxhash.xxh3_128_hexdigest("".join(digests).encode())}
 
 
 def score(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:

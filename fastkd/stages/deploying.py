@@ -65,6 +65,7 @@ def deploy(run: str | os.PathLike[str], out: str | os.PathLike[str], *, force: b
         parents={"RUN": loaded.key},
         settings={"run": str(source.absolute())},
         force=force,
+        sources=lambda: [loaded],
     )
 
 

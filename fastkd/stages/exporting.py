@@ -90,6 +90,7 @@ def export(
                 "labels": str(sources.labels.path) if sources.labels else None,
             },
             force=force,
+            sources=lambda: [one for one in (sources.data, sources.subset, sources.labels) if one],
         )
     found = artifact.facts.get("export") or {}
     if not built and (phrases := artifacts.differences(sources.keys, {key: found.get(key) for key in sources.keys})):

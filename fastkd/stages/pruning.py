@@ -69,6 +69,7 @@ def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
                 "precision": precision,
             },
             force="prune" in chain.force,
+            sources=lambda: [scores],
         )
 
 

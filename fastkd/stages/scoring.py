@@ -13,7 +13,7 @@ from fastkd.stages.judging import judge_logits
 from fastkd.stages.passes import run_pass
 from fastkd.stages.row_scores import score_chunks
 from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, progress_file
-from fastkd.stages.together import build_together
+from fastkd.stages.together import build_together, decided_by_leader, seen
 from fastkd.world import current
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
             settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.score.batch_size},
             force="score" in chain.force,
             resumable=True,
+            sources=lambda: [chain.dataset],
         )
     if chain.build and current().leads:
         file.unlink(missing_ok=True)
@@ -59,13 +60,17 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
     labels_N = loader.labels()
     count, K, dtype = loader.count, chain.num_classes, np.dtype(chain.recipe.score.dtype)
     begun = progress.views.get(0)
-    done = begun["rows"] if begun and begun["precision"] == precision and file.is_file() else 0
-    if begun and done and world.leads:
-        with RowFile(file, dtype, count, K, done=done) as rows:
-            if rows.digest != begun["digests"][0]:
-                console.warn("score: what was begun is damaged; scoring anew")
-                done = 0
-    done = world.share(done)
+
+    def rows_to_keep() -> int:
+        rows = begun["rows"] if begun and begun["precision"] == precision and file.is_file() else 0
+        if begun and rows:
+            with RowFile(file, dtype, count, K, done=rows) as stored:
+                if stored.digest == begun["digests"][0]:
+                    return rows
+            console.warn("score: what was begun is damaged; scoring anew")
+        return 0
+
+    done = decided_by_leader(rows_to_keep)
     earlier_s = begun["cost_s"] if begun and done else 0.0
     if done:
         console.say(f"score: going on with what was begun: {done:,} of {count:,} rows are there")
@@ -73,7 +78,9 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
         progress.views.clear()
     if world.leads:  # before others write
         need_space(directory, (count - done) * K * dtype.itemsize, f"storing {count - done:,} rows of logits")
-    opened = world.first(lambda: RowFile(file, dtype, count, K, done=done, begun=not world.leads))
+    opened = world.first(
+        lambda: RowFile(file if world.leads else seen(file), dtype, count, K, done=done, begun=not world.leads)
+    )
     with opened as rows, console.progress("score", count - done) as update:
         run_pass(
             chain.runtime,

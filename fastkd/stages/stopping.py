@@ -26,7 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self._signal = signal.SIGINT
+        self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         # torchrun hands on what the terminal has sent to all already, and kills who is not done within 30 s.
         self._counts = not dist.is_torchelastic_launched()
@@ -42,8 +42,19 @@ class StopRequest:
             signal.signal(number, handler)
 
     def reason(self) -> KeyboardInterrupt:
-        """Return what is to be raised once it is safe."""
-        return {signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}.get(self._signal, KeyboardInterrupt)()
+        """Return what is to be raised once it is safe; all processes must call it.
+
+        Where a signal came to another process than the leading one, its text tells to which.
+        """
+        world = current()
+        numbers = world.gather(int(self._signal or 0))
+        signalled = [rank for rank, number in enumerate(numbers) if number]
+        rank = signalled[0] if signalled else 0
+        kind, text = {
+            signal.SIGTERM: (Terminated, "terminated"),
+            signal.SIGHUP: (HungUp, "the terminal was closed"),
+        }.get(numbers[rank], (KeyboardInterrupt, "interrupted"))
+        return kind(f"{text} on {world.name(rank)}" if rank else text)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)

@@ -22,12 +22,13 @@ from fastkd.engine import checkpoint
 from fastkd.engine.loop import Epoch, StoppedError, train_epoch
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
+from fastkd.stages import labelling
 from fastkd.stages.history import History, require_tensorboard
 from fastkd.stages.job import LOADING_HELP, Job, check_student, prepare, uses_labels, uses_subset, word
 from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.stopping import StopRequest
 from fastkd.stages.student import STORED
-from fastkd.stages.together import build_together
+from fastkd.stages.together import build_together, decided_by_leader, read_once_seen
 from fastkd.world import Vote, current
 
 if TYPE_CHECKING:
@@ -74,7 +75,31 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
             force="train" in chain.force,
             resumable=True,
             scratch=CHECKPOINTS,
+            sources=lambda: _sources(chain),
         )
+
+
+def _sources(chain: "Chain") -> list[Artifact]:
+    """Return the artifacts that a training reads."""
+    sources = [chain.dataset]
+    if uses_subset(chain):
+        sources.append(chain.subset)
+    if uses_labels(chain.recipe):
+        sources.append(chain.labels)
+    return sources
+
+
+def _refuse_changed(chain: "Chain", epoch: int | None = None) -> None:
+    """See that nothing that a training reads was changed; of LABELS, where an epoch is given, only the view it reads.
+
+    Raises
+    ------
+    ArtifactError
+        Names the file.
+    """
+    for source in _sources(chain):
+        view = chain.recipe.view_of(epoch) if epoch is not None and source.manifest.kind == "LABELS" else None
+        source.refuse_changed(*(() if view is None else labelling.view_names(source, view)))
 
 
 def run_inputs(chain: "Chain") -> dict[str, Any]:
@@ -144,10 +169,13 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
     key = artifacts.key_of("RUN", run_inputs(chain))
     checkpoints = directory / CHECKPOINTS
-    begun = checkpoints.exists()
-    found = world.first(lambda: checkpoint.newest(checkpoints))
+    begun = world.leads and checkpoints.exists()
+    found = checkpoint.newest(checkpoints) if world.leads else None
+    if (name := decided_by_leader(lambda: found and found.file.name)) and not world.leads:
+        found = read_once_seen(checkpoints / name, checkpoint.read)
     if found and found.state["key"] != key:
         raise begun_otherwise(recipe, directory)
+    world.agree("checkpoint to go on from", {"name": found and found.file.name})
     if world.leads:
         if source is not None:
             shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
@@ -171,6 +199,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
         )
 
     def save() -> None:
+        _refuse_changed(chain)  # the steps since the last checkpoint were on the right data
         step = history.steps_before + history.epoch.steps
         checkpoint.save(checkpoints, step, job.student, job.state, job.running, history.state())
 
@@ -247,6 +276,7 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
     with console.progress("train", train.epochs * images, begun=begun) as update:
         for number in range(len(history.epochs), train.epochs):
             epoch = history.epoch
+            _refuse_changed(chain, number)
             with watch.on("train"):
                 ids = job.epoch_ids(number, begun=epoch.steps > 0)
                 lr_S = learning_rates(recipe.optim, train.epochs, number, job.steps_of(len(ids)))

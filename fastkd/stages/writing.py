@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastkd import shipped
+from fastkd import console, shipped
 from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, read_manifest
 from fastkd.data.beton import Progress, write_betons
 from fastkd.data.source import Writer, load_writer
@@ -56,18 +56,21 @@ def write(
     def builder(directory: Path) -> Built:
         written = write_betons(loaded, resolved, directory, progress)
         train, val = written.splits["train"], written.splits["val"]
+        for text in written.warnings:
+            console.warn(f"write: {text}")
         facts = {
             "classes": written.classes,
             "counts": {"train": train.count, "val": val.count},
             "class_counts": {"train": train.class_counts, "val": val.class_counts},
             "mean": train.mean,
-            "std": train.std,
+            "std": written.std,
             "image": {
                 "max_height": max(train.max_height, val.max_height),
                 "max_width": max(train.max_width, val.max_width),
                 "fixed_size": train.fixed_size if train.fixed_size == val.fixed_size else None,
             },
             "skipped": train.skipped + val.skipped,
+            "found": {one.kind: one.counts for one in written.found},
             "writer": writer,
             "options": recorded,
         }

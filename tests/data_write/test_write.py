@@ -169,7 +169,9 @@ def test_command(noise, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "39 train and 20 val images of 4 classes" in told.out
     assert "written in" in told.out
-    assert "left out train noise-37.png: corrupt image" in told.err
+    assert (
+        "left out 1 of train and 0 of val, which cannot be read (on_error=skip): train noise-37.png: corr" in told.err
+    )
     assert run(monkeypatch, *words) == 0
     assert "reused" in capsys.readouterr().out
     assert run(monkeypatch, *words[:2], "n=41") == 2
