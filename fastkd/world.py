@@ -231,7 +231,7 @@ def _is_running(pid: int) -> bool:
     except PermissionError:
         return True
     stat = Path(f"/proc/{pid}/stat")  # dead ones that torchrun has not looked at yet are still in the list
-    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return not stat.exists() or stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
 
 
 class Vote:
@@ -422,7 +422,7 @@ def _compare_clocks(world: World) -> None:
 
 def _end_within(seconds: float) -> None:
     """End this process after a time, whatever its threads do."""
-    devnull = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     faulthandler.dump_traceback_later(seconds, exit=True, file=devnull)
 
 

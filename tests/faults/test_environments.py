@@ -199,7 +199,7 @@ def test_a_training_whose_reader_goes_away__goes_on_and_ends_well(place):
     assert artifacts.load(run, "RUN").facts["top1"]["val"] >= 0
 
 
-def test_a_working_directory_that_is_deleted__does_not_matter_to_a_training(place, tmp_path):
+def test_a_working_directory_that_was_deleted__is_one_line_that_says_so(place, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
     place.as_nobody("write")
@@ -216,7 +216,9 @@ def test_a_working_directory_that_is_deleted__does_not_matter_to_a_training(plac
         timeout=200,
         check=False,
     )
-    assert done.returncode == 0, words(done)
+    assert done.returncode == 1, words(done)
+    assert "the working directory may have been deleted" in words(done)
+    assert "Traceback" not in words(done)
 
 
 @pytest.mark.parametrize(
