@@ -137,11 +137,7 @@ class Written:
 
     @property
     def std(self) -> list[float]:
-<<<<<<< HEAD
         """The standard deviations to normalise by: 1 for a constant channel, whose pixels become about 0."""
-=======
-        """The standard deviations to normalise by: 1 for a constant channel."""
->>>>>>> encode
         return usable_std(self.splits["train"].std)
 
     @property
