@@ -244,6 +244,19 @@ def test_a_shrunk_jpeg_is_not_told_of(jpeg):
     assert e.encode(jpeg(), WriterOptions(mode="jpg", max_resolution=10)).notices == 0
 
 
+@pytest.mark.parametrize(("mode", "darker"), [("RGB", 0.82), ("L", 0.48)])
+def test_how_much_darker_ffcv_decodes(mode, darker):
+    """The figures of docs/writers.md."""
+    pixels = cv2.GaussianBlur(np.random.default_rng(0).normal(size=(256, 320, 3)).astype(np.float32), (0, 0), 2)
+    data = file_of(
+        Image.fromarray(np.clip(pixels * 300 + 128, 0, 255).astype(np.uint8)).convert(mode), "JPEG", quality=90
+    )
+    accurate = np.array(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    difference = e.decode_jpeg(np.frombuffer(data, np.uint8), 256, 320) - accurate
+    assert -difference.mean() == pytest.approx(darker, abs=0.1)
+    assert np.abs(difference).max() <= 12
+
+
 def test_the_first_picture_of_a_phones_jpeg_is_what_is_read():
     data, _, _ = NOTICED["phone's jpeg"]
     stored = e.encode(data, WriterOptions(mode="jpg"))
