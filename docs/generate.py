@@ -22,7 +22,6 @@ from fastkd.recipe import Recipe
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-HOME = str(Path.home())
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 COMMANDS = ("write", "score", "prune", "label", "train", "check", "export", "predict", "report", "artifacts", "recipes")
@@ -71,7 +70,7 @@ def _table(model: type[BaseModel], without: type[BaseModel] | None = None) -> li
     for name, spec in schema["properties"].items():
         if known.get(name) == spec or _section(model.model_fields[name].annotation):
             continue
-        default = "must be given" if "default" not in spec else f"`{json.dumps(spec['default'])}`".replace(HOME, "~")
+        default = "must be given" if "default" not in spec else f"`{json.dumps(spec['default'])}`"
         meaning = " ".join(spec.get("description", known.get(name, {}).get("description", "")).split())
         lines.append(f"| `{name}` | {_kind(spec)} | {_cell(default)} | {_cell(meaning)} |")
     return lines
@@ -109,7 +108,8 @@ def _cell(text: str) -> str:
 def command_modules() -> list[str]:
     """Return the names of what ``python -m fastkd.NAME`` runs."""
     package = ROOT / "fastkd"
-    modules = [file.stem for file in package.glob("*.py") if '__name__ == "__main__"' in file.read_text()]
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in package.glob("*.py")}
+    modules = [name for name, text in texts.items() if '__name__ == "__main__"' in text]
     found = modules + [file.parent.name for file in package.glob("*/__main__.py")]
     return sorted(found, key=lambda name: (COMMANDS.index(name) if name in COMMANDS else len(COMMANDS), name))
 
@@ -195,4 +195,4 @@ def renewed(text: str) -> str:
 
 if __name__ == "__main__":
     for page in (*sorted(DOCS.glob("*.md")), ROOT / "README.md"):
-        page.write_text(renewed(page.read_text()))
+        page.write_text(renewed(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -14,6 +14,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     pairs: Annotated[int, typer.Option(min=1, help="How many (sample, view) the teacher is asked about again.")] = 256,
     seed: Annotated[int | None, typer.Option(min=0, help="Which of them; default: others each time.")] = None,
+    no_code: cli.NoCode = False,
 ) -> cli.Told:
     """Verify every checksum; of a recipe, also re-run its teacher on random views and compare with what is stored.
 
@@ -25,6 +26,7 @@ def main(
     """
     from fastkd.stages.storage import check_artifact
 
+    cli.forbid_code(no_code)
     if (Path(path) / artifacts.MANIFEST).exists() or Path(path).is_dir():
         artifact = check_artifact(Path(path))
         more = " (to compare it with the teacher, give the recipe instead)"

@@ -2,14 +2,16 @@
 
 import atexit
 import contextlib
+import errno
 import functools
 import gc
 import inspect
 import json
 import logging
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from types import FrameType
@@ -17,15 +19,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.logging import RichHandler
+from typer.core import TyperCommand, TyperGroup
 
-from fastkd import console
-from fastkd.errors import FULL, FastkdError, Terminated
+from fastkd import caches, console
+from fastkd.errors import FULL, FastkdError, HungUp, Terminated
+from fastkd.validation import NO_CODE
 
 if TYPE_CHECKING:
     from fastkd.artifacts import Artifact
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings, errors and the last line.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and everything else to stderr.")]
+NoCode = Annotated[
+    bool, typer.Option("--no-code", help=f"Refuse a recipe whose writer is a file: it would run. As {NO_CODE}=1.")
+]
 WARNINGS = "warnings"
 """The key, in every command's JSON object, of the list of warnings."""
 
@@ -55,31 +62,84 @@ class Told:
         return cls(line, about | {"built": built, "cost_s": artifact.cost_s} | more)
 
 
+def forbid_code(forbidden: bool) -> None:
+    """Let this process, and those that it starts, run no writer that is a file, if so chosen."""
+    if forbidden:
+        os.environ[NO_CODE] = "1"
+
+
 def run(*commands: Callable[..., Told | None], named: bool = False, together: bool = False) -> None:
     """Run a command, or of several (`named`) the one that the first argument names, and exit.
 
     With `together`, the processes that torchrun starts do it as one.
 
-    Exit codes: 0 done; 2 the user's input is wrong; 130 interrupted, 143 terminated; 1 anything else. A traceback
-    is shown only for what is not one of the project's own errors: those explain themselves.
+    Exit codes: 0 done; 2 the user's input is wrong; 130 interrupted, 143 terminated, 129 the terminal was closed; 1
+    anything else. A traceback is shown only for what is neither one of the project's own errors, which explain
+    themselves, nor of the operating system (`explained`). A command works on where nobody reads its output any more;
+    where that cannot be written for another reason, such as a full disk, it does its work and then exits with 1.
     """
+    with console.lasting_streams() as failure:
+        try:
+            _run(commands, named=named, together=together)
+        finally:
+            if error := failure():
+                console.error(f"standard output: cannot be written ({error.strerror}); what was printed is incomplete")
+                code = getattr(sys.exc_info()[1], "code", 1)
+                if code in (None, 0):
+                    sys.exit(1)
+
+
+def _run(commands: Sequence[Callable[..., Told | None]], *, named: bool, together: bool) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console.err, show_path=False)]
     )
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        signal.signal(signal.SIGHUP, _hang_up)
     atexit.register(gc.freeze)  # the last collection, of all that torch and numba hold, takes 1.3 s, and frees nothing
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown", cls=_Group)
     for command in commands:
         name = command.__name__.rstrip("_") if named else None  # `list_` is called `list`
         needed = [p for p in inspect.signature(command).parameters.values() if p.default is p.empty]
-        app.command(name, no_args_is_help=bool(needed))(as_command(command, together=together))
+        app.command(name, no_args_is_help=bool(needed), cls=_Command)(as_command(command, together=together))
     if named:
         app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
     app()
 
 
+@contextlib.contextmanager
+def _printable_errors() -> Iterator[None]:
+    """Make the messages of typer's own errors printable: they quote the words given, which may be names of files."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "exit_code") and isinstance(message := getattr(error, "message", None), str):
+            error.message = console.printable(message)  # type: ignore[attr-defined]
+        raise
+
+
+class _Command(TyperCommand):
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_errors():
+            return super().make_context(*args, **kwargs)
+
+
+class _Group(TyperGroup):
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_errors():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_errors():
+            return super().invoke(*args, **kwargs)
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
+
+
+def _hang_up(number: int, frame: FrameType | None) -> NoReturn:
+    raise HungUp
 
 
 @contextlib.contextmanager
@@ -104,6 +164,8 @@ def as_command(command: Callable[..., Told | None], *, together: bool = False) -
     @functools.wraps(command)
     def guarded(*args: Any, quiet: bool = False, as_json: bool = False, **kwargs: Any) -> None:
         console.forget_warnings()
+        if said := caches.note():
+            console.warn(said)
         try:
             with console.quieted(quiet), _processes(together) as leads:
                 # With --json, stdout is the object's alone, whatever libraries print.
@@ -111,20 +173,22 @@ def as_command(command: Callable[..., Told | None], *, together: bool = False) -
                     told = command(*args, **kwargs)
                 if told and leads:
                     warnings = console.warnings_since(0)
-                    print(json.dumps({**told.facts, WARNINGS: warnings}) if as_json else told.line, flush=True)
+                    line = json.dumps({**told.facts, WARNINGS: warnings}) if as_json else console.printable(told.line)
+                    print(line, flush=True)
                 if told and told.error:
                     raise told.error
-        except Terminated:
-            _stop("terminated", 143)
-        except KeyboardInterrupt:
-            _stop("interrupted", 130)
+        except HungUp as stopped:
+            _stop(str(stopped) or "the terminal was closed", 129)
+        except Terminated as stopped:  # the text, if there is one, tells where
+            _stop(str(stopped) or "terminated", 143)
+        except KeyboardInterrupt as stopped:
+            _stop(str(stopped) or "interrupted", 130)
         except FastkdError as error:
             _stop(str(error), error.exit_code)
-        except OSError as error:  # of reports and pictures; stages tell of their artifacts themselves
-            if error.errno not in FULL:
+        except Exception as error:
+            if not (told_of := explained(error)):
                 raise
-            place = error.filename or "the disk"
-            _stop(f"{place}: no space left ({error.strerror}): free some, and give the same command again", 1)
+            _stop(*told_of)
 
     parameters = list(signature.parameters.values())
     if signature.return_annotation is Told:
@@ -132,6 +196,56 @@ def as_command(command: Callable[..., Told | None], *, together: bool = False) -
         parameters.append(Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=AsJson))
     guarded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return guarded
+
+
+_PLACES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_PLACES |= {errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV}
+"""Errors about a path itself: another one, or another right to it, mends them."""
+_HINTS = {
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose another place, or change the permissions",
+    errno.EPERM: "choose another place, or change the permissions",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit, for example with: ulimit -n 4096",
+    errno.ENFILE: "close other programs, or raise the system's limit (fs.file-max)",
+    errno.ENOMEM: "free some memory, or use fewer workers",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u), or use fewer workers",
+    errno.EIO: "is the disk all right?",
+    errno.ESTALE: "the network file system has lost it: mount it again",
+}
+
+
+def explained(error: Exception) -> tuple[str, int] | None:
+    """Return a line and an exit code for an error of the operating system; None: it is a fault of the program.
+
+    The code is 2 where a path cannot be used: nearly all paths are the user's. Stages explain the errors of their
+    artifacts themselves; this is for all others.
+    """
+    if isinstance(error, OSError):
+        return _explained_os(error)
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+    if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        detail = " ".join(str(error).split())[:200]
+        return f"out of memory{f' ({detail})' if detail else ''}: use smaller batches or fewer workers", 1
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of ~
+        return "there is no home directory (no HOME, and no entry for this uid): give full paths instead of ~", 2
+    return None
+
+
+def _explained_os(error: OSError) -> tuple[str, int] | None:
+    if error.errno is None or not error.strerror:  # made by a library, not by the system
+        return None
+    names = [
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)
+    ]
+    place = " → ".join(dict.fromkeys(names))
+    if error.errno in FULL:
+        return f"{place or 'the disk'}: no space left ({error.strerror}): free some, and give the same command again", 1
+    if error.errno == errno.ENOENT and not names:
+        return f"{error.strerror}: the working directory may have been deleted; change to another", 1
+    hint = _HINTS.get(error.errno)
+    message = f"{f'{place}: ' if place else ''}{error.strerror}{f': {hint}' if hint else ''}"
+    return message, 2 if error.errno in _PLACES and names else 1
 
 
 def _stop(message: str, code: int) -> NoReturn:

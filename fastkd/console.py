@@ -1,20 +1,183 @@
-"""What a person sees: one look for all commands, and plain timestamped lines where there is no terminal."""
+"""What a person sees: one look for all commands, and plain timestamped lines where there is no terminal.
 
+Two rules hold for all that is printed. Foreign text (names of classes and files, errors of libraries) is made
+`printable`, so that it cannot steer the terminal. Nothing dies of telling: inside `lasting_streams`, what a stream's
+encoding cannot express is replaced, and a stream that is closed or broken swallows the rest.
+"""
+
+import codecs
 import contextlib
+import errno
+import io
+import os
+import select
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from typing import Any, TextIO
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
 
-out = Console(highlight=False, soft_wrap=True, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+# Foreign text --------------------------------------------------------------------------------------------------------
+
+_UNPRINTABLE = {
+    *range(0x20),  # C0
+    *range(0x7F, 0xA0),  # DEL, C1
+    *(0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # marks and overrides of direction
+    *(0x2028, 0x2029, 0xFEFF),  # separators of lines, byte order mark
+    *range(0xFFF9, 0xFFFC),  # annotations
+    *range(0xE0000, 0xE0080),  # tags: invisible
+    *range(0xD800, 0xE000),  # surrogates: bytes of file names that are not UTF-8
+} - {ord("\n"), ord("\t")}
+_ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in _UNPRINTABLE}
+
+
+def printable(text: str) -> str:
+    """Return a text that only shows: control characters, overrides of direction and the like stand as escapes."""
+    return text.translate(_ESCAPES)
+
+
+class _Screen(Console):
+    """A console on which foreign text cannot do anything but be read."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make the text printable before it is measured and laid out."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Make printable what did not come as a plain string."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else printable(segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+_PLAIN = str.maketrans(
+    {"→": "->", "←": "<-", "…": "...", "×": "x", "’": "'", "‘": "'", "“": '"', "”": '"', "±": "+-", "−": "-", "–": "-"}
+    | {"·": ".", "≈": "~", "≥": ">=", "≤": "<=", "σ": "sigma", "α": "alpha", "γ": "gamma", "ⁿ": "^n", "•": "*"}
+)
+_GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET}
+"""Errors of a stream that nobody reads any more: a pipe or terminal that was closed."""
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Replace what an encoding lacks: our own signs by plain ones, anything else by an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_PLAIN)
+    return "".join(c if c.isascii() else c.encode("unicode_escape").decode() for c in text), error.end
+
+
+codecs.register_error("fastkd", _replace)
+
+
+class _Lasting(io.RawIOBase):
+    """Writes to a stream for as long as that goes; what it cannot write is lost without an exception.
+
+    Attributes
+    ----------
+    lost : OSError or None
+        The last error, unless somebody just stopped to read.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._gone = False
+        self.lost: OSError | None = None
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def fileno(self) -> int:
+        """Return the descriptor of the stream below."""
+        return int(self._stream.fileno())
+
+    def isatty(self) -> bool:
+        """Tell whether the stream below is a terminal."""
+        return bool(self._stream.isatty())
+
+    def write(self, data: Any) -> int:
+        """Write all of the data, or lose the rest."""
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left and not self._gone:
+            try:
+                written = self._stream.write(left)
+                if written is None:  # set to non-blocking by whoever shares it, and full just now
+                    select.select([], [self._stream], [], 1.0)
+                    continue
+                left = left[written:]
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno not in _GONE:
+                    self.lost = error  # a full disk may have room later
+                    break
+                self._gone = True
+        return size
+
+
+def _lasting(stream: TextIO | None) -> TextIO | None:
+    """Return a stream like a given one that does not raise; None: it has no bytes below, so that it is left alone."""
+    if stream is None:  # it was closed before Python started
+        return open(os.devnull, "w", encoding="utf-8", errors="replace")
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None or isinstance(getattr(buffer, "raw", None) or buffer, _Lasting):
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        stream.flush()
+    raw: Any = _Lasting(getattr(buffer, "raw", buffer))
+    return io.TextIOWrapper(raw, encoding=stream.encoding, errors="fastkd", line_buffering=True)
+
+
+def _occupy_descriptors() -> None:
+    """See that descriptors 0 to 2 are open: the next file would get one, and whatever prints would write into it."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest that is free
+
+
+@contextlib.contextmanager
+def lasting_streams() -> Iterator[Callable[[], OSError | None]]:
+    """Let stdout and stderr not raise inside, whatever becomes of them; yields what tells how stdout failed, if it did.
+
+    A reader that went away (a closed pipe or terminal) is no failure.
+    """
+    _occupy_descriptors()
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    before = sys.stdout, sys.stderr
+    stdout, stderr = (_lasting(stream) for stream in before)
+    sys.stdout, sys.stderr = stdout or sys.stdout, stderr or sys.stderr
+
+    def failure() -> OSError | None:
+        sys.stdout.flush()
+        return getattr(getattr(stdout, "buffer", None), "lost", None)
+
+    try:
+        yield failure
+    finally:
+        for ours, theirs in zip((stdout, stderr), before, strict=True):
+            if ours is not None:
+                ours.flush()
+                if theirs is None:
+                    ours.close()
+        sys.stdout, sys.stderr = before
+
+
+# What is said --------------------------------------------------------------------------------------------------------
+
+out: Console = _Screen(highlight=False, soft_wrap=True, emoji=False)
+err: Console = _Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Update = Callable[[int, str], None]
 """``update(done, info)``: how many are done by now, and a few words beside the bar."""
@@ -38,7 +201,7 @@ def heading(message: str) -> None:
 
 def show(table: Table) -> None:
     """Print a table; into a file it is as wide as it needs to be."""
-    (out if out.is_terminal else Console(highlight=False, width=200, emoji=False, quiet=out.quiet)).print(table)
+    (out if out.is_terminal else _Screen(highlight=False, width=200, emoji=False, quiet=out.quiet)).print(table)
 
 
 @contextlib.contextmanager
@@ -105,7 +268,7 @@ class _Progress(Progress):
         yield from super().get_renderables()
         for task in self.tasks:
             if task.fields["info"]:
-                yield Text(f"  {task.fields['info']}", style="dim", no_wrap=True, overflow="ellipsis")
+                yield Text(f"  {printable(task.fields['info'])}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _figure(rate: float) -> str:

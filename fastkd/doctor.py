@@ -7,6 +7,7 @@ Python 3.8 on). Exit code: 0 nothing that is needed is missing, 2 something is.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -126,6 +127,14 @@ def memory() -> tuple[int, int]:
     return memory_bytes(_read("/proc/meminfo"), cgroup_values("memory.max", _read("/proc/self/cgroup")))
 
 
+def disk_free_bytes() -> int:
+    """Return the room left where the working directory is; 0 where that was deleted."""
+    try:
+        return shutil.disk_usage(os.getcwd()).free
+    except OSError:
+        return 0
+
+
 def machine() -> dict[str, Any]:
     """Return the facts of this machine that need no package."""
     cpuinfo, self_cgroup = _read("/proc/cpuinfo"), _read("/proc/self/cgroup")
@@ -140,7 +149,7 @@ def machine() -> dict[str, Any]:
         "bf16": bf16_from_flags(cpuinfo),
         "memory_bytes": total,
         "memory_available_bytes": available,
-        "disk_free_bytes": shutil.disk_usage(os.getcwd()).free,
+        "disk_free_bytes": disk_free_bytes(),
         "gpus": [],
     }
 
@@ -186,7 +195,9 @@ def import_error(module: str, code: str = "") -> tuple[str | None, str]:
     """
     if importlib.util.find_spec(module) is None:
         return "not installed", ""
-    rc, out, err = run([sys.executable, "-c", code or f"import {module}"], PROBE_TIMEOUT_S)
+    # The working directory last, as commands have it: a torch.py in there is not torch.
+    start = "import sys\nsys.path[:] = [*filter(None, sys.path), '']\n"
+    rc, out, err = run([sys.executable, "-c", start + (code or f"import {module}")], PROBE_TIMEOUT_S)
     if rc < 0:
         return f"killed by signal {-rc} while importing", out
     return (last_line(err) if rc else None), out
@@ -380,8 +391,25 @@ def data_finding(folders: Sequence[Path]) -> Finding:
 
 def data_folders() -> list[Path]:
     """Return where the Fashion-MNIST writer looks: Debian's package, then what torchvision has downloaded for it."""
-    downloaded = Path.home() / ".cache" / "fastkd" / "fashion_mnist" / "FashionMNIST" / "raw"
-    return [Path("/usr/share/datasets/fashion-mnist"), downloaded]
+    debian = Path("/usr/share/datasets/fashion-mnist")
+    home = os.path.expanduser("~")  # stays as it is where there is neither HOME nor an entry for the uid
+    cached = Path(home, ".cache", "fastkd", "fashion_mnist", "FashionMNIST", "raw")
+    return [debian, cached] if os.path.isabs(home) else [debian]
+
+
+def caches_finding() -> Finding:
+    """Report where numba, torch and matplotlib can keep what they compile and fetch."""
+    caches = sys.modules.get("fastkd.caches")
+    if caches is None:  # nothing is installed, or this file was run by itself
+        spec = importlib.util.spec_from_file_location("fastkd_caches", Path(__file__).with_name("caches.py"))
+        if spec is None or spec.loader is None:
+            return Finding(NOTE, "caches", "unknown")
+        caches = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = caches
+        spec.loader.exec_module(caches)
+        caches.provide()
+    said = caches.note()
+    return Finding(NOTE, "caches", said.partition(": ")[2]) if said else Finding(OK, "caches", "can be written to")
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -433,7 +461,11 @@ def examine() -> dict[str, Any]:
         facts["bf16"].update(probe["bf16"])
     driver = [] if facts["gpus"] else driver_gpus()
     sections = {
-        "machine": [*machine_findings(facts), gpu_finding(facts["gpus"], driver, torch_error)],
+        "machine": [
+            *machine_findings(facts),
+            gpu_finding(facts["gpus"], driver, torch_error),
+            caches_finding(),
+        ],
         "packages": [
             python_finding(),
             *package_findings(requirements()),
@@ -489,8 +521,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     report = examine()
-    print(json.dumps(report, indent=2) if options.json else as_text(report))
+    if not tell(json.dumps(report, indent=2) if options.json else as_text(report)):
+        return 1
     return 0 if report["ok"] else 2
+
+
+def tell(text: str) -> bool:
+    """Print a text, as far as stdout takes it; return False where it could not be written though somebody reads it."""
+    if sys.stdout is None:  # closed
+        return True
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what is left over goes there at the end
+        if error.errno != errno.EPIPE:
+            print(f"error: standard output: cannot be written ({error.strerror})", file=sys.stderr)
+            return False
+    return True
 
 
 if __name__ == "__main__":

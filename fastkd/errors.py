@@ -30,5 +30,9 @@ class Terminated(KeyboardInterrupt):
     """The process was asked to end (SIGTERM); it unwinds as it does on Ctrl-C."""
 
 
+class HungUp(Terminated):
+    """The terminal was closed (SIGHUP); the process unwinds as it does on Ctrl-C."""
+
+
 class LoaderError(FastkdError):
     """A loader thread failed; raised in the thread that consumes its batches (exit code 1)."""

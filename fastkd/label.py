@@ -11,6 +11,7 @@ def main(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     force: Annotated[bool, typer.Option(help="Label again although these LABELS are there.")] = False,
+    no_code: cli.NoCode = False,
 ) -> cli.Told:
     """Run the teacher over the views of the kept samples that students will see, and store its reshaped logits.
 
@@ -20,6 +21,7 @@ def main(
     """
     from fastkd import stages
 
+    cli.forbid_code(no_code)
     artifact, built = stages.label(recipe.load(path, overrides or ()), force=force)
     facts = artifact.facts
     return cli.Told.of(

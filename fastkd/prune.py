@@ -25,6 +25,7 @@ def main(
         str, typer.Option(help="cross_entropy, entropy, margin, least_confidence, el2n or std.")
     ] = "cross_entropy",
     quota: Annotated[str, typer.Option(help="proportional or uniform (as the reference).")] = "proportional",
+    min_per_class: Annotated[int, typer.Option(help="Keep this many of each class at least.")] = 0,
     seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
     settings: Annotated[
         list[str] | None,
@@ -32,6 +33,7 @@ def main(
     ] = None,
     reshape: Annotated[bool, typer.Option(help="Rescale stored logits by σ of their class.")] = True,
     force: Annotated[bool, typer.Option(help="Select again although this SUBSET is there.")] = False,
+    no_code: cli.NoCode = False,
 ) -> cli.Told:
     """Select the samples to keep and store their reshaped logits.
 
@@ -43,12 +45,14 @@ def main(
     """
     from fastkd import stages
 
+    cli.forbid_code(no_code)
     if (path is None) == (logits is None):
         raise InputError("give either a RECIPE, or --logits with --labels and --out")
     if logits is not None:
         if labels is None or out is None:
             raise InputError("--logits goes with --labels and --out")
         given = {"method": method, "score": score, "keep_ratio": keep_ratio, "quota": quota, "seed": seed}
+        given["min_per_class"] = min_per_class
         given |= recipe.settings_of(settings or [])
         try:
             chosen = recipe.Prune.model_validate(given)

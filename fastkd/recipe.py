@@ -1,22 +1,24 @@
-"""Recipes: YAML → OmegaConf (``a.b=c`` overrides) → a frozen, validated model. Unknown keys are errors."""
+"""Recipes: YAML, ``a.b=c`` overrides, and a frozen, validated model. Unknown keys are errors."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-import yaml
-from omegaconf import OmegaConf
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fastkd import shipped
+from fastkd import plain_yaml, shipped
 from fastkd.errors import InputError
-from fastkd.validation import explain
+from fastkd.validation import explain, refuse_code
 
 MAX_BYTES = 1 << 20
 MAX_OVERRIDE = 4096
-MAX_DEPTH = 16
 MAX_SIZES = 6
+MAX_NAME = 100  # of an experiment: RUNs, their locks and what is half done add to it, and a file's name has 255 bytes
+MANIFEST = "manifest.json"  # what makes a folder an artifact
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
 
 
 class Section(BaseModel):
@@ -27,6 +29,47 @@ class Section(BaseModel):
     )
 
 
+def _absolute(text: str) -> str:
+    """Return a path in full, so that it means the same after the working directory was changed or deleted.
+
+    Raises
+    ------
+    ValueError
+        No file can have this path.
+    """
+    path = os.path.expanduser(text)
+    if not text:
+        raise ValueError("an empty path; write . for the working directory")
+    if "://" in path:
+        raise ValueError(f"{text}: is an address, and expected is a path; download it first")
+    if re.search(r"(^|/)\$\w", path):
+        raise ValueError(f"{text}: environment variables are not read in recipes; write {os.path.expandvars(path)}")
+    if path.startswith("~"):
+        raise ValueError(f"{text}: there is no home directory of that name; write ./{text} for a file named so")
+    if "\0" in path or (not path.isascii() and any("\ud800" <= one <= "\udfff" for one in path)):
+        raise ValueError(f"{text!r}: holds a zero byte, or is not UTF-8")
+    if any(len(os.fsencode(one)) > 255 for one in path.split(os.sep)) or len(os.fsencode(path)) > 4000:
+        raise ValueError(f"{text[:40]} …: longer than a path can be")
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise ValueError(f"{text}: the working directory has been deleted; give a path that begins with /") from None
+
+
+def _weights(text: str) -> str:
+    """Return a path in full where it is one, and else the name of published weights as it is."""
+    is_path = os.sep in text or text.startswith("~") or text.endswith(WEIGHT_FILES)
+    return _absolute(text) if is_path or os.path.isfile(os.path.join(text, MANIFEST)) else text
+
+
+def _writer(text: str) -> str:
+    """Return the path of a user's own writer in full, and the name of a shipped one as it is."""
+    return _absolute(text) if os.sep in text or text.startswith("~") or text.endswith(".py") else text
+
+
+LocalPath = Annotated[str, AfterValidator(_absolute)]
+"""A path of a recipe: `~` is expanded, and what is relative is so to the working directory."""
+Weights = Annotated[str, AfterValidator(_weights)]
 Ratio = Annotated[float, Field(gt=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -65,13 +108,13 @@ class View(Section):
 class Data(Section):
     """Which DATASET, and how images reach the nets."""
 
-    path: str
+    path: LocalPath
     """Where the DATASET is; written there if it is not and `writer` is given."""
-    writer: str | None = None
+    writer: Annotated[str, AfterValidator(_writer)] | None = None
     """Name or path of a writer that makes the DATASET; see python -m fastkd.write."""
     options: dict[str, Any] = {}
     """The writer's own."""
-    artifacts_dir: str | None = None
+    artifacts_dir: LocalPath | None = None
     """Where SCORES, SUBSETs and LABELS go; default: `<path>.artifacts`."""
     holdout_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of train kept aside, for choosing anything; the same samples for every seed."""
@@ -91,11 +134,12 @@ class Teacher(Section):
 
     model: str | None = None
     """Name of a net: cifar/…, torchvision/… or timm/…."""
-    weights: str | None = None
+    weights: Weights | None = None
     """A .safetensors or .pth file, a RUN, or the name of public weights (IMAGENET1K_V1)."""
-    recipe: str | None = None
-    """Path of a recipe without a teacher, relative to this one; trained first, or reused: on the `data` of
-    this recipe, on its device and in its precision."""
+    recipe: LocalPath | None = None
+    """Path of a recipe without a teacher, relative to this one; trained first, or reused: on the DATASET, the device
+    and in the precision of this recipe. Its own `data` decides on hold-out, side, crop and views; what it leaves out of
+    the first three is as here."""
     input_px: int | None = Field(None, ge=1)
     """Side of the images that it scores and labels; default: `data.input_px`. A student at another sees the same boxes.
     """
@@ -114,8 +158,15 @@ class Teacher(Section):
             raise ValueError(f"model {self.model!r} needs `weights`: a file, a RUN, or the name of public weights")
         if self.recipe is not None and self.weights is not None:
             raise ValueError("`weights` belongs to `model`; a `recipe` brings its own")
+        if self.model is not None and self.overrides:
+            raise ValueError("`overrides` are changes to a `recipe`; a `model` with `weights` has none")
         if (self.mean is None) != (self.std is None):
             raise ValueError("`mean` and `std` go together")
+        if self.mean and self.std and not (all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)):
+            raise ValueError(
+                f"`mean` {list(self.mean)} and `std` {list(self.std)}: are of pixels in 0 … 1, so that a mean lies in "
+                "0 … 1 and a std is above 0 and at most 1; divide what is of 0 … 255 by 255"
+            )
         return self
 
 
@@ -142,19 +193,23 @@ class Prune(Section):
     """Share of the samples that is kept."""
     quota: Literal["proportional", "uniform"] = "proportional"
     """Exactly round(keep_ratio·N) by class share, or int(N/K·keep_ratio) for each class as the reference does."""
+    min_per_class: int = Field(0, ge=0, le=1_000_000_000)
+    """Samples that are kept of each class at least, or all that it has. What is added to small classes is taken from
+    those of which the largest share is kept, so that the total stays `keep_ratio`'s, unless the floors alone are more.
+    """
     seed: Seed = 0
     """Of random, random_unbalanced, ccs, beta and infobatch."""
     window_centre: float = Field(0.5, ge=0, le=1)
     """Where the window of `medium` lies among the ranks: 0 the easiest, 1 the hardest."""
     drop_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the hardest that `ccs` drops first."""
-    strata: int = Field(50, ge=1)
+    strata: int = Field(50, ge=1, le=1_000_000)
     """How many strata of equal width `ccs` cuts the scores of the others into."""
     beta_mode: float = Field(0.5, ge=0, le=1)
     """Where among the ranks `beta` draws most: 0 the easiest, 1 the hardest."""
     beta_concentration: float = Field(6.0, ge=2)
     """How closely round its mode; at 2 all ranks are alike."""
-    ids: str | None = None
+    ids: LocalPath | None = None
     """A .npy of sample ids, int64, for `list`."""
     easy_drop_ratio: float = Field(0.5, ge=0, lt=1)
     """Share of the samples with less than the mean loss that `infobatch` leaves out of an epoch, at random; the loss of
@@ -170,6 +225,8 @@ class Prune(Section):
             raise ValueError(
                 f"`keep_ratio` {self.keep_ratio} is more than `ccs` leaves after dropping the hardest {self.drop_ratio}"
             )
+        if self.min_per_class and self.method in ("list", "infobatch"):
+            raise ValueError(f"`min_per_class` {self.min_per_class}: is for methods that choose, not for {self.method}")
         if self.dynamic and self.keep_ratio < 1:
             raise ValueError(
                 f"`keep_ratio` {self.keep_ratio}: `infobatch` keeps all samples; `easy_drop_ratio` says how many "
@@ -212,7 +269,8 @@ class Prune(Section):
             "infobatch": {"seed", "easy_drop_ratio", "full_epochs_ratio"},
         }[self.method]
         ratio = {"keep_ratio"} if self.method not in ("list", "infobatch") else set()
-        return self.model_dump(include={"method"} | scored | own | ratio)
+        floor = {"min_per_class"} if self.min_per_class else set()
+        return self.model_dump(include={"method"} | scored | own | ratio | floor)
 
 
 class Labels(Section):
@@ -238,7 +296,7 @@ class Student(Section):
 
     model: str
     """Name of a net: cifar/…, torchvision/… or timm/…."""
-    weights: str | None = None
+    weights: Weights | None = None
     """Start from these instead of from random ones."""
 
 
@@ -249,8 +307,8 @@ class Loss(Section):
     """Weight of the teacher's word."""
     gamma: float = Field(0.1, ge=0)
     """Weight of the labels."""
-    temperature: float = Field(4.0, gt=0)
-    """T, by which the logits of both are divided."""
+    temperature: float = Field(4.0, ge=0.01, le=1000)
+    """T, by which the logits of both are divided. Beyond these bounds float32 has no digits left for the loss."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each label that is spread over all classes, in the cross-entropy."""
 
@@ -323,7 +381,7 @@ class Train(Section):
     """Least seconds between two checkpoints, written where steps are logged. A killed run goes on from the last."""
     eval_every_epochs: int = Field(0, ge=0)
     """Looks at the hold-out; 0: none. The test set (val) is looked at once, at the end."""
-    runs_dir: str = "runs"
+    runs_dir: LocalPath = Field("runs", validate_default=True)
     """Where RUNs go, as NAME-KEY."""
 
 
@@ -339,7 +397,7 @@ class Log(Section):
 class Recipe(Section):
     """One experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=MAX_NAME)
     """Of the experiment: letters, digits, '.', '_' and '-'."""
     seed: Seed = 0
     """Initialisation and order."""
@@ -358,6 +416,8 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.teacher is None and self.prune.leaves_out:
             raise ValueError("`prune.keep_ratio` below 1 needs a `teacher`, whose logits tell the difficulty")
+        if self.teacher is not None and self.loss.alpha == self.loss.gamma == 0:
+            raise ValueError("`loss.alpha` and `loss.gamma` are 0: nothing is trained on; give one of them")
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(f"`optim.warmup_epochs` ({self.optim.warmup_epochs}) must be below `train.epochs`")
         if isinstance(self.labels.views, int) and not self.data.view.varies:
@@ -384,6 +444,36 @@ class Recipe(Section):
             raise ValueError("`train.eval_every_epochs` looks at the hold-out: it needs `data.holdout_ratio` above 0")
         return self
 
+    def without_effect(self) -> list[str]:
+        """Return, in words, which settings that are not the usual ones change nothing in this recipe."""
+        told: list[str] = []
+
+        def unused(section: str, names: set[str], given: Section, usual: Section, why: str) -> None:
+            for name in sorted(names):
+                if (value := getattr(given, name)) != getattr(usual, name):
+                    told.append(f"{section}.{name}={value} has no effect with {why}")
+
+        optim, prune, view, epochs = self.optim, self.prune, self.data.view, self.train.epochs
+        of_prune = set(Prune.model_fields) - set(prune.deciding()) - {"ids", "min_per_class"}
+        unused("prune", of_prune, prune, Prune(), f"prune.method={prune.method}")
+        of_optim = {"betas"} if optim.name == "sgd" else {"momentum", "nesterov"}
+        unused("optim", of_optim, optim, Optim(lr=1), f"optim.name={optim.name}")
+        if optim.schedule != "step":
+            unused("optim", {"decay_factor"}, optim, Optim(lr=1), f"optim.schedule={optim.schedule}")
+        of_view = {"pad_crop_flip": {"pad_ratio"}, "random_resized_crop_flip": {"scale", "ratio"}}
+        others = {"pad_ratio", "scale", "ratio"} - of_view.get(view.family, set())
+        unused("data.view", others, view, View(), f"data.view.family={view.family}")
+        if late := [one for one in optim.milestones_epochs if one >= epochs]:
+            told.append(f"optim.milestones_epochs {late} are not reached in {epochs} epochs: lr is not lowered there")
+        if never := [one for one in self.train.progressive_px if one >= epochs]:
+            told.append(f"train.progressive_px from epoch {never} on is not reached in train.epochs={epochs}")
+        return told
+
+    @property
+    def artifacts_dir(self) -> Path:
+        """Where SCORES, SUBSETs and LABELS lie."""
+        return Path(self.data.artifacts_dir or f"{self.data.path.rstrip(os.sep) or os.sep}.artifacts")
+
     @property
     def num_views(self) -> int | None:
         """V, the number of views that training goes through; None: the plain view alone."""
@@ -401,14 +491,25 @@ class Recipe(Section):
         return None if self.num_views is None else epoch % self.num_views
 
 
+PLACES: dict[str, Any] = {
+    "data": {"path", "artifacts_dir", "writer"},
+    "teacher": {"weights", "recipe"},
+    "prune": {"ids"},
+    "student": {"weights"},
+    "train": {"runs_dir"},
+}
+"""The settings that say where something lies: another on each machine, and no part of what is made."""
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply ``a.b=c`` overrides.
 
     Parameters
     ----------
     path
-        A YAML file. ``recipes/NAME.yaml`` falls back to the recipe of that name that ships with fastkd. A teacher's
-        recipe and data paths stay relative to the working directory, `teacher.recipe` to this file.
+        A YAML file. ``recipes/NAME.yaml`` falls back to the recipe of that name that ships with fastkd. Relative paths
+        in it are relative to the working directory, `teacher.recipe` alone to this file; the recipe that is returned
+        has them in full.
 
     Raises
     ------
@@ -417,15 +518,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     file = locate(path)
     given, changes = _read(file), settings_of(overrides)
-    with _explained(f"recipe {file}"):
-        values = OmegaConf.to_container(OmegaConf.merge(given, changes))
+    values = _merged(given, changes)
+    teacher = values.get("teacher")
+    if isinstance(teacher, dict) and isinstance(own := teacher.get("recipe"), str) and own and own[0] != "~":
+        values["teacher"] = teacher | {"recipe": os.path.join(file.parent, own)}
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise InputError(f"recipe {file} is wrong:\n{explain(error, Recipe)}") from None
-    if recipe.teacher and recipe.teacher.recipe:
-        teacher = file.parent.absolute() / recipe.teacher.recipe  # resolved.yaml is read from elsewhere
-        recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"recipe": str(teacher)})})
+    refuse_code(recipe.data.writer, f"recipe {file}")
     return recipe
 
 
@@ -437,16 +538,28 @@ def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
     InputError
         A text that is none of that form, or whose value is not plain YAML.
     """
+    settings: dict[str, Any] = {}
     for text in overrides:
         name, sign, value = text.partition("=")
-        if not sign or not name:
+        names = name.split(".")
+        if not sign or not all(names):
             raise InputError(f"override {text!r}: expected a.b=value")
-        if len(text) > MAX_OVERRIDE or name.count(".") > MAX_DEPTH:
+        if len(text) > MAX_OVERRIDE or len(names) > plain_yaml.MAX_DEPTH:
             raise InputError(f"override {text[:40]!r} …: longer, or deeper, than any setting is")
-        _parse(value, f"override {text!r}")
-    with _explained("overrides"):
-        settings = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    return {str(name): value for name, value in settings.items()} if isinstance(settings, dict) else {}
+        change: Any = plain_yaml.parse(value, f"override {text!r}")
+        for one in reversed(names):
+            change = {one: change}
+        settings = _merged(settings, change)
+    return settings
+
+
+def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with changes: sections are merged, all else (lists too) is replaced."""
+    merged = {str(name): value for name, value in given.items()}
+    for key, value in changes.items():
+        before = merged.get(name := str(key))
+        merged[name] = _merged(before if isinstance(before, dict) else {}, value) if isinstance(value, dict) else value
+    return merged
 
 
 def locate(path: str | Path) -> Path:
@@ -464,42 +577,6 @@ def schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML that means what stands there: no tags, no aliases (a few lines of them make gigabytes), no ``${…}``.
-
-    OmegaConf would fill the latter, from the environment too: what is in there is nobody's business, and a recipe is
-    the whole of an experiment.
-    """
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose one node, unless it is none of a recipe's."""
-        event = self.peek_event()
-        self.depth += 1
-        if isinstance(event, yaml.AliasEvent):
-            self._refuse("an alias (*name): write the value out", event)
-        if getattr(event, "tag", None) is not None:
-            self._refuse("a tag (!name): a recipe holds plain values", event)
-        if "${" in getattr(event, "value", ""):
-            self._refuse("an interpolation (${…}): write the value out", event)
-        if self.depth > MAX_DEPTH:
-            self._refuse(f"more than {MAX_DEPTH} levels", event)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def _refuse(self, what: str, event: Any) -> NoReturn:
-        raise yaml.MarkedYAMLError(problem=f"found {what}", problem_mark=event.start_mark)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _PlainLoader)  # a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{where}: not YAML, or not plain: {' '.join(str(error).split())}") from None
-
-
 def _read(file: Path) -> dict[str, Any]:
     """Parse a file: a mapping at the top, of a size that a person may have written."""
     try:
@@ -508,20 +585,23 @@ def _read(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {file}: cannot be read ({error})") from None
-    values = _parse(text, f"recipe {file}")
+    values = plain_yaml.parse(text, f"recipe {file}")
     if not isinstance(values, dict):
         raise InputError(f"recipe {file}: expected a mapping of sections, found {type(values).__name__}")
     return values
 
 
-@contextlib.contextmanager
-def _explained(where: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # odd names fail OmegaConf in any way there is
-        raise InputError(f"{where}: {' '.join(str(error).split())[:200] or type(error).__name__}") from None
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return what a YAML file of settings holds, read as recipes are: without aliases, tags, or more than a few levels.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, or is no plain mapping.
+    """
+    return _read(path)
 
 
 def dump(recipe: Recipe) -> str:
     """Return the whole recipe, defaults included, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return plain_yaml.dump(recipe.model_dump(mode="json"))

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +59,9 @@ def copy(name: Name) -> cli.Told:
 
     Nothing is overwritten: where a file of that name holds something else, nothing is copied.
 
+    These recipes run no code but fastkd's. A recipe from elsewhere may name a writer that is a file: training with it
+    runs that file. `--no-code` of score, prune, label, train and check refuses such a recipe.
+
     JSON keys: path, copied.
 
     Example: python -m fastkd.recipes copy quickstart
@@ -83,7 +87,8 @@ def schema() -> None:
 
     Example: python -m fastkd.recipes schema > recipe.schema.json
     """
-    print(json.dumps(recipe.schema(), indent=2, ensure_ascii=False))
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    print(json.dumps(recipe.schema(), indent=2, ensure_ascii=not utf8))
 
 
 def _files() -> list[Path]:

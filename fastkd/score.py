@@ -11,18 +11,21 @@ def main(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     force: Annotated[bool, typer.Option(help="Score again although these SCORES are there.")] = False,
+    no_code: cli.NoCode = False,
 ) -> cli.Told:
     """Run the teacher over all of train, in the plain view, and store its logits.
 
-    JSON keys: path, kind, key, built, cost_s, count, classes, top1.
+    JSON keys: path, kind, key, built, cost_s, count, classes, top1, chance, at_chance, moved_classes.
 
     Example: python -m fastkd.score recipes/quickstart.yaml score.batch_size=512
     """
     from fastkd import stages
 
+    cli.forbid_code(no_code)
     artifact, built = stages.score(recipe.load(path, overrides or ()), force=force)
     line = f"SCORES: {artifact.path} (teacher's top-1 on train {artifact.facts['top1']:.2%})"
-    return cli.Told.of(line, artifact, built, **{name: artifact.facts[name] for name in ("count", "classes", "top1")})
+    names = ("count", "classes", "top1", "chance", "at_chance", "moved_classes")
+    return cli.Told.of(line, artifact, built, **{name: artifact.facts.get(name) for name in names})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tell what would be built, and what reused; write nothing.")
     ] = False,
+    no_code: cli.NoCode = False,
 ) -> cli.Told:
     """Train a student; whatever it needs and is missing is built first, whatever is there is reused.
 
@@ -38,10 +39,11 @@ def main(
     """
     from fastkd import stages
 
+    cli.forbid_code(no_code)
     resolved = recipe.load(path, overrides or ())
     if resume and resume.name.endswith(artifacts.PARTIAL):
         resume = resume.with_name(resume.name.removesuffix(artifacts.PARTIAL))
-    if resume and not (resume.exists() or artifacts.partial_of(resume).exists()):
+    if resume and not _was_begun(resume):
         raise InputError(f"--resume {resume}: nothing was begun there")
     if dry_run:
         return _dry_run(resolved, frozenset(force or ()), resume)
@@ -64,6 +66,13 @@ def main(
         **{name: timing[name] for name in figures},
         stages=timing["stages"],
     )
+
+
+def _was_begun(run: Path) -> bool:
+    """Tell whether there is a RUN at a path, begun or finished, as the leading process sees it."""
+    from fastkd.stages.together import decided_by_leader
+
+    return decided_by_leader(lambda: run.exists() or artifacts.partial_of(run).exists())
 
 
 def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:

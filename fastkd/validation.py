@@ -1,12 +1,41 @@
-"""Turns pydantic's errors into the project's: all at once, each with path, value, what was expected, nearest key."""
+"""Turns pydantic's errors into the project's: all at once, each with path, value, what was expected, nearest key.
+
+And what a recipe may ask for: whether it may run code.
+"""
 
 import difflib
+import os
 from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from fastkd.errors import InputError
+
+NO_CODE = "FASTKD_NO_CODE"
+"""Environment variable: set to 1 (also by ``--no-code``), no writer that is a file is run."""
 _SHOWN = 200
+
+
+def is_file_name(writer: str) -> bool:
+    """Tell whether a writer is given by the path of a file, rather than by the name of one that ships with fastkd."""
+    return writer.endswith(".py") or os.sep in writer
+
+
+def refuse_code(writer: str | None, where: str) -> None:
+    """Refuse a writer that is a file, if `NO_CODE` is set: whoever imports it runs it.
+
+    Raises
+    ------
+    InputError
+        It is a file, and none may be run.
+    """
+    forbidden = os.environ.get(NO_CODE, "").strip().lower() not in ("", "0", "false", "no", "off")
+    if forbidden and writer is not None and is_file_name(writer):
+        raise InputError(
+            f"{where}: the writer is a file, {writer}, whose code would run; --no-code or {NO_CODE} forbids that. "
+            "Read the file first, then leave these out"
+        )
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -27,7 +56,23 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         elif e["type"] == "value_error":
             yield f"{where}: {e['ctx']['error']}"
         else:
-            yield f"{where}: {_shown(e['input'])} is wrong: {e['msg'].removeprefix('Input ')}"
+            expected = e["msg"].removeprefix("Input ") + _hint(e["type"], e["input"], where)
+            if e["type"] == "model_type":
+                expected = f"expected a section with keys of its own: {', '.join(_fields_at(model, path))}"
+            elif e["type"] == "tuple_type":
+                expected = "expected a list, in brackets"
+            yield f"{where}: {_shown(e['input'])} is wrong: {expected}"
+
+
+def _hint(kind: str, value: Any, where: str) -> str:
+    """Return what to write instead, where YAML's forms or percents are what a person gets wrong."""
+    if kind == "less_than_equal" and where.endswith("_ratio") and 1 < value <= 100:
+        return f": it is a share, {value / 100:g} for {value:g} %"
+    if kind in ("bool_type", "bool_parsing"):
+        return ": true or false"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f": write it in quotes, '{_shown(value)}'"
+    return ""
 
 
 def _shown(value: Any) -> str:

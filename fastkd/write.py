@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from fastkd import cli, console
+from fastkd import cli, console, plain_yaml
+from fastkd.artifacts import WARNINGS
 from fastkd.data.source import load_writer, writer_names
 from fastkd.errors import InputError
 from fastkd.stages.writing import write
@@ -25,10 +25,8 @@ def main(
     with console.bars() as progress:
         artifact, written = write(writer, out_dir, _key_values(options or []), force=force, progress=progress)
     facts, counts = artifact.facts, artifact.facts["counts"]
-    for skipped in facts["skipped"][:10]:
-        console.warn(f"left out {skipped['split']} {skipped['description'] or skipped['index']}: {skipped['reason']}")
-    if len(facts["skipped"]) > 10:
-        console.warn(f"left out {len(facts['skipped'])} images in all; the manifest lists them")
+    for text in facts.get(WARNINGS, ()):  # what was warned of when it was written holds where it is reused
+        console.warn(text)
     size = sum(stamp.size for stamp in artifact.manifest.files.values())
     done = f"written in {artifact.cost_s:.1f} s" if written else "reused: it was written before, with the same options"
     return cli.Told.of(
@@ -44,7 +42,7 @@ def main(
 
 
 def _key_values(words: list[str]) -> dict[str, Any]:
-    """Parse key=value words; values are YAML: 32 is an integer, true a boolean, null None."""
+    """Parse key=value words; values are YAML 1.2: 32 is an integer, true a boolean, null None, no is text."""
     options: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -53,17 +51,17 @@ def _key_values(words: list[str]) -> dict[str, Any]:
         if key in options:
             raise InputError(f"{word!r}: {key} is given twice")
         try:
-            parsed = yaml.safe_load(value) if value else ""
-        except Exception:  # a date that there is not, a tag
+            parsed = plain_yaml.parse(value, word) if value else ""
+        except InputError:  # a tag, a colon in a path
             parsed = value
-        # What YAML takes for a mapping or a date is a text, such as a path: no option is of these types.
+        # What YAML takes for a mapping is text, such as a path: no option is of this type.
         options[key] = parsed if isinstance(parsed, str | bool | int | float | list | None) else value
     return options
 
 
 def _help() -> str:
     # "\n\n" keeps typer's markdown from joining the lines.
-    shipped = "\n\n".join(f"- `{name}`: {load_writer(name).doc.splitlines()[0]}" for name in writer_names())
+    shipped = "\n\n".join(f"- `{name}`: {(load_writer(name).doc or name).splitlines()[0]}" for name in writer_names())
     return f"""Turn a source of images into a data set: train.beton, val.beton and a manifest.
 
 Example: `python -m fastkd.write fashion_mnist data/fashion_mnist`

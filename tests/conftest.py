@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hosts
 import hypothesis
 import numpy as np
 import pytest
@@ -133,6 +134,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def two_hosts(tmp_path: Path) -> Iterator[hosts.Hosts]:
+    """Two machines, with a cable between them and a shared folder that both cache for longer than a test lasts."""
+    if reason := hosts.why_not():
+        pytest.skip(f"two machines in one: {reason}")
+    made = hosts.Hosts(tmp_path, caching_s=100)
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """The commands as a user meets them: what they print, where they stop, with which exit code."""
 
+import errno
 import inspect
 import json
 import os
@@ -60,7 +61,7 @@ def test_help_has_an_example_and_imports_nothing_that_takes_seconds(name):
     assert f"python -m fastkd.{name}" in " ".join(done.stdout.split())
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert {"fastkd", "json"} <= imported
-    assert imported.isdisjoint({"torch", "torchvision", "numba", "ffcv", "scipy", "sklearn", "matplotlib", "cv2"})
+    assert imported.isdisjoint({"torch", "torchvision", "numba", "ffcv", "scipy", "sklearn", "matplotlib"})
 
 
 def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_recipe):
@@ -278,6 +279,89 @@ def test_ctrl_c_is_130_and_our_other_errors_are_1(command, monkeypatch, tiny_rec
 
     monkeypatch.setattr("fastkd.recipe.load", failed)
     assert command(train.main, tiny_recipe.path) == (1, "error: the disk is full\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/data/x"), 2, "/data/x: Read-only file system: choose a place"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/data/x"),
+            2,
+            "/data/x: Permission denied: choose",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "File name too long: choose a shorter name"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "data"), 2, "data: Is a directory"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", b"a/b"), 2, "a/b: Not a directory"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a", None, "b"), 2, "a → b: No such file"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory"),
+            1,
+            "the working directory may have been deleted",
+        ),
+        (OSError(errno.EMFILE, "Too many open files", "x"), 1, "x: Too many open files: raise the limit"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk: no space left"),
+        (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory (Unable to allocate 9 TiB)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
+        (RuntimeError("Could not determine home directory."), 2, "there is no home directory"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(command, monkeypatch, error, code, words):
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("fastkd.recipe.load", failing)
+    found, text = command(train.main, "x.yaml")
+    assert found == code
+    assert words in text
+    assert text.startswith("error: ")
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("of a library"), RuntimeError("of torch"), KeyError(1)])
+def test_faults_of_the_program_keep_their_traceback(monkeypatch, error):
+    def failing(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("fastkd.recipe.load", failing)
+    monkeypatch.setattr(sys, "argv", ["fastkd", "x.yaml"])
+    with pytest.raises(type(error)):
+        cli.run(train.main)
+
+
+def test_words_of_the_command_line_do_not_steer_the_terminal(command):
+    """A pattern of the shell may expand to the name of a file that begins with a dash."""
+    evil = "\x1b]0;title\x07"
+    for words, named in (([f"--{evil}"], False), ([evil, "image.png"], False), ([evil], True)):
+        code, text = command(predict.main, *words, named=named)
+        assert code == 2
+        assert r"\x1b]0;title\x07" in text
+        assert not {"\x1b", "\x07"} & set(re.sub(r"\x1b\[[\d;]*m", "", text))
+
+
+@pytest.mark.parametrize("main", [train.main, score.main, prune.main, label.main, check.main])
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_no_code_refuses_a_writer_that_is_a_file_before_it_is_imported(
+    command, tiny_recipe, tmp_path, monkeypatch, main, how
+):
+    writer = tmp_path / "writer.py"
+    writer.write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')", encoding="utf-8")
+    monkeypatch.setenv("FASTKD_NO_CODE", "1" if how == "variable" else "0")
+    given = [tiny_recipe.path, f"data.writer={writer}", f"data.path={tmp_path / 'new'}"]
+    code, text = command(main, *given, *(["--no-code"] if how == "option" else []))
+    assert code == 2
+    assert f"the writer is a file, {writer}" in text
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_no_code_lets_the_writers_of_fastkd_pass(command, tiny_recipe, tmp_path, tiny_npz, monkeypatch):
+    monkeypatch.setenv("FASTKD_NO_CODE", "1")
+    data = [f"data.path={tmp_path / 'new'}", "data.writer=arrays", f"data.options={{file: {tiny_npz}, workers: 1}}"]
+    code, text = command(train.main, tiny_recipe.path, *data, "--dry-run")
+    assert code == 0, text
+    code, text = command(write.main, f"{tmp_path}/mine.py", tmp_path / "new")
+    assert code == 2
+    assert "FASTKD_NO_CODE forbids" in text
 
 
 # Anybody's logits -----------------------------------------------------------------------------------------------------

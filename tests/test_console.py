@@ -1,10 +1,14 @@
 """What a person sees while something takes long."""
 
+import errno
 import io
 import re
+import sys
 
 import pytest
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from fastkd import console
 from fastkd.console import clock
@@ -43,3 +47,128 @@ def test_the_rate_of_what_is_gone_on_with_counts_what_was_done_since(monkeypatch
     with console.progress("train", 1000, begun=500) as update:
         update(600, "epoch 2, loss 0.100")
     assert capsys.readouterr().out[9:] == "train: 600/1,000, 5 images/s, 80.0 s left, epoch 2, loss 0.100\n"
+
+
+# Foreign text ---------------------------------------------------------------------------------------------------------
+
+EVIL = "cat\x1b[31m\x07\x9b2J\r\u202egnp\u2066\u2028\udcff\x00é日"
+SHOWN = r"cat\x1b[31m\x07\x9b2J\r\u202egnp\u2066\u2028\udcff\x00é日"
+
+
+def test_foreign_text_can_only_be_read():
+    """Escape sequences, overrides of direction, bytes that are not UTF-8: shown as escapes, once."""
+    assert console.printable(EVIL) == SHOWN
+    assert console.printable(SHOWN) == SHOWN
+    assert console.printable("a\tb\n") == "a\tb\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_whatever_is_printed_is_made_printable(monkeypatch, terminal):
+    """Lines, warnings, errors, cells of tables, and what stands beside a bar."""
+    file = io.StringIO()
+    screen = console._Screen(file=file, force_terminal=terminal, width=200, emoji=False, color_system=None)
+    monkeypatch.setattr(console, "out", screen)
+    monkeypatch.setattr(console, "err", screen)
+    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(sys, "stdout", file)
+    for tell in (console.say, console.heading, console.warn, console.error):
+        tell(EVIL)
+    table = Table(title=escape(EVIL))
+    table.add_column(escape(EVIL))
+    table.add_row(escape(EVIL))
+    console.show(table)
+    with console.progress("train", 2) as update:
+        update(1, EVIL)
+    text = file.getvalue()
+    ours = re.sub(r"\x1b\[[0-9;?]*[A-LN-Za-ln-z]|\x1b\[[0-9;]*m|\r", "", text) if terminal else text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066\u2028\udcff]", ours)
+    assert "\x1b[31m" not in text
+    assert "\x9b" not in text
+    assert ours.count(SHOWN) >= 8
+
+
+def test_cells_are_measured_as_they_are_shown(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", file)
+    table = Table()
+    table.add_column("class")
+    table.add_row("\x1b[2J")
+    table.add_row("a")
+    console.show(table)
+    assert len({len(line) for line in file.getvalue().splitlines()}) == 1
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+class Raw(io.RawIOBase):
+    """A stream that fails, or takes a few bytes at a time."""
+
+    def __init__(self, error=None, most=10**9):
+        self.error, self.most, self.found = error, most, b""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if self.error:
+            raise OSError(self.error, "it failed")
+        taken = bytes(data[: self.most])
+        self.found += taken
+        return len(taken)
+
+
+def stream_over(raw, encoding="utf-8"):
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding)
+
+
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.EIO, errno.ENOSPC])
+def test_a_stream_that_fails_raises_nothing(monkeypatch, error):
+    """One that nobody reads any more is no failure; one that cannot be written is."""
+    raw = Raw(error)
+    monkeypatch.setattr(sys, "stdout", stream_over(raw))
+    with console.lasting_streams() as failure:
+        print("one")
+        console.say("two")
+        sys.stdout.flush()
+        assert (failure() is None) is (error != errno.ENOSPC)
+        raw.error = None
+        print("three")
+    assert raw.found == (b"three\n" if error == errno.ENOSPC else b"")  # there may be room again
+    raw.error = None
+
+
+def test_all_is_written_to_a_stream_that_takes_little(monkeypatch):
+    raw = Raw(most=3)
+    monkeypatch.setattr(sys, "stdout", stream_over(raw))
+    with console.lasting_streams() as failure:
+        print("a line that is longer")
+        assert failure() is None
+    assert raw.found == b"a line that is longer\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "found"),
+    [
+        ("utf-8", "80 → 20 ± 1 ×é日\\udcff\n".encode()),
+        ("latin-1", "80 -> 20 ± 1 ×é\\u65e5\\udcff\n".encode("latin-1")),
+        ("ascii", b"80 -> 20 +- 1 x\\xe9\\u65e5\\udcff\n"),
+    ],
+)
+def test_what_an_encoding_lacks_is_replaced(monkeypatch, encoding, found):
+    raw = Raw()
+    monkeypatch.setattr(sys, "stdout", stream_over(raw, encoding))
+    with console.lasting_streams():
+        print("80 → 20 ± 1 ×é日\udcff")
+    assert raw.found == found
+
+
+def test_streams_that_are_closed_are_no_hindrance(monkeypatch):
+    for name in ("stdout", "stderr", "stdin"):
+        monkeypatch.setattr(sys, name, None)
+    with console.lasting_streams() as failure:
+        console.say("x")
+        console.error("y")
+        print("z")
+        assert failure() is None
+    assert sys.stdout is None

@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # A unit is a module or a package right under fastkd, or a module that has rules of its own; "" is fastkd itself. A
 # dotted name allows that module alone. All may import themselves and fastkd (for its __version__), but those with an
 # empty set import nothing of fastkd.
-LEAVES = {"errors", "validation", "console", "world"}
+LEAVES = {"errors", "validation", "console", "world", "caches", "plain_yaml"}
 ARRAYS_AND_FILES = {"recipe", "artifacts", "kernels"}
 PARTS = {"data", "models", "engine"}  # never each other: stages put them together
 COMMANDS = {
@@ -30,12 +30,24 @@ COMMANDS = {
 }
 
 ALLOWED: dict[str, set[str]] = {
-    "": {"errors", "recipe", "engine.losses", "stages.own_loop"},  # what it offers at the top, imported when asked for
+    "": {
+        "caches",
+        "errors",
+        "recipe",
+        "engine.losses",
+        "stages.own_loop",
+    },  # what it offers at the top, imported when asked for
     "errors": set(),
+    "caches": set(),  # the doctor loads it where nothing is installed
     "validation": {"errors"},
+    "plain_yaml": {"errors"},
     "console": {"errors"},
-    "world": {"errors", "console", "artifacts"},
+    "watch": {"errors"},
+    "meeting": {"errors", "watch"},
+    "world": {"errors", "console", "artifacts", "watch", "meeting"},
     **{unit: {"errors", "validation"} for unit in ARRAYS_AND_FILES},
+    "kernels": {"errors", "validation", "caches"},
+    "recipe": {"errors", "validation", "plain_yaml"},
     "artifacts": {"errors", "validation", "console"},  # a manifest lists the warnings that were given
     **dict.fromkeys(PARTS, LEAVES | ARRAYS_AND_FILES | {"doctor"}),  # doctor is a leaf itself, and knows the cores
     "stages": LEAVES | ARRAYS_AND_FILES | PARTS | {"doctor"},

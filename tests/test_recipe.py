@@ -1,4 +1,6 @@
 import contextlib
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -6,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkd import recipe
+from fastkd import plain_yaml, recipe
 from fastkd.errors import InputError
+from fastkd.write import _key_values
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 MINIMAL = {
@@ -193,3 +196,277 @@ def test_sizes_by_epoch_survive_being_written_down(write, tmp_path):
     loaded = recipe.load(write(), ["train.progressive_px={0: 16, 1: 24}"])
     (tmp_path / "resolved.yaml").write_text(recipe.dump(loaded))
     assert recipe.load(tmp_path / "resolved.yaml") == loaded
+
+
+# --- how YAML is read -----------------------------------------------------------------------------------------------
+
+SCALARS = {
+    "0100": 100,
+    "010": 10,
+    "08": 8,
+    "-0": 0,
+    "0o17": 15,
+    "0x1F": 31,
+    "1e-1": 0.1,
+    "1.0e-4": 1e-4,
+    "5e-4": 5e-4,
+    "1E+3": 1000.0,
+    ".5": 0.5,
+    "true": True,
+    "False": False,
+    "~": None,
+    "null": None,
+    **{text: text for text in ("yes", "No", "NO", "on", "off", "y", "n")},
+    **{text: text for text in ("1_000", "12:30", "1:30:00", "0b11", "2020-01-01", "2020-01-01 10:00:00")},
+}
+
+
+@pytest.mark.parametrize(("text", "value"), SCALARS.items())
+def test_scalars_are_those_of_yaml_1_2_wherever_they_are_given(tmp_path, text, value):
+    def same(found):
+        return type(found) is type(value) and found == value
+
+    assert same(plain_yaml.parse(f"a: [{text}]", "x")["a"][0])
+    assert same(recipe.settings_of([f"a.b={text}"])["a"]["b"])
+    assert same(_key_values([f"b={text}"])["b"])
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL).replace("path: d", f"path: d\n  options: {{b: {text}}}"))
+    assert same(recipe.load(path).data.options["b"])
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("train.batch_size=0100", 100), ("seed=010", 10), ("optim.lr=1e-1", 0.1), ("optim.weight_decay=5e-4", 5e-4)],
+)
+def test_numbers_as_people_write_them(write, override, value):
+    section, _, key = override.partition("=")[0].rpartition(".")
+    loaded = recipe.load(write(), [override])
+    assert getattr(getattr(loaded, section) if section else loaded, key) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.compile=yes", "train.compile: 'yes' is wrong: should be a valid boolean: true or false"),
+        ("train.batch_size=1_000", "train.batch_size: '1_000' is wrong: should be a valid integer"),
+        ("train.epochs=12:30", "train.epochs: '12:30' is wrong: should be a valid integer"),
+        ("optim.lr=.inf", "optim.lr: inf is wrong: should be a finite number"),
+        ("optim.lr=.nan", "optim.lr: nan is wrong: should be a finite number"),
+        ("name=2024", "name: 2024 is wrong: should be a valid string: write it in quotes, '2024'"),
+        ("data.writer=false", "data.writer: False is wrong: should be a valid string: write it in quotes, 'False'"),
+    ],
+)
+def test_what_is_no_number_or_boolean_is_refused_in_words(write, override, message):
+    with pytest.raises(InputError) as error:
+        recipe.load(write(), [override])
+    assert message in str(error.value)
+
+
+def test_no_is_a_name(write):
+    loaded = recipe.load(write(data={"path": "d", "writer": "NO", "options": {"classes": ["cat", "no", "on"]}}))
+    assert (loaded.data.writer, loaded.data.options["classes"]) == ("NO", ["cat", "no", "on"])
+    assert recipe.load(write(), ["data.writer=no"]).data.writer == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "lines"),
+    [
+        ("name: x\nloss: {alpha: 1.0}\nseed: 1\nloss: {gamma: 1.0}\n", "loss", (2, 4)),
+        ("optim:\n  lr: 0.1\n  momentum: 0.9\n  lr: 0.2\n", "lr", (2, 4)),
+        ("train:\n  progressive_px:\n    0: 16\n    '0': 24\n", "0", (3, 4)),
+        ("data: {options: {a: {b: 1,\n b: 2}}}\n", "b", (1, 2)),
+        ("teacher: [{x: 1, y: 2,\n\n x: 1}]\n", "x", (1, 3)),
+    ],
+)
+def test_a_key_that_occurs_twice_is_refused_with_both_lines(tmp_path, text, key, lines):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        recipe.load(path)
+    assert f"the key '{key}' occurs twice, in line {lines[0]} and in line {lines[1]}" in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_a_key_twice_in_an_override_is_refused(write):
+    with pytest.raises(InputError, match=r"override 'optim=\{lr: 1, lr: 2\}'.*the key 'lr' occurs twice"):
+        recipe.load(write(), ["optim={lr: 1, lr: 2}"])
+
+
+@given(value=values)
+def test_what_is_written_down_is_read_back_by_yaml_1_1_and_1_2(value):
+    def plain(one):
+        if isinstance(one, dict):
+            return {key: plain(inner) for key, inner in one.items()}
+        if isinstance(one, list):
+            return [plain(inner) for inner in one]
+        if isinstance(one, str):
+            return "".join(c for c in one if c.isprintable())
+        return None if isinstance(one, float) and math.isnan(one) else one
+
+    tree = {"a": plain(value)}
+    if len(repr(tree)) < 2000:
+        assert plain_yaml.parse(plain_yaml.dump(tree), "x") == tree
+        assert yaml.safe_load(plain_yaml.dump(tree)) == tree
+
+
+@pytest.mark.parametrize("text", [*SCALARS, "a\u2028b", "a\nb", "", " ", "'", "<<", "=", "1e5", "+1", "0777"])
+def test_texts_that_look_like_something_else_survive_being_written_down(text):
+    dumped = plain_yaml.dump({text: [text]})
+    assert plain_yaml.parse(dumped, "x") == yaml.safe_load(dumped) == {text: [text]}
+
+
+# --- paths ----------------------------------------------------------------------------------------------------------
+
+PATHS = ["data.path", "data.artifacts_dir", "train.runs_dir", "student.weights", "data.writer"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(
+    ("given_", "found"), [("~/x.pth", "HOME/x.pth"), ("x/../y.pth", "CWD/y.pth"), ("/a.pth", "/a.pth")]
+)
+def test_every_path_is_made_absolute_once(write, tmp_path, monkeypatch, name, given_, found):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    found = found.replace("HOME", str(tmp_path / "home")).replace("CWD", str(tmp_path))
+    section, key = name.split(".")
+    loaded = recipe.load(write(), [f"{name}={given_}"])
+    assert getattr(getattr(loaded, section), key) == found
+    (tmp_path / "resolved.yaml").write_text(recipe.dump(loaded))
+    monkeypatch.chdir("/")
+    assert recipe.load(tmp_path / "resolved.yaml") == loaded
+
+
+def test_paths_of_a_teacher_and_of_a_list(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    given_ = write(
+        teacher={"model": "cifar/resnet8", "weights": "~/w.pth"}, prune={"method": "list", "ids": "~/ids.npy"}
+    )
+    loaded = recipe.load(given_)
+    assert loaded.teacher.weights == str(tmp_path / "home/w.pth")
+    assert loaded.prune.ids == str(tmp_path / "home/ids.npy")
+    assert recipe.load(write(teacher={"recipe": "~/t.yaml"})).teacher.recipe == str(tmp_path / "home/t.yaml")
+    assert recipe.load(write()).train.runs_dir == str(tmp_path / "runs")
+
+
+def test_names_of_published_weights_and_of_writers_are_no_paths(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DEFAULT").mkdir()
+    teacher = {"model": "torchvision/resnet18", "weights": "DEFAULT"}
+    assert recipe.load(write(teacher=teacher)).teacher.weights == "DEFAULT"
+    assert recipe.load(write(), ["data.writer=arrays"]).data.writer == "arrays"
+
+
+def test_data_may_lie_in_the_working_directory_or_at_the_root(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = recipe.load(write(), ["data.path=."])
+    assert loaded.data.path == str(tmp_path)
+    assert loaded.artifacts_dir == Path(f"{tmp_path}.artifacts")
+    assert recipe.load(write(), ["data.path=/"]).artifacts_dir == Path("/.artifacts")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("''", "an empty path"),
+        ("~nobody-of-this-name/x", "there is no home directory of that name"),
+        ("a" * 300, "longer than a path can be"),
+        ('"a\\0b"', "holds a zero byte"),
+        ("name=" + "a" * 200, "at most 100 characters"),
+    ],
+)
+def test_what_can_be_no_path_or_name_is_refused(write, path, message):
+    override = path if path.startswith("name=") else f"data.path={path}"
+    with pytest.raises(InputError, match=message):
+        recipe.load(write(), [override])
+
+
+def test_a_deleted_working_directory_is_told_and_needed_by_relative_paths_alone(write, tmp_path, monkeypatch):
+    path = write()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    os.rmdir(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"data\.path: d: the working directory has been deleted"):
+        recipe.load(path)
+    assert recipe.load(path, ["data.path=/d", "train.runs_dir=/r"]).data.path == "/d"
+
+
+# --- odd settings ---------------------------------------------------------------------------------------------------
+
+TEACHER = {"model": "cifar/resnet8", "weights": "w.pth"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prune.keep_ratio=30", "should be less than or equal to 1: it is a share, 0.3 for 30 %"),
+        ("loss={alpha: 0.0, gamma: 0}", "`loss.alpha` and `loss.gamma` are 0: nothing is trained on"),
+        ("loss.temperature=1e30", "loss.temperature: 1e+30 is wrong: should be less than or equal to 1000"),
+        ("loss.temperature=1e-9", "loss.temperature: 1e-09 is wrong: should be greater than or equal to 0.01"),
+        ("teacher.overrides=[seed=1]", "`overrides` are changes to a `recipe`"),
+        ("teacher={mean: [123.7, 116.3, 103.5], std: [58.4, 57.1, 57.4]}", "divide what is of 0 … 255 by 255"),
+        ("teacher={mean: [0.5, 0.5, 0.5], std: [0, 0, 0]}", "a std is above 0"),
+        ("data.path=$HOME/data", "environment variables are not read in recipes"),
+        ("data.path=$UNKNOWN_VARIABLE/data", "environment variables are not read in recipes"),
+        ("teacher.weights=https://example.org/w.pth", "is an address, and expected is a path; download it first"),
+        ("data.path=s3://bucket/data", "is an address"),
+        ("train.epochs=0", "train.epochs: 0 is wrong"),
+        ("loss=", "loss: None is wrong: expected a section with keys of its own: alpha, gamma, temperature"),
+        ("student=cifar/resnet8", "student: 'cifar/resnet8' is wrong: expected a section with keys of its own: model,"),
+        ("optim.milestones_epochs=5", "optim.milestones_epochs: 5 is wrong: expected a list, in brackets"),
+        ("train.epochs=2.0", "train.epochs: 2.0 is wrong"),
+        ("optim.lr=0,1", "optim.lr: '0,1' is wrong: should be a valid number"),
+        ("optim.warmup_epochs=5", "must be below `train.epochs`"),
+        ("true=1", "expected a.b=value|unknown key"),
+        ("a..b=1", "override 'a..b=1': expected a.b=value"),
+    ],
+)
+def test_odd_settings_are_refused_in_words(write, override, message):
+    with pytest.raises(InputError) as error:
+        recipe.load(write(teacher=TEACHER), [override])
+    assert any(one in str(error.value) for one in message.split("|"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([], []),
+        (["prune.strata=9"], ["prune.strata=9 has no effect with prune.method=medium"]),
+        (
+            ["prune={method: list, ids: x.npy, keep_ratio: 0.3}"],
+            ["prune.keep_ratio=0.3 has no effect with prune.method=list"],
+        ),
+        (["prune={method: ccs, keep_ratio: 0.5, strata: 9, seed: 4}"], []),
+        (["optim.name=adamw", "optim.momentum=0.8"], ["optim.momentum=0.8 has no effect with optim.name=adamw"]),
+        (["optim.betas=[0.8, 0.9]"], ["optim.betas=(0.8, 0.9) has no effect with optim.name=sgd"]),
+        (["optim.decay_factor=0.2"], ["optim.decay_factor=0.2 has no effect with optim.schedule=cosine"]),
+        (["data.view.pad_ratio=0.2"], ["data.view.pad_ratio=0.2 has no effect with data.view.family=none"]),
+        (["data.view={family: pad_crop_flip, pad_ratio: 0.2}"], []),
+        (
+            ["optim={schedule: step, milestones_epochs: [1, 2, 30]}"],
+            ["optim.milestones_epochs [2.0, 30.0] are not reached in 2 epochs: lr is not lowered there"],
+        ),
+        (
+            ["train.progressive_px={0: 16, 9: 24}"],
+            ["train.progressive_px from epoch [9] on is not reached in train.epochs=2"],
+        ),
+    ],
+)
+def test_settings_without_effect_are_told(write, overrides, told):
+    assert recipe.load(write(teacher=TEACHER), overrides).without_effect() == told
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_set_nothing_without_effect(path):
+    assert recipe.load(path).without_effect() == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+def test_other_encodings_are_read_or_refused(tmp_path, encoding):
+    path = tmp_path / "r.yaml"
+    path.write_bytes((yaml.safe_dump(MINIMAL) + "# ü\n").encode(encoding))
+    if encoding == "utf-8-sig":
+        assert recipe.load(path).name == "x"
+    else:
+        with pytest.raises(InputError, match="cannot be read"):
+            recipe.load(path)

@@ -9,12 +9,12 @@ unpickles them only after checking their md5.
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions
+from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions, download_folder
 from fastkd.errors import InputError
 
 
 class Options(WriterOptions):
-    root: LocalPath = Path.home() / ".cache/fastkd/cifar10"
+    root: LocalPath = download_folder("cifar10")
     """Where the files are, or are downloaded to."""
 
 

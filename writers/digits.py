@@ -12,7 +12,7 @@ from fastkd.data.source import ArrayDataset, Source, WriterOptions, stratified_s
 
 
 class Options(WriterOptions):
-    px: int = Field(32, ge=8, multiple_of=8)
+    px: int = Field(32, ge=8, le=512, multiple_of=8)
     """Side that they are enlarged to: a multiple of 8."""
     val_ratio: float = Field(0.2, gt=0, lt=1)
     """Share of each class that becomes val."""

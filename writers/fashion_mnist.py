@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions
+from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions, download_folder
 from fastkd.errors import InputError
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -24,7 +24,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 class Options(WriterOptions):
     root: LocalPath | None = None
     """Where the files are; without it, Debian's package."""
-    download_root: LocalPath = Path.home() / ".cache/fastkd/fashion_mnist"
+    download_root: LocalPath = download_folder("fashion_mnist")
     """Where they are downloaded to."""
 
 

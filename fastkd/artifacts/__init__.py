@@ -15,13 +15,13 @@ import shutil
 import stat
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import xxhash
@@ -73,6 +73,15 @@ class FileStamp(BaseModel):
     xxh3_128: str
 
 
+class FileState(NamedTuple):
+    """What changes when a file is written to or replaced: times in nanoseconds."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+
 class Manifest(BaseModel):
     """What an artifact is, what it was made from, and what it cost; `digest` is the xxh3-128 of all the rest."""
 
@@ -116,10 +125,18 @@ class Built:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A published artifact whose files have been verified."""
+    """A published artifact whose files have been verified.
+
+    Attributes
+    ----------
+    state
+        Of each file, what changes when it is written to, as it was when the file was verified: its size, time of the
+        last write, time of the last change, and inode. See `refuse_changed`.
+    """
 
     path: Path
     manifest: Manifest
+    state: dict[str, "FileState"] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -143,6 +160,42 @@ class Artifact:
                 f"{self.path}: this {self.manifest.kind} holds no {name!r}, only {sorted(self.manifest.files)}"
             )
         return self.path / name
+
+    def refuse_changed(self, *patterns: str) -> None:
+        """See that no file has been written to since it was verified.
+
+        Costs an open and a stat for each file. A file whose size and time of the last write are the same but whose
+        inode or time of the last change is not, as after ``chmod``, ``ln`` or a repeated mount, is read again.
+
+        Parameters
+        ----------
+        *patterns
+            Of the names of the files to look at, as in `fnmatch`; default: all.
+
+        Raises
+        ------
+        ArtifactError
+            Names the first file that has been changed, replaced or deleted.
+        """
+        for name, before in self.state.items():
+            if patterns and not any(fnmatchcase(name, pattern) for pattern in patterns):
+                continue
+            file = self.path / name
+            try:
+                now = _state_of(file)
+                if now == before:
+                    continue
+                same = (now.size, now.mtime_ns) == (before.size, before.mtime_ns)
+                if same and file_digest(file) == self.manifest.files[name].xxh3_128:
+                    self.state[name] = now
+                    continue
+                what = "was written to"
+            except OSError as error:
+                what = f"cannot be read any more ({error.strerror})"
+            raise ArtifactError(
+                f"{file}: {what} while it was in use; what was computed since then is not kept. Put the file back, and "
+                f"the same command goes on; or delete {self.path} and build it again."
+            )
 
     def array(self, name: str) -> np.ndarray:
         """Memory-map an array, read only, having compared its type and shape with what the facts say of it."""
@@ -247,6 +300,12 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write the manifest of the artifact at `path`, in UTF-8; what is none, as in names of files, stands as escapes."""
+    text = json.dumps(manifest.model_dump(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    (path / MANIFEST).write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON's own escapes
+
+
 def _stays_inside(name: str) -> bool:
     """Tell whether a file name is relative and plain: no ``..``, no empty part, nothing that a system reads its way."""
     path = PurePosixPath(name)
@@ -275,7 +334,7 @@ def load(path: str | os.PathLike[str], kind: Kind | None = None) -> Artifact:
             f"{path / MANIFEST}: the key does not follow from the inputs: the manifest was changed by hand"
         )
     artifact = Artifact(path, manifest)
-    state = _file_state(artifact)
+    state = _file_state(artifact)  # also in the artifact: before its files are read
     verdict = path / _VERDICT
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if json.loads(verdict.read_bytes()) == state:
@@ -302,24 +361,41 @@ def verify(artifact: Artifact) -> None:
             )
 
 
+def _state_of(file: Path) -> FileState:
+    """Return the state of a file, not as a network file system remembers it: it asks anew when a file is opened."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        found = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
 def _file_state(artifact: Artifact) -> dict[str, Any]:
-    """Return what a verdict holds for: the manifest, and of each file what changes when it does."""
+    """Return what a verdict holds for: the manifest, and of each file what changes when it does.
+
+    The same goes into the artifact's `state`.
+    """
     state: dict[str, Any] = {MANIFEST: artifact.manifest.digest}
     root = artifact.path.resolve()
     for name, stamp in artifact.manifest.files.items():
         file = artifact.path / name
         try:
             found = file.stat()
-        except OSError:
-            raise ArtifactError(f"{file}: missing. Delete {artifact.path} and build it again.") from None
+            if stat.S_ISREG(found.st_mode):
+                opened = _state_of(file)
+        except OSError as error:
+            what = "missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise ArtifactError(f"{file}: {what}. Delete {artifact.path} and build it again.") from None
         if not stat.S_ISREG(found.st_mode) or (root / name).resolve() != root / name:
             raise ArtifactError(f"{file}: is a link or no file, and may lead out of the artifact; put the file there")
-        if found.st_size != stamp.size:
+        if opened.size != stamp.size:
             raise ArtifactError(
-                f"{file}: damaged: {found.st_size} bytes, the manifest says {stamp.size}. "
+                f"{file}: damaged: {opened.size} bytes, the manifest says {stamp.size}. "
                 f"Delete {artifact.path} and build it again."
             )
-        state[name] = [found.st_size, found.st_ctime_ns, found.st_ino]
+        state[name] = [opened.size, opened.ctime_ns, opened.inode]
+        artifact.state[name] = opened
     return state
 
 
@@ -343,7 +419,7 @@ def _write_verdict(artifact: Artifact, state: Mapping[str, Any]) -> None:
     if not _may_write.get():
         return
     with contextlib.suppress(OSError):  # read-only, or full: checksums are computed at each load instead
-        temporary = artifact.path / f"{_VERDICT}.{os.getpid()}"
+        temporary = artifact.path / f"{_VERDICT}.{platform.node()}.{os.getpid()}"
         write_whole(artifact.path / _VERDICT, json.dumps(state).encode(), temporary, sync=False)
 
 
@@ -374,6 +450,8 @@ def build(
     enough: Callable[[Artifact], bool] = lambda artifact: True,
     resumable: bool = False,
     scratch: str | None = None,
+    sources: Callable[[], Sequence[Artifact]] = tuple,
+    may_publish: Callable[[], None] = lambda: None,
 ) -> tuple[Artifact, bool]:
     """Return the artifact at `path`, building and publishing it if it is not there.
 
@@ -394,6 +472,10 @@ def build(
         What a broken-off build left is handed to the builder, which goes on from there.
     scratch
         A folder that serves the building alone: it is no part of the artifact, and removed once that is published.
+    sources
+        Returns the artifacts that the builder has read: nothing is published if one of their files was changed.
+    may_publish
+        Called at the last moment, and raises where the artifact must not be published by this process.
 
     Returns
     -------
@@ -421,13 +503,16 @@ def build(
         (partial / MANIFEST).unlink(missing_ok=True)  # of a build that was broken off when it was all but published
         start = time.perf_counter()
         begun = partial / BEGUN
-        earlier = begun.read_text() if begun.exists() else None
+        earlier = begun.read_text(encoding="utf-8") if begun.exists() else None
         try:
             if resumable:
                 asked = {"kind": kind, "key": key_of(kind, inputs or {}), "parents": dict(parents or {})}
-                begun.write_text(json.dumps(asked))
+                begun.write_text(json.dumps(asked), encoding="utf-8")
             mark = console.warning_mark()
             built = builder(partial)
+            read = sources()
+            for source in read:  # before files are hashed, which may take minutes
+                source.refuse_changed()
             warned = [*built.facts.get(WARNINGS, ()), *console.warnings_since(mark)]
             manifest = _seal(
                 partial,
@@ -440,11 +525,14 @@ def build(
                 known=built.stamps,
                 scratch=scratch,
             )
+            for source in read:
+                source.refuse_changed()
+            may_publish()
         except BaseException as error:
             if not resumable:  # then it is of no use half done
                 shutil.rmtree(partial, ignore_errors=True)
             elif isinstance(error, InputError) and earlier is not None and partial.exists():
-                begun.write_text(earlier)  # it was refused, and what was begun stays what it was
+                begun.write_text(earlier, encoding="utf-8")  # it was refused, and what was begun stays what it was
             raise
         _publish(partial, path)
         _tidy(path, scratch)
@@ -557,7 +645,7 @@ def _seal(
     files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
     files = {name: p for name, p in files.items() if Path(name).parts[0] not in (BEGUN, scratch)}
     stamps = {
-        name: known.get(name) or FileStamp(size=p.stat().st_size, xxh3_128=file_digest(p)) for name, p in files.items()
+        name: known.get(name) or FileStamp(xxh3_128=file_digest(p), size=_state_of(p).size) for name, p in files.items()
     }
     fields = {
         "kind": kind,
@@ -574,7 +662,7 @@ def _seal(
         "files": {name: stamp.model_dump() for name, stamp in stamps.items()},
     }
     manifest = Manifest.model_validate(fields | {"digest": digest_of(fields)})
-    (partial / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    write_manifest(partial, manifest)
     folders = [p for p in partial.rglob("*") if p.is_dir()]
     for p in [*files.values(), partial / MANIFEST, *folders, partial]:
         fsync(p)

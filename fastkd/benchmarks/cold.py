@@ -63,7 +63,7 @@ def pages_of(starts: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarray:
 
 def read_bytes() -> int:
     """Return the bytes that this process has had read from disks, read-ahead included."""
-    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="utf-8").splitlines())
     return int(fields["read_bytes"])
 
 
@@ -105,7 +105,7 @@ def measure(out: Path, *, data: Path | None = None, small: int = 60_000, photos:
                         )
                         update(len(lines), title)
     report = {"machine": doctor.machine(), "read_ahead_kb": read_ahead_kb(place.parent), "lines": lines}
-    (out / "cold.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "cold.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
@@ -167,7 +167,7 @@ def read_ahead_kb(place: Path) -> int | None:
     entry = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
     for folder in (entry, entry.parent):  # a partition has the settings of its disk
         if (file := folder / "queue" / "read_ahead_kb").is_file():
-            return int(file.read_text())
+            return int(file.read_text(encoding="utf-8"))
     return None
 
 

@@ -67,7 +67,7 @@ def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[st
         "lines": lines,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "labels.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "labels.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

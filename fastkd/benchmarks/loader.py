@@ -90,7 +90,7 @@ def measure(
         "file_bytes": file_bytes,
         "lines": lines,
     }
-    (out / "loader.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "loader.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     chart(report, out / "loader.png")
     return report
 

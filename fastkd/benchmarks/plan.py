@@ -225,7 +225,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | N
         "cluster": several or None,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, out / "plan.png")
     return report
 
@@ -254,7 +254,7 @@ def expected(recipe: Recipe, runtime: Runtime, keep_ratio: float | None = None) 
         report = json.loads((out_of(recipe) / "plan.json").read_bytes())
         there = report["machine"], report["gpu"], report["precision"], report["rates_of"]
         measured, sizes = Measured(**report["measured"]), Sizes(**report["sizes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     here = doctor.machine(), runtime.gpu, runtime.precision, rates_of(recipe)
     if [there[0].get(key) for key in ("cpu", "cores")] != [here[0][key] for key in ("cpu", "cores")]:

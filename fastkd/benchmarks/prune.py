@@ -23,6 +23,7 @@ from fastkd import console, doctor
 from fastkd.doctor import usable_cores
 from fastkd.errors import FastkdError, InputError
 from fastkd.kernels import proportional_quotas, score_logits, select_ranks, window_ranks
+from fastkd.kernels.jit import njit
 
 KEEP_RATIO = 0.5
 SEED = 0
@@ -146,7 +147,7 @@ def reference(score_N: list[float], y_N: list[int], classes: int) -> list[int]:
     return sorted(kept)
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _sum_words(word_NK: np.ndarray) -> np.int64:
     total = np.int64(0)
     for i in numba.prange(len(word_NK)):
@@ -217,7 +218,7 @@ class Runner:
 
     def _anonymous_bytes(self) -> int:
         with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+            for line in Path(f"/proc/{self._process.pid}/status").read_text(encoding="utf-8").splitlines():
                 if line.startswith("RssAnon:"):
                     return int(line.split()[1]) * 1024
         return 0
@@ -298,7 +299,7 @@ def measure(
         "reference": looped,
         "growth": growth,
     }
-    (out / "prune.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "prune.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

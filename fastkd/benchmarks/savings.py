@@ -125,7 +125,7 @@ def measure(
         "recipe": recipe.name,
         "seeds": list(range(recipe.seed, recipe.seed + seeds)),
         "keep_ratio": recipe.prune.keep_ratio,
-        "environment": json.loads((out / f"vanilla-seed{recipe.seed}" / "env.json").read_text()),
+        "environment": json.loads((out / f"vanilla-seed{recipe.seed}" / "env.json").read_text(encoding="utf-8")),
         "cold_compile_s": cold_compile_s,
         "teacher_training_s": chain.costs["teacher"].seconds if "teacher" in chain.costs else None,
         "teacher_top1": chain.teacher_run.facts["top1"]["val"] if chain.teacher_run else None,
@@ -153,7 +153,7 @@ def measure(
     report["differences"] = differences(report)
     report["noise_points"] = noise_points(results.values(), chain.dataset.facts["counts"]["val"])
     report["conclusion"] = conclusion(report)
-    (out / "savings.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "savings.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     charts.savings(report).savefig(out / "savings.png", dpi=120)
     return report
 
@@ -209,7 +209,7 @@ def _compare(entry: dict[str, Any], vanilla: dict[str, Any], reference: dict[str
 
 
 def _outcome(run: Artifact, seed: int) -> dict[str, Any]:
-    timing = json.loads(run.file("timing.json").read_text())
+    timing = json.loads(run.file("timing.json").read_text(encoding="utf-8"))
     return {"seed": seed, "run": str(run.path), "top1": run.facts["top1"]["val"], **timing}
 
 

@@ -98,7 +98,7 @@ def measure(
         "lines": lines,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "scale.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "scale.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     charts.bars(
         f"scale: {recipe.name}",
         [f"{recipe.student.model}: step, fed; a batch of {recipe.train.batch_size} divided"],
@@ -127,6 +127,8 @@ def _job(path: str, overrides: Sequence[str], count: int, threads: int, repeats:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         if ended.returncode or not result.exists():
             said = [line for line in ended.stdout.splitlines() if line.startswith("error: ")] or [ended.stdout[-2000:]]
@@ -164,7 +166,7 @@ def work(path: str, overrides: Sequence[str], result: Path, repeats: int) -> Non
             "workers": job.loader.workers,
             "gradient_bytes": sum(4 * p.numel() for p in job.student.parameters()),
         }
-        result.write_text(json.dumps(told))
+        result.write_text(json.dumps(told), encoding="utf-8")
 
 
 def table(report: dict[str, Any]) -> Table:

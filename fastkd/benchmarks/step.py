@@ -95,7 +95,7 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
     }
     report["advice"] = advice(report)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "step.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "step.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     charts.bars(
         f"step: {recipe.name}, batch of {size}",
         [f"{report['student']}: step", f"{report['teacher']}: forward"],

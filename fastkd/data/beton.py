@@ -17,6 +17,7 @@ import os
 import shutil
 import struct
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +29,11 @@ from typing import Any
 import cv2
 import numpy as np
 import xxhash
-from PIL import ImageFile, UnidentifiedImageError
+from PIL import ImageFile
 
 from fastkd.data import watched
-from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode
+from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode, unreadable
+from fastkd.data.notices import MAX_NAMES, Found, kinds, listed, printable
 from fastkd.data.source import MapDataset, Writer, WriterOptions, load_writer
 from fastkd.doctor import usable_cores
 from fastkd.errors import FULL, FastkdError, InputError
@@ -66,6 +68,7 @@ RECORD = np.dtype(
     [
         ("state", "u1"),
         ("mode", "u1"),
+        ("notices", "<u2"),
         ("width", "<u2"),
         ("height", "<u2"),
         ("ptr", "<u8"),
@@ -81,6 +84,8 @@ _CHUNK = 64
 _REPORT_EVERY_S = 0.1
 _LOOK_EVERY_S = 1.0
 STUCK_AFTER_S = 1800.0  # more than reading and encoding any one sample takes
+MIN_STD = 1e-3
+"""A channel whose standard deviation is smaller (a quarter of one of 256 levels) counts as constant."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,9 @@ class Split:
     mean, std : list of float
         Per channel, of the stored pixels scaled to 0…1; from exact integer sums.
     skipped : list of dict
-        Corrupt images that were left out: split, index in the source, its description, reason.
+        Unreadable samples that were left out: split, index in the source, its description, reason.
+    found : list of Found
+        What was noticed of its images, as far as there were any.
     """
 
     count: int
@@ -111,14 +118,54 @@ class Split:
     mean: list[float]
     std: list[float]
     skipped: list[dict[str, Any]]
+    found: list[Found]
 
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_betons` wrote."""
+    """What `write_betons` wrote.
+
+    Attributes
+    ----------
+    found : list of Found
+        What was noticed of the images of all splits, and of those of train and val together.
+    """
 
     classes: list[str]
     splits: dict[str, Split]
+    found: list[Found]
+
+    @property
+    def std(self) -> list[float]:
+        """The standard deviations to normalise by: 1 for a constant channel, whose pixels become about 0."""
+        return usable_std(self.splits["train"].std)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should be told, each kind once, with the number of images and up to five names."""
+        texts = []
+        skipped = [one for split in self.splits.values() for one in split.skipped]
+        if skipped:
+            names = [f"{one['split']} {one['description'] or one['index']}: {one['reason']}" for one in skipped]
+            counts = " and ".join(f"{len(split.skipped):,} of {name}" for name, split in self.splits.items())
+            texts.append(f"left out {counts}, which cannot be read (on_error=skip): {listed(names, len(names))}")
+        texts += [found.warning for found in self.found]
+        constant = [
+            channel
+            for channel, std in zip(("red", "green", "blue"), self.splits["train"].std, strict=True)
+            if std < MIN_STD
+        ]
+        if constant:
+            texts.append(
+                f"{', '.join(constant)}: constant or nearly so over all of train. The standard deviation is recorded "
+                "as 1, so that normalised pixels are about 0; look at the images"
+            )
+        return texts
+
+
+def usable_std(std: Sequence[float]) -> list[float]:
+    """Return standard deviations to divide by: that of a constant channel becomes 1."""
+    return [float(value) if value >= MIN_STD else 1.0 for value in std]
 
 
 def write_betons(writer: Writer, options: WriterOptions, directory: Path, progress: Progress | None = None) -> Written:
@@ -163,19 +210,24 @@ def write_here(request: tuple[str, dict[str, Any], str], report: watched.Report)
     except BaseException as error:
         raise FastkdError(f"writer {name}: read() failed: {watched.describe_error(error)[1]}") from error
     datasets, classes = _check_source(name, source)
-    splits = {}
+    splits, digests = {}, {}
     for split in SPLITS:
         file = Path(directory) / f"{split}.beton"
-        splits[split] = _write_split(file, split, datasets[split], len(classes), options, report)
+        job, splits[split] = _write_split(file, split, datasets[split], len(classes), options, report)
+        digests[split] = job.records["digest"].copy().view("V16").reshape(-1)
         if split == "train":
             empty = [classes[k] for k, n in enumerate(splits[split].class_counts) if n == 0]
             if empty:
-                more = f" and {len(empty) - 5} more" if len(empty) > 5 else ""
+                left_out = len(splits[split].skipped)
+                hint = f" ({left_out:,} samples of train were left out, as they cannot be read)" if left_out else ""
                 raise InputError(
-                    f"writer {name}: no sample in train of {', '.join(map(repr, empty[:5]))}{more}: "
-                    "every class needs at least one; leave such classes out of the class names"
+                    f"writer {name}: no sample in train of {listed([repr(one) for one in empty], len(empty))}: "
+                    f"every class needs at least one{hint}; leave such classes out of the class names"
                 )
-    return Written(classes, splits)
+        else:
+            in_both = (job.records["state"] == STORED) & np.isin(digests[split], digests["train"])
+    found = _found_in_both(job, in_both)
+    return Written(classes, splits, _merged([one for split in splits.values() for one in split.found]) + found)
 
 
 def _check_source(name: str, source: Any) -> tuple[Mapping[str, MapDataset], list[str]]:
@@ -194,9 +246,43 @@ def _check_source(name: str, source: Any) -> tuple[Mapping[str, MapDataset], lis
             raise wrong(f"a {split!r} of type {type(datasets[split]).__name__}, without __len__ and __getitem__")
         if len(datasets[split]) == 0:
             raise wrong(f"an empty split {split!r}")
-    if not all(isinstance(c, str) for c in classes) or len(set(classes)) < max(2, len(classes)):
-        raise wrong(f"the class names {classes[:10]}; expected at least two, all different, each a str")
-    return datasets, classes
+    return datasets, check_classes(name, classes)
+
+
+def check_classes(name: str, classes: Sequence[Any]) -> list[str]:
+    """Return class names as they will be stored, or raise: the one rule for whatever writer they come from.
+
+    Parameters
+    ----------
+    name
+        Of the writer.
+    classes
+        At least two; each a str of valid Unicode with no control characters or line breaks, not blank, and no two that
+        look the same: that differ by surrounding blanks or by how accents are composed only.
+    """
+
+    def wrong(what: str) -> InputError:
+        return InputError(f"writer {name}: read() returned the class names {shown}: {what}")
+
+    shown = f"[{listed([ascii(c) if isinstance(c, str) else repr(c)[:80] for c in classes[:5]], len(classes))}]"
+    if len(classes) < 2:
+        raise wrong("expected at least two")
+    seen: dict[str, str] = {}
+    for c in classes:
+        if not isinstance(c, str):
+            raise wrong(f"{repr(c)[:80]} is of type {type(c).__name__}; expected each to be a str")
+        if not c.strip():
+            raise wrong(f"{c!r} is empty; give each class a name")
+        bad = next((x for x in c if unicodedata.category(x) in ("Cc", "Cs", "Zl", "Zp")), None)
+        if bad is not None:
+            invalid = unicodedata.category(bad) == "Cs"
+            what = "not valid Unicode (a byte that is not UTF-8?)" if invalid else "a control character or line break"
+            raise wrong(f"{bad!a} in {c!a} is {what}; rename the class")
+        look = unicodedata.normalize("NFC", c.strip())
+        if look in seen:
+            raise wrong(f"{seen[look]!a} and {c!a} look the same; expected all different")
+        seen[look] = c
+    return [str(c) for c in classes]
 
 
 # One split -----------------------------------------------------------------------------------------------------------
@@ -217,8 +303,17 @@ class _Job:
 
     def where(self, index: int) -> str:
         """Name a sample of the source."""
+        name = self.described(index)
+        return f"{self.split} sample {index}" + ("" if name is None else f" ({name})")
+
+    def described(self, index: int) -> str | None:
+        """Return what the data set calls a sample, as one line of valid Unicode; None where it has no names."""
         describe = getattr(self.dataset, "describe", None)
-        return f"{self.split} sample {index}" + (f" ({describe(index)})" if callable(describe) else "")
+        return printable(str(describe(index))) if callable(describe) else None
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """Name the first samples of some (int64 [M])."""
+        return [self.described(i) or f"{self.split} sample {i}" for i in indices[:MAX_NAMES].tolist()]
 
     def book(self, size: int) -> int:
         """Book a page of `size` bytes at the end of the file; return its position."""
@@ -249,7 +344,7 @@ class _Tally:
 
 def _write_split(
     file: Path, split: str, dataset: MapDataset, num_classes: int, options: WriterOptions, report: watched.Report
-) -> Split:
+) -> tuple[_Job, Split]:
     total = len(dataset)
     num_workers = min(options.workers or usable_cores(), total)
     context = mp.get_context("fork")  # data sets need not be picklable
@@ -281,7 +376,7 @@ def _write_split(
             worker.process.kill()
             worker.process.join()
     moments = [sum(values) for values in zip(*(w.moments for w in workers if w.moments), strict=True)]
-    return _finish(job, moments, skipped)
+    return job, _finish(job, moments, skipped)
 
 
 def _watch(workers: Sequence[_Worker], job: _Job, report: watched.Report, total: int) -> list[dict[str, Any]]:
@@ -369,7 +464,7 @@ def _write_chunks(job: _Job, number: int, channel: Connection) -> tuple[int, ...
                 stored, label = _sample(job, index)
             except CorruptImageError as error:
                 if job.options.on_error == "fail":
-                    hint = "replace or delete it, or leave such images out with on_error=skip"
+                    hint = "replace or delete it, or leave such samples out with on_error=skip"
                     raise InputError(f"{job.where(index)}: {error}; {hint}") from None
                 job.records[index]["state"] = _SKIPPED
                 channel.send(("skipped", _skipped(job, index, error)))
@@ -377,7 +472,8 @@ def _write_chunks(job: _Job, number: int, channel: Connection) -> tuple[int, ...
             with job.storage_errors():
                 ptr = pages.put(stored.data)
             digest = image_digest(stored.mode, stored.height, stored.width, stored.data)
-            record = (STORED, stored.mode, stored.width, stored.height, ptr, stored.data.size, label, digest)
+            size = stored.data.size
+            record = (STORED, stored.mode, stored.notices, stored.width, stored.height, ptr, size, label, digest)
             job.records[index] = record
             moments = [a + b for a, b in zip(moments, stored.moments, strict=True)]
         channel.send(("done", stop - start))
@@ -390,11 +486,11 @@ def _sample(job: _Job, index: int) -> tuple[Stored, int]:
     """Read, check and encode one sample."""
     try:
         sample = job.dataset[index]
-    except UnidentifiedImageError as error:  # a data set that opens its images itself
-        raise CorruptImageError(f"corrupt image: {error}") from None
     except FastkdError:
         raise
     except BaseException as error:
+        if told := unreadable(error):
+            raise told from None
         raise FastkdError(f"{job.where(index)}: reading it raised {watched.describe_error(error)[1]}") from error
     try:
         if not (isinstance(sample, tuple | list) and len(sample) == 2):
@@ -416,9 +512,7 @@ def _sample(job: _Job, index: int) -> tuple[Stored, int]:
 
 
 def _skipped(job: _Job, index: int, error: Exception) -> dict[str, Any]:
-    describe = getattr(job.dataset, "describe", None)
-    name = describe(index) if callable(describe) else None
-    return {"split": job.split, "index": index, "description": name, "reason": str(error)}
+    return {"split": job.split, "index": index, "description": job.described(index), "reason": printable(str(error))}
 
 
 class Pages:
@@ -519,7 +613,7 @@ def _finish(job: _Job, moments: Sequence[int], skipped: list[dict[str, Any]]) ->
     if len(rows) == 0:
         first = skipped[0]
         raise InputError(
-            f"{job.split}: all {len(job.records)} images are corrupt; "
+            f"{job.split}: none of the {len(job.records)} samples can be read; "
             f"the first, {first['description'] or 'sample 0'}: {first['reason']}"
         )
     ids = np.arange(len(rows))
@@ -538,7 +632,36 @@ def _finish(job: _Job, moments: Sequence[int], skipped: list[dict[str, Any]]) ->
         mean=mean,
         std=std,
         skipped=skipped,
+        found=_found(job),
     )
+
+
+def _found(job: _Job) -> list[Found]:
+    """Count what was noticed of the images of a split."""
+    found = []
+    for notice, (kind, text) in kinds(job.options.jpeg_quality).items():
+        indices = np.flatnonzero(job.records["notices"] & notice.value)
+        if len(indices):
+            found.append(Found(kind, text, {job.split: len(indices)}, job.names(indices)))
+    return found
+
+
+def _found_in_both(job: _Job, in_both: np.ndarray) -> list[Found]:
+    """Tell of the images of val (bool [N]) that are in train, too."""
+    indices = np.flatnonzero(in_both)
+    text = "are in train, too, byte for byte as stored. Accuracy on them says nothing about new images; remove them"
+    return [Found("val_in_train", text, {job.split: len(indices)}, job.names(indices))] if len(indices) else []
+
+
+def _merged(found: Sequence[Found]) -> list[Found]:
+    """Put together what was found of a kind in several splits, in the order of the kinds."""
+    merged: dict[str, Found] = {}
+    for one in found:
+        if one.kind in merged:
+            before = merged[one.kind]
+            one = Found(one.kind, one.text, before.counts | one.counts, (before.names + one.names)[:MAX_NAMES])
+        merged[one.kind] = one
+    return list(merged.values())
 
 
 def write_tables(file: Path, rows: np.ndarray, ids: np.ndarray, end: int) -> None:

@@ -1,28 +1,39 @@
 """From what a writer's data set yields to the bytes that a .beton stores: decoded, checked, shrunk, encoded."""
 
+import contextlib
 import ctypes
+import errno
 import functools
 import importlib.machinery
 import importlib.util
 import io
 import operator
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from fastkd.data.notices import NONE, Notice
 from fastkd.data.source import WriterOptions
 
 JPG, RAW = 0, 1
 """FFCV's codes for how an image is stored."""
 MAX_SIDE = 65535  # FFCV keeps height and width as uint16
 _WIDE_MODES = ("I", "F")  # 16 and 32 bits a channel: PIL would clip them at 255 without a word
+_JPEG_FORMATS = ("JPEG", "MPO")  # MPO: JPEG files one after another (phones); decoders stop after the first
+_EXIF_PLACES = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+# The errors of reading that are about the one file. Others (too many open files, no memory) are about the machine.
+_OF_THE_FILE = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+    errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EBADMSG, errno.EUCLEAN, errno.EOVERFLOW,
+}  # fmt: skip
 
 
 class CorruptImageError(ValueError):
-    """An image that cannot be decoded; left out if the options say so."""
+    """An image that cannot be read, decoded or stored; left out if the options say so."""
 
 
 class WrongSampleError(ValueError):
@@ -38,6 +49,7 @@ class Stored:
     width: int
     data: np.ndarray  # uint8 [bytes]
     moments: tuple[int, ...]  # exact sums over the pixels that a reader will get: r, g, b, r², g², b²
+    notices: Notice = NONE
 
 
 def encode(image: Any, options: WriterOptions) -> Stored:
@@ -47,7 +59,8 @@ def encode(image: Any, options: WriterOptions) -> Stored:
     ----------
     image
         uint8 [H, W], [H, W, 1] or [H, W, 3]; a PIL image; or the bytes of an image file. Grey becomes RGB, alpha is
-        dropped, an EXIF orientation is ignored (as FFCV and torchvision do).
+        dropped, an EXIF orientation is ignored (as FFCV and torchvision do). What a user should know of that is in the
+        result's `notices`.
     options
         A JPEG file that `mode` and `max_resolution` let pass, and that FFCV decodes without complaint, is kept byte for
         byte. Anything else is shrunk with INTER_AREA, as FFCV does, and stored as pixels or as a new JPEG.
@@ -55,36 +68,61 @@ def encode(image: Any, options: WriterOptions) -> Stored:
     Raises
     ------
     CorruptImageError
-        The image cannot be decoded.
+        The image file or PIL image cannot be decoded, has more than 8 bits a channel, or too many pixels.
     WrongSampleError
-        It is no image, or of a type, shape or size that cannot be stored.
+        It is no image, or an array of a type, shape or size that cannot be stored.
     """
+    came_as_jpeg, alpha, notices = False, None, NONE
     if isinstance(image, bytes | bytearray | memoryview):
         data = np.frombuffer(image, np.uint8)
         opened = _open(data)
         width, height = opened.size
         fits = max(height, width) <= (options.max_resolution or MAX_SIDE)
-        if opened.format == "JPEG" and opened.mode in ("RGB", "L") and fits and _as_jpeg(height, width, options):
+        came_as_jpeg = opened.format in _JPEG_FORMATS
+        if came_as_jpeg and opened.mode in ("RGB", "L") and fits and _as_jpeg(height, width, options):
             pixels = decode_jpeg(data, height, width)
             if pixels is not None:
-                return Stored(JPG, height, width, data, _moments(pixels))
-        pixels = _pil_pixels(opened)
+                return _stored(JPG, pixels, data, _orientation(opened))
+        pixels, alpha, notices = _pil_pixels(opened)
+        if came_as_jpeg and fits:
+            notices |= Notice.REENCODED
     elif isinstance(image, Image.Image):
-        pixels = _pil_pixels(image)
+        pixels, alpha, notices = _pil_pixels(image)
     else:
         pixels = _array_pixels(image)
 
     pixels = _shrink(pixels, options.max_resolution)
     height, width = pixels.shape[:2]
     if max(height, width) > MAX_SIDE:
-        raise WrongSampleError(f"an image of {height}×{width}: at most {MAX_SIDE} a side; set max_resolution")
+        wrong = WrongSampleError if isinstance(image, np.ndarray) else CorruptImageError
+        raise wrong(f"an image of {height}×{width}: at most {MAX_SIDE} a side; set max_resolution")
     if not _as_jpeg(height, width, options):
-        return Stored(RAW, height, width, pixels.reshape(-1), _moments(pixels))
+        return _stored(RAW, pixels, pixels.reshape(-1), notices & ~Notice.REENCODED, alpha)
     data = _encode_jpeg(pixels, options.jpeg_quality)
     decoded = decode_jpeg(data, height, width)
     if decoded is None:
         raise WrongSampleError(f"an image of {height}×{width}: FFCV cannot decode it as JPEG; use mode=raw")
-    return Stored(JPG, height, width, data, _moments(decoded))
+    return _stored(JPG, decoded, data, notices if came_as_jpeg else notices | Notice.LOSSY, alpha)
+
+
+def _stored(
+    mode: int, pixels: np.ndarray, data: np.ndarray, notices: Notice, alpha: tuple[int, int] | None = None
+) -> Stored:
+    """Sum up an image.
+
+    Parameters
+    ----------
+    pixels : uint8 [H, W, 3]
+        What a reader will get of `data` (uint8 [bytes]).
+    alpha
+        The smallest and the largest value of the alpha channel that it had.
+    """
+    height, width = pixels.shape[:2]
+    moments = _moments(pixels)
+    # All values are equal where n Σx² = (Σx)²: exact in integers, and the sums are there.
+    if all(height * width * squares == total * total for total, squares in zip(moments[:3], moments[3:], strict=True)):
+        notices |= Notice.HIDDEN if alpha and alpha[0] < alpha[1] else Notice.FLAT
+    return Stored(mode, height, width, data, moments, notices)
 
 
 def check_label(label: Any, num_classes: int) -> int:
@@ -134,32 +172,90 @@ def _as_jpeg(height: int, width: int, options: WriterOptions) -> bool:
     return options.mode == "jpg" or (options.mode == "smart" and large)
 
 
+def unreadable(error: BaseException) -> CorruptImageError | None:
+    """Return what an error of reading or decoding says of the sample; None where it is about something else.
+
+    One rule for data sets that read or decode by themselves, and for what is decoded here: a file that is missing, not
+    to be read, a folder or a broken link; an image with too many pixels; and whatever Pillow cannot decode. Not about
+    the sample are a full disk, too many open files, too little memory, and errors of code or of a network.
+    """
+    if isinstance(error, Image.DecompressionBombError):
+        found = re.search(r"\d{6,}", str(error))
+        count = f"{int(found[0]):,}" if found else "it has"
+        limit = f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
+        return CorruptImageError(f"too many pixels: {count}, and at most {limit} are decoded; shrink it first")
+    if isinstance(error, UnidentifiedImageError):
+        return CorruptImageError(f"corrupt image: {error}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return CorruptImageError(f"cannot be read ({error.strerror})") if error.errno in _OF_THE_FILE else None
+    if type(error) is OSError:  # Pillow's: a truncated file, a broken data stream
+        return CorruptImageError(f"corrupt image: {error}")
+    return None
+
+
 def _open(data: np.ndarray) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data.data))
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        pointer = data[:40].tobytes().startswith(b"version https://git-lfs")
+        what = "a Git LFS pointer (git lfs pull fetches the file)" if pointer else f"not an image: {data.size} bytes"
+        raise CorruptImageError(f"corrupt image: {what}") from error
     except Exception as error:
-        raise CorruptImageError(_reason(error, f"not an image: {data.size} bytes")) from error
+        raise _corrupt(error) from error
 
 
-def _pil_pixels(image: Image.Image) -> np.ndarray:
+def _corrupt(error: Exception) -> Exception:
+    """Return what an error that Pillow raised means: any that is not about the machine is about the image."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return unreadable(error) or error
+    return unreadable(error) or CorruptImageError(f"corrupt image: {type(error).__name__}: {error}")
+
+
+def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[int, int] | None, Notice]:
+    """Return the pixels (uint8 [H, W, 3]), the extremes of the alpha channel if there is one, and what is noticed."""
     if image.mode.split(";")[0] in _WIDE_MODES:
-        raise WrongSampleError(
-            f"an image of mode {image.mode!r}: only 8 bits a channel can be stored; convert it first"
+        raise CorruptImageError(
+            f"an image of mode {image.mode!r} (more than 8 bits a channel): only 8 bits can be stored; convert it first"
         )
+    deep = ";16" in str(getattr(image, "tile", ""))  # which Pillow makes 8 bits of: load() empties the list
     try:
         image.load()  # Image.open reads the header only
+        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        alpha = _alpha_extremes(image)
     except MemoryError:
         raise
     except Exception as error:
-        raise CorruptImageError(_reason(error, "cannot be decoded")) from error
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        raise _corrupt(error) from error
+    notices = _orientation(image)
+    if alpha and alpha[0] < 255:
+        notices |= Notice.TRANSPARENT
+    if deep:
+        notices |= Notice.DEEP
+    with contextlib.suppress(Exception):  # what follows the first frame may be damaged
+        if image.format not in _JPEG_FORMATS and getattr(image, "is_animated", False):
+            notices |= Notice.SEVERAL
+    return pixels, alpha, notices
 
 
-def _reason(error: Exception, what: str) -> str:
-    said = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({type(error).__name__}: {error})"
-    return f"corrupt image: {what}{said}"
+def _alpha_extremes(image: Image.Image) -> tuple[int, int] | None:
+    """Return the smallest and the largest value of the alpha channel, None if there is none."""
+    if not image.has_transparency_data:
+        return None
+    alpha = image if "A" in image.getbands() else image.convert("RGBA")
+    values = np.asarray(alpha.getchannel("A"))
+    return int(values.min()), int(values.max())
+
+
+def _orientation(image: Image.Image) -> Notice:
+    """Tell whether an EXIF orientation would turn or mirror an image; it is read from the header."""
+    if not _EXIF_PLACES & image.info.keys():
+        return NONE
+    with contextlib.suppress(Exception):  # EXIF data is often damaged, and no decoder minds
+        if image.getexif().get(0x0112, 1) in range(2, 9):
+            return Notice.ROTATED
+    return NONE
 
 
 def _array_pixels(image: Any) -> np.ndarray:

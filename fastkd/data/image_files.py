@@ -16,7 +16,7 @@ SUFFIXES = frozenset(
     | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"}
 )
 """Suffixes of image files, in lower case."""
-LOOKED_FOR = "looked for " + " ".join(sorted(SUFFIXES))
+LOOKED_FOR = "looked for " + " ".join(sorted(SUFFIXES, key=lambda suffix: (suffix != ".jpg", suffix)))
 _SYSTEM = frozenset(
     {"@eadir", "@tmp", "@recycle", "__macosx", "__pycache__", "lost+found", "#recycle", "$recycle.bin"}
     | {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}

@@ -42,10 +42,10 @@ from pydantic import (
     field_validator,
 )
 
-from fastkd import shipped
+from fastkd import caches, shipped
 from fastkd.data.image_files import some
 from fastkd.errors import FastkdError, InputError
-from fastkd.validation import explain
+from fastkd.validation import explain, is_file_name, refuse_code
 
 
 def _no_odd_path(value: Any) -> Any:
@@ -61,8 +61,29 @@ def _no_odd_path(value: Any) -> Any:
     return value
 
 
-LocalPath = Annotated[Path, BeforeValidator(_no_odd_path), AfterValidator(lambda path: path.expanduser().absolute())]
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no home directory here; give a full path") from None
+
+
+LocalPath = Annotated[Path, BeforeValidator(_no_odd_path), AfterValidator(_absolute)]
 """A path as a writer's option: recorded in full, so that it means the same wherever the command is given."""
+
+
+def download_folder(name: str) -> Any:
+    """Return the default of an option that says where files are downloaded to: ``~/.cache/fastkd/NAME``.
+
+    Without a home directory it is a private temporary folder. It is looked up when options are made, not on import.
+    """
+
+    def folder() -> Path:
+        base = caches.home()
+        parts = (base, ".cache", "fastkd") if base else (caches.private() or os.path.abspath("."), "downloads")
+        return Path(*parts, name)
+
+    return Field(default_factory=folder, json_schema_extra={"default": f"~/.cache/fastkd/{name}"})
 
 
 class WriterOptions(BaseModel):
@@ -280,7 +301,8 @@ def load_writer(name: str) -> Writer:
     InputError
         No such writer, a file that cannot be imported, or one without `Options` and `read`.
     """
-    if name.endswith(".py") or os.sep in name:
+    if is_file_name(name):
+        refuse_code(name, f"writer {name}")
         path = Path(name).resolve()
         if not path.is_file():
             raise InputError(f"writer {name}: no such file")

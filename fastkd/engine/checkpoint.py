@@ -33,12 +33,15 @@ class Checkpoint:
 
     Attributes
     ----------
+    file
+        Which it was.
     tensors
         By name, on the CPU.
     state
         What is no tensor, as it was given to `save`.
     """
 
+    file: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
@@ -95,16 +98,26 @@ def save(
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is not damaged, saying so where that is not the newest; None: there is none."""
+    """Read the newest checkpoint that is not damaged, saying so where that is not the newest; None: there is none.
+
+    Damaged ones are deleted: of several processes, the leading one alone may call this.
+    """
     for file in _files(folder):
-        if file_digest(file) == file.stem.rpartition("-")[2]:
-            with safe_open(file, "pt") as stream:
-                whole = json.loads(stream.metadata()[STATE])
-            tensors = safetensors.torch.load_file(file)
-            return Checkpoint(tensors, {**whole["state"], "scaler": whole["scaler"]})
+        if (found := read(file)) is not None:
+            return found
         console.warn(f"{file}: this checkpoint is damaged; going back to the one before")
         file.unlink()
     return None
+
+
+def read(file: Path) -> Checkpoint | None:
+    """Read a checkpoint; None: its bytes are not those that its name tells of."""
+    if file_digest(file) != file.stem.rpartition("-")[2]:
+        return None
+    with safe_open(file, "pt") as stream:
+        whole = json.loads(stream.metadata()[STATE])
+    tensors = safetensors.torch.load_file(file)
+    return Checkpoint(file, tensors, {**whole["state"], "scaler": whole["scaler"]})
 
 
 def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: RunningLosses | None) -> None:

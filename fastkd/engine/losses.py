@@ -27,7 +27,8 @@ def kd_loss(
     Parameters
     ----------
     student_BK, teacher_BK : float32 tensor [B, K]
-        Logits; the teacher's may lack a constant per row, which softmax does not see.
+        Logits; the teacher's may lack a constant per row, which softmax does not see. A class that the teacher masks
+        with -inf has probability 0 and adds nothing.
     labels_B : int64 tensor [B]
     alpha, gamma : float
         Weights of the teacher's term and of the label's.
@@ -44,6 +45,8 @@ def kd_loss(
     tensor([1.9726, 0.0000])
     """
     hard_B = F.cross_entropy(student_BK, labels_B, reduction="none", label_smoothing=label_smoothing)
+    # 0 · -inf would be NaN; a quarter of the least number divides and sums without overflow.
+    teacher_BK = teacher_BK.clamp(min=torch.finfo(teacher_BK.dtype).min / 4)
     log_p = F.log_softmax(teacher_BK / temperature, dim=1)
     log_q = F.log_softmax(student_BK / temperature, dim=1)
     soft_B = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)

@@ -160,7 +160,7 @@ class Runtime:
             return torch.cuda.max_memory_allocated(self.device)
         statm = Path("/proc/self/statm")
         if statm.exists():
-            return int(statm.read_text().split()[1]) * resource.getpagesize()
+            return int(statm.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: the most it held
 
     def clock(self) -> float:

@@ -1,5 +1,6 @@
 """Numba kernels: arrays in, arrays out. They know no files, recipes or torch."""
 
+from fastkd.kernels.agreement import Agreement, agreement, chance_limits
 from fastkd.kernels.classes import ClassStats, class_stats
 from fastkd.kernels.gather import gather_rows
 from fastkd.kernels.mix import mix64
@@ -9,6 +10,7 @@ from fastkd.kernels.selection import (
     beta_draw,
     class_ranks,
     coverage_strata,
+    floored_quotas,
     infobatch_weights,
     proportional_quotas,
     select_ranks,
@@ -20,14 +22,18 @@ from fastkd.kernels.views import FAMILIES, draw_views
 
 __all__ = [
     "FAMILIES",
+    "Agreement",
     "ClassStats",
     "Scores",
+    "agreement",
     "beta_draw",
+    "chance_limits",
     "class_ranks",
     "class_stats",
     "class_std",
     "coverage_strata",
     "draw_views",
+    "floored_quotas",
     "gather_rows",
     "infobatch_weights",
     "mix64",

@@ -3,8 +3,10 @@
 import numba
 import numpy as np
 
+from fastkd.kernels.jit import njit
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+
+@njit(parallel=True, nogil=True)
 def _gather(source_M: np.ndarray, rows_B: np.ndarray, out_B: np.ndarray) -> None:
     for b in numba.prange(len(rows_B)):
         row = rows_B[b]

@@ -5,8 +5,10 @@ import zlib
 import numba
 import numpy as np
 
+from fastkd.kernels.jit import njit
 
-@numba.njit(numba.uint64(numba.uint64), cache=True, inline="always")
+
+@njit(numba.uint64(numba.uint64), inline="always")
 def _splitmix(x: np.uint64) -> np.uint64:
     """The output function of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): a bijection of 64-bit words."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
@@ -15,7 +17,7 @@ def _splitmix(x: np.uint64) -> np.uint64:
     return x ^ (x >> np.uint64(31))
 
 
-@numba.njit(cache=True)
+@njit()
 def _mix_ids(stream: np.uint64, ids: np.ndarray) -> np.ndarray:
     out = np.empty(len(ids), np.uint64)
     for i in range(len(ids)):

@@ -3,6 +3,8 @@
 import numba
 import numpy as np
 
+from fastkd.kernels.jit import njit
+
 
 def class_std(std_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.ndarray:
     """Return σ_c, the mean over the samples of class c of the std of their logits.
@@ -23,7 +25,7 @@ def class_std(std_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.ndarra
     return np.divide(total_K, count_K, out=np.full(num_classes, np.nan), where=count_K > 0)
 
 
-@numba.njit(parallel=True, cache=True)
+@njit(parallel=True)
 def _reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray, out_MK: np.ndarray, flat_M: np.ndarray) -> None:
     K = z_MK.shape[1]
     for i in numba.prange(z_MK.shape[0]):

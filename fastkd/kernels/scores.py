@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from fastkd.kernels.jit import njit
+
 BLOCK_COLUMNS = 1024
 """Columns that are summed in float32 before float64 takes over, so that the error does not grow with K."""
 BLOCK_ROWS = 64
@@ -61,7 +63,7 @@ class Scores(NamedTuple):
     finite: np.ndarray
 
 
-@numba.njit(cache=True, fastmath={"contract"})  # reassoc would undo the rounding to an integer
+@njit(fastmath={"contract"})  # reassoc would undo the rounding to an integer
 def _exp(x: np.float32) -> np.float32:
     """Return exp(x) for −87 ≤ x ≤ 0, exactly 1 at 0."""
     shifted = np.float32(x * _LOG2_E + _TO_INTEGER)
@@ -71,24 +73,24 @@ def _exp(x: np.float32) -> np.float32:
     return np.int32(power.view(np.int32) + (shifted.view(np.int32) << np.int32(23))).view(np.float32)
 
 
-@numba.njit(cache=True)
+@njit()
 def _half(word: np.int16) -> np.float32:
     """Return the value of float16's bits. Inf and NaN come out as ±65536 and beyond, where no finite float16 is."""
     return np.int32((np.int32(word) << np.int32(13)) & np.int32(-0x70000001)).view(np.float32) * _HALF_BIAS
 
 
-@numba.njit(cache=True)
+@njit()
 def _single(word: np.int32) -> np.float32:
     return np.int32(word).view(np.float32)
 
 
-@numba.njit(cache=True)
+@njit()
 def _sortable(word: np.int32, magnitude: np.int32) -> np.int32:
     """Turn a float's bits into an integer that sorts as the float does, and back."""
     return np.int32(word ^ ((word >> np.int32(31)) & magnitude))
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@njit(fastmath=_FAST)
 def _load_half(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
     """Unpack a row; return its largest, its least, its sum, and whether it is finite."""
     magnitude, infinite = np.int32(0x7FFF), np.int32(0x7C00)
@@ -104,7 +106,7 @@ def _load_half(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
     return _half(_sortable(high, magnitude)), _half(_sortable(low, magnitude)), total, finite
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@njit(fastmath=_FAST)
 def _load_single(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
     """Do the same for float32."""
     magnitude, infinite = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
@@ -120,7 +122,7 @@ def _load_single(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
     return _single(_sortable(high, magnitude)), _single(_sortable(low, magnitude)), total, finite
 
 
-@numba.njit(cache=True, fastmath=_FAST)
+@njit(fastmath=_FAST)
 def _sums(z_k: np.ndarray, top: np.float32, mean: np.float32) -> tuple:
     """Sum over some columns.
 
@@ -145,7 +147,7 @@ def _sums(z_k: np.ndarray, top: np.float32, mean: np.float32) -> tuple:
     return tops, rest, squared, weighted, np.int32(largest).view(np.float32), spread
 
 
-@numba.njit(cache=True)
+@njit()
 def _std_in_float64(z_K: np.ndarray) -> float:
     K, total, squares = len(z_K), 0.0, 0.0
     for k in range(K):
@@ -155,7 +157,7 @@ def _std_in_float64(z_K: np.ndarray) -> float:
     return np.sqrt(squares / (K - 1))
 
 
-@numba.njit(cache=True)
+@njit()
 def _first_of(z_K: np.ndarray, y: int) -> bool:
     """Tell whether no value before y's is the same."""
     for k in range(y):  # noqa: SIM110
@@ -164,7 +166,7 @@ def _first_of(z_K: np.ndarray, y: int) -> bool:
     return True
 
 
-@numba.njit(parallel=True, cache=True, nogil=True)
+@njit(parallel=True, nogil=True)
 def _score(
     word_NK: np.ndarray,
     y_N: np.ndarray,

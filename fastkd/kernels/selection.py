@@ -1,7 +1,11 @@
 """Which samples to keep: how many of each class, and at which ranks of the difficulty."""
 
+import heapq
+
 import numba
 import numpy as np
+
+from fastkd.kernels.jit import njit
 
 
 def uniform_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
@@ -46,6 +50,40 @@ def proportional_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
             priority_K = np.where(seats_K > 0, count_K / np.maximum(2 * seats_K - 1, 1), np.inf)
             seats_K[len(seats_K) - 1 - np.argmin(priority_K[::-1])] -= 1
     return seats_K
+
+
+def floored_quotas(quota_K: np.ndarray, count_K: np.ndarray, floor: int) -> np.ndarray:
+    """Raise quotas to a floor, or to all that a class has, keeping their sum where the floors leave room for it.
+
+    What is added to small classes is taken, one by one, from the class of which the largest share is kept (of the seat
+    with the least priority n/(2s − 1), as in `proportional_quotas`; ties go to the higher class), but from none below
+    the floor. Where the floors alone are more than the sum of the quotas, every class gets its floor and no more.
+
+    Parameters
+    ----------
+    quota_K, count_K : int64 [K]
+        0 ≤ quota ≤ count.
+    floor : int
+        0 leaves the quotas as they are.
+
+    Returns
+    -------
+    int64 [K]
+        Between min(floor, count) and count.
+    """
+    least_K = np.minimum(floor, count_K)
+    raised_K = np.maximum(quota_K, least_K).astype(np.int64)
+    excess = int(raised_K.sum() - quota_K.sum())
+    if excess >= int((raised_K - least_K).sum()):
+        return raised_K if not excess else least_K.astype(np.int64)
+    seats = [(int(count_K[c]) / (2 * int(raised_K[c]) - 1), -c) for c in np.flatnonzero(raised_K > least_K)]
+    heapq.heapify(seats)
+    for _ in range(excess):
+        c = -heapq.heappop(seats)[1]
+        raised_K[c] -= 1
+        if raised_K[c] > least_K[c]:
+            heapq.heappush(seats, (int(count_K[c]) / (2 * int(raised_K[c]) - 1), -c))
+    return raised_K
 
 
 def window_ranks(count_K: np.ndarray, quota_K: np.ndarray, centre: float = 0.5) -> np.ndarray:
@@ -175,7 +213,7 @@ def infobatch_weights(loss_N: np.ndarray, draw_N: np.ndarray, drop_ratio: float)
     return weight_N
 
 
-@numba.njit(cache=True)
+@njit()
 def _by_class(y_N: np.ndarray, start_K: np.ndarray) -> np.ndarray:
     """Return the positions of each class's samples, ascending, class after class."""
     next_K, members_N = start_K.copy(), np.empty(len(y_N), np.int64)
@@ -185,7 +223,7 @@ def _by_class(y_N: np.ndarray, start_K: np.ndarray) -> np.ndarray:
     return members_N
 
 
-@numba.njit(parallel=True, cache=True)
+@njit(parallel=True)
 def _mark_ranks(
     score_N: np.ndarray,
     members_N: np.ndarray,

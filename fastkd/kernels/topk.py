@@ -3,8 +3,10 @@
 import numba
 import numpy as np
 
+from fastkd.kernels.jit import njit
 
-@numba.njit(parallel=True, cache=True)
+
+@njit(parallel=True)
 def _topk(z_MK: np.ndarray, temperature: float, index_Mk: np.ndarray, value_Mk: np.ndarray, tail_M: np.ndarray) -> None:
     K, k = z_MK.shape[1], index_Mk.shape[1]
     for i in numba.prange(z_MK.shape[0]):

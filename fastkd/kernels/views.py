@@ -2,9 +2,9 @@
 
 import math
 
-import numba
 import numpy as np
 
+from fastkd.kernels.jit import njit
 from fastkd.kernels.mix import _splitmix, mix64
 
 FAMILIES = ("none", "flip", "pad_crop_flip", "random_resized_crop_flip")
@@ -24,13 +24,13 @@ _TRIES = 10  # as torchvision's RandomResizedCrop
 _S_MIRRORED, _S_DOWN, _S_RIGHT, _S_COVER_Y, _S_COVER_X, _S_BOX = 0, 1, 2, 3, 4, 16
 
 
-@numba.njit(cache=True, inline="always")
+@njit(inline="always")
 def _uniform(word: np.uint64, stream: int) -> float:
     """Draw from [0, 1): the stream-th output of a SplitMix64 generator whose state is the word, to 53 bits."""
     return (_splitmix(word + np.uint64(stream) * _GOLDEN) >> np.uint64(11)) * 2.0**-53
 
 
-@numba.njit(cache=True)
+@njit()
 def _resized_crop_box(
     word: np.uint64, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
@@ -53,7 +53,7 @@ def _resized_crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@numba.njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _draw(
     family: int,
     words_B: np.ndarray,

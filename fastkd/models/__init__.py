@@ -5,9 +5,12 @@ A net is named ``cifar/NAME`` (the small nets of the distillation literature, be
 `Normalised` puts that in front of it.
 """
 
+from fastkd.models.beside import description, student_artifact
+from fastkd.models.checkpoint import takes_average
 from fastkd.models.head import Float32Linear, float32_head
 from fastkd.models.normalisation import Normalisation, Normalised, native_normalisation
 from fastkd.models.registry import build, names
+from fastkd.models.trial import refusal
 from fastkd.models.weights import is_at_hand, load_weights, save_weights, weights_digest
 
 __all__ = [
@@ -15,11 +18,15 @@ __all__ = [
     "Normalisation",
     "Normalised",
     "build",
+    "description",
     "float32_head",
     "is_at_hand",
     "load_weights",
     "names",
     "native_normalisation",
+    "refusal",
     "save_weights",
+    "student_artifact",
+    "takes_average",
     "weights_digest",
 ]

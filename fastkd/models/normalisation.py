@@ -1,47 +1,52 @@
 """What pixels a net wants: the mean and standard deviation that its weights were trained with."""
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from fastkd import artifacts
-from fastkd.models.checkpoint import is_run
+from fastkd.models.beside import description
 from fastkd.models.registry import import_timm, split, torchvision_weights
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation of each channel (red, green, blue), of pixels scaled to 0…1."""
+    """Mean and standard deviation of each channel (red, green, blue), of pixels scaled to 0…1.
+
+    Attributes
+    ----------
+    guessed : bool
+        Taken for want of anything better: nothing says that the weights were trained with it.
+    """
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    guessed: bool = field(default=False, compare=False)
 
 
 def native_normalisation(name: str, weights: str | Path | None) -> Normalisation | None:
     """Return what `weights` of the net `name` were trained with, None if that is the data set's own.
 
-    A RUN knows it (``model.json``), and so do the weights that torchvision and timm publish; a local file for one of
-    their nets is taken to be those weights or tuned from them. CIFAR checkpoints say nothing: None.
+    The ``model.json`` of a RUN or of an exported student says it (see `fastkd.models.beside`), and torchvision and timm
+    say it of the weights that they publish. Another local file for one of their nets is taken to be those weights, or
+    tuned from them: that is a guess, and marked as one. CIFAR checkpoints say nothing: None.
     """
     if weights is None:
         return None
     library, net = split(name)
-    if is_run(weights):
-        described = json.loads(artifacts.load(weights, "RUN").file("model.json").read_bytes())
-        return Normalisation(tuple(described["mean"]), tuple(described["std"]))
+    if told := description(weights):
+        return Normalisation(tuple(told["mean"]), tuple(told["std"]))
     if library == "torchvision":
         # torchvision states ImageNet's mean and std for these two, and undoes that inside the net (transform_input).
         if net in ("googlenet", "inception_v3"):
-            return Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+            return Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), guessed=str(weights) not in torchvision_weights(net))
         published = torchvision_weights(net)
         preset = published.get(str(weights), published["DEFAULT"]).transforms()
-        return Normalisation(tuple(preset.mean), tuple(preset.std))
+        return Normalisation(tuple(preset.mean), tuple(preset.std), guessed=str(weights) not in published)
     if library == "timm":
         config = import_timm().get_pretrained_cfg(net)
-        return Normalisation(tuple(config.mean), tuple(config.std))
+        return Normalisation(tuple(config.mean), tuple(config.std), guessed=str(weights) != "pretrained")
     return None
 
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 import xxhash
 from torch import nn
 
-from fastkd import artifacts
 from fastkd.errors import InputError
+from fastkd.models.beside import STUDENT, description, student_artifact
 from fastkd.models.checkpoint import State, is_run, read_file, reason, unwrapped
 from fastkd.models.registry import import_timm, split, torchvision_weights
 
@@ -23,8 +24,8 @@ def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = N
     ----------
     weights
         A ``.safetensors`` file; a ``.pth``, ``.pt``, ``.tar`` or ``.ckpt`` file that holds a state_dict, bare or under
-        ``model`` or ``state_dict``; a RUN; or, by `name`, published weights: torchvision's (``DEFAULT``,
-        ``IMAGENET1K_V1``, ``ResNet50_Weights.IMAGENET1K_V2``) or timm's (``pretrained``).
+        ``model``, ``state_dict`` and the like; a RUN or an exported student; or, by `name`, published weights:
+        torchvision's (``DEFAULT``, ``IMAGENET1K_V1``, ``ResNet50_Weights.IMAGENET1K_V2``) or timm's (``pretrained``).
     name
         The name that `module` was built from. Needed for published weights.
 
@@ -33,10 +34,10 @@ def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = N
     InputError
         The weights are missing, damaged, unsafe to load, not to be fetched, or do not fit; then it lists what differs.
     """
-    state = _read(weights, name)
     own = unwrapped(module.state_dict())
-    if differs := _misfit(own, state):
-        raise InputError(f"{weights}: these weights do not fit the model{f' {name}' if name else ''}: {differs}")
+    state = _fitting(own, _read(weights, name), str(weights), name)
+    if wrong := _unusable(own, state):
+        raise InputError(f"{weights}: {wrong}")
     with torch.no_grad():
         for entry, tensor in own.items():
             if entry in state:
@@ -76,14 +77,20 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _read(weights: str | Path, name: str | None) -> State:
-    if is_run(weights):
-        return read_file(artifacts.load(weights, "RUN").file("student.safetensors"))
+    told = description(weights)
+    if told and name and told.get("model", name) != name:
+        raise InputError(
+            f"{weights}: holds a {told['model']}, as the model.json beside it says, and is asked for as {name}; "
+            f"give the model {told['model']}, or other weights"
+        )
+    if is_run(weights) and (artifact := student_artifact(weights)):
+        return read_file(artifact.file(STUDENT))
     library, net = split(name) if name else ("", "")
     expected = "a file or a RUN"
     if library == "torchvision":
         published = torchvision_weights(net)
         if entry := published.get(str(weights)):
-            return _torchvision_names(_fetch_torchvision(entry))
+            return _fetch_torchvision(entry)
         expected += (
             f", or weights that torchvision publishes for {net}: {', '.join(e for e in published if '.' not in e)}"
         )
@@ -93,8 +100,7 @@ def _read(weights: str | Path, name: str | None) -> State:
         expected += ", or 'pretrained', the weights that timm publishes"
     if not Path(weights).is_file():
         raise InputError(f"{weights}: no such weights; expected {expected}")
-    state = read_file(Path(weights))
-    return _torchvision_names(state) if library == "torchvision" else state
+    return read_file(Path(weights))
 
 
 def _fetch_torchvision(entry: Any) -> State:
@@ -129,6 +135,78 @@ def _torchvision_names(state: State) -> State:
 
     auxiliary = ("aux1.", "aux2.", "AuxLogits.")
     return {renamed(k): v for k, v in state.items() if not k.startswith(auxiliary)}
+
+
+def _fitting(own: State, state: State, weights: str, name: str | None) -> State:
+    """Return the checkpoint's entries by the names that the model has for them.
+
+    A prefix that all entries have (``model.``, ``backbone.``) is removed where they fit only without it.
+
+    Raises
+    ------
+    InputError
+        They do not fit; says what differs.
+    """
+    renamed = _torchvision_names if name and split(name)[0] == "torchvision" else dict
+    differs, stripped = _misfit(own, first := renamed(state)), state
+    if not differs:
+        return first
+    while prefix := _common_prefix(stripped):
+        stripped = {entry.removeprefix(prefix): tensor for entry, tensor in stripped.items()}
+        if not _misfit(own, candidate := renamed(stripped)):
+            return candidate
+    named = f" {name}" if name else ""
+    raise InputError(f"{weights}: these weights do not fit the model{named}: {differs}{_foreign_prefix(own, state)}")
+
+
+def _common_prefix(state: State) -> str:
+    """Return the first part of all entries' names, with its dot; empty where they have none in common."""
+    parts = {entry.partition(".")[0] for entry in state}
+    return f"{parts.pop()}." if len(parts) == 1 and all("." in entry for entry in state) else ""
+
+
+def _foreign_prefix(own: State, state: State) -> str:
+    """Say what most entries of a checkpoint begin with, where no entry of the model does."""
+    parts = Counter(entry.partition(".")[0] for entry in state if "." in entry)
+    prefix, count = parts.most_common(1)[0] if parts else ("", 0)
+    if 2 * count <= len(state) or any(entry.startswith(f"{prefix}.") for entry in own):
+        return ""
+    return (
+        f" {count} of its {len(state)} entries begin with '{prefix}.', and none of the model's does: a file with those "
+        "alone would be read without that prefix."
+    )
+
+
+def _unusable(own: State, state: State) -> str:
+    """Say which tensors of a checkpoint that fits hold what cannot be weights, nothing if all can."""
+    kinds, values = [], []
+    for entry, ours in own.items():
+        theirs = state.get(entry)
+        if theirs is None or _is_counter(entry):
+            continue
+        if _kind(theirs) != _kind(ours):
+            kinds.append(f"{entry} is {_dtype(theirs)}, expected {_dtype(ours)}")
+        elif ours.is_floating_point():
+            bad = int((~torch.isfinite(theirs.to(ours.dtype))).sum())
+            if bad and torch.isfinite(ours).all():  # a mask of -inf is as the model has it
+                values.append(f"{entry} ({bad:,} of {theirs.numel():,})")
+    phrases = []
+    if kinds:
+        phrases.append(f"holds tensors of a type that weights of this model are not: {_first(kinds)}")
+    if values:
+        phrases.append(f"holds values that are not finite: {_first(values)}")
+    advice = ". Was its training diverging, or is the file damaged? Give another checkpoint"
+    return "; ".join(phrases) + advice if phrases else ""
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        return _dtype(tensor)
+    return "floating point" if tensor.is_floating_point() else "integer"
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _is_counter(entry: str) -> bool:

@@ -1,5 +1,7 @@
 """From a recipe to its artifacts: each is found by its key or built, when it is first asked for."""
 
+import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,20 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 
 from fastkd import artifacts, console, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Kind
-from fastkd.data.loader import Loader
+from fastkd.data.beton import usable_std
+from fastkd.data.loader import BATCHES_AHEAD, Loader
 from fastkd.data.order import split_holdout
 from fastkd.data.views import DECODE_PATH, Views
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError
-from fastkd.recipe import Recipe, Teacher
+from fastkd.recipe import Data, Recipe, Teacher
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.history import Stopwatch
 from fastkd.stages.rows import subset_inputs
+from fastkd.stages.together import built_by_leader, decided_by_leader, is_shared, read_once_seen
 from fastkd.stages.writing import write
 from fastkd.world import current
 
@@ -46,6 +51,12 @@ class LoadedTeacher:
     """uint8 images → float32 logits, in eval mode on the device."""
     inputs: dict[str, Any]
     """Model, digest of the weights and normalisation: the part of a key that is the teacher's."""
+    warnings: tuple[str, ...] = ()
+    """What there is to be said of its weights: part of the SCORES too, which are built after it is loaded."""
+
+
+def _figures(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def refuse_unknown(stages: frozenset[str] | set[str]) -> None:
@@ -95,7 +106,7 @@ class Chain:
         reset_compiler: bool = True,
     ) -> None:
         refuse_unknown(force)
-        current().agree("recipe", recipe.model_dump(mode="json", exclude={"data": {"path"}}))
+        current().agree("recipe", recipe.model_dump(mode="json", exclude=recipes.PLACES))
         self.recipe = recipe
         self.force = frozenset(force if current().leads else ())  # the others find what it has built
         self.build = build
@@ -108,6 +119,11 @@ class Chain:
             recipe.train.precision,
             channels_last=recipe.train.channels_last,
             compile=recipe.train.compile and recipe.train.compile_mode,
+        )
+        current().agree(
+            "device or precision",
+            {"device": self.runtime.device.type, "precision": self.runtime.precision},
+            "Give train.device and train.precision, as all machines have them",
         )
         if reset_compiler:
             torch.compiler.reset()
@@ -135,13 +151,27 @@ class Chain:
     @cached_property
     def dataset(self) -> Artifact:
         """The DATASET, written first if the recipe names a writer and it is not there."""
-        dataset = current().first(self._dataset) if self.build else self._dataset()
-        current().agree("data set", {"key": dataset.key})
+        world = current()
+        if not self.build or world.size == 1:
+            return self._dataset()
+        dataset = self._dataset() if world.leads else None
+        key = decided_by_leader(lambda: dataset and dataset.key)
+        # Each machine may have a copy of its own; of one that all share, another may not see yet what was just written.
+        path, here = Path(self.recipe.data.path), world.leads or self._has_dataset(str(key))
+        if not all(world.gather(here)) and is_shared(path.parent) and not here:
+            read_once_seen(path, lambda path: artifacts.read_manifest(path).key == key or None)
+        dataset = dataset or self._dataset()
+        world.agree("data set", {"key": dataset.key})
         return dataset
+
+    def _has_dataset(self, key: str) -> bool:
+        with contextlib.suppress(ArtifactError):
+            return artifacts.read_manifest(Path(self.recipe.data.path)).key == key
+        return False
 
     def _dataset(self) -> Artifact:
         data, path = self.recipe.data, Path(self.recipe.data.path)
-        if (path / artifacts.MANIFEST).exists() and "export" in artifacts.read_manifest(path).facts:
+        if self._is_known_export:
             console.say(f"{path} is an export: which samples are kept, and what the teacher says, come with it")
             return self.note("write", artifacts.load(path, "DATASET"), built=False)
         if data.writer is None or not self.build:
@@ -224,6 +254,7 @@ class Chain:
         """Open a split as the recipe says, at the student's resolution unless another is given."""
         data = self.recipe.data
         view = data.view
+        self._refuse_beyond_memory(batch_size, input_px or data.input_px)
         return Loader(
             self.dataset,
             split,
@@ -237,16 +268,29 @@ class Chain:
             os_cache=data.os_cache,
         )
 
+    def _refuse_beyond_memory(self, batch_size: int, px: int | None) -> None:
+        """Refuse batches that the memory of this machine cannot hold: torch would fail without saying why."""
+        height, width = [px, px] if px else self.dataset.facts["image"]["fixed_size"] or [1, 1]
+        needed = (BATCHES_AHEAD + 2) * batch_size * 3 * height * width
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise InputError(
+                f"batches of {batch_size:,} images of {height} x {width} pixels, {BATCHES_AHEAD + 2} at a time, take "
+                f"{needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory: give a smaller "
+                "score.batch_size, labels.batch_size or train.batch_size, or a smaller data.input_px"
+            )
+
     @property
     def artifacts_dir(self) -> Path:
         """Where SCORES, SUBSETs and LABELS lie."""
-        data = Path(self.recipe.data.path)
-        return Path(self.recipe.data.artifacts_dir or data.with_name(data.name + ".artifacts"))
+        return self.recipe.artifacts_dir
 
     def place(self, kind: Kind, inputs: Mapping[str, Any]) -> Path:
         """Return where an artifact with these inputs lies; say what the nearest lacks if it is not there."""
         directory = self.artifacts_dir
         path = directory / f"{kind.lower()}-{artifacts.key_of(kind, inputs)[:12]}"
+        if self.build and not current().leads:
+            return path
         if not path.exists() and (near := artifacts.nearest(directory, kind, inputs)):
             console.say(f"no {kind} for this recipe yet; the nearest is {near}")
         if not self.build and not path.exists():
@@ -280,11 +324,84 @@ class Chain:
                 for k in ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
             }
         )
-        data = self.recipe.data.model_copy(update={"view": own.data.view, "input_px": self.teacher_px})
-        own = own.model_copy(update={"data": data, "train": train})
+        own = own.model_copy(update={"data": self._teacher_data(own.data), "train": train})
         chain = Chain(own, {"train"} if "teacher" in self.force else set(), build=self.build)
         chain.dataset, chain.costs["write"], chain.used["write"] = self.dataset, self.costs["write"], self.dataset
         return self.note("teacher", *training.build_run(chain, source=Path(teacher.recipe)))
+
+    def try_nets(self) -> None:
+        """Run student and teacher once on images of the sizes that they will see, before anything is built for them.
+
+        The DATASET is opened, or written, only where the recipe does not say these sizes.
+
+        Raises
+        ------
+        InputError
+            A net does not take images of its size; names both, and what to change.
+        """
+        recipe, train = self.recipe, self.recipe.train
+        parts = max(1, train.batch_size // (current().size * train.accumulate))
+        own = {recipe.data.input_px, *(recipe.px_of(epoch) for epoch in range(train.epochs))}
+        for px in sorted(own, key=lambda px: px or 0):
+            self._try("student.model", recipe.student.model, px, "data.input_px", batch_size=parts)
+        if recipe.teacher is not None and recipe.teacher.model is not None and not self._is_known_export:
+            self._try("teacher.model", recipe.teacher.model, self.teacher_px, "teacher.input_px")
+
+    def _try(self, key: str, name: str, px: int | None, size_key: str, *, batch_size: int = 0) -> None:
+        """Run a net on images of a side; None: as they are stored. As in training too, where a batch size is given."""
+        size = [px, px] if px else self.dataset.facts["image"]["fixed_size"]
+        if size is None:  # no loader opens those without a side
+            return
+        height, width = size
+        told = models.refusal(name, 10, height, width)
+        where = ""
+        if not told and batch_size:
+            told = models.refusal(name, 10, height, width, batch_size=min(batch_size, 2), training=True)
+            where = f", in training on {batch_size} at once" if batch_size < 2 else ", in training"
+        if told:
+            raise InputError(
+                f"{key}={name} does not take images of {height} x {width} pixels{where}: {told}. Set {size_key} to a "
+                f"side that it takes{', or a larger train.batch_size' if where else ''}, or choose another net"
+            )
+
+    def _teacher_data(self, own: Data) -> Data:
+        """Return the `data` that a teacher's recipe trains on: what bears on its training is its own to say.
+
+        Where the DATASET lies, and how it is read, is this recipe's matter. What the teacher's recipe leaves open of
+        hold-out, side and crop is as here.
+
+        Raises
+        ------
+        InputError
+            The teacher would learn from samples that this recipe keeps aside.
+        """
+        mine = self.recipe.data
+        here = ("path", "writer", "options", "artifacts_dir", "workers", "os_cache")
+        taken: dict[str, Any] = {name: getattr(mine, name) for name in here}
+        if "holdout_ratio" not in own.model_fields_set:
+            taken["holdout_ratio"] = mine.holdout_ratio
+        elif own.holdout_ratio < mine.holdout_ratio:
+            raise InputError(
+                f"data.holdout_ratio={mine.holdout_ratio:g}, and in teacher.recipe it is {own.holdout_ratio:g}: the "
+                "teacher would learn from samples that the student is judged by. Give the same ratio in both, or none "
+                "in the teacher's"
+            )
+        elif own.holdout_ratio > mine.holdout_ratio:
+            console.warn(
+                f"teacher: its recipe keeps {own.holdout_ratio:.2%} of train aside, this one {mine.holdout_ratio:.2%}: "
+                "the teacher does not learn from all that the student does. Give the same data.holdout_ratio in both"
+            )
+        if "input_px" not in own.model_fields_set:
+            taken["input_px"] = self.teacher_px
+        if "crop_ratio" not in own.model_fields_set:
+            taken["crop_ratio"] = mine.crop_ratio
+        return own.model_copy(update=taken)
+
+    @property
+    def _is_known_export(self) -> bool:
+        """Tell whether the DATASET is an export, which brings what the teacher says; False while none is there."""
+        path = Path(self.recipe.data.path)
+        return (path / artifacts.MANIFEST).exists() and "export" in artifacts.read_manifest(path).facts
 
     @cached_property
     def teacher(self) -> LoadedTeacher:
@@ -303,11 +420,26 @@ class Chain:
         return loaded
 
     def _load_teacher(self, teacher: Teacher, name: str, weights: str) -> LoadedTeacher:
+        mark = console.warning_mark()
+        self._try("teacher.model", name, self.teacher_px, "teacher.input_px")
         net = models.build(name, self.num_classes)
         models.load_weights(net, weights, name=name)
-        normalisation = models.native_normalisation(name, weights) or self.normalisation
+        native = models.native_normalisation(name, weights)
+        normalisation = native or self.normalisation
         if teacher.mean and teacher.std:
             normalisation = models.Normalisation(teacher.mean, teacher.std)
+        elif native is None or native.guessed:
+            whose = "of the data set" if native is None else f"of the weights that are published for {name}"
+            console.warn(
+                f"teacher: nothing beside {weights} says which mean and std it was trained with; taken are those "
+                f"{whose}: mean {_figures(normalisation.mean)}, std {_figures(normalisation.std)}. If it was trained "
+                "with others, its logits are worse than they could be: set teacher.mean and teacher.std (to these, to "
+                "silence this)"
+            )
+        told = models.description(weights) or {}
+        self._compare_classes(weights, told.get("classes"))
+        self._compare_sides(weights, told.get("input_hw"))
+        self._compare_holdout(weights)
         inputs = {
             "model": name,
             "weights": models.weights_digest(net),
@@ -315,7 +447,55 @@ class Chain:
             "std": list(normalisation.std),
         }
         net = models.Normalised(models.float32_head(net, self.num_classes), normalisation)
-        return LoadedTeacher(self.runtime.compiled(self.runtime.place(net.eval().requires_grad_(False))), inputs)
+        placed = self.runtime.compiled(self.runtime.place(net.eval().requires_grad_(False)))
+        return LoadedTeacher(placed, inputs, tuple(console.warnings_since(mark)))
+
+    def _compare_holdout(self, weights: str) -> None:
+        """Warn where a RUN that is the teacher has learned from samples that this recipe keeps aside."""
+        run = models.student_artifact(weights)
+        ratio = run.manifest.inputs.get("holdout_ratio") if run and run.manifest.kind == "RUN" else None
+        if ratio is None or run is None or run.manifest.inputs.get("data") != self.original_key:
+            return
+        if ratio < self.recipe.data.holdout_ratio:
+            console.warn(
+                f"teacher: {weights} kept {ratio:.2%} of train aside, and this recipe keeps "
+                f"{self.recipe.data.holdout_ratio:.2%}: it has learned from samples that the student is judged by. "
+                "Train one with the same data.holdout_ratio"
+            )
+
+    def _compare_sides(self, weights: str, trained: Any) -> None:
+        """Warn where a teacher was trained on images of another size than those that it scores and labels."""
+        px = self.teacher_px
+        asked = [px, px] if px else self.dataset.facts["image"]["fixed_size"]
+        if isinstance(trained, list) and asked is not None and trained != asked:
+            sizes = [" x ".join(map(str, size)) for size in (trained, asked)]
+            console.warn(
+                f"teacher: {weights} was trained on images of {sizes[0]} pixels, and scores and labels at {sizes[1]}, "
+                f"where it knows less: set teacher.input_px={trained[-1]}, or train it at that size"
+            )
+
+    def _compare_classes(self, weights: str, told: Any) -> None:
+        """Compare the class names that lie beside a teacher's weights with the data set's.
+
+        Raises
+        ------
+        InputError
+            They are the same in another order: every logit would be another class's.
+        """
+        own = self.dataset.facts["classes"]
+        if not isinstance(told, list) or len(told) != len(own) or told == own:
+            return
+        other = [k for k in range(len(own)) if told[k] != own[k]]
+        shown = ", ".join(f"{k} is {told[k]!r} there and {own[k]!r} here" for k in other[:5])
+        if sorted(map(str, told)) == sorted(map(str, own)):
+            raise InputError(
+                f"teacher.weights={weights}: was trained on the same classes in another order: class {shown}. Write "
+                "the data set with its classes in that order, or train a teacher on this one"
+            )
+        console.warn(
+            f"teacher: {weights} was trained on classes of other names, {len(other)} of {len(own)}: class {shown}. If "
+            "these are other classes, its logits are wrong"
+        )
 
     @property
     def teacher_inputs(self) -> dict[str, Any]:
@@ -325,7 +505,13 @@ class Chain:
     @property
     def normalisation(self) -> models.Normalisation:
         """The data set's own channel means and standard deviations."""
-        return models.Normalisation(tuple(self.dataset.facts["mean"]), tuple(self.dataset.facts["std"]))
+        facts = self.dataset.facts
+        red, green, blue = usable_std(facts["std"])
+        if [red, green, blue] != facts["std"]:  # recorded by a fastkd that did not look
+            console.warn(
+                f"{self.dataset.path}: a channel is constant over all of train; its standard deviation is taken as 1"
+            )
+        return models.Normalisation(tuple(facts["mean"]), (red, green, blue))
 
     @cached_property
     def scores(self) -> Artifact:
@@ -340,11 +526,13 @@ class Chain:
     def subset(self) -> Artifact:
         """The SUBSET: which samples are kept, and what the teacher says of their plain views."""
         if self.export:
-            return self.note("prune", pruning.exported_subset(self), built=False)
+            own = pruning.exported_subset(self)
+            current().agree("SUBSET", subset_inputs(own))
+            return self.note("prune", own, built=False)
         if not self.build:
             return self.note("prune", *pruning.build_subset(self))
         self.scores  # noqa: B018 - all processes work at it, before the leading one goes on alone
-        subset, built = current().first(lambda: pruning.build_subset(self))
+        subset, built = built_by_leader(lambda: pruning.build_subset(self))
         current().agree("SUBSET", subset_inputs(subset))
         return self.note("prune", subset, built)
 
@@ -352,6 +540,8 @@ class Chain:
     def labels(self) -> Artifact:
         """The LABELS: what the teacher says of the numbered views."""
         artifact, built = (labelling.exported_labels(self), False) if self.export else labelling.build_labels(self)
+        if current().size > 1:
+            current().agree("LABELS", _contents(artifact, self.recipe.num_views or 0))
         return self.note("label", artifact, built, share=labelling.share_of(artifact, self.recipe.num_views or 0))
 
     def train(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
@@ -359,6 +549,13 @@ class Chain:
         run, built = training.build_run(self, out=out, source=source)
         self.note("train", run, built)
         return run, built
+
+
+def _contents(labels: Artifact, views: int) -> dict[str, str]:
+    """Return what identifies the very rows of the first views."""
+    names = [name for view in range(views) for name in labelling.view_names(labels, view)]
+    digests = [labels.manifest.files[name].xxh3_128 for name in names]
+    return {"key": labels.key, "rows": xxhash.xxh3_128_hexdigest("".join(digests).encode())}
 
 
 def score(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:

@@ -65,6 +65,7 @@ def deploy(run: str | os.PathLike[str], out: str | os.PathLike[str], *, force: b
         parents={"RUN": loaded.key},
         settings={"run": str(source.absolute())},
         force=force,
+        sources=lambda: [loaded],
     )
 
 
@@ -95,7 +96,7 @@ def _fill(directory: Path, student: Student) -> Built:
             "versions": {name: metadata.version(name) for name in ("torch", *ONNX_PACKAGES)},
         },
     }
-    (directory / "model.json").write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
+    (directory / "model.json").write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return Built(facts={"model": described["model"], "worst_difference": worst})
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from fastkd import artifacts
-from fastkd.artifacts import MANIFEST, Artifact, Built, FileStamp, Manifest, file_digest, read_manifest
+from fastkd.artifacts import Artifact, Built, FileStamp, Manifest, file_digest, read_manifest
 from fastkd.data.beton import Progress
 from fastkd.data.extract import Table, extract, read_table
 from fastkd.errors import ArtifactError, FastkdError, InputError
@@ -90,6 +90,7 @@ def export(
                 "labels": str(sources.labels.path) if sources.labels else None,
             },
             force=force,
+            sources=lambda: [one for one in (sources.data, sources.subset, sources.labels) if one],
         )
     found = artifact.facts.get("export") or {}
     if not built and (phrases := artifacts.differences(sources.keys, {key: found.get(key) for key in sources.keys})):
@@ -263,7 +264,7 @@ def _fill(directory: Path, sources: _Sources, progress: Progress | None) -> Buil
         for name in artifact.manifest.files:
             stamps[f"{folder}/{name}"] = _copy(artifact, name, directory / folder / name)
         # As it was opened: labels may have grown since.
-        (directory / folder / MANIFEST).write_text(artifact.manifest.model_dump_json(indent=2) + "\n")
+        artifacts.write_manifest(directory / folder, artifact.manifest)
 
     val_height, val_width = read_table(directory / "val.beton").largest
     facts = dict(data.facts)

@@ -106,7 +106,7 @@ class History:
             for what, seconds in before["seconds"].items():
                 watch.charge(what, seconds)
             watch.charge("train", lost_s)
-        self._stream = self._file.open("a", buffering=1)
+        self._stream = self._file.open("a", buffering=1, encoding="utf-8")
         steps = self.steps_before + self.epoch.steps
         if tensorboard:
             self._board = Board(directory / "tensorboard", steps)

@@ -192,12 +192,13 @@ class Inspector:
         """Which samples were kept, as far as the SUBSET tells; their labels are the DATASET's, or the SCORES'."""
         subset = self.selection_of
         inputs = subset.manifest.inputs
-        ids = split_holdout(subset.facts["scored"], inputs["holdout_ratio"])[0]
+        difficulty_N = np.asarray(subset.array("difficulty.npy"))  # as many as the facts say, or it is refused
+        ids = split_holdout(len(difficulty_N), inputs["holdout_ratio"])[0]
         return Selection(
             subset,
             inputs["method"],
             inputs.get("score", "cross_entropy"),
-            np.asarray(subset.array("difficulty.npy"))[ids],
+            difficulty_N[ids],
             np.isin(ids, np.asarray(subset.array("indices.npy"))),
             None if (y_N := self._labels()) is None else y_N[ids],
             np.array(subset.facts["class_counts"]),

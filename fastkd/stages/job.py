@@ -20,12 +20,13 @@ from fastkd.data.stored import StoredRows
 from fastkd.engine.average import MovingAverage
 from fastkd.engine.dynamic import RunningLosses
 from fastkd.engine.feed import feed
-from fastkd.engine.loop import LiveTeacher, Objective, ReadFn, TrainState, warm_up
+from fastkd.engine.loop import LiveTeacher, Objective, ReadFn, TrainState, predict, warm_up
 from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.kernels import mix64
-from fastkd.stages import labelling
+from fastkd.stages import labelling, pruning
+from fastkd.stages.judging import judge_logits
 from fastkd.world import current
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ LOADING_HELP = (
     "data.input_px would help"
 )
 MEASURED_BATCHES, MEASURED_S = 64, 0.5
+JUDGED_IMAGES = 256
+STALE_AVERAGE = 0.1  # share of the first weights in the averaged ones, from which on a person should hear of it
 LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 
 
@@ -128,12 +131,55 @@ class Job:
         return self.loader.batches(ids, last="drop", view=view, stored=self.teacher.stored(view), input_px=px)
 
 
+def check_student(chain: "Chain", kept: int | None = None) -> None:
+    """Refuse, before anything is built for it, a student that cannot be trained as the recipe says.
+
+    Parameters
+    ----------
+    kept
+        Samples that are trained on; default: as many as the recipe keeps at most.
+
+    Raises
+    ------
+    InputError
+        It does not take images of its size, its weights do not fit, or there are fewer samples than a batch has.
+    """
+    recipe, train = chain.recipe, chain.recipe.train
+    for told in recipe.without_effect():
+        console.warn(f"recipe: {told}")
+    chain.try_nets()
+    model, weights = recipe.student.model, recipe.student.weights
+    if weights is not None and models.is_at_hand(weights, model):
+        models.load_weights(models.build(model, chain.num_classes), weights, name=model)
+    if not chain.export:
+        aside, others = len(chain.holdout_ids), len(chain.train_ids)
+        if recipe.data.holdout_ratio and not (aside and others):
+            raise InputError(
+                f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {aside + others} samples that keeps {aside} "
+                f"aside, and leaves {others} to train on; of both there must be some"
+            )
+        if recipe.labels.topk is not None and recipe.teacher is not None:
+            labelling.refuse_topk(recipe.labels.topk, chain.num_classes)
+        if kept is None:
+            kept = pruning.most_kept(recipe.prune.static, chain.train_ids, chain.num_classes)
+    if kept is None:  # of an export, which is opened later
+        return
+    steps = train.epochs * full_batches(kept, train.batch_size)
+    if train.ema_decay is not None and (left := train.ema_decay**steps) > STALE_AVERAGE:
+        console.warn(
+            f"train: train.ema_decay={train.ema_decay:g} over {steps:,} steps: {left:.0%} of the average are still the "
+            f"weights that training began with. Give a decay of {STALE_AVERAGE ** (1 / steps):.4g} or less"
+        )
+
+
 def prepare(chain: "Chain") -> Job:
     """Build all that the first step needs, compile it, and divide the cores."""
     runtime, watch = chain.runtime, chain.watch
     with watch.on("setup"):
         ids_M = np.asarray(chain.subset.array("indices.npy")) if uses_subset(chain) else chain.train_ids
         job = assemble(chain, runtime, ids_M, _new_student(chain), teacher_feed(chain))
+        if job.teacher.live is not None and not needs_scores(chain.recipe) and current().leads:
+            _judge_live_teacher(chain)
     with watch.on("compile"):
         if runtime.compile:
             console.say("train: compiling; the first time on a machine this takes up to a minute")
@@ -142,6 +188,18 @@ def prepare(chain: "Chain") -> Job:
     with watch.on("setup"):
         divide_cores(job, step_s)
     return job
+
+
+def _judge_live_teacher(chain: "Chain") -> None:
+    """Warn of a teacher that is no use, where there are no SCORES to tell: by as many images as a step has or so."""
+    ids = chain.train_ids[:: -(-len(chain.train_ids) // JUDGED_IMAGES)]
+    net = getattr(chain.teacher.net, "_orig_mod", chain.teacher.net)  # not to compile it for these few
+    batches = chain.loader("train", min(len(ids), 64)).batches(ids, last="pad")
+    told = [(one.logits.copy(), one.labels.copy()) for one in predict(chain.runtime, net, batches)]
+    z_RK, y_R = (np.concatenate(column) for column in zip(*told, strict=True))
+    if np.isfinite(z_RK).all():  # else the loss tells, or a class is masked
+        top1 = float((z_RK.argmax(axis=1) == y_R).mean())
+        judge_logits(z_RK, y_R, top1, "train", "the live teacher", chain.dataset.facts["classes"])
 
 
 def assemble(

@@ -26,7 +26,7 @@ from fastkd.stages.rows import (
     progress_file,
     subset_inputs,
 )
-from fastkd.stages.together import build_together
+from fastkd.stages.together import build_together, decided_by_leader, seen
 from fastkd.world import current
 
 if TYPE_CHECKING:
@@ -47,9 +47,13 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
         there = artifacts.find(path, "LABELS", inputs, parents)
         assert there is not None  # the chain has looked
         return there, False
-    if force and path.exists():  # views that other recipes use are made again too
-        views = max(views, artifacts.load(path, "LABELS").facts["views"])
-    views = current().share(views)
+
+    def views_to_make() -> int:
+        if force and path.exists():  # views that other recipes use are made again too
+            return max(views, artifacts.load(path, "LABELS").facts["views"])
+        return views
+
+    views = decided_by_leader(views_to_make)
     progress = progress_file(path)
     if force:
         progress.unlink(missing_ok=True)
@@ -63,13 +67,14 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
                 directory,
                 views,
                 Progress.load(progress),
-                None if force else artifacts.find(path, "LABELS", inputs),
+                artifacts.find(path, "LABELS", inputs) if current().leads and not force else None,
             ),
             parents=parents,
             settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.labels.batch_size},
             force=force,
             enough=lambda artifact: artifact.facts["views"] >= views,
             resumable=True,
+            sources=lambda: [chain.dataset, chain.subset],
         )
     if built and current().leads:  # else somebody's growth may have been broken off, and will go on
         progress.unlink(missing_ok=True)
@@ -123,8 +128,12 @@ def share_of(labels: Artifact, views: int) -> float:
 
 def open_view(labels: Artifact, sample_ids: np.ndarray, view: int) -> StoredRows:
     """Open the rows of one view, to be found by sample_id."""
-    names = [f"views/{name}" for name, _, _ in view_files(view, labels.facts["classes"], labels.facts["topk"])]
-    return StoredRows(sample_ids, [labels.array(name) for name in names])
+    return StoredRows(sample_ids, [labels.array(name) for name in view_names(labels, view)])
+
+
+def view_names(labels: Artifact, view: int) -> list[str]:
+    """Return the names of the files that hold a view."""
+    return [f"views/{name}" for name, _, _ in view_files(view, labels.facts["classes"], labels.facts["topk"])]
 
 
 def row_bytes(num_classes: int, topk: int | None) -> int:
@@ -160,14 +169,21 @@ def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, resh
     return out_MK
 
 
+def refuse_topk(topk: int | None, num_classes: int) -> None:
+    """Refuse to store as many logits as there are classes, or of more classes than 16 bits number."""
+    if topk is not None and (topk >= num_classes or num_classes > 1 << 16):
+        raise InputError(
+            f"labels.topk={topk}: expected fewer than the {num_classes} classes, of which there may be 65,536"
+        )
+
+
 def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown: Artifact | None) -> Built:
     """Label the views that are not there yet."""
     kept, K, topk = np.asarray(chain.subset.array("indices.npy")), chain.num_classes, chain.recipe.labels.topk
-    if topk is not None and (topk >= K or K > 1 << 16):
-        raise InputError(f"labels.topk={topk}: expected fewer than the {K} classes, of which there may be 65,536")
-    folder = directory / "views"
-    folder.mkdir(exist_ok=True)
-    world = current()
+    refuse_topk(topk, K)
+    folder, world = directory / "views", current()
+    if world.leads:
+        folder.mkdir(exist_ok=True)
     first = world.share(grown.facts["views"] if grown else 0)
     stamps = _adopt(directory, grown) if grown and world.leads else {}
     wanted = range(first, views)
@@ -267,12 +283,13 @@ def _label(
             whole = topk_rows(rows_RK, labels.topk, chain.recipe.loss.temperature)
         return ([column[number :: len(group)] for column in whole] for number in range(len(group)))
 
+    def opened(name: str, dtype: str, width: int) -> RowFile:
+        path = folder / name if world.leads else seen(folder / name)
+        return stack.enter_context(RowFile(path, dtype, len(kept), width, done=start, begun=not world.leads))
+
     def open_files() -> list[list[RowFile]]:
         return [
-            [
-                stack.enter_context(RowFile(folder / name, dtype, len(kept), width, done=start, begun=not world.leads))
-                for name, dtype, width in view_files(v, chain.num_classes, labels.topk)
-            ]
+            [opened(name, dtype, width) for name, dtype, width in view_files(v, chain.num_classes, labels.topk)]
             for v in group
         ]
 

@@ -15,7 +15,7 @@ from fastkd.data.source import load_writer
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
 from fastkd.stages.chain import Chain, MissingError, refuse_unknown
-from fastkd.stages.job import needs_scores, uses_labels, uses_subset
+from fastkd.stages.job import check_student, needs_scores, uses_labels, uses_subset
 from fastkd.stages.labelling import row_bytes
 from fastkd.stages.pruning import listed_rows
 from fastkd.stages.training import CHECKPOINTS, begun_otherwise, build_run, run_inputs
@@ -119,7 +119,7 @@ def _is_begun(chain: Chain, stage: str, partial: Path) -> bool:
     """Tell whether there is an unfinished build to go on with; refuse a RUN of another recipe, as training would."""
     if not (partial / BEGUN).exists():
         return False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # it was being written
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # it was being written
         key = json.loads((partial / BEGUN).read_bytes())["key"]
         other = stage == "train" and key != artifacts.key_of("RUN", run_inputs(chain))
         if other and any((partial / CHECKPOINTS).glob("step-*")):
@@ -162,14 +162,11 @@ def _dataset(chain: Chain) -> Artifact:
 
 def _check_student(chain: Chain, dataset: Artifact | None, *, found: bool) -> None:
     """Refuse a student that cannot be built or does not fit its weights, and more than there is of batch or workers."""
-    recipe = chain.recipe
-    models.build(recipe.student.model, 10)
+    models.build(chain.recipe.student.model, 10)
     if dataset is None:
         return
-    weights = recipe.student.weights
-    if weights is not None and models.is_at_hand(weights, recipe.student.model):
-        models.load_weights(models.build(recipe.student.model, chain.num_classes), weights, name=recipe.student.model)
-    chain.loader("train", recipe.train.batch_size).full_batches(_kept(chain, found=found))
+    check_student(chain, _kept(chain, found=found))
+    chain.loader("train", chain.recipe.train.batch_size)
 
 
 def _kept(chain: Chain, *, found: bool) -> int:

@@ -55,7 +55,11 @@ def run_pass(
     began = saved = time.perf_counter()
 
     def save(batches: int) -> None:
-        """Make what this process has written safe; where it leads, tell how far all have come."""
+        """Make what this process has written safe; where it leads, tell how far all have come.
+
+        Rows of images that were changed meanwhile are not among them.
+        """
+        loader.dataset.refuse_changed()
         for file in itertools.chain(*files):
             file.sync()
         world.tell(name, batches)

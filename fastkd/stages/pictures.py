@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fastkd.artifacts import Artifact
+from fastkd.console import printable
 from fastkd.kernels import class_ranks
 from fastkd.stages.letters import class_names, families
 from fastkd.stages.storage import PICTURE_NAMES
@@ -50,7 +51,7 @@ def histogram(
     turned = "−" if score in ("margin", "std") else ""
     axes.set_xlabel(f"difficulty: {'log₁₀ of ' if logarithmic else turned}{score}", color=INK)
     axes.set_ylabel("samples", color=INK)
-    axes.set_title(title, color=INK, loc="left")
+    axes.set_title(printable(title), color=INK, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure

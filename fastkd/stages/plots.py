@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fastkd.console import clock
+from fastkd.console import clock, printable
 from fastkd.stages.letters import families
 from fastkd.stages.pictures import histogram
 from fastkd.stages.runs import STAGES, Group, RunFacts
@@ -336,4 +336,5 @@ def _reversed_handles(axes: Axes) -> tuple[list, list]:
 
 
 def _short(text: str, letters: int) -> str:
+    text = printable(text)
     return text if len(text) <= letters else text[: letters - 1] + "…"

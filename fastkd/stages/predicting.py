@@ -15,7 +15,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.stages.student import Student
 
-BATCH_SIZE = 64
+BATCH_SIZE, MAX_BATCH_PIXELS = 64, 1 << 24  # as many images at once, of large ones fewer
 
 
 class Prediction(NamedTuple):
@@ -71,9 +71,11 @@ def predict(student: Student, paths: Sequence[Path]) -> Iterator[Prediction]:
     """
     runtime = Runtime.choose("auto", "fp32", channels_last=True, compile=False)
     net = runtime.place(student.net)
+    height, width = student.input_hw
+    size = max(1, min(BATCH_SIZE, MAX_BATCH_PIXELS // (height * width)))
     with ThreadPoolExecutor(usable_cores()) as pool, torch.inference_mode():
-        for start in range(0, len(paths), BATCH_SIZE):
-            some = paths[start : start + BATCH_SIZE]
+        for start in range(0, len(paths), size):
+            some = paths[start : start + size]
             views = list(pool.map(lambda path: _view(student, path), some))
             whole = [view for view in views if isinstance(view, np.ndarray)]
             logits: Iterator[np.ndarray] = iter(())

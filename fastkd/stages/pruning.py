@@ -16,6 +16,7 @@ from fastkd.kernels import (
     class_ranks,
     class_std,
     coverage_strata,
+    floored_quotas,
     mix64,
     proportional_quotas,
     reshape_rows,
@@ -24,13 +25,14 @@ from fastkd.kernels import (
     window_ranks,
 )
 from fastkd.recipe import Prune
+from fastkd.stages.judging import judge_logits
 from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
 from fastkd.stages.rows import RowFile, check_float16, full_disk_explained
 
 if TYPE_CHECKING:
     from fastkd.stages.chain import Chain
 
-MANY_CLASSES, UNUSUAL = 20, 10
+MANY_CLASSES, UNUSUAL, MANY_NAMES = 20, 10, 10
 _BEGINS_ANEW = "the next run begins anew"
 
 
@@ -67,6 +69,7 @@ def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
                 "precision": precision,
             },
             force="prune" in chain.force,
+            sources=lambda: [scores],
         )
 
 
@@ -96,6 +99,8 @@ def exported_subset(chain: "Chain") -> Artifact:
     }
     teacher = {name: told.get("teacher", {}).get(name) for name in asked["teacher"]}
     made = {**subset.manifest.inputs, "view": told.get("view"), "teacher": teacher if "teacher" in told else None}
+    asked["min_per_class"] = recipe.prune.static.min_per_class
+    made["min_per_class"] = subset.manifest.inputs.get("min_per_class", 0)
     known = {name: value for name, value in asked.items() if made.get(name) is not None}  # not all, of one's own logits
     if phrases := artifacts.differences(known, {name: made[name] for name in known}):
         raise InputError(
@@ -147,7 +152,9 @@ def prune_arrays(
             out,
             "SUBSET",
             inputs,
-            lambda directory: _fill(directory, z_NK, y_N, settings, train_ids=np.arange(len(y_N)), reshape=reshape),
+            lambda directory: _fill(
+                directory, z_NK, y_N, settings, train_ids=np.arange(len(y_N)), reshape=reshape, own=logits.name
+            ),
             settings={"logits": str(logits), "labels": str(labels)},
             force=force,
         )
@@ -168,10 +175,19 @@ def _fill(
     train_ids: np.ndarray,
     reshape: bool,
     class_names: list[str] | None = None,
+    own: str | None = None,
 ) -> Built:
-    """Select among `train_ids` and write the arrays of a SUBSET."""
+    """Select among `train_ids` and write the arrays of a SUBSET.
+
+    Parameters
+    ----------
+    own
+        The file that anybody's logits are from: those of SCORES have been looked at.
+    """
     K = logits_NK.shape[1]
-    scores = score_chunks(logits_NK, labels_N)
+    scores = score_chunks(logits_NK, labels_N, own)
+    if own is not None:
+        judge_logits(logits_NK, labels_N, float(scores.correct.mean()), "prune", own, class_names)
     std_N, right_N = scores.std, scores.correct
     difficulty_N = _difficulty(scores, settings)
     y_T = labels_N[train_ids]
@@ -182,7 +198,7 @@ def _fill(
     sigma_K = class_std(std_N[train_ids], y_T, K)
     kept = train_ids[select(difficulty_N[train_ids], y_T, train_ids, settings, K)]
     if not len(kept):
-        raise InputError(f"prune.keep_ratio={settings.keep_ratio} of {len(train_ids)} samples keeps none; raise it")
+        raise _keeps_none(settings, len(train_ids))
 
     flat = 0
     with RowFile(directory / "logits.npy", "<f2", len(kept), K) as stored:
@@ -199,6 +215,11 @@ def _fill(
     np.save(directory / "difficulty.npy", difficulty_N)
 
     actual = len(kept) / len(train_ids)
+    if settings.min_per_class and len(kept) > (asked_count := round(settings.keep_ratio * len(train_ids))):
+        console.warn(
+            f"prune: prune.min_per_class={settings.min_per_class} alone keeps {len(kept):,} samples, more than the "
+            f"{asked_count:,} of prune.keep_ratio={settings.keep_ratio:g}"
+        )
     asked = "" if settings.method == "list" else f"; asked {settings.keep_ratio:.2%}"
     facts = {
         "count": len(kept),
@@ -220,10 +241,24 @@ def _fill(
     )
     right_K = np.bincount(y_T, weights=right_N[train_ids], minlength=K)
     names = class_names or [str(c) for c in range(K)]
+    _warn_of_empty(names, np.array(facts["class_counts"]), settings)
     console.show(class_table(names, np.array(facts["class_counts"]), count_K, sigma_K, right_K / count_K))
     if flat:
         console.warn(f"prune: {flat} rows of logits have no spread: their labels say nothing")
     return Built(facts=facts)
+
+
+def _warn_of_empty(names: list[str], kept_K: np.ndarray, settings: Prune) -> None:
+    """Warn of classes of which no sample is kept."""
+    empty = [names[c] for c in np.flatnonzero(kept_K == 0)]
+    if not empty:
+        return
+    mend = "add samples of them to prune.ids" if settings.method == "list" else "set prune.min_per_class=1 or more"
+    console.warn(
+        f"prune: {len(empty)} of {len(names)} classes keep no sample: {', '.join(empty[:MANY_NAMES])}"
+        f"{', …' if len(empty) > MANY_NAMES else ''}. A student never sees them, and is wrong on all of them: "
+        f"{mend}, or keep more"
+    )
 
 
 def _difficulty(scores: Scores, settings: Prune) -> np.ndarray:
@@ -236,7 +271,7 @@ def _difficulty(scores: Scores, settings: Prune) -> np.ndarray:
 def class_table(
     names: list[str], kept_K: np.ndarray, count_K: np.ndarray, sigma_K: np.ndarray, accuracy_K: np.ndarray
 ) -> Table:
-    """Lay out what was kept of each class; of many classes, the most unusual in any column."""
+    """Lay out what was kept of each class; of many, those that keep nothing, then the most unusual in any column."""
     share_K = kept_K / count_K
     shown = np.arange(len(names))
     title = "per class"
@@ -244,8 +279,11 @@ def class_table(
         columns_CK = np.stack([share_K, sigma_K, accuracy_K])
         off_CK = np.abs(columns_CK - np.median(columns_CK, axis=1, keepdims=True))
         unusual_K = (off_CK / np.maximum(off_CK.mean(axis=1, keepdims=True), 1e-12)).max(axis=0)
-        shown = np.argsort(-unusual_K, kind="stable")[:UNUSUAL]
+        empty, order = np.flatnonzero(kept_K == 0), np.argsort(-unusual_K, kind="stable")
+        shown = np.concatenate([empty[:UNUSUAL], order[kept_K[order] > 0][:UNUSUAL]])
         title = f"the {UNUSUAL} most unusual of {len(names):,} classes"
+        if len(empty):
+            title = f"{len(empty):,} of {len(names):,} classes keep nothing; they and the {UNUSUAL} most unusual others"
     grid = Table(title=title, title_justify="left")
     grid.add_column("class")
     for heading in ("kept", "share", "σ", "teacher's top-1"):
@@ -267,18 +305,15 @@ def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Pr
     y_N, ids_N : int64 [N]
         Labels and sample ids (which the random draw goes by).
     """
-    method, N = settings.method, len(ids_N)
+    method = settings.method
     if method == "list":
         return listed_rows(ids_N, settings)
     draw_N = mix64(ids_N, settings.seed, "prune")
-    keep = round(settings.keep_ratio * N)
-    if method == "random_unbalanced":
-        return np.sort(np.argsort(draw_N)[:keep])
-    if method == "ccs":
-        return coverage_strata(score_N, draw_N, keep, drop_ratio=settings.drop_ratio, strata=settings.strata)
     count_K = np.bincount(y_N, minlength=num_classes)
+    if method in ("random_unbalanced", "ccs"):
+        return _without_classes(score_N, draw_N, y_N, count_K, settings)
     quotas = proportional_quotas if settings.quota == "proportional" else uniform_quotas
-    quota_K = quotas(count_K, settings.keep_ratio)
+    quota_K = floored_quotas(quotas(count_K, settings.keep_ratio), count_K, settings.min_per_class)
     if method == "random":
         return select_ranks(draw_N, y_N, np.zeros_like(quota_K), quota_K)
     if method == "beta":
@@ -287,6 +322,45 @@ def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Pr
         return select_ranks(key_N, y_N, np.zeros_like(quota_K), quota_K)
     centre = {"medium": settings.window_centre, "easy": 0.0, "hard": 1.0}[method]
     return select_ranks(score_N, y_N, window_ranks(count_K, quota_K, centre), quota_K)
+
+
+def _without_classes(
+    score_N: np.ndarray, draw_N: np.ndarray, y_N: np.ndarray, count_K: np.ndarray, settings: Prune
+) -> np.ndarray:
+    """Select by a method that does not look at classes, and see to the least of each afterwards.
+
+    Where a class is to have more, its first in the order of the draw are added, the hardest that `ccs` drops only after
+    all others; where one is to have fewer, its last are taken away.
+    """
+    N = len(y_N)
+    keep, hardest_N = round(settings.keep_ratio * N), np.zeros(N, np.bool_)
+    if settings.method == "random_unbalanced":
+        kept = np.sort(np.argsort(draw_N)[:keep])
+    else:
+        kept = coverage_strata(score_N, draw_N, keep, drop_ratio=settings.drop_ratio, strata=settings.strata)
+        hardest_N[np.argsort(score_N, kind="stable")[N - round(settings.drop_ratio * N) :]] = True
+    if not settings.min_per_class:
+        return kept
+    is_left_out_N, place_N = np.ones(N, np.bool_), np.empty(N, np.int64)
+    is_left_out_N[kept] = False
+    place_N[np.lexsort((draw_N, hardest_N & is_left_out_N, is_left_out_N))] = np.arange(N)
+    quota_K = floored_quotas(np.bincount(y_N[kept], minlength=len(count_K)), count_K, settings.min_per_class)
+    return select_ranks(place_N, y_N, np.zeros_like(quota_K), quota_K)
+
+
+def most_kept(settings: Prune, train_ids: np.ndarray, num_classes: int) -> int:
+    """Return how many of the samples to train on (ids, int64 [N]) a method keeps at most, without knowing any score."""
+    if settings.method == "list":
+        return len(listed_rows(train_ids, settings))
+    N = len(train_ids)
+    most = max(round(settings.keep_ratio * N), min(N, settings.min_per_class * num_classes))
+    if not most:
+        raise _keeps_none(settings, N)
+    return most
+
+
+def _keeps_none(settings: Prune, count: int) -> InputError:
+    return InputError(f"prune.keep_ratio={settings.keep_ratio} of {count} samples keeps none; raise it")
 
 
 def listed_rows(ids_N: np.ndarray, settings: Prune) -> np.ndarray:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from fastkd import __version__, console
 from fastkd.artifacts import MANIFEST, PARTIAL, read_manifest
-from fastkd.console import clock
+from fastkd.console import clock, printable
 from fastkd.errors import FastkdError, InputError
 from fastkd.stages import plots
 from fastkd.stages.letters import class_names, writable
@@ -181,7 +181,10 @@ def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> Found:
             return make()
         except (FastkdError, OSError, RuntimeError) as error:  # torch's: out of memory
             why[name] = str(error)
-            return None
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, MemoryError) as error:
+            # What lies beside a RUN may say anything; the page does without it.
+            why[name] = f"what was found is not as fastkd writes it ({type(error).__name__}: {error})"
+        return None
 
     selection = attempt("selection", lambda: inspector.selection)
     samples = attempt("samples", inspector.samples) if selection else None
@@ -247,6 +250,7 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], expor
     environment = Environment(
         loader=PackageLoader("fastkd.stages", "."),
         autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else printable(value),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -271,12 +275,19 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], expor
         stage_names={stage.name for group in groups for stage in group.stages},
         warnings=list(dict.fromkeys(one for group in groups for run in group.runs for one in run.warnings)),
         commands=commands(lead),
-        resolved=(lead.lead.path / "resolved.yaml").read_text(encoding="utf-8"),
+        resolved=(lead.lead.path / "resolved.yaml").read_text(encoding="utf-8", errors="replace"),
         environment=environment_of(lead.lead),
         fingerprints=fingerprints(lead.lead),
-        cwd=Path.cwd(),
+        cwd=_working_directory(),
         version=__version__,
     )
+
+
+def _working_directory() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return "a folder that is not there any more"
 
 
 def conclusion(lead: Group, vanilla: Group | None, noise: float) -> str:

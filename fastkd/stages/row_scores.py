@@ -9,8 +9,13 @@ CHUNK_ROWS = 65536
 """Rows of logits that are processed at once, which bounds memory."""
 
 
-def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> Scores:
+def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray, own: str | None = None) -> Scores:
     """Score memory-mapped logits of any floating-point dtype; see `fastkd.kernels.score_logits`.
+
+    Parameters
+    ----------
+    own
+        The name of the file, where they are not those of a teacher that fastkd ran.
 
     Raises
     ------
@@ -29,8 +34,11 @@ def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray) -> Scores:
         scores = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     bad = np.flatnonzero(~scores.finite)
     if len(bad):
-        raise InputError(
-            f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}: "
-            "check the teacher's weights, or score in train.precision=fp32"
-        )
+        told = f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}"
+        if own is None:
+            raise InputError(f"{told}: check the teacher's weights, or score in train.precision=fp32")
+        z_K = np.asarray(logits_NK[bad[0]])
+        kind = "NaN" if np.isnan(z_K).any() else "inf" if (z_K == np.inf).any() else "-inf"
+        mend = "; where -inf masks a class, give a number far below the others, such as -1e4" if kind == "-inf" else ""
+        raise InputError(f"{own}: {told}, which holds {kind}{mend}")
     return scores

@@ -56,20 +56,25 @@ class RowFile:
         np.lib.format.write_array_header_1_0(self._stream, header)
         self._first = self._stream.tell()
         self._stream.flush()
-        self._folder = path.parent
+        if (
+            not done and not begun
+        ):  # at once as long as it will be: of a size that changes, other machines may know an old one
+            self._stream.truncate(self._first + count * self._row_bytes)
+        self._path = path
 
     @property
     def digest(self) -> str:
         """The xxh3-128 (hex) of the rows that are done, read back from the file."""
         self._stream.flush()
         left = self.done * self._row_bytes - self._digested
-        while left:
-            block = os.pread(self._stream.fileno(), min(left, _READ_BYTES), self._first + self._digested)
-            if not block:  # shorter than it should be: the digest will tell
-                break
-            self._digest.update(block)
-            self._digested += len(block)
-            left -= len(block)
+        with self._path.open("rb") as rows:  # opened anew, NFS gives what other machines have written
+            while left:
+                block = os.pread(rows.fileno(), min(left, _READ_BYTES), self._first + self._digested)
+                if not block:  # shorter than it should be: the digest will tell
+                    break
+                self._digest.update(block)
+                self._digested += len(block)
+                left -= len(block)
         return self._digest.hexdigest()
 
     def put(self, first: int, rows: np.ndarray) -> None:
@@ -88,7 +93,7 @@ class RowFile:
         """Return once all rows, and the file's name, are on the disk."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        fsync(self._folder)
+        fsync(self._path.parent)
 
     def __enter__(self) -> "RowFile":
         return self
@@ -125,7 +130,7 @@ class Progress:
     @classmethod
     def load(cls, file: Path) -> "Progress":
         """Read it, or begin anew where there is none."""
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             views = {}
             for v, state in json.loads(file.read_bytes()).items():
                 views[int(v)] = {

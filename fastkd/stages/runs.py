@@ -1,6 +1,5 @@
 """What RUNs tell of themselves, grouped where they differ in nothing but the seed."""
 
-import json
 import math
 import shlex
 import statistics
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 from pydantic import ValidationError
 
 from fastkd import artifacts
 from fastkd.artifacts import Artifact, Manifest, canonical
 from fastkd.errors import InputError
-from fastkd.recipe import Recipe
+from fastkd.recipe import Recipe, read_yaml
+from fastkd.stages import records
 from fastkd.validation import explain
 
 BEFORE = ("write", "score", "prune", "label")
@@ -270,25 +269,30 @@ def read(path: Path) -> RunFacts:
     Raises
     ------
     ArtifactError
-        It is none, or damaged.
+        It is none, is damaged, or says what no RUN says.
     """
     run = artifacts.load(path, "RUN")
-    lines = run.file("metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return RunFacts(
-        run,
-        yaml.safe_load(run.file("resolved.yaml").read_text(encoding="utf-8")),
-        json.loads(run.file("timing.json").read_bytes()),
-        json.loads(run.file("env.json").read_bytes()),
-        json.loads(run.file("model.json").read_bytes())["classes"],
-        [json.loads(line) for line in lines if line.strip()],
-    )
+    resolved = run.file("resolved.yaml")
+    settings = read_yaml(resolved)
+    records.validated(settings, records.Resolved, resolved)
+    manifest = run.path / artifacts.MANIFEST
+    records.validated(run.facts, records.RunFound, f"{manifest}, facts")
+    records.validated(run.manifest.inputs, records.RunInputs, f"{manifest}, inputs")
+    timing, env = (records.read_json(run.file(name)) for name in ("timing.json", "env.json"))
+    records.validated(timing, records.Timing, run.path / "timing.json")
+    records.validated(env, records.Environment, run.path / "env.json")
+    described = records.read_record(run.file("model.json"), records.Described)
+    return RunFacts(run, settings, timing, env, described.classes, records.read_events(run.file("metrics.jsonl")))
 
 
 def exports(run: RunFacts, given: Sequence[Path]) -> list[Exported]:
     """Return the students that were exported from a RUN: those that lie beside it, and which of the given ones are."""
     found = {path.resolve(): manifest for path, manifest in artifacts.published(run.path.parent, "STUDENT")}
     found |= {path.resolve(): artifacts.load(path, "STUDENT").manifest for path in given}
-    return [Exported(path, m) for path, m in found.items() if m.parents.get("RUN") == run.artifact.key]
+    own = [Exported(path, m) for path, m in found.items() if m.parents.get("RUN") == run.artifact.key]
+    for one in own:
+        records.validated(one.manifest.facts, records.StudentFound, f"{one.path / artifacts.MANIFEST}, facts")
+    return own
 
 
 def way(resolved: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Stopping where nothing is lost: Ctrl-C and SIGTERM as a wish that is granted between two steps."""
+"""Stopping where nothing is lost: Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are heeded between two steps."""
 
 import contextlib
 import os
@@ -9,14 +9,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from fastkd.errors import Terminated
+from fastkd.errors import HungUp, Terminated
 from fastkd.world import current
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """While it is entered, the first Ctrl-C or SIGTERM sets `requested`; a second one stops at once (not in torchrun).
+    """While it is entered, the first Ctrl-C, SIGTERM or SIGHUP sets `requested`; a second one stops at once.
+
+    Under torchrun a second one does not count.
 
     A signal that the process was started to ignore stays ignored. In a thread other than the main one, which gets no
     signals, nothing is ever requested.
@@ -24,7 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        self._signal = signal.SIGINT
+        self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
         # torchrun hands on what the terminal has sent to all already, and kills who is not done within 30 s.
         self._counts = not dist.is_torchelastic_launched()
@@ -40,8 +42,19 @@ class StopRequest:
             signal.signal(number, handler)
 
     def reason(self) -> KeyboardInterrupt:
-        """Return what is to be raised once it is safe."""
-        return Terminated() if self._signal == signal.SIGTERM else KeyboardInterrupt()
+        """Return what is to be raised once it is safe; all processes must call it.
+
+        Where a signal came to another process than the leading one, its text tells to which.
+        """
+        world = current()
+        numbers = world.gather(int(self._signal or 0))
+        signalled = [rank for rank, number in enumerate(numbers) if number]
+        rank = signalled[0] if signalled else 0
+        kind, text = {
+            signal.SIGTERM: (Terminated, "terminated"),
+            signal.SIGHUP: (HungUp, "the terminal was closed"),
+        }.get(numbers[rank], (KeyboardInterrupt, "interrupted"))
+        return kind(f"{text} on {world.name(rank)}" if rank else text)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number)

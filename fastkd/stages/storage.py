@@ -114,7 +114,7 @@ def _look(path: Path, has_manifest: bool) -> Found | None:
 
 def _begun(path: Path) -> dict[str, Any]:
     """Return what an unfinished build says that it is to be; nothing, where it cannot be gone on with."""
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         begun = json.loads((path / BEGUN).read_bytes())
         parents = {str(kind): str(key) for kind, key in begun["parents"].items()}
         return {"kind": str(begun["kind"]), "key": str(begun["key"]), "parents": parents}

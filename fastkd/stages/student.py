@@ -1,17 +1,18 @@
 """A trained student, ready for use: its net, and what ``model.json`` says of the images that it takes."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from fastkd import artifacts, models
 from fastkd.artifacts import Artifact
 from fastkd.data.plain import plain_view
 from fastkd.data.source import WriterOptions
 from fastkd.errors import ArtifactError, InputError
+from fastkd.stages import records
 
 STORED = ("mode", "max_resolution", "jpeg_quality", "smart_threshold_bytes")
 """The writer's options that bear on pixels."""
@@ -64,21 +65,43 @@ def open_student(path: Path) -> Student:
     Raises
     ------
     ArtifactError
-        Missing, damaged, or written by a fastkd that did not say how images were cut.
+        Missing, damaged, written by a fastkd that did not say how images were cut, or saying what no student says.
     """
     artifact = artifacts.load(path)
     if artifact.manifest.kind not in ("RUN", "STUDENT"):
         raise InputError(
             f"{path}: is of kind {artifact.manifest.kind}; expected a RUN, as python -m fastkd.train makes it"
         )
-    described = json.loads(artifact.file("model.json").read_bytes())
-    if missing := [name for name in ("crop_ratio", "stored") if name not in described]:
+    file = artifact.file("model.json")
+    described = records.read_json(file)
+    if isinstance(described, dict) and (missing := [n for n in ("crop_ratio", "stored") if n not in described]):
         raise ArtifactError(
-            f"{path / 'model.json'}: does not say {' and '.join(missing)}: an earlier fastkd trained it; train it "
+            f"{file}: does not say {' and '.join(missing)}: an earlier fastkd trained it; train it "
             "again (--force train)"
         )
-    net = models.build(described["model"], described["num_classes"])
-    models.load_weights(net, artifact.file("student.safetensors"), name=described["model"])
-    normalisation = models.Normalisation(tuple(described["mean"]), tuple(described["std"]))
+    checked = records.validated(described, records.Described, file)
+    weights = artifact.file("student.safetensors")
+    _compare_head(weights, checked.num_classes, file)
+    net = models.build(checked.model, checked.num_classes)
+    models.load_weights(net, weights, name=checked.model)
+    normalisation = models.Normalisation(_three(checked.mean), _three(checked.std))
     normalised = models.Normalised(net, normalisation).eval().requires_grad_(False)
     return Student(artifact, normalised, described)
+
+
+def _compare_head(weights: Path, num_classes: int, said_by: Path) -> None:
+    """See that some weights are of so many classes before a net of that size is made."""
+    try:
+        with safe_open(weights, "pt") as stream:
+            shapes = [stream.get_slice(name).get_shape() for name in stream.keys()]  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{weights}: no safetensors ({error})") from None
+    if not any(len(shape) >= 2 and shape[0] == num_classes for shape in shapes):
+        raise ArtifactError(
+            f"{said_by}: num_classes: {num_classes}, but no layer in {weights.name} has as many outputs"
+        )
+
+
+def _three(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue

@@ -1,17 +1,27 @@
-"""One artifact, built by all processes of a job together."""
+"""What the processes of a job do together on storage that they share.
 
+The leading process decides by what it sees on the disk, and tells the others. They never look first: a network file
+system may remember for a minute that a file was not there, or what it was. They wait until they see what they were told
+of, which an artifact's digest, or a checkpoint's name, tells exactly.
+"""
+
+import contextlib
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastkd import artifacts
 from fastkd.artifacts import Artifact, Built, Kind
-from fastkd.errors import InputError
+from fastkd.errors import ArtifactError, InputError
 from fastkd.world import current
 
-SEEN_WITHIN_S = 60.0
+T = TypeVar("T")
+SEEN_WITHIN_S = 150.0
+"""How long a process waits until it sees what another has written; NFS remembers for up to 60 s."""
+_LOOK_EVERY_S = 0.1
 
 
 def build_together(
@@ -26,50 +36,130 @@ def build_together(
     ------
     InputError
         A process would build something else, or does not see what the leading one does.
+    ArtifactError
+        What was read was changed meanwhile, as one of the processes sees it.
     """
     world = current()
     if world.size == 1:
         return artifacts.build(path, kind, inputs, builder, **options)
     world.agree(f"way to a {kind}", inputs)
-    if world.leads:
+    if not world.leads:
+        begun = world.share(False)
+        if begun:
+            builder(seen(artifacts.partial_of(path)))
+            for source in options.get("sources", tuple)():
+                source.refuse_changed()
+            world.wait()
+        return found(path, kind, world.share("")), begun
 
-        def lead(directory: Path) -> Built:
-            world.share(True)
-            built = builder(directory)
-            world.wait()  # nobody writes there any more
-            return built
-
-        artifact, built = artifacts.build(path, kind, inputs, lead, **options)
-        if not built:
-            world.share(False)
+    def lead(directory: Path) -> Built:
         world.share(True)
+        result = builder(directory)
+        world.wait()  # nobody writes there any more
+        return result
+
+    artifact, built = artifacts.build(path, kind, inputs, lead, may_publish=world.raise_failure, **options)
+    if not built:
+        world.share(False)
+    world.share(artifact.manifest.digest)
+    return artifact, built
+
+
+def built_by_leader(build: Callable[[], tuple[Artifact, bool]]) -> tuple[Artifact, bool]:
+    """Let the leading process find or build an artifact on shared storage, and the others open what it found."""
+    world = current()
+    if world.leads:
+        artifact, built = build()
+        world.share([str(artifact.path), artifact.manifest.kind, artifact.manifest.digest, built])
         return artifact, built
-    built = world.share(False)
-    if built:
-        builder(_seen(artifacts.partial_of(path)))
-        world.wait()
-    world.share(True)
-    found = artifacts.find(_seen(path), kind, inputs, options.get("parents"))
-    assert found is not None
-    return found, built
+    told: list[Any] = world.share([])
+    path, kind, digest, built = told
+    return found(Path(path), kind, digest), built
 
 
-def _seen(path: Path) -> Path:
-    """Return a path once it is there: a network file system may remember for half a minute that it was not.
+def decided_by_leader(decide: Callable[[], T]) -> T:
+    """Return, in all processes, what the leading one finds."""
+    world = current()
+    return world.share(decide() if world.leads else None)  # type: ignore[return-value]
+
+
+def found(path: Path, kind: Kind, digest: str) -> Artifact:
+    """Open the artifact at a path once it is the one whose manifest has a digest, whole and undamaged.
+
+    Raises
+    ------
+    ArtifactError
+        It stays damaged.
+    InputError
+        It does not come.
+    """
+
+    def look() -> Artifact | None:
+        return artifacts.load(path, kind) if artifacts.read_manifest(path).digest == digest else None
+
+    return _waited_for(path, look)
+
+
+def seen(path: Path) -> Path:
+    """Return a path once it is there.
 
     Raises
     ------
     InputError
         It does not come.
     """
+    return _waited_for(path, lambda: path if path.exists() else None)
+
+
+def read_once_seen(path: Path, read: Callable[[Path], T | None]) -> T:
+    """Return what is read of a file once it is there, whole; `read` returns None where it is not yet what it should be.
+
+    Raises
+    ------
+    InputError
+        It does not come.
+    """
+    return _waited_for(path, lambda: read(path) if path.exists() else None)
+
+
+def is_shared(folder: Path) -> bool:
+    """Tell whether this process sees in a folder what the leading one writes there; all must ask.
+
+    By a file of a new name: no file system remembers that it was not there.
+    """
+    world = current()
+    mark = folder / decided_by_leader(lambda: f".fastkd-{uuid.uuid4().hex}")
+    with contextlib.suppress(OSError):
+        if world.leads:
+            mark.touch()
+    world.wait()
+    visible = mark.exists()
+    world.wait()
+    with contextlib.suppress(OSError):
+        if world.leads:
+            mark.unlink()
+    return visible
+
+
+def _waited_for(path: Path, look: Callable[[], T | None]) -> T:
+    """Return what a look gives once it gives something; errors of what is half visible count as nothing."""
     give_up = time.monotonic() + SEEN_WITHIN_S
-    while not path.exists():
+    while True:
+        problem: Exception | None = None
+        try:
+            if (value := look()) is not None:
+                return value
+        except (ArtifactError, OSError) as error:
+            problem = error
         if time.monotonic() > give_up:
-            raise InputError(
-                f"{path}: process {current().rank} does not see what process 0 wrote there: data.artifacts_dir and "
-                "train.runs_dir must be on storage that all machines share"
-            )
-        time.sleep(0.1)
-        if path.parent.is_dir():
-            os.listdir(path.parent)  # makes such a file system look again
-    return path
+            break
+        current().raise_failure()
+        time.sleep(_LOOK_EVERY_S)
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # makes NFS look again
+    if isinstance(problem, ArtifactError) and path.exists():
+        raise problem
+    raise InputError(
+        f"{path}: process {current().rank} does not see what process 0 wrote there: data.artifacts_dir and "
+        "train.runs_dir must be on storage that all machines share"
+    )

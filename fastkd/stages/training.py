@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from fastkd import artifacts, console, doctor, models
@@ -23,12 +22,13 @@ from fastkd.engine import checkpoint
 from fastkd.engine.loop import Epoch, StoppedError, train_epoch
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
+from fastkd.stages import labelling
 from fastkd.stages.history import History, require_tensorboard
-from fastkd.stages.job import LOADING_HELP, Job, prepare, uses_labels, uses_subset, word
+from fastkd.stages.job import LOADING_HELP, Job, check_student, prepare, uses_labels, uses_subset, word
 from fastkd.stages.rows import full_disk_explained
 from fastkd.stages.stopping import StopRequest
 from fastkd.stages.student import STORED
-from fastkd.stages.together import build_together
+from fastkd.stages.together import build_together, decided_by_leader, read_once_seen
 from fastkd.world import Vote, current
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
     recipe = chain.recipe
     if recipe.log.tensorboard and chain.build:
         require_tensorboard()
+    if chain.build:
+        check_student(chain)
     inputs = run_inputs(chain)
     path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
     if not chain.build and not path.exists():
@@ -73,7 +75,31 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
             force="train" in chain.force,
             resumable=True,
             scratch=CHECKPOINTS,
+            sources=lambda: _sources(chain),
         )
+
+
+def _sources(chain: "Chain") -> list[Artifact]:
+    """Return the artifacts that a training reads."""
+    sources = [chain.dataset]
+    if uses_subset(chain):
+        sources.append(chain.subset)
+    if uses_labels(chain.recipe):
+        sources.append(chain.labels)
+    return sources
+
+
+def _refuse_changed(chain: "Chain", epoch: int | None = None) -> None:
+    """See that nothing that a training reads was changed; of LABELS, where an epoch is given, only the view it reads.
+
+    Raises
+    ------
+    ArtifactError
+        Names the file.
+    """
+    for source in _sources(chain):
+        view = chain.recipe.view_of(epoch) if epoch is not None and source.manifest.kind == "LABELS" else None
+        source.refuse_changed(*(() if view is None else labelling.view_names(source, view)))
 
 
 def run_inputs(chain: "Chain") -> dict[str, Any]:
@@ -122,14 +148,14 @@ def _unusual(train: recipes.Train) -> dict[str, Any]:
 
 
 def _student_weights(recipe: recipes.Recipe) -> str | None:
-    """Return what identifies the weights that a student starts from: a file's digest, a RUN's key, or their name."""
+    """Return what identifies the weights that a student starts from: a file's digest, an artifact's key, or a name."""
     weights = recipe.student.weights
     if weights is None:
         return None
     path = Path(weights)
     if path.is_file():
-        return artifacts.file_digest(path)
-    return artifacts.load(path, "RUN").key if path.is_dir() else weights
+        return artifacts.file_digest(path) + (" (average)" if models.takes_average(path) else "")
+    return artifacts.load(path).key if path.is_dir() else weights
 
 
 def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
@@ -143,14 +169,17 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
     key = artifacts.key_of("RUN", run_inputs(chain))
     checkpoints = directory / CHECKPOINTS
-    begun = checkpoints.exists()
-    found = world.first(lambda: checkpoint.newest(checkpoints))
+    begun = world.leads and checkpoints.exists()
+    found = checkpoint.newest(checkpoints) if world.leads else None
+    if (name := decided_by_leader(lambda: found and found.file.name)) and not world.leads:
+        found = read_once_seen(checkpoints / name, checkpoint.read)
     if found and found.state["key"] != key:
         raise begun_otherwise(recipe, directory)
+    world.agree("checkpoint to go on from", {"name": found and found.file.name})
     if world.leads:
         if source is not None:
             shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
-        (directory / "resolved.yaml").write_text(recipes.dump(recipe))
+        (directory / "resolved.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
         _write_environment(chain, directory / "env.json", begun=found is not None)
     try:
         job = prepare(chain)
@@ -170,6 +199,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
         )
 
     def save() -> None:
+        _refuse_changed(chain)  # the steps since the last checkpoint were on the right data
         step = history.steps_before + history.epoch.steps
         checkpoint.save(checkpoints, step, job.student, job.state, job.running, history.state())
 
@@ -223,9 +253,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
 def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
     """Return the error about an unfinished RUN of another recipe, which says what differs in them."""
     phrases = []
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, TypeError, AttributeError):  # it was being written
-        begun = yaml.safe_load((directory / "resolved.yaml").read_text())
-        phrases = artifacts.differences(yaml.safe_load(recipes.dump(recipe)), begun)
+    with contextlib.suppress(OSError, ValueError, TypeError, InputError):  # it was being written
+        phrases = artifacts.differences(recipe.model_dump(mode="json"), recipes.read_yaml(directory / "resolved.yaml"))
     differs = f" ({'; '.join(phrases[:5])})" if phrases else ""
     return InputError(
         f"{directory}: was begun for another recipe, or with other settings{differs}; give those again to go on, "
@@ -247,6 +276,7 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
     with console.progress("train", train.epochs * images, begun=begun) as update:
         for number in range(len(history.epochs), train.epochs):
             epoch = history.epoch
+            _refuse_changed(chain, number)
             with watch.on("train"):
                 ids = job.epoch_ids(number, begun=epoch.steps > 0)
                 lr_S = learning_rates(recipe.optim, train.epochs, number, job.steps_of(len(ids)))
@@ -392,8 +422,9 @@ def _write_environment(chain: "Chain", path: Path, *, begun: bool) -> None:
     """Write what a run is made with; of one that was begun with something else, that as well, under `earlier`."""
     now, earlier = environment(chain), []
     if begun:
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):  # it was being written at that moment
-            before = json.loads(path.read_text())
+        # It was being written at that moment, or is none of ours.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            before = json.loads(path.read_text(encoding="utf-8"))
             earlier = before.pop("earlier")
             if before != now:
                 earlier.append(before)
@@ -403,4 +434,4 @@ def _write_environment(chain: "Chain", path: Path, *, begun: bool) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")

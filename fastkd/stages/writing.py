@@ -64,18 +64,21 @@ def write(
         if source is not None and source.files == 0:  # the writer has just downloaded it
             source = loaded.snapshot(resolved)
         train, val = written.splits["train"], written.splits["val"]
+        for text in written.warnings:
+            console.warn(f"write: {text}")
         facts = {
             "classes": written.classes,
             "counts": {"train": train.count, "val": val.count},
             "class_counts": {"train": train.class_counts, "val": val.class_counts},
             "mean": train.mean,
-            "std": train.std,
+            "std": written.std,
             "image": {
                 "max_height": max(train.max_height, val.max_height),
                 "max_width": max(train.max_width, val.max_width),
                 "fixed_size": train.fixed_size if train.fixed_size == val.fixed_size else None,
             },
             "skipped": train.skipped + val.skipped,
+            "found": {one.kind: one.counts for one in written.found},
             "writer": writer,
             "options": recorded,
         }
@@ -93,7 +96,7 @@ def write(
     if not built and (phrases := differences(_content(settings), _content(artifact.manifest.settings))):
         raise InputError(
             f"{out_dir}: holds a data set that was written otherwise: {'; '.join(phrases)}. "
-            "Choose another directory, or replace it with {mend}"
+            f"Choose another directory, or replace it with {mend}"
         )
     if not built:
         _refuse_changed(artifact, loaded, resolved, mend)

@@ -1,15 +1,20 @@
+import errno
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 from harness import seconds
+from PIL import Image
 
 from fastkd.data import beton, encode
 from fastkd.data.source import load_writer
@@ -246,7 +251,9 @@ def test_all_corrupt(tmp_path):
         "from fastkd.data.source import WriterOptions as Options\n"
         "def read(options): return {'train': [(b'x', 0)] * 5, 'val': [(b'x', 0)]}, ['a', 'b']\n"
     )
-    with pytest.raises(InputError, match="train: all 5 images are corrupt; the first, sample 0: corrupt image"):
+    with pytest.raises(
+        InputError, match="train: none of the 5 samples can be read; the first, sample 0: corrupt image"
+    ):
         write(str(file), tmp_path, on_error="skip")
 
 
@@ -413,3 +420,246 @@ def test_a_disk_that_forgets(noise, tmp_path, monkeypatch):
     monkeypatch.setattr(beton, "_write_at", forgetful)
     with pytest.raises(FastkdError, match="reads back otherwise than it was written"):
         write(noise, tmp_path)
+
+
+# Unreadable samples, whatever makes them so
+
+
+FILES = """
+import io, os
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from fastkd.data.source import WriterOptions
+
+class Options(WriterOptions):
+    root: str
+    decoded: bool = False  # the data set opens its images itself
+    raises: int = 0
+
+class Data:
+    def __init__(self, options, split):
+        self.options = options
+        self.paths = sorted((Path(options.root) / split).iterdir())
+    def __len__(self):
+        return len(self.paths)
+    def describe(self, index):
+        return self.paths[index].name
+    def __getitem__(self, index):
+        if self.options.raises and index == 1:
+            raise OSError(self.options.raises, os.strerror(self.options.raises))
+        path = self.paths[index]
+        return Image.open(path).convert("RGB") if self.options.decoded else path.read_bytes(), index % 2
+
+def read(options):
+    return {split: Data(options, split) for split in ("train", "val")}, ["a", "b"]
+"""
+
+
+def image_file(file: Path, seed: int, mode="RGB", **save) -> Path:
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    file.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(file, **save)
+    return file
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A writer of files, and a folder of six images of train and four of val."""
+    writer, root = tmp_path / "files.py", tmp_path / "root"
+    writer.write_text(FILES)
+    root.mkdir()
+    for split, count in (("train", 6), ("val", 4)):
+        for k in range(count):
+            image_file(root / split / f"{k}.png", seed=100 * (split == "val") + k)
+    (tmp_path / "out").mkdir()
+    return str(writer), root, tmp_path / "out"
+
+
+def make_unreadable(file: Path, how: str) -> None:
+    content = file.read_bytes()
+    file.unlink()
+    match how:
+        case "a broken link":
+            file.symlink_to("nowhere")
+        case "a link to itself":
+            file.symlink_to(file)
+        case "a folder":
+            file.mkdir()
+        case "truncated":
+            file.write_bytes(content[: len(content) // 2])
+        case "empty":
+            file.touch()
+        case "too many pixels":
+            header = b"IHDR" + struct.pack(">IIBBBBB", 14000, 13000, 8, 2, 0, 0, 0)
+            file.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+        case "16 bits":
+            Image.fromarray(np.arange(120, dtype=np.uint16).reshape(12, 10)).save(file)
+
+
+UNREADABLE = {
+    "a broken link": r"cannot be read \(No such file or directory\)",
+    "a link to itself": r"cannot be read \(Too many levels of symbolic links\)",
+    "a folder": r"cannot be read \(Is a directory\)",
+    "truncated": "corrupt image: ",
+    "empty": "corrupt image: ",
+    "too many pixels": "too many pixels: 182,000,000",
+    "16 bits": "an image of mode 'I;16' .*only 8 bits can be stored; convert it first",
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "decoded"),
+    [(how, decoded) for how in UNREADABLE for decoded in (False, True) if not decoded or how != "16 bits"],
+)
+def test_an_unreadable_sample(files, how, decoded):
+    writer, root, out = files
+    make_unreadable(root / "train" / "1.png", how)
+    with pytest.raises(InputError, match=rf"^train sample 1 \(1.png\): {UNREADABLE[how]}.*; .*on_error=skip"):
+        write(writer, out, root=str(root), decoded=decoded, workers=1)
+    (out / "train.beton").unlink()
+    written = write(writer, out, root=str(root), decoded=decoded, workers=1, on_error="skip")
+    assert written.splits["train"].count == 5
+    (skipped,) = written.splits["train"].skipped
+    assert (skipped["index"], skipped["description"]) == (1, "1.png")
+    assert re.match(UNREADABLE[how], skipped["reason"])
+    assert re.match(
+        rf"left out 1 of train and 0 of val, which cannot be read \(on_error=skip\): train 1.png: {UNREADABLE[how]}",
+        written.warnings[0],
+    )
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_an_error_of_reading_one_file_is_skipped(files, number):
+    writer, root, out = files
+    written = write(writer, out, root=str(root), raises=number, on_error="skip", workers=2)
+    reason = f"cannot be read ({os.strerror(number)})"
+    assert [one["reason"] for one in written.splits["train"].skipped] == [reason]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE])
+def test_an_error_of_the_machine_is_never_skipped(files, number):
+    writer, root, out = files
+    with pytest.raises(FastkdError, match=r"train sample 1 .1.png.: reading it raised OSError") as caught:
+        write(writer, out, root=str(root), raises=number, on_error="skip", workers=1)
+    assert type(caught.value) is FastkdError
+
+
+def test_names_of_files_are_told_as_one_line_of_valid_unicode(files):
+    writer, root, out = files
+    for name in (b"7\xff.png", b"8\n.png"):
+        (root / "train" / os.fsdecode(name)).write_bytes(b"x")
+    written = write(writer, out, root=str(root), on_error="skip")
+    assert [one["description"] for one in written.splits["train"].skipped] == ["7\\udcff.png", "8\\n.png"]
+    assert written.warnings[0].encode().isascii()
+
+
+# What is noticed, by count
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_noticed_is_counted(files, workers):
+    writer, root, out = files
+    train, val = root / "train", root / "val"
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for k in range(7):
+        image_file(train / f"turned-{k}.jpg", seed=20 + k, exif=turned)
+    image_file(val / "turned.jpg", seed=30, exif=turned)
+    image_file(train / "cmyk.jpg", seed=40, mode="CMYK")
+    Image.new("RGB", (9, 9), "red").save(train / "red.jpg")
+    Image.new("RGBA", (9, 9)).save(val / "nothing.png")
+    for k in range(3):  # copies of images of train, one under a class of its own
+        (val / f"copy-{k}.png").write_bytes((train / f"{k}.png").read_bytes())
+    (val / "copy.jpg").write_bytes((train / "turned-3.jpg").read_bytes())
+    written = write(writer, out, root=str(root), mode="jpg", workers=workers)
+    counts = {one.kind: one.counts for one in written.found}
+    assert counts == {
+        "reencoded": {"train": 1},
+        "lossy": {"train": 6, "val": 8},
+        "transparent": {"val": 1},
+        "one_colour": {"train": 1, "val": 1},
+        "exif_orientation": {"train": 7, "val": 2},
+        "val_in_train": {"val": 4},
+    }
+    told = {one.kind: one.warning for one in written.found}
+    names = ", ".join(f"turned-{k}.jpg" for k in range(5))
+    assert told["exif_orientation"].startswith("9 images (7 of train, 2 of val) have an EXIF orientation other than 1.")
+    assert told["exif_orientation"].endswith(f": {names} and 4 more")
+    assert told["val_in_train"].startswith("4 images (4 of val) are in train, too")
+    assert told["val_in_train"].endswith("copy-0.png, copy-1.png, copy-2.png, copy.jpg")
+    assert written.warnings == [one.warning for one in written.found]
+
+
+def test_nothing_is_said_of_plain_images(files):
+    writer, root, out = files
+    written = write(writer, out, root=str(root))
+    assert written.found == []
+    assert written.warnings == []
+
+
+SOURCE = """
+import numpy as np
+from fastkd.data.source import ArrayDataset, WriterOptions as Options
+images = np.random.default_rng(0).integers(0, 256, (8, 5, 4, 3), dtype=np.uint8)
+{change}
+def read(options):
+    return {{s: ArrayDataset(images + (s == "val"), np.arange(8) % 2) for s in ("train", "val")}}, {classes}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "constant", "std"),
+    [
+        ("images[..., 1] = 7", "green: constant", 1.0),
+        ("images[:] = 9", "red, green, blue: constant", 1.0),
+        ("images[..., 2] = 200; images[0, 0, 0, 2] = 230", None, None),
+        ("images = np.zeros((8, 300, 300, 3), np.uint8); images[..., :2] = np.arange(300)[:, None] % 256; "
+         "images[0, 0, 0, 2] = 1", "blue: constant", 1.0),
+    ],
+)  # fmt: skip
+def test_a_constant_channel(tmp_path, change, constant, std):
+    file = tmp_path / "constant.py"
+    file.write_text(SOURCE.format(change=change, classes=["a", "b"]))
+    written = write(str(file), tmp_path, workers=1)
+    told = [text for text in written.warnings if "constant or nearly so over all of train" in text]
+    if constant is None:
+        assert told == []
+        assert written.std == written.splits["train"].std
+    else:
+        assert [text.startswith(constant) for text in told] == [True]
+        assert std in written.std
+        assert min(written.std) >= beton.MIN_STD
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"),
+    [
+        (["only"], "expected at least two"),
+        (["a", "a"], "'a' and 'a' look the same; expected all different"),
+        (["a", " a"], "'a' and ' a' look the same"),
+        (["caf\u00e9", "cafe\u0301"], "look the same"),
+        (["a", ""], "'' is empty; give each class a name"),
+        (["a", " \t"], "is empty"),
+        (["a", "b\nc"], r"'\\n' in 'b\\nc' is a control character or line break; rename the class"),
+        (["a", "b\x1b[31m"], r"'\\x1b' in .* is a control character"),
+        (["a", "b\u2028"], r"'\\u2028' in .* is a control character or line break"),
+        (["a", "b\udcff"], r"'\\udcff' in 'b\\udcff' is not valid Unicode"),
+        (["a", b"b"], "b'b' is of type bytes; expected each to be a str"),
+        (["a", None], "None is of type NoneType"),
+    ],
+)
+def test_class_names_are_checked_before_anything_is_written(tmp_path, classes, text):
+    file = tmp_path / "classes.py"
+    file.write_text(SOURCE.format(change="", classes=ascii(classes)))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=f"writer .*: read.. returned the class names .*: .*{text}") as caught:
+        write(str(file), tmp_path / "out")
+    assert str(caught.value).isprintable()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_class_names_of_any_language(tmp_path):
+    file, names = tmp_path / "classes.py", ["Katze 🐈‍⬛", " חתול"]
+    file.write_text(SOURCE.format(change="", classes=names), encoding="utf-8")
+    assert write(str(file), tmp_path).classes == names

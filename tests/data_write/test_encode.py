@@ -1,10 +1,15 @@
+import errno
 import io
+import struct
+import zlib
 
+import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from fastkd.data import encode as e
+from fastkd.data.notices import Notice
 from fastkd.data.source import WriterOptions
 
 
@@ -47,7 +52,7 @@ def test_pil_modes_become_rgb(mode):
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_more_than_8_bits_are_refused(mode):
-    with pytest.raises(e.WrongSampleError, match="only 8 bits"):
+    with pytest.raises(e.CorruptImageError, match="only 8 bits"):
         e.encode(Image.new(mode, (4, 4)), WriterOptions())
 
 
@@ -156,5 +161,196 @@ def test_labels(label):
 
 @pytest.mark.parametrize("label", [-1, 10, 1.0, np.float32(2), True, None, "3", np.array([1])])
 def test_wrong_labels(label):
+    with pytest.raises(e.WrongSampleError, match="expected an integer in 0…9"):
+        e.check_label(label, 10)
+
+
+# What is noticed of an image
+
+
+def transparent(low=0, colour=None):
+    """Return an RGBA image of noise, or of one colour, half of it transparent."""
+    pixels = noise(8, 10, 4)
+    if colour is not None:
+        pixels[..., :3] = colour
+    pixels[..., 3] = 255
+    pixels[:4, :, 3] = low
+    return Image.fromarray(pixels)
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return {"exif": exif}
+
+
+RGB = Image.fromarray(noise(8, 10, 3))
+GREY = Image.fromarray(noise(8, 10))
+PAGES = Image.fromarray(noise(8, 10, 3, seed=2))
+PALETTE = RGB.convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+NOTICED = {
+    "rgb": (file_of(RGB, "PNG"), "raw", 0),
+    "rgb to jpeg": (file_of(RGB, "PNG"), "jpg", Notice.LOSSY),
+    "bmp to jpeg": (file_of(RGB, "BMP"), "jpg", Notice.LOSSY),
+    "array to jpeg": (noise(8, 10, 3), "jpg", Notice.LOSSY),
+    "jpeg": (file_of(RGB, "JPEG"), "jpg", 0),
+    "jpeg to raw": (file_of(RGB, "JPEG"), "raw", 0),
+    "phone's jpeg": (file_of(RGB, "MPO", save_all=True, append_images=[GREY.convert("RGB")]), "jpg", 0),
+    "cmyk jpeg": (file_of(RGB.convert("CMYK"), "JPEG"), "jpg", Notice.REENCODED),
+    "cmyk jpeg to raw": (file_of(RGB.convert("CMYK"), "JPEG"), "raw", 0),
+    "turned jpeg": (file_of(RGB, "JPEG", **turned(6)), "jpg", Notice.ROTATED),
+    "turned jpeg to raw": (file_of(RGB, "JPEG", **turned(3)), "raw", Notice.ROTATED),
+    "upright jpeg": (file_of(RGB, "JPEG", **turned(1)), "jpg", 0),
+    "jpeg with wrong orientation": (file_of(RGB, "JPEG", **turned(99)), "jpg", 0),
+    "jpeg with broken exif": (file_of(RGB, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"), "jpg", 0),
+    "turned png": (file_of(RGB, "PNG", **turned(8)), "raw", Notice.ROTATED),
+    "turned webp": (file_of(RGB, "WEBP", lossless=True, **turned(2)), "raw", Notice.ROTATED),
+    "turned tiff, which Pillow turns": (file_of(RGB, "TIFF", **turned(6)), "raw", 0),
+    "transparent": (file_of(transparent(), "PNG"), "raw", Notice.TRANSPARENT),
+    "nearly opaque": (file_of(transparent(254), "PNG"), "raw", Notice.TRANSPARENT),
+    "opaque": (file_of(transparent(255), "PNG"), "raw", 0),
+    "transparent PIL image": (transparent(), "raw", Notice.TRANSPARENT),
+    "transparent grey": (file_of(transparent().convert("LA"), "PNG"), "raw", Notice.TRANSPARENT),
+    "transparent colour": (file_of(GREY, "PNG", transparency=GREY.getpixel((0, 0))), "raw", Notice.TRANSPARENT),
+    "transparent rgb colour": (file_of(RGB, "PNG", transparency=RGB.getpixel((0, 0))), "raw", Notice.TRANSPARENT),
+    "transparent entry": (file_of(PALETTE, "PNG", transparency=PALETTE.getpixel((0, 0))), "raw", Notice.TRANSPARENT),
+    "transparent to jpeg": (file_of(transparent(), "PNG"), "jpg", Notice.TRANSPARENT | Notice.LOSSY),
+    "shape in alpha": (file_of(transparent(colour=0), "PNG"), "raw", Notice.TRANSPARENT | Notice.HIDDEN),
+    "shape in alpha to jpeg": (
+        file_of(transparent(colour=7), "PNG"),
+        "jpg",
+        Notice.TRANSPARENT | Notice.HIDDEN | Notice.LOSSY,
+    ),
+    "all transparent": (Image.new("RGBA", (4, 4)), "raw", Notice.TRANSPARENT | Notice.FLAT),
+    "one colour": (np.full((5, 4, 3), (9, 8, 7), np.uint8), "raw", Notice.FLAT),
+    "white": (file_of(Image.new("L", (300, 400), 255), "JPEG"), "jpg", Notice.FLAT),
+    "one pixel": (noise(1, 1, 3), "raw", Notice.FLAT),
+    "one other pixel": (np.arange(200 * 300).reshape(200, 300).__eq__(0).astype(np.uint8), "raw", 0),
+    "gif": (file_of(RGB, "GIF"), "raw", 0),
+    "animated gif": (file_of(RGB, "GIF", save_all=True, append_images=[GREY]), "raw", Notice.SEVERAL),
+    "animated png": (file_of(RGB, "PNG", save_all=True, append_images=[GREY.convert("RGB")]), "raw", Notice.SEVERAL),
+    "pages": (file_of(PAGES, "TIFF", save_all=True, append_images=[RGB.rotate(180)]), "raw", Notice.SEVERAL),
+    "16 bits": (cv2.imencode(".png", noise(8, 10, 3).astype(np.uint16) * 257)[1].tobytes(), "raw", Notice.DEEP),
+}
+
+
+@pytest.mark.parametrize("name", NOTICED)
+def test_what_is_noticed(name):
+    image, mode, expected = NOTICED[name]
+    assert e.encode(image, WriterOptions(mode=mode)).notices == expected
+
+
+def test_a_shrunk_jpeg_is_not_told_of(jpeg):
+    assert e.encode(jpeg(), WriterOptions(mode="jpg", max_resolution=10)).notices == 0
+
+
+@pytest.mark.parametrize(("mode", "darker"), [("RGB", 0.82), ("L", 0.48)])
+def test_how_much_darker_ffcv_decodes(mode, darker):
+    """The figures of docs/writers.md."""
+    pixels = cv2.GaussianBlur(np.random.default_rng(0).normal(size=(256, 320, 3)).astype(np.float32), (0, 0), 2)
+    data = file_of(
+        Image.fromarray(np.clip(pixels * 300 + 128, 0, 255).astype(np.uint8)).convert(mode), "JPEG", quality=90
+    )
+    accurate = np.array(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+    difference = e.decode_jpeg(np.frombuffer(data, np.uint8), 256, 320) - accurate
+    assert -difference.mean() == pytest.approx(darker, abs=0.1)
+    assert np.abs(difference).max() <= 12
+
+
+def test_the_first_picture_of_a_phones_jpeg_is_what_is_read():
+    data, _, _ = NOTICED["phone's jpeg"]
+    stored = e.encode(data, WriterOptions(mode="jpg"))
+    assert stored.data.tobytes() == data
+    decoded = e.decode_jpeg(stored.data, 8, 10).astype(int)
+    assert np.abs(decoded - np.array(Image.open(io.BytesIO(data)))).mean() < 3
+    assert np.abs(decoded - np.array(GREY.convert("RGB"))).mean() > 30
+
+
+def odd_files():
+    """Yield files of forms that real folders hold."""
+    yield "trailing bytes", file_of(RGB, "JPEG") + b"\0" * 100
+    yield "two jpegs", file_of(RGB, "JPEG") + file_of(GREY, "JPEG")
+    yield "icc", file_of(RGB, "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes())
+    gamma = PngImagePlugin.PngInfo()
+    gamma.add(b"gAMA", (100000).to_bytes(4, "big"))
+    yield "gamma", file_of(RGB, "PNG", pnginfo=gamma)
+    yield "lab", file_of(Image.fromarray(noise(8, 10, 3), "LAB"), "TIFF")
+    yield "ycbcr", file_of(RGB.convert("YCbCr"), "TIFF")
+    yield "cmyk", file_of(RGB.convert("CMYK"), "TIFF")
+    yield "bits", file_of(RGB.convert("1"), "PNG")
+    yield "palette", file_of(PALETTE, "PNG", transparency=bytes(range(0, 240, 30)))
+    for name, (image, _, _) in NOTICED.items():
+        if isinstance(image, bytes):
+            yield name, image
+
+
+@pytest.mark.parametrize("name", [name for name, _ in odd_files()])
+def test_pixels_are_those_of_pillow(name):
+    data = dict(odd_files())[name]
+    stored = e.encode(data, WriterOptions())
+    expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert (stored.height, stored.width) == expected.shape[:2]
+    assert (stored.data.reshape(expected.shape) == expected).all()
+
+
+@pytest.mark.parametrize("kind", ["big-endian", "fortran", "read-only", "memory-mapped", "negative strides"])
+def test_arrays_of_any_layout(kind, tmp_path):
+    pixels = noise(6, 5, 3)
+    np.save(tmp_path / "x.npy", pixels)
+    other = {
+        "big-endian": pixels.astype(">u1"),
+        "fortran": np.asfortranarray(pixels),
+        "read-only": np.frombuffer(pixels.tobytes(), np.uint8).reshape(6, 5, 3),
+        "memory-mapped": np.load(tmp_path / "x.npy", mmap_mode="r"),
+        "negative strides": np.ascontiguousarray(pixels[::-1, ::-1])[::-1, ::-1],
+    }[kind]
+    assert (e.encode(other, WriterOptions()).data == pixels.reshape(-1)).all()
+
+
+# What cannot be used, in its own words
+
+
+def test_too_many_pixels_is_not_corrupt():
+    data = bytearray(file_of(Image.new("L", (8, 8)), "PNG"))
+    header = b"IHDR" + struct.pack(">IIBBBBB", 14000, 13000, 8, 0, 0, 0, 0)
+    data[12:33] = header + zlib.crc32(header).to_bytes(4, "big")
+    with pytest.raises(
+        e.CorruptImageError, match=r"^too many pixels: 182,000,000, and at most 178,956,970 are decoded"
+    ):
+        e.encode(bytes(data), WriterOptions())
+
+
+def test_a_file_with_a_side_that_is_too_long():
+    with pytest.raises(e.CorruptImageError, match=r"1×65536: at most 65535 a side"):
+        e.encode(file_of(Image.new("L", (65536, 1)), "PNG"), WriterOptions())
+
+
+def test_a_git_lfs_pointer():
+    with pytest.raises(e.CorruptImageError, match="corrupt image: a Git LFS pointer"):
+        e.encode(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", WriterOptions())
+
+
+def test_a_pil_mode_without_a_way_to_rgb():
+    with pytest.raises(e.CorruptImageError, match="corrupt image: ValueError: conversion"):
+        e.encode(Image.new("La", (4, 4)), WriterOptions())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT])
+def test_errors_of_the_machine_are_not_about_the_sample(number, monkeypatch):
+    error = OSError(number, "of the machine")
+    assert e.unreadable(error) is None
+    image = Image.new("RGB", (4, 4))
+    monkeypatch.setattr(image, "load", lambda: (_ for _ in ()).throw(error))
+    with pytest.raises(OSError, match="of the machine"):
+        e.encode(image, WriterOptions())
+
+
+@pytest.mark.parametrize("error", [ConnectionError("gone"), KeyError("x"), ZeroDivisionError(), SystemExit(3)])
+def test_errors_of_code_and_networks_are_not_about_the_sample(error):
+    assert e.unreadable(error) is None
+
+
+@pytest.mark.parametrize("label", [np.uint64(2**63), np.bool_(True), np.array(True), np.float64(1.0)])
+def test_wrong_numpy_labels(label):
     with pytest.raises(e.WrongSampleError, match="expected an integer in 0…9"):
         e.check_label(label, 10)

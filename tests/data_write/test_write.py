@@ -4,14 +4,16 @@ import errno
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from harness import command_file
 
-from fastkd import artifacts
+from fastkd import artifacts, console
 from fastkd import write as command
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.stages import write
+from fastkd.stages.chain import Chain
 
 pytestmark = pytest.mark.timeout(60)
 OPTIONS = {"n": 40, "sides": (9, 9), "workers": 1}
@@ -52,6 +54,48 @@ def test_skipped_are_in_the_manifest(noise, tmp_path):
     artifact, _ = write(noise, tmp_path / "out", OPTIONS | {"fault": "corrupt", "on_error": "skip"})
     assert [(s["split"], s["index"]) for s in artifact.facts["skipped"]] == [("train", 37)]
     assert artifact.facts["counts"]["train"] == 39
+
+
+def test_what_is_noticed_is_in_the_manifest(noise, tmp_path, monkeypatch, capsys):
+    options = OPTIONS | {"mode": "jpg", "as_file": "PNG", "fault": "corrupt", "on_error": "skip"}
+    facts = write(noise, tmp_path / "out", options)[0].facts
+    assert facts["found"] == {"lossy": {"train": 39, "val": 20}}
+    left_out, lossy = facts["warnings"]
+    assert left_out.startswith("write: left out 1 of train and 0 of val")
+    assert lossy.startswith("write: 59 images (39 of train, 20 of val) were not given as JPEG files")
+    capsys.readouterr()
+    console.forget_warnings()
+    assert (
+        run(
+            monkeypatch,
+            noise,
+            tmp_path / "out",
+            *(f"{k}={v}" for k, v in options.items() if k != "sides"),
+            "sides=[9, 9]",
+        )
+        == 0
+    )
+    told = capsys.readouterr()
+    assert "reused" in told.out
+    for text in facts["warnings"]:
+        assert told.err.count(text) == 1
+
+
+def test_a_constant_channel_in_the_manifest(tmp_path):
+    file = tmp_path / "grey.py"
+    file.write_text(
+        "import numpy as np\n"
+        "from fastkd.data.source import ArrayDataset, WriterOptions as Options\n"
+        "def read(options):\n"
+        "    data = ArrayDataset(np.full((4, 5, 5), 7, np.uint8), np.arange(4) % 2)\n"
+        "    return {'train': data, 'val': data}, ['a', 'b']\n"
+    )
+    facts = write(str(file), tmp_path / "out", {})[0].facts
+    assert facts["std"] == [1.0] * 3
+    assert any("constant or nearly so over all of train" in text for text in facts["warnings"])
+    older = SimpleNamespace(path=tmp_path, facts=facts | {"std": [0.0, 0.2, 0.3]})
+    assert Chain.normalisation.fget(SimpleNamespace(dataset=older)).std == (1.0, 0.2, 0.3)
+    assert any("is taken as 1" in text for text in console.warnings_since(0))
 
 
 def test_reuse_whatever_the_workers(noise, dataset):
@@ -169,7 +213,9 @@ def test_command(noise, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "39 train and 20 val images of 4 classes" in told.out
     assert "written in" in told.out
-    assert "left out train noise-37.png: corrupt image" in told.err
+    assert (
+        "left out 1 of train and 0 of val, which cannot be read (on_error=skip): train noise-37.png: corr" in told.err
+    )
     assert run(monkeypatch, *words) == 0
     assert "reused" in capsys.readouterr().out
     assert run(monkeypatch, *words[:2], "n=41") == 2

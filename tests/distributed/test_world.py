@@ -3,12 +3,17 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 
 import pytest
 import torch.distributed as dist
 
-from fastkd import world
+import fastkd
+from fastkd import stages, watch, world
+from fastkd.engine import runtime
 from fastkd.errors import FastkdError, InputError
+from fastkd.meeting import meet
+from fastkd.watch import Watch
 from fastkd.world import World
 
 
@@ -93,27 +98,144 @@ def test_who_waits_for_one_that_failed_is_told_why(everywhere):
     assert everywhere(3, work) == [2, None, 2]
 
 
-def test_nobody_waits_for_one_that_gives_no_sign_of_life(everywhere, monkeypatch):
-    monkeypatch.setattr(world, "GONE_AFTER_S", 0.5)
-    monkeypatch.setattr(world, "_BEAT_EVERY_S", 0.05)
-    over = threading.Event()
+@pytest.fixture
+def watching(monkeypatch):
+    """Return a function that starts a watch that is quick, for a process of a job in a store."""
+    monkeypatch.setattr(watch, "BEAT_EVERY_S", 0.05)
+    monkeypatch.setattr(watch, "GRACE_S", 0.5)
+    monkeypatch.setattr(watch, "_TICK_S", 0.05)
+    started = []
 
-    def work(one: World):
-        if one.rank == 2:  # it is dead
-            return over.wait(10)
-        if one.rank == 1:  # it takes its time
-            with one.beating():
-                time.sleep(1.5)
-                one.tell("x", 1)
-                over.wait(10)
-            return None
-        with pytest.raises(FastkdError, match="process 2 has given no sign of life for 0 s"):
-            one._wait("never", 2)
-        one._wait("x/1", 1)
-        over.set()
-        return True
+    def start(store, rank: int, size: int, **options) -> Watch:
+        one = Watch(store, rank, [f"process {k} on node{k}" for k in range(size)], **{"gone_after_s": 1.0} | options)
+        one.ended = threading.Event()
+        one._end = one.ended.set
+        one.start()
+        started.append(one)
+        return one
 
-    assert everywhere(3, work)[0]
+    yield start
+    for one in started:
+        one.stop()
+
+
+def test_nobody_waits_for_one_that_gives_no_sign_of_life(watching):
+    store = dist.HashStore()
+    store.add("alive/2", 1)  # and no more
+    for rank in (1, 0):
+        mine = watching(store, rank, 3)
+    one = World(0, 3, store=store, watch=mine)
+    with pytest.raises(FastkdError, match="no sign of life from process 2 on node2 for 1 s; the same command goes on"):
+        one.gather(None)
+    mine.leave()
+    assert not mine.ended.wait(1)
+
+
+def test_one_that_takes_its_time_is_waited_for(watching):
+    store = dist.HashStore()
+    other, mine = watching(store, 1, 2), watching(store, 0, 2)
+    time.sleep(2)
+    assert (mine.problem, other.problem) == (None, None)
+    World(1, 2, store=store).tell("x", 1)
+    assert World(0, 2, store=store, watch=mine)._wait("x/1", 1) == b"1"
+
+
+def test_a_main_thread_that_is_stuck_is_ended_and_the_first_tells(watching, capfd):
+    store = dist.HashStore()
+    store.add("alive/2", 1)
+    watches = [watching(store, rank, 3) for rank in (0, 1)]
+    assert all(one.ended.wait(10) for one in watches)
+    said = capfd.readouterr().err
+    assert said.count("error: process ") == said.count("no sign of life from process 2 on node2 for 1 s") == 1
+
+
+class Unreachable:
+    """A store whose machine does not answer any more, or whose connection ends."""
+
+    def __init__(self, breaks: bool) -> None:
+        self.store, self.breaks, self.off = dist.HashStore(), breaks, threading.Event()
+        self.over = threading.Event()
+
+    def __getattr__(self, name: str):
+        if self.off.is_set():
+            if self.breaks:
+                raise dist.DistNetworkError("Connection reset by peer")
+            self.over.wait(30)
+        return getattr(self.store, name)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("speaks", [False, True])
+def test_a_store_that_cannot_be_reached_ends_all_and_one_of_each_machine_tells(watching, capfd, breaks, speaks):
+    store = Unreachable(breaks)
+    one = watching(store, 0, 1, speaks_for_machine=speaks, store_at="node1:29500")
+    store.off.set()
+    assert one.ended.wait(15)
+    said = capfd.readouterr().err
+    store.over.set()
+    words = "lost the connection to node1:29500" if breaks else "node1:29500, where the processes meet, could not be"
+    assert said.count(words) == speaks
+
+
+def test_one_that_was_stopped_for_long_knows_that_it_was_given_up(watching, monkeypatch):
+    store = dist.HashStore()
+    one = watching(store, 0, 1)
+    real, jump = time.monotonic, [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: real() + jump[0])
+    jump[0] = 0.6  # not for so long
+    time.sleep(0.3)
+    one.raise_problem()
+    jump[0] = 8.0
+    with pytest.raises(FastkdError, match=r"this process was stopped for \d s, and the others have given it up"):
+        one.raise_problem()  # at once: before the watch has looked
+
+
+def test_what_another_process_failed_of_ends_a_stuck_one_without_a_word(watching, capfd):
+    store = dist.HashStore()
+    one = watching(store, 0, 1)
+    assert watch.claim(store, "process 1 on node1: its disk is full")
+    assert not watch.claim(store, "process 2 on node1: so is mine")
+    with pytest.raises(FastkdError, match="process 1 on node1: its disk is full"):
+        World(0, 2, store=store, watch=one).gather(None)
+    assert one.ended.wait(10)
+    assert "error" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["soon", "1", "-5", "inf", "nan"])
+def test_a_wrong_number_of_seconds_is_refused(monkeypatch, text):
+    monkeypatch.setenv("FASTKD_GONE_AFTER_S", text)
+    with pytest.raises(InputError, match=f"FASTKD_GONE_AFTER_S='{text}': expected a number of seconds, at least 2"):
+        world.gone_after()
+
+
+def meeting(store, ranks, size: int, within_s: float = 10.0):
+    """Let processes of some ranks meet; return what came of each."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        futures = [pool.submit(meet, store, rank, size, {"host": f"h{rank}"}, within_s=within_s) for rank in ranks]
+        return [future.exception(30) or future.result() for future in futures]
+
+
+def test_each_start_has_a_number_of_its_own_that_all_share():
+    """In a store that holds what all the starts before have left, and what one that broke off has begun."""
+    store = dist.HashStore()
+    everybody = [{"host": f"h{rank}"} for rank in range(3)]
+    assert meeting(store, range(3), 3) == [(1, everybody)] * 3
+    meeting(store, [1], 3, within_s=0.2)
+    assert meeting(store, range(3), 3) == [(2, everybody)] * 3
+    meeting(store, [0, 2], 3, within_s=0.2)
+    assert meeting(store, range(3), 3) == [(4, everybody)] * 3
+
+
+def test_who_did_not_come_is_named():
+    store = dist.HashStore()
+    meeting(store, range(4), 4)
+    said = [str(error) for error in meeting(store, [0, 2], 4, within_s=0.3)]
+    assert (
+        said
+        == ["process 1, 3 of 4 did not come within 0.3 s of the start; the same command goes on from what is safe"] * 2
+    )
+    (alone,) = meeting(store, [1], 4, within_s=0.3)
+    assert "process 0 did not come within 0.3 s of the start" in str(alone)
 
 
 def test_alone_everything_is_as_without():
@@ -137,3 +259,37 @@ def test_without_torchrun_nothing_is_joined(monkeypatch):
     with world.joined() as one:
         assert one is world.current()
         assert one.size == 1
+
+
+def test_all_processes_compute_in_the_same_precision_on_the_same_kind_of_device(tiny_recipe, monkeypatch):
+    """`auto` may give another on another machine: it is what came of it that they agree on."""
+
+    class Told(World):
+        def agree(self, what, value, hint="") -> None:
+            told[what] = value, hint
+
+    told: dict[str, tuple] = {}
+    monkeypatch.setattr(world, "_world", Told())
+    monkeypatch.setattr(runtime, "has_bf16", lambda device: True)
+    stages.Chain(tiny_recipe("train.device=cpu", "train.precision=auto"))
+    value, hint = told["device or precision"]
+    assert value == {"device": "cpu", "precision": "bf16"}
+    assert hint.startswith("Give train.device and train.precision")
+
+
+def test_versions_are_those_that_are_installed():
+    found = world.versions()
+    assert found["fastkd"] == fastkd.__version__
+    assert found["torch"] == metadata.version("torch")
+    assert set(found) >= {"numba", "numpy", "ffcv"}
+
+
+def test_clocks_that_differ_are_warned_of(monkeypatch, capfd):
+    class Gathered(World):
+        def gather(self, value):
+            return [value, value + 2, value + 3600]
+
+    everybody = [{"host": f"node{k}"} for k in range(3)]
+    world._compare_clocks(Gathered(0, 3, everybody=everybody))
+    said = " ".join(capfd.readouterr().err.split())
+    assert "the clocks of machines differ from that of node0: node2 by +3600 s; set them" in said

@@ -97,3 +97,19 @@ def test_a_tail_of_nothing_makes_no_nan(tail):
     assert torch.isfinite(found).all()
     loss = kd_loss(torch.zeros(1, 4), torch.tensor([0]), found, alpha=1.0, gamma=0.0, temperature=4.0)
     assert torch.isfinite(loss)
+
+
+def test_a_class_that_a_teacher_masks_with_minus_infinity_adds_nothing():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
+    masked = teacher.clone()
+    masked[0, 1] = masked[1, 2] = masked[1, 3] = float("-inf")
+    weights = {"alpha": 1.0, "gamma": 0.0, "temperature": 3.0}
+    labels = torch.tensor([0, 1, 2, 3])
+    loss = kd_loss(student, labels, masked, **weights)
+    far = torch.where(torch.isinf(masked), -1e4, masked)
+    torch.testing.assert_close(loss, kd_loss(student, labels, far, **weights))
+    loss.sum().backward()
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(student.grad).all()
+    assert torch.equal(loss[2:], kd_loss(student, labels, teacher, **weights)[2:])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fastkd.kernels import (
     class_std,
+    floored_quotas,
     mix64,
     proportional_quotas,
     reshape_rows,
@@ -138,3 +139,22 @@ def test_the_mix_is_distinct_per_id_seed_purpose_and_step_and_never_changes():
     assert mix64(np.arange(3), 1, "x").tolist() == [7531549037582259690, 10315988366976624158, 5389438173705051556]
     bits = np.unpackbits(mix64(np.arange(4096), 0, "bits").view(np.uint8).reshape(-1, 8), axis=1)
     assert np.all(np.abs(bits.mean(0) - 0.5) < 0.05)
+
+
+@given(counts, ratios, st.integers(0, 70), st.sampled_from([proportional_quotas, uniform_quotas]))
+def test_a_floor_is_exact_and_keeps_the_total_where_it_can(count_K, ratio, floor, quotas):
+    quota_K = quotas(count_K, ratio)
+    least_K = np.minimum(floor, count_K)
+    found_K = floored_quotas(quota_K, count_K, floor)
+    assert np.all((found_K >= least_K) & (found_K <= count_K))
+    assert found_K.sum() == max(quota_K.sum(), least_K.sum())
+    assert np.all(found_K[quota_K < least_K] == least_K[quota_K < least_K])
+    assert np.all(found_K[quota_K >= least_K] <= quota_K[quota_K >= least_K])
+    if np.all(quota_K >= least_K):
+        assert np.array_equal(found_K, quota_K)
+
+
+def test_what_a_floor_takes_it_takes_where_the_largest_share_is_kept():
+    found_K = floored_quotas(np.array([50, 10, 0]), np.array([100, 100, 10]), 5)
+    assert found_K.tolist() == [45, 10, 5]
+    assert floored_quotas(np.array([3, 3, 0]), np.array([9, 9, 9]), 4).tolist() == [4, 4, 4]

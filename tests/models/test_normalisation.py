@@ -93,3 +93,29 @@ def test_a_run_knows_its_own(tmp_path):
     (tmp_path / "run" / "model.json").write_text("{}")
     with pytest.raises(ArtifactError, match="damaged"):
         native_normalisation("cifar/resnet8", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "guessed"),
+    [
+        ("torchvision/resnet50", "IMAGENET1K_V2", False),
+        ("torchvision/resnet50", "teacher.pth", True),
+        ("torchvision/googlenet", "DEFAULT", False),
+        ("torchvision/googlenet", "teacher.pth", True),
+    ],
+)
+def test_a_guess_is_marked_as_one(name, weights, guessed):
+    assert native_normalisation(name, weights).guessed is guessed
+
+
+@pytest.mark.parametrize("name", ["cifar/resnet8", "torchvision/resnet18"])
+def test_the_file_of_a_run_says_what_the_run_says(tmp_path, name):
+    def fill(directory):
+        (directory / "student.safetensors").write_bytes(b"")
+        (directory / "model.json").write_text(json.dumps({"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}))
+        return artifacts.Built()
+
+    artifacts.build(tmp_path / "run", "RUN", {}, fill)
+    found = native_normalisation(name, tmp_path / "run" / "student.safetensors")
+    assert found == Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert not found.guessed

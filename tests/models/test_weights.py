@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import pathlib
+import zipfile
 from urllib.error import URLError
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fastkd import artifacts, models
+from fastkd import artifacts, console, models
 from fastkd.errors import ArtifactError, InputError
 
 
@@ -275,6 +276,146 @@ def test_half_precision_weights_are_widened(tmp_path):
     models.load_weights(target, tmp_path / "w.pt")
     assert target.fc.weight.dtype == torch.float32
     assert torch.equal(target.fc.weight, source.fc.weight.half().float())
+
+
+# What people's training scripts write
+
+FORMS = {
+    "epoch beside flat": lambda sd: {**sd, "epoch": 3, "best_acc": 71.2, "optimizer": {"lr": 0.1}},
+    "model.": lambda sd: {"state_dict": {f"model.{k}": v for k, v in sd.items()}, "pytorch-lightning_version": "2"},
+    "net.": lambda sd: {f"net.{k}": v for k, v in sd.items()},
+    "backbone.": lambda sd: {"model": {f"backbone.{k}": v for k, v in sd.items()}},
+    "any_name.": lambda sd: {f"any_name.{k}": v for k, v in sd.items()},
+    "module.model.": lambda sd: {f"module.model.{k}": v for k, v in sd.items()},
+    "network": lambda sd: {"network": sd},
+    "module": lambda sd: {"module": sd, "global_steps": 5},
+    "student": lambda sd: {"student": sd},
+    "nested": lambda sd: {"state": 1, "model": {"state_dict": sd, "name": "resnet8"}},
+    "averaged": lambda sd: {"model_ema": {"n_averaged": torch.tensor(4), **{f"module.{k}": v for k, v in sd.items()}}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_more_forms_of_checkpoints(tmp_path, form):
+    source, target = net(0), net(1)
+    torch.save(FORMS[form](source.state_dict()), tmp_path / "w.pth")
+    models.load_weights(target, tmp_path / "w.pth")
+    assert models.weights_digest(source) == models.weights_digest(target)
+    assert not console.warnings_since(0)
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"),
+    [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema"), ("net", "ema_model")],
+)
+def test_an_average_is_taken_before_raw_weights_and_both_are_named(tmp_path, raw, average):
+    source, averaged, target = net(0), net(2), net(1)
+    torch.save({raw: source.state_dict(), average: averaged.state_dict(), "epoch": 9}, tmp_path / "w.pth")
+    models.load_weights(target, tmp_path / "w.pth")
+    assert models.weights_digest(target) == models.weights_digest(averaged)
+    (warning,) = console.warnings_since(0)
+    assert f"holds weights under '{average}' and under '{raw}': those under '{average}' are used" in warning
+    assert models.takes_average(tmp_path / "w.pth")
+    torch.save({raw: source.state_dict()}, tmp_path / "raw.pth")
+    assert not models.takes_average(tmp_path / "raw.pth")
+
+
+def test_of_two_nets_the_one_that_is_taken_is_named(tmp_path):
+    source, other, target = net(0), net(2), net(1)
+    torch.save({"model": source.state_dict(), "teacher": other.state_dict()}, tmp_path / "w.pth")
+    models.load_weights(target, tmp_path / "w.pth")
+    assert models.weights_digest(target) == models.weights_digest(source)
+    assert "'model' and under 'teacher'" in console.warnings_since(0)[0]
+
+
+def test_a_prefix_that_does_not_lead_to_a_fit_is_named(tmp_path):
+    state = {f"encoder.{k}": v for k, v in net(0).state_dict().items() if not k.startswith("fc")}
+    torch.save({**state, "head.weight": torch.zeros(3, 3)}, tmp_path / "w.pth")
+    message = refused(tmp_path / "w.pth")
+    assert (
+        f"{len(state)} of its {len(state) + 1} entries begin with 'encoder.', and none of the model's does" in message
+    )
+
+
+BAD = {
+    "nan": (lambda t: t.fill_(float("nan")), "fc.weight (640 of 640)"),
+    "one inf": (lambda t: t.index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(float("inf"))), "(1 of 640)"),
+    "too large": (lambda t: t.double().fill_(1e300), "fc.weight (640 of 640)"),
+    "complex": (lambda t: t.to(torch.complex64), "fc.weight is complex64, expected float32"),
+    "bool": (lambda t: t > 0, "fc.weight is bool, expected float32"),
+    "int8": (lambda t: (t * 100).to(torch.int8), "fc.weight is int8, expected float32"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("fault", BAD)
+def test_tensors_that_cannot_be_weights_are_refused_by_name(tmp_path, fault, suffix):
+    change, told = BAD[fault]
+    state = {k: v.clone() for k, v in net(0).state_dict().items()}
+    state["fc.weight"] = change(state["fc.weight"])
+    save = torch.save if suffix == "pth" else safetensors.torch.save_file
+    save(state, tmp_path / f"w.{suffix}")
+    assert told in refused(tmp_path / f"w.{suffix}")
+
+
+@pytest.mark.parametrize("level", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_a_compressed_checkpoint_is_refused_before_it_is_inflated(tmp_path, level):
+    torch.save(net(0).state_dict(), tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "w.pth", "w", level) as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member) + bytes(1 << 20))
+    message = refused(tmp_path / "w.pth")
+    assert "a zip file with compressed or overlapping members" in message
+    models.load_weights(net(1), tmp_path / "plain.pth")
+
+
+# What lies beside a file
+
+
+def described_run(path, module, kind="RUN", **told):
+    def fill(directory):
+        models.save_weights(module, directory / "student.safetensors")
+        described = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "model": "cifar/resnet8", "num_classes": 10}
+        (directory / "model.json").write_text(json.dumps(described | told))
+        return artifacts.Built()
+
+    return artifacts.build(path, kind, {"seed": 0}, fill)[0].path
+
+
+@pytest.mark.parametrize("kind", ["RUN", "STUDENT"])
+@pytest.mark.parametrize("inside", ["", "student.safetensors"])
+def test_what_lies_beside_is_read_of_a_folder_and_of_its_file(tmp_path, kind, inside):
+    source, target = net(0), net(1)
+    place = described_run(tmp_path / "made", source, kind) / inside
+    assert models.description(place)["model"] == "cifar/resnet8"
+    models.load_weights(target, place, name="cifar/resnet8")
+    assert models.weights_digest(source) == models.weights_digest(target)
+    message = refused(place, name="torchvision/resnet18")
+    assert (
+        "holds a cifar/resnet8, as the model.json beside it says, and is asked for as torchvision/resnet18" in message
+    )
+    (tmp_path / "link.safetensors").symlink_to(place / "student.safetensors" if not inside else place)
+    assert models.description(tmp_path / "link.safetensors")["mean"] == [0.1, 0.2, 0.3]
+
+
+def test_a_copied_pair_is_read_as_well_and_other_files_are_not(tmp_path):
+    run = described_run(tmp_path / "made", net(0))
+    (tmp_path / "copy").mkdir()
+    for name in ("student.safetensors", "model.json"):
+        (tmp_path / "copy" / name).write_bytes((run / name).read_bytes())
+    assert models.description(tmp_path / "copy" / "student.safetensors")["std"] == [0.4, 0.5, 0.6]
+    models.save_weights(net(0), tmp_path / "copy" / "other.safetensors")
+    assert models.description(tmp_path / "copy" / "other.safetensors") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "no", '{"mean": [1, 2], "std": [1, 1, 1]}', '{"mean": [1,2,3], "std": [0, 1, 1]}']
+)
+def test_a_description_without_a_normalisation_is_refused(tmp_path, text):
+    models.save_weights(net(0), tmp_path / "student.safetensors")
+    (tmp_path / "model.json").write_text(text)
+    with pytest.raises(InputError, match=r"model\.json: does not say the mean and std"):
+        models.description(tmp_path / "student.safetensors")
 
 
 # Weights that torchvision and timm publish

@@ -11,6 +11,7 @@ from fastkd.data.order import epoch_order, split_holdout
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import Chain
 from fastkd.stages.job import prepare, teacher_feed
+from fastkd.stages.training import run_inputs
 
 
 def metrics(run, event):
@@ -215,6 +216,18 @@ def test_a_student_may_start_from_weights(tiny_recipe, tmp_path):
     assert again.manifest.inputs["student"]["weights"] == first.key
 
 
+def test_a_student_that_starts_from_an_average_is_another_than_one_from_the_raw_weights(tiny_recipe, tmp_path):
+    """What is taken of a file is in the key, not the file alone: an earlier fastkd took the raw weights of it."""
+    first, second = (models.build("cifar/resnet8", 3).state_dict() for _ in range(2))
+    torch.save({"model": first, "model_ema": second}, tmp_path / "both.pth")
+    torch.save({"model": first}, tmp_path / "raw.pth")
+    keys = [
+        run_inputs(Chain(tiny_recipe("teacher=null", "prune.keep_ratio=1", f"student.weights={tmp_path / name}.pth")))
+        for name in ("both", "raw")
+    ]
+    assert [inputs["student"]["weights"].endswith(" (average)") for inputs in keys] == [True, False]
+
+
 def test_the_message_names_the_nearest_artifact_and_what_differs(tiny_recipe, capsys):
     stages.prune(tiny_recipe())
     capsys.readouterr()
@@ -260,7 +273,7 @@ def test_a_teacher_with_another_number_of_classes_is_refused(tiny_recipe, tmp_pa
 def test_a_teacher_whose_logits_are_not_finite_is_refused(tiny_recipe, tmp_path):
     net = models.build("cifar/resnet8", 3)
     with torch.no_grad():
-        net.fc.bias.fill_(float("nan"))
+        net.fc.weight.fill_(3e38)  # finite, as weights must be
     models.save_weights(net, tmp_path / "nan.safetensors")
     path = tmp_path / "nan.yaml"
     path.write_text(
@@ -291,3 +304,218 @@ def test_damaged_and_foreign_artifacts_are_refused(tiny_recipe):
     with pytest.raises(ArtifactError, match="holds a SUBSET, where a DATASET is expected"):
         stages.train(tiny_recipe(f"data.path={chain.subset.path}"))
     artifacts.load(chain.scores.path, "SCORES")
+
+
+# --- teachers -------------------------------------------------------------------------------------------------------
+
+
+def given_by(tiny_recipe, teacher):
+    """Write the student's recipe with another teacher; return its path."""
+    path = tiny_recipe.path.with_name("other.yaml")
+    path.write_text(tiny_recipe.path.read_text().replace("{recipe: teacher.yaml}", teacher))
+    return path
+
+
+@pytest.mark.parametrize("inside", ["", "/student.safetensors"])
+def test_the_file_of_a_run_is_the_teacher_that_the_run_is(tiny_recipe, tiny_teacher, inside):
+    expected = Chain(tiny_recipe()).scores
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {tiny_teacher}{inside}}}")
+    assert Chain(recipe.load(given)).scores.key == expected.key
+
+
+def test_a_guessed_normalisation_is_told_with_the_scores_and_set_by_the_recipe(tiny_recipe, tiny_teacher, tmp_path):
+    weights = tmp_path / "moved.safetensors"
+    weights.write_bytes((tiny_teacher / "student.safetensors").read_bytes())
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {weights}}}")
+    (warning,) = Chain(recipe.load(given)).scores.facts[artifacts.WARNINGS]
+    assert f"teacher: nothing beside {weights} says which mean and std" in warning
+    assert "set teacher.mean and teacher.std" in warning
+    stated = recipe.load(given, ["teacher.mean=[0.3, 0.3, 0.3]", "teacher.std=[0.2, 0.2, 0.2]"])
+    assert artifacts.WARNINGS not in Chain(stated).scores.facts
+
+
+def described(tiny_teacher, folder, **told):
+    """Copy a RUN's student and what lies beside it, changed."""
+    folder.mkdir()
+    (folder / "student.safetensors").write_bytes((tiny_teacher / "student.safetensors").read_bytes())
+    beside = json.loads((tiny_teacher / "model.json").read_bytes()) | told
+    (folder / "model.json").write_text(json.dumps(beside))
+    return folder / "student.safetensors"
+
+
+def test_a_teacher_of_the_same_classes_in_another_order_is_refused(tiny_recipe, tiny_teacher, tmp_path):
+    weights = described(tiny_teacher, tmp_path / "turned", classes=["2", "1", "0"])
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {weights}}}")
+    with pytest.raises(InputError, match=r"same classes in another order: class 0 is '2' there and '0' here"):
+        stages.score(recipe.load(given))
+    weights = described(tiny_teacher, tmp_path / "named", classes=["cat", "1", "2"])
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {weights}}}")
+    scores, _ = stages.score(recipe.load(given))
+    assert any("classes of other names, 1 of 3: class 0 is 'cat'" in one for one in scores.facts[artifacts.WARNINGS])
+
+
+def test_a_teacher_that_is_another_net_than_its_run_says_is_refused(tiny_recipe, tiny_teacher):
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet14, weights: {tiny_teacher}/student.safetensors}}")
+    with pytest.raises(InputError, match=r"holds a cifar/resnet8, as the model\.json beside it says"):
+        stages.score(recipe.load(given))
+
+
+def teacher_run(path, *overrides):
+    return Chain(recipe.load(path, overrides)).teacher_run
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        "holdout_ratio: 0.2",
+        "input_px: 12, crop_ratio: 0.9",
+        "holdout_ratio: 0.2, input_px: 16, view: {family: flip}",
+    ],
+)
+def test_a_teachers_recipe_makes_the_same_run_by_itself_and_for_a_student(tiny_recipe, tiny, tmp_path, own):
+    teacher = tmp_path / "teacher.yaml"
+    train = "train: {epochs: 2, batch_size: 30, compile: false, eval_every_epochs: 1"
+    text = teacher.read_text().replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, {own}}}")
+    if "holdout" in own:
+        text = text.replace("train: {epochs: 2, batch_size: 30, compile: false", train)
+    teacher.write_text(text)
+    alone, built = stages.train(recipe.load(teacher, [f"train.runs_dir={tmp_path / 'runs'}"]))
+    assert built
+    assert teacher_run(tiny_recipe.path).path == alone.path
+    if "holdout" in own:
+        assert alone.facts["top1"]["holdout"] > 0
+
+
+def test_a_teacher_that_learns_from_the_hold_out_is_refused(tiny_recipe, tiny, tmp_path):
+    teacher = tmp_path / "teacher.yaml"
+    text = teacher.read_text()
+    teacher.write_text(text.replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, holdout_ratio: 0.1}}"))
+    with pytest.raises(InputError, match=r"data\.holdout_ratio=0\.2, and in teacher\.recipe it is 0\.1"):
+        teacher_run(tiny_recipe.path, "data.holdout_ratio=0.2")
+    assert teacher_run(tiny_recipe.path, "data.holdout_ratio=0.1").manifest.inputs["holdout_ratio"] == 0.1
+
+
+def test_a_run_that_has_learned_from_the_hold_out_is_told(tiny_recipe, tiny_teacher):
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {tiny_teacher}}}")
+    scores, _ = stages.score(recipe.load(given, ["data.holdout_ratio=0.2"]))
+    assert any("has learned from samples that the student is judged by" in w for w in scores.facts[artifacts.WARNINGS])
+
+
+def test_a_teacher_that_was_trained_at_another_side_is_told(tiny_recipe, tiny, tmp_path):
+    teacher = tmp_path / "teacher.yaml"
+    teacher.write_text(teacher.read_text().replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, input_px: 12}}"))
+    chain = Chain(tiny_recipe())
+    assert chain.teacher_run.manifest.inputs["view"]["input_px"] == 12
+    told = "was trained on images of 12 x 12 pixels, and scores and labels at 16 x 16, where it knows less"
+    assert any(told in one for one in chain.scores.facts[artifacts.WARNINGS])
+    assert artifacts.WARNINGS not in Chain(tiny_recipe("teacher.input_px=12")).scores.facts
+
+
+# --- before anything is built -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("student.model=torchvision/vit_b_16",), "student.model=torchvision/vit_b_16 does not take images of 16 x 16"),
+        (("student.model=torchvision/alexnet",), "Set data.input_px to a side that it takes"),
+        (
+            ("student.model=torchvision/alexnet", "data.input_px=224", "train.progressive_px={0: 32}"),
+            "does not take images of 32 x 32 pixels",
+        ),
+        (("student.model=torchvision/resnet18", "train.batch_size=1"), "in training on 1 at once"),
+        (("prune.keep_ratio=0.1",), r"train\.batch_size=25: larger than the 15 samples"),
+        (("prune={method: list, ids: none.npy}",), r"none\.npy"),
+        (("student.weights=WEIGHTS",), "the checkpoint's classifier has 5 classes, the model is built for 3"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_built(tiny_recipe, tmp_path, overrides, message):
+    models.save_weights(models.build("cifar/resnet8", 5), tmp_path / "five.safetensors")
+    overrides = [one.replace("WEIGHTS", str(tmp_path / "five.safetensors")) for one in overrides]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        stages.train(tiny_recipe(*overrides))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_teacher_that_does_not_take_the_images_is_refused_before_anything_is_built(tiny_recipe, tmp_path):
+    models.save_weights(models.build("torchvision/alexnet", 3), tmp_path / "w.safetensors")
+    given = given_by(tiny_recipe, f"{{model: torchvision/alexnet, weights: {tmp_path / 'w.safetensors'}}}")
+    before = sorted(tmp_path.rglob("*"))
+    for stage in (stages.train, stages.score):
+        with pytest.raises(InputError, match=r"teacher\.model=torchvision/alexnet.*Set teacher\.input_px"):
+            stage(recipe.load(given))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nets_are_tried_before_the_data_is_written_where_the_recipe_says_the_size(tiny_recipe, tmp_path):
+    loaded = tiny_recipe(
+        f"data.path={tmp_path / 'new'}", "data.writer=arrays", "data.input_px=32", "student.model=torchvision/alexnet"
+    )
+    with pytest.raises(InputError, match="does not take images of 32 x 32"):
+        stages.train(loaded)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("data.holdout_ratio=0.001",), r"data\.holdout_ratio=0\.001: of 150 samples that keeps 0 aside"),
+        (("data.holdout_ratio=0.999",), r"that keeps 150 aside, and leaves 0 to train on"),
+        (("data.view.family=flip", "labels.topk=3"), r"labels\.topk=3: expected fewer than the 3 classes"),
+    ],
+)
+def test_shares_and_counts_that_leave_nothing_are_refused_before_anything_is_built(
+    tiny_recipe, tmp_path, overrides, message
+):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        stages.train(tiny_recipe(*overrides))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_has_no_effect_and_an_average_that_stays_behind_are_told_with_the_run(tiny_recipe):
+    run, _ = stages.train(tiny_recipe("train.ema_decay=0.999", "optim.betas=[0.5, 0.6]", "train.epochs=1"))
+    told = run.facts[artifacts.WARNINGS]
+    assert any("optim.betas=(0.5, 0.6) has no effect with optim.name=sgd" in one for one in told)
+    assert any("train.ema_decay=0.999 over 3 steps: 100% of the average are still the weights" in one for one in told)
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides"),
+    [
+        ("score", ["score.batch_size=1000000000"]),
+        ("label", ["labels.batch_size=1000000000", "data.view.family=flip"]),
+        ("score", ["data.input_px=1000000"]),
+    ],
+)
+def test_batches_that_no_memory_holds_are_refused_in_words(tiny_recipe, stage, overrides):
+    loaded = tiny_recipe(*overrides)
+    chain = Chain(loaded)
+    batch_size = getattr(loaded, "score" if stage == "score" else "labels").batch_size
+    with pytest.raises(InputError, match=r"take [\d,.]+ GB, and this machine has [\d,.]+ GB of memory: give a smaller"):
+        chain.loader("train", batch_size, input_px=chain.teacher_px)
+
+
+def test_a_floor_that_keeps_more_than_was_asked_for_is_told(tiny_recipe):
+    subset, _ = stages.prune(tiny_recipe("prune.min_per_class=30", "prune.keep_ratio=0.2"))
+    assert subset.facts["count"] == 90
+    (warning,) = subset.facts[artifacts.WARNINGS]
+    assert "prune.min_per_class=30 alone keeps 90 samples, more than the 30 of prune.keep_ratio=0.2" in warning
+
+
+def test_a_live_teacher_without_scores_is_judged_as_well(tiny_recipe, tiny_teacher, tmp_path):
+    net = models.build("cifar/resnet8", 3)
+    models.load_weights(net, tiny_teacher)
+    with torch.no_grad():
+        for entry in (net.fc.weight, net.fc.bias):
+            entry.copy_(entry[[1, 2, 0]].clone())
+    models.save_weights(net, tmp_path / "turned.safetensors")
+    live = ("labels={mode: online, reshape: false}", "prune.keep_ratio=1.0", "train.epochs=1")
+    given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {tmp_path / 'turned.safetensors'}}}")
+    run, _ = stages.train(recipe.load(given, live))
+    told = run.facts[artifacts.WARNINGS]
+    assert any("the live teacher is at chance" in one for one in told)
+    assert any("the classes of the live teacher are in another order" in one for one in told)
+    right, _ = stages.train(tiny_recipe(*live))
+    assert not any("live teacher" in one for one in right.facts.get(artifacts.WARNINGS, []))

@@ -22,6 +22,7 @@ from fastkd import report as command_module
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import letters, plots, reporting
 from fastkd.stages.chain import Chain
+from fastkd.stages.inspecting import Inspector
 from fastkd.stages.plots import ends
 from fastkd.stages.runs import differing, exports, grouped, noise_points, read
 
@@ -192,7 +193,7 @@ def test_contrast_is_enough_in_both_themes():
 def test_accuracy_by_class_is_the_runs_own(page, runs):
     """What the page measures again is what the RUN recorded."""
     run = read(runs["seed0"])
-    found = reporting.Inspector(run).accuracy_by_class()
+    found = Inspector(run).accuracy_by_class()
     assert found.student_top1 == pytest.approx(run.top1, abs=1e-6)
     assert found.teacher_top1 == pytest.approx(read(runs["teacher"]).top1, abs=1e-6)
     assert found.count.sum() == 60
@@ -200,7 +201,7 @@ def test_accuracy_by_class_is_the_runs_own(page, runs):
 
 def test_samples_are_of_their_difficulty_and_side(runs):
     """Easy ones score below hard ones, kept ones are in the SUBSET, and each shows its own pixels."""
-    inspector = reporting.Inspector(read(runs["seed0"]))
+    inspector = Inspector(read(runs["seed0"]))
     kept = set(np.asarray(inspector.selection.subset.array("indices.npy")).tolist())
     easy, _, hard = inspector.samples()
     for group in (easy, hard):

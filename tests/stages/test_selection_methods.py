@@ -14,7 +14,7 @@ from fastkd.errors import InputError
 from fastkd.recipe import Prune
 from fastkd.stages import Chain
 from fastkd.stages.job import prepare
-from fastkd.stages.pruning import class_table
+from fastkd.stages.pruning import class_table, select
 from fastkd.stages.training import run_inputs
 
 SCORED = ("medium", "easy", "hard", "ccs", "beta")
@@ -252,3 +252,63 @@ def test_of_many_classes_the_most_unusual_are_shown():
     assert "10 most unusual of 50" in str(table.title)
     few = class_table(["a", "b"], share[:2], count[:2], sigma[:2], accuracy[:2])
     assert list(few.columns[0].cells) == ["a", "b"]
+
+
+METHODS = [
+    *(
+        {"method": method, "quota": quota}
+        for method in ("medium", "easy", "hard", "random", "beta")
+        for quota in ("proportional", "uniform")
+    ),
+    {"method": "ccs"},
+    {"method": "random_unbalanced"},
+]
+
+
+@pytest.mark.parametrize("chosen", METHODS, ids=lambda one: "-".join(one.values()))
+@given(
+    count_K=st.lists(st.integers(1, 40), min_size=2, max_size=8),
+    ratio=st.floats(0.05, 0.9),
+    floor=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_every_method_keeps_its_least_of_each_class(chosen, count_K, ratio, floor, seed):
+    y_N = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(count_K)), count_K))
+    score_N = np.random.default_rng(seed + 1).random(len(y_N)).astype(np.float32)
+    ids_N, K = 3 * np.arange(len(y_N)), len(count_K)
+    without = select(score_N, y_N, ids_N, Prune(keep_ratio=ratio, seed=seed, **chosen), K)
+    found = select(score_N, y_N, ids_N, Prune(keep_ratio=ratio, seed=seed, min_per_class=floor, **chosen), K)
+    assert np.all(np.diff(found) > 0)
+    least_K = np.minimum(floor, count_K)
+    kept_K, without_K = (np.bincount(y_N[one], minlength=K) for one in (found, without))
+    assert np.all(kept_K >= least_K)
+    assert len(found) == max(len(without), least_K.sum())
+    if np.all(without_K >= least_K):
+        assert np.array_equal(found, without)
+
+
+def test_the_least_of_each_class_is_a_part_of_the_key_where_it_is_given(tiny_recipe):
+    plain, _ = stages.prune(tiny_recipe())
+    assert "min_per_class" not in plain.manifest.inputs
+    assert stages.prune(tiny_recipe("prune.min_per_class=0"))[0].path == plain.path
+    floored, built = stages.prune(tiny_recipe("prune.min_per_class=30"))
+    assert built
+    assert floored.manifest.inputs["min_per_class"] == 30
+    assert min(floored.facts["class_counts"]) == 30
+
+
+@pytest.mark.parametrize("chosen", [{"method": "infobatch"}, {"method": "list", "ids": "x.npy"}])
+def test_a_least_of_each_class_is_for_methods_that_choose(chosen):
+    with pytest.raises(ValueError, match="`min_per_class` 1: is for methods that choose"):
+        Prune(min_per_class=1, **chosen)
+
+
+def test_of_many_classes_those_that_keep_nothing_come_first():
+    K = 30
+    kept_K = np.where(np.arange(K) < 5, 30, 0)
+    table = class_table([f"c{c}" for c in range(K)], kept_K, np.full(K, 100), np.ones(K), np.full(K, 0.9))
+    names = list(table.columns[0].cells)
+    assert names[:10] == [f"c{c}" for c in range(5, 15)]
+    assert set(names[10:]) == {f"c{c}" for c in range(5)}
+    assert "25 of 30 classes keep nothing" in str(table.title)

@@ -4,6 +4,7 @@ import gzip
 import io
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -288,12 +289,112 @@ GOOD = {"images": noise(8, 6, 5), "labels": np.arange(8) % 2}
         (GOOD | {"labels": np.arange(7)}, r"labels is int64 \[7\]; expected integers \[8\]"),
         (GOOD | {"labels": np.zeros(8)}, "labels is float64"),
         ({"images": noise(0, 6, 5), "labels": np.arange(0)}, "images is empty"),
-        (GOOD | {"labels": np.array([{}] * 8, object)}, "not an .npz of plain arrays .Object arrays cannot be loaded"),
+        (
+            GOOD | {"labels": np.array([{}] * 8, object)},
+            "labels is an array of Python objects.*pickles can run any code",
+        ),
+        (GOOD | {"classes": np.array(["a", "b"], object)}, r"classes is an array of Python objects.*dtype=str"),
+        (GOOD | {"classes": np.array([b"caf\xe9", b"dog"])}, r"classes holds b'caf\\xe9', which is not UTF-8"),
+        (GOOD | {"classes": np.array([["a", "b"]])}, r"classes is <U1 \[1, 2\]; expected names"),
+        (GOOD | {"classes": np.array([0.5, 1.5])}, r"classes is float64 \[2\]; expected names"),
+        (GOOD | {"classes": np.array(["a"])}, r"labels holds 1, but there are 1 classes, so labels are 0…0"),
+        (GOOD | {"labels": np.arange(8) % 2 - 1}, r"labels holds -1; labels are 0, 1, …"),
+        (
+            GOOD | {"labels": np.array([0] * 7 + [2**63], np.uint64)},
+            r"labels holds 9223372036854775808, so there would",
+        ),
+        (
+            GOOD | {"labels": np.array([0] * 7 + [10**12])},
+            r"there would be 1,000,000,000,001 classes, but only 8 images",
+        ),
+        (GOOD | {"labels": np.eye(2)[[0, 1] * 4]}, r"labels is float64 \[8, 2\].*one-hot: labels.argmax\(axis=1\)"),
+        (GOOD | {"labels": np.zeros(8)}, r"whole numbers: labels.astype\(np.int64\)"),
+        (GOOD | {"labels": np.zeros(8, bool)}, r"labels is bool.*labels.astype\(np.int64\)"),
+        (GOOD | {"labels": np.array(["a"] * 8)}, r"classes, labels = np.unique\(labels, return_inverse=True\)"),
+        (GOOD | {"images": np.full((8, 6, 5), 0.5)}, r"Values are 0…1: \(images \* 255\).round\(\).astype\(np.uint8\)"),
+        (GOOD | {"images": np.full((8, 6, 5), 99)}, r"Values are 0…255: images.round\(\).astype\(np.uint8\)"),
+        (GOOD | {"images": np.full((8, 6, 5), -2.0)}, r"Values are -2…-2: scale them"),
+        (GOOD | {"images": np.zeros((8, 6, 5), bool)}, r"images.astype\(np.uint8\) \* 255"),
+        (GOOD | {"images": noise(8, 3, 6, 5)}, r"Channels come last: images.transpose\(0, 2, 3, 1\)"),
+        (GOOD | {"images": noise(8, 1, 6, 5) / 255}, r"Channels come last: images.transpose\(0, 2, 3, 1\)"),
+        (GOOD | {"images": noise(8, 6, 5, 4)}, r"Drop the alpha channel.*images\[..., :3\]"),
+        (GOOD | {"images": noise(8, 0, 5)}, r"images is empty: \[8, 0, 5\]"),
+        (GOOD | {"val_images": noise(0, 6, 5), "val_labels": np.arange(0)}, "val_images is empty"),
+        (GOOD | {"val_images": noise(3, 6, 5), "val_labels": np.arange(3)}, "val_labels holds 2.*that train lacks?"),
+        ({"images": noise(3, 6, 5), "labels": np.arange(3)}, "every class has one image only, so none is left for val"),
     ],
 )
 def test_arrays_wrong(tmp_path, arrays, text):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(InputError, match=text):
+        read("arrays", file=str(tmp_path / "a.npz"))
+
+
+@pytest.mark.parametrize("dtype", ["S9", "U9"])
+def test_arrays_class_names_may_be_bytes(tmp_path, dtype):
+    names = np.array(["cat", "dög"]) if dtype == "U9" else np.array([b"cat", "dög".encode()])
+    np.savez(tmp_path / "a.npz", **GOOD, classes=names)
+    assert read("arrays", file=str(tmp_path / "a.npz"))[1] == ["cat", "dög"]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [GOOD["labels"][:, None], GOOD["labels"].astype(">i2"), GOOD["labels"].astype(np.uint64)],
+    ids=["column", "big-endian", "uint64"],
+)
+def test_arrays_labels_of_any_integer_type(tmp_path, labels):
+    images = np.asfortranarray(noise(8, 6, 5, 3))
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    written = write_here(("arrays", {"file": str(tmp_path / "a.npz")}, str(tmp_path)), lambda report: None)
+    assert written.splits["train"].class_counts == [3, 3]
+    train = read("arrays", file=str(tmp_path / "a.npz"))[0]["train"]
+    assert sorted(train.labels.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+def npz_with_header(file, shape, held):
+    """Write images whose header promises a shape, of which the archive holds some bytes."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", header.getvalue() + bytes(held))
+        labels = io.BytesIO()
+        np.save(labels, np.zeros(8, np.int64))
+        archive.writestr("labels.npy", labels.getvalue())
+
+
+def test_arrays_that_promise_terabytes(tmp_path):
+    npz_with_header(tmp_path / "a.npz", (10**6, 10**3, 10**4), 100)
+    with pytest.raises(InputError, match=r"header of images says uint8 .*10,000,000,000,000 bytes, but .*holds 100$"):
+        read("arrays", file=str(tmp_path / "a.npz"))
+
+
+def test_arrays_that_unpack_to_more_than_memory(tmp_path, monkeypatch):
+    npz_with_header(tmp_path / "a.npz", (8, 1000, 1000), 8_000_000)
+    assert (tmp_path / "a.npz").stat().st_size < 20_000
+    monkeypatch.setitem(sys.modules, "fastkd.doctor", types.SimpleNamespace(memory=lambda: (10**7, 10**7)))
+    with pytest.raises(InputError, match=r"reading its arrays takes 0.0 GB, and 0.0 GB of memory are free; write a wr"):
+        read("arrays", file=str(tmp_path / "a.npz"))
+
+
+def test_arrays_ignores_what_else_an_archive_holds(tmp_path):
+    np.savez(tmp_path / "a.npz", **GOOD, notes=np.array([{}], object))
+    assert len(read("arrays", file=str(tmp_path / "a.npz"))[0]["train"]) == 6
+
+
+@pytest.mark.parametrize("change", ["crc", "encrypted", "method"])
+def test_arrays_of_a_damaged_archive(tmp_path, change):
+    np.savez(tmp_path / "a.npz", **GOOD)
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    central, local = content.index(b"PK\1\2"), content.index(b"PK\3\4")
+    if change == "crc":
+        content[300] ^= 1
+    elif change == "encrypted":
+        content[central + 8] |= 1
+        content[local + 6] |= 1
+    else:
+        content[central + 10] = content[local + 8] = 99
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"not an .npz of plain arrays"):
         read("arrays", file=str(tmp_path / "a.npz"))
 
 

@@ -1,0 +1,108 @@
+"""What a user should know of the images of a data set: found while they are encoded, counted, warned of once a kind."""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MAX_NAMES = 5
+
+
+class Notice(enum.IntFlag):
+    """What was found of one image; kinds can be combined."""
+
+    REENCODED = 1
+    """It came as JPEG, but its bytes could not be kept, and it was stored as a new JPEG."""
+    LOSSY = 2
+    """It came in another form than JPEG, and was stored as JPEG."""
+    TRANSPARENT = 4
+    """Some of its pixels are transparent; the alpha channel was dropped."""
+    HIDDEN = 8
+    """Without its alpha channel, which is not constant, it is of one colour."""
+    FLAT = 16
+    """All of its pixels have one colour, with or without transparency."""
+    ROTATED = 32
+    """Its EXIF orientation is not 1; it was not applied."""
+    SEVERAL = 64
+    """It is animated, or has several pages; the first was stored."""
+    DEEP = 128
+    """It has 16 bits per channel; the high 8 were stored."""
+
+
+_TEXTS = {
+    Notice.REENCODED: (
+        "reencoded",
+        "came as JPEG but could not be kept byte for byte (CMYK, or data that libjpeg-turbo complains about), and were "
+        "encoded again with jpeg_quality={quality}: look at them, they may be damaged",
+    ),
+    Notice.LOSSY: (
+        "lossy",
+        "were not given as JPEG files and were stored as JPEG of jpeg_quality={quality}, which loses detail; "
+        "mode=raw keeps every pixel",
+    ),
+    Notice.TRANSPARENT: (
+        "transparent",
+        "have transparent pixels. The alpha channel was dropped: the colours below it were stored. Paste them onto a "
+        "background first if these are not what they should show",
+    ),
+    Notice.HIDDEN: (
+        "one_colour_without_alpha",
+        "are of one colour without their alpha channel, which alone holds the picture. Nothing can be learned from "
+        "them as stored; paste them onto a background first",
+    ),
+    Notice.FLAT: ("one_colour", "are of one colour in all pixels. Nothing can be learned from them; look at them"),
+    Notice.ROTATED: (
+        "exif_orientation",
+        "have an EXIF orientation other than 1. It was not applied: they were stored as their pixels lie, as "
+        "torchvision reads them. Turn them first (exiftran, or PIL.ImageOps.exif_transpose) if they should be upright",
+    ),
+    Notice.SEVERAL: ("several_frames", "are animated or have several pages. The first frame was stored"),
+    Notice.DEEP: ("sixteen_bits", "have 16 bits per channel. The high 8 bits of each were stored"),
+}
+
+
+NONE = Notice(0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images of one kind.
+
+    Attributes
+    ----------
+    kind : str
+        Its name in the manifest.
+    text : str
+        What is said of them.
+    counts : dict of int
+        By split.
+    names : list of str
+        Of the first `MAX_NAMES`.
+    """
+
+    kind: str
+    text: str
+    counts: dict[str, int]
+    names: list[str]
+
+    @property
+    def warning(self) -> str:
+        """The warning: counts, what was found, names."""
+        total = sum(self.counts.values())
+        splits = ", ".join(f"{count:,} of {split}" for split, count in self.counts.items() if count)
+        return f"{total:,} image{'s' if total != 1 else ''} ({splits}) {self.text}: {listed(self.names, total)}"
+
+
+def kinds(jpeg_quality: int) -> Mapping[Notice, tuple[str, str]]:
+    """Return name and text of each kind, in the order in which they are told."""
+    return {notice: (name, text.format(quality=jpeg_quality)) for notice, (name, text) in _TEXTS.items()}
+
+
+def listed(names: Sequence[str], total: int) -> str:
+    """Return the first `MAX_NAMES` names, and how many more there are of `total`."""
+    shown = names[:MAX_NAMES]
+    return ", ".join(shown) + (f" and {total - len(shown):,} more" if total > len(shown) else "")
+
+
+def printable(text: str) -> str:
+    """Return a name as one line of valid Unicode: line breaks, control characters and invalid bytes are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,100 @@
+"""Whether logits can be what they are taken for: warnings of what a person would want to know before training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastkd import console
+from fastkd.kernels import agreement, chance_limits
+
+LOOKED_AT = 1 << 17
+"""Rows, evenly spread, of which predicted classes are compared with labels."""
+GLANCED_AT = 2048
+"""Rows, evenly spread, of which the form of the values is looked at."""
+SHOWN = 5
+NEAR_ONE = 1e-2  # of a row's sum: float16 keeps three digits
+
+
+def judge_logits(
+    logits_NK: np.ndarray,
+    labels_N: np.ndarray,
+    top1: float,
+    stage: str,
+    whose: str,
+    class_names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Warn of logits that are at chance, of other classes, or no logits; return the facts for a manifest.
+
+    Parameters
+    ----------
+    logits_NK : floating point [N, K]
+        May be a memory map. Finite.
+    labels_N : int64 [N]
+    top1 : float
+        Share of all rows whose largest value is the label's.
+    stage
+        Where it is noticed, for warnings.
+    whose
+        What the logits are, for warnings: "the teacher".
+
+    Returns
+    -------
+    dict
+        `chance`, the top-1 of who knows nothing but how frequent classes are; `at_chance`, whether `top1` is not
+        significantly more; `moved_classes`, how many are predicted as another one.
+    """
+    N, K = logits_NK.shape
+    warn_of_form(_rows(logits_NK, GLANCED_AT), stage, whose)
+    chance, limit = chance_limits(labels_N, K)
+    at_chance = top1 <= limit
+    if at_chance:
+        console.warn(
+            f"{stage}: {whose} is at chance: its top-1 is {top1:.2%}, and naming the largest class alone gives "
+            f"{chance:.2%} ({limit:.2%} would be significant for {N:,} samples of {K:,} classes). A student learns "
+            "nothing from it. Are these its weights, its normalisation (teacher.mean, teacher.std) and its classes?"
+        )
+    rows = slice(None, None, max(1, -(-N // LOOKED_AT)))
+    predicted_R, y_R = _top_classes(logits_NK[rows]), labels_N[rows]
+    found = agreement(predicted_R, y_R, K)
+    moved = found.moved if len(found.moved) > 1 else found.moved[:0]  # in another order there are two at least
+    if len(moved):
+        names = class_names or [str(c) for c in range(K)]
+        shown = ", ".join(f"{names[y]!r} is predicted as {names[p]!r}" for p, y in moved[:SHOWN])
+        console.warn(
+            f"{stage}: the classes of {whose} are in another order than the labels: of {len(moved)} classes more than "
+            f"half of the images are predicted as one other class each ({shown}{', …' if len(moved) > SHOWN else ''}). "
+            f"Its top-1 is {found.top1:.2%}; with these classes exchanged it would be {found.moved_top1:.2%}. Put its "
+            "classes, or the data set's, into the order of the other"
+        )
+    return {"chance": chance, "at_chance": at_chance, "moved_classes": len(moved)}
+
+
+def warn_of_form(z_RK: np.ndarray, stage: str, whose: str) -> None:
+    """Warn of values that are no logits by their form: probabilities, whole numbers, the same for all samples."""
+    z_RK = z_RK.astype(np.float64)
+    sums_R = z_RK.sum(axis=1)
+    if z_RK.min() >= 0 and z_RK.max() <= 1 + NEAR_ONE and np.abs(sums_R - 1).max() <= NEAR_ONE:
+        console.warn(
+            f"{stage}: the values of {whose} are probabilities: none is negative and every row sums to 1. Losses take "
+            "them for logits, of a teacher that is nearly indifferent. Give logits, or np.log(np.maximum(p, 1e-8))"
+        )
+    elif (np.mod(z_RK, 1) == 0).all() and z_RK.any():
+        console.warn(
+            f"{stage}: all values of {whose} are whole numbers, from {z_RK.min():g} to {z_RK.max():g}: are these "
+            "logits, and not classes, votes or one-hot labels?"
+        )
+    if len(z_RK) > 1 and (z_RK == z_RK[0]).all():
+        console.warn(
+            f"{stage}: {whose} gives all samples the same values: its output does not depend on the image. Are these "
+            "its weights, and its normalisation?"
+        )
+
+
+def _rows(z_NK: np.ndarray, count: int) -> np.ndarray:
+    return np.asarray(z_NK[:: max(1, -(-len(z_NK) // count))])
+
+
+def _top_classes(z_RK: np.ndarray, chunk: int = 8192) -> np.ndarray:
+    parts = [np.asarray(z_RK[at : at + chunk], np.float32).argmax(axis=1) for at in range(0, len(z_RK), chunk)]
+    return np.concatenate(parts)
