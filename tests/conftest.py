@@ -116,6 +116,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for option, (variable, _) in STAND_INS.items():
         if value := config.getoption(option):
             os.environ[variable] = value
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     # Numba goes by the machine otherwise, and the loader by numba; two threads are tested on one core as well.
     os.environ.setdefault("NUMBA_NUM_THREADS", str(max(2, usable_cores())))
 

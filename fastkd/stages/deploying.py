@@ -126,6 +126,8 @@ def _write(directory: Path, student: Student, images: Tensor) -> None:
 
 def _worst_differences(directory: Path, student: Student, images: list[Tensor]) -> dict[str, float]:
     """Return how far each file's logits are off the net's at most, over the largest of all."""
+    # Else ONNX Runtime writes an id into the user's cache folder, and sends events to its makers.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     session = onnxruntime.InferenceSession(directory / "student.onnx", providers=["CPUExecutionProvider"])
