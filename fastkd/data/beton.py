@@ -211,6 +211,7 @@ def write_here(request: tuple[str, dict[str, Any], str], report: watched.Report)
         raise FastkdError(f"writer {name}: read() failed: {watched.describe_error(error)[1]}") from error
     datasets, classes = _check_source(name, source)
     splits, digests = {}, {}
+    two_labels: list[Found] = []
     for split in SPLITS:
         file = Path(directory) / f"{split}.beton"
         job, splits[split] = _write_split(file, split, datasets[split], len(classes), options, report)
@@ -226,7 +227,8 @@ def write_here(request: tuple[str, dict[str, Any], str], report: watched.Report)
                 )
         else:
             in_both = (job.records["state"] == STORED) & np.isin(digests[split], digests["train"])
-    found = _found_in_both(job, in_both)
+        two_labels += _found_two_labels(job, classes)
+    found = _merged(two_labels) + _found_in_both(job, in_both)
     return Written(classes, splits, _merged([one for split in splits.values() for one in split.found]) + found)
 
 
@@ -644,6 +646,26 @@ def _found(job: _Job) -> list[Found]:
         if len(indices):
             found.append(Found(kind, text, {job.split: len(indices)}, job.names(indices)))
     return found
+
+
+def _found_two_labels(job: _Job, classes: Sequence[str]) -> list[Found]:
+    """Tell of the images of a split that are in it more than once, with different labels."""
+    indices = np.flatnonzero(job.records["state"] == STORED)
+    digests, labels = job.records["digest"][indices].copy().view("V16").reshape(-1), job.records["label"][indices]
+    _, first, group = np.unique(digests, return_index=True, return_inverse=True)
+    # An image that differs from the first of its group puts the whole group in doubt.
+    doubted = np.zeros(len(first), bool)
+    doubted[group[labels != labels[first[group]]]] = True
+    rows = np.flatnonzero(doubted[group])
+    if not len(rows):
+        return []
+    rows = rows[np.argsort(group[rows], kind="stable")]  # images that are the same stand side by side
+    names = [f"{job.names(indices[row : row + 1])[0]} as {printable(classes[labels[row]])}" for row in rows[:MAX_NAMES]]
+    text = (
+        "are stored more than once, byte for byte, with different labels (copies, or links into another class). "
+        "At most one label of each can be right; remove the others"
+    )
+    return [Found("two_labels", text, {job.split: len(rows)}, names)]
 
 
 def _found_in_both(job: _Job, in_both: np.ndarray) -> list[Found]:

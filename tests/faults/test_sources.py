@@ -1,5 +1,6 @@
 """Sources of images that are not what they seem, and sources that changed after they were written"""
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -335,3 +336,20 @@ def test_listing_is_the_same_in_any_order_of_the_disk(pets, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", Backwards)
     assert list_images(pets).files == before
+
+
+@pytest.mark.parametrize("way", ["copy", "link", "hard link"])
+def test_an_image_in_two_classes__is_told_with_both_names(tmp_path, way):
+    rng = np.random.default_rng(0)
+    root = tmp_path / "root"
+    for split, name, number in itertools.product(("train", "val"), ("cat", "dog"), range(3)):
+        file = root / split / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    cat, dog = root / "train/cat/0.png", root / "train/dog/z.png"
+    {"copy": shutil.copy, "link": os.symlink, "hard link": os.link}[way](cat, dog)
+    facts = write("image_folder", tmp_path / "out", {"root": str(root), "workers": 1})[0].facts
+    assert facts["found"]["two_labels"] == {"train": 2}
+    (warning,) = [text for text in facts["warnings"] if "different labels" in text]
+    assert f"{cat} as cat" in warning
+    assert f"{dog} as dog" in warning
