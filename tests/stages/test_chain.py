@@ -51,7 +51,7 @@ def test_the_whole_way_leaves_a_run_that_tells_its_story(tiny_recipe, tiny):
     assert timing["further_student_s"] == pytest.approx(own)
     assert timing["first_student_s"] == pytest.approx(sum(seconds.values()))
     assert timing["teacher_training_s"] > 0
-    assert run.cost_s >= own * 0.99
+    assert run.cost_s >= own - seconds["setup"]  # the teacher is loaded before the RUN is begun
     assert timing["images_per_s"] > 0
 
     described = json.loads((run.path / "model.json").read_text())
