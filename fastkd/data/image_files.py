@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from fastkd.data.notices import MAX_NAMES, listed
 from fastkd.errors import InputError
 
 SUFFIXES = frozenset(
@@ -21,7 +22,6 @@ _SYSTEM = frozenset(
     {"@eadir", "@tmp", "@recycle", "__macosx", "__pycache__", "lost+found", "#recycle", "$recycle.bin"}
     | {"system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 )
-_MAX_NAMES = 5
 
 HIDDEN = "hidden"
 SYSTEM = "of an operating system"
@@ -60,8 +60,7 @@ def shown(name: str | os.PathLike[str]) -> str:
 def some(names: Iterable[str]) -> str:
     """Return up to five names for a message, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - _MAX_NAMES:,} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(map(shown, names[:_MAX_NAMES])) + more
+    return listed([shown(name) for name in names[:MAX_NAMES]], len(names))
 
 
 def folded(name: str) -> str:
