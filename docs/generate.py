@@ -17,7 +17,7 @@ import typer
 from pydantic import BaseModel
 
 from fastkd import cli
-from fastkd.data.source import WriterOptions, load_writer, writer_names
+from fastkd.data.writer_api import WriterOptions, load_writer, writer_names
 from fastkd.recipe import Recipe
 
 DOCS = Path(__file__).resolve().parent

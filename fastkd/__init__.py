@@ -15,14 +15,14 @@ from fastkd import caches
 
 if TYPE_CHECKING:
     from fastkd.engine.losses import kd_loss
+    from fastkd.public_loader import Loader
     from fastkd.recipe import load as load_recipe
-    from fastkd.stages.own_loop import Loader
 
 __version__ = "0.1.0"
 __all__ = ["Loader", "__version__", "kd_loss", "load_recipe", "shipped"]
 
 _HOMES = {
-    "Loader": ("fastkd.stages.own_loop", "Loader"),
+    "Loader": ("fastkd.public_loader", "Loader"),
     "kd_loss": ("fastkd.engine.losses", "kd_loss"),
     "load_recipe": ("fastkd.recipe", "load"),
 }

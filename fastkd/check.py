@@ -15,7 +15,7 @@ def main(
     pairs: Annotated[int, typer.Option(min=1, help="How many (sample, view) the teacher is asked about again.")] = 256,
     seed: Annotated[int | None, typer.Option(min=0, help="Which of them; default: others each time.")] = None,
     no_code: cli.NoCode = False,
-) -> cli.Told:
+) -> cli.CommandResult:
     """Verify every checksum; of a recipe, also re-run its teacher on random views and compare with what is stored.
 
     Exits with 2 where something is damaged or not the teacher's.
@@ -24,7 +24,7 @@ def main(
 
     Example: python -m fastkd.check recipes/quickstart.yaml --pairs 1000
     """
-    from fastkd.stages.storage import check_artifact
+    from fastkd.artifacts.inventory import check_artifact
 
     cli.forbid_code(no_code)
     if (Path(path) / artifacts.MANIFEST).exists() or Path(path).is_dir():
@@ -41,8 +41,8 @@ def main(
     return _told(path, "all is as it should be", sum(one.pairs for one in found), seed)
 
 
-def _told(path: str, said: str, compared: int, seed: int | None) -> cli.Told:
-    return cli.Told(f"check: {said}", {"path": path, "whole": True, "compared": compared, "seed": seed})
+def _told(path: str, said: str, compared: int, seed: int | None) -> cli.CommandResult:
+    return cli.CommandResult(f"check: {said}", {"path": path, "whole": True, "compared": compared, "seed": seed})
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ WARNINGS = "warnings"
 
 
 @dataclass(frozen=True)
-class Told:
+class CommandResult:
     """What a command ends with.
 
     Attributes
@@ -56,7 +56,7 @@ class Told:
     error: FastkdError | None = None
 
     @classmethod
-    def of(cls, line: str, artifact: "Artifact", built: bool, **more: Any) -> "Told":
+    def of(cls, line: str, artifact: "Artifact", built: bool, **more: Any) -> "CommandResult":
         """Tell of an artifact."""
         about = {"path": str(artifact.path), "kind": artifact.manifest.kind, "key": artifact.key}
         return cls(line, about | {"built": built, "cost_s": artifact.cost_s} | more)
@@ -68,7 +68,7 @@ def forbid_code(forbidden: bool) -> None:
         os.environ[NO_CODE] = "1"
 
 
-def run(*commands: Callable[..., Told | None], named: bool = False, together: bool = False) -> None:
+def run(*commands: Callable[..., CommandResult | None], named: bool = False, together: bool = False) -> None:
     """Run a command, or of several (`named`) the one that the first argument names, and exit.
 
     With `together`, the processes that torchrun starts do it as one.
@@ -89,7 +89,7 @@ def run(*commands: Callable[..., Told | None], named: bool = False, together: bo
                     sys.exit(1)
 
 
-def _run(commands: Sequence[Callable[..., Told | None]], *, named: bool, together: bool) -> None:
+def _run(commands: Sequence[Callable[..., CommandResult | None]], *, named: bool, together: bool) -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console.err, show_path=False)]
     )
@@ -148,16 +148,16 @@ def _processes(together: bool) -> Iterator[bool]:
     if not together:
         yield True
         return
-    from fastkd import world  # torch takes seconds, and --help needs none
+    from fastkd import distributed  # torch takes seconds, and --help needs none
 
-    with world.joined() as all_processes:
-        yield all_processes.leads
+    with distributed.joined() as all_processes:
+        yield all_processes.is_main
 
 
-def as_command(command: Callable[..., Told | None], *, together: bool = False) -> Callable[..., None]:
+def as_command(command: Callable[..., CommandResult | None], *, together: bool = False) -> Callable[..., None]:
     """Return what typer makes a command of: errors become messages and exit codes.
 
-    One that returns `Told` has ``--quiet`` and ``--json``.
+    One that returns `CommandResult` has ``--quiet`` and ``--json``.
     """
     signature = inspect.signature(command)
 
@@ -191,7 +191,7 @@ def as_command(command: Callable[..., Told | None], *, together: bool = False) -
             _stop(*told_of)
 
     parameters = list(signature.parameters.values())
-    if signature.return_annotation is Told:
+    if signature.return_annotation is CommandResult:
         parameters.append(Parameter("quiet", Parameter.KEYWORD_ONLY, default=False, annotation=Quiet))
         parameters.append(Parameter("as_json", Parameter.KEYWORD_ONLY, default=False, annotation=AsJson))
     guarded.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

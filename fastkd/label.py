@@ -12,19 +12,19 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     force: Annotated[bool, typer.Option(help="Label again although these LABELS are there.")] = False,
     no_code: cli.NoCode = False,
-) -> cli.Told:
+) -> cli.CommandResult:
     """Run the teacher over the views of the kept samples that students will see, and store its reshaped logits.
 
     JSON keys: path, kind, key, built, cost_s, count, views, bytes.
 
     Example: python -m fastkd.label recipes/rn50_r18.yaml labels.views=20
     """
-    from fastkd import stages
+    from fastkd import pipeline
 
     cli.forbid_code(no_code)
-    artifact, built = stages.label(recipe.load(path, overrides or ()), force=force)
+    artifact, built = pipeline.label(recipe.load(path, overrides or ()), force=force)
     facts = artifact.facts
-    return cli.Told.of(
+    return cli.CommandResult.of(
         f"LABELS: {artifact.path} ({facts['count']:,} samples × {facts['views']} views, "
         f"{facts['bytes'] / 1e6:,.1f} MB)",
         artifact,

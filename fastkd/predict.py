@@ -19,7 +19,7 @@ def main(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a RUN, or of a student that was exported.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes are told of each image.")] = 3,
-) -> cli.Told:
+) -> cli.CommandResult:
     """Tell the most probable classes of images from anywhere.
 
     Images are decoded, cut and resized as those were that the student was evaluated on. One that cannot be read is an
@@ -30,7 +30,7 @@ def main(
     Example: python -m fastkd.predict runs/quickstart-01234567 boot.png photos/ --top 5
     """
     from fastkd.stages.predicting import find_images, predict
-    from fastkd.stages.student import open_student
+    from fastkd.stages.trained_student import open_student
 
     student = open_student(run)
     files = find_images(images)
@@ -54,7 +54,7 @@ def main(
         table.add_row(*map(escape, (str(prediction.path), *cells)))
     if broken < len(files):
         console.show(table)
-    return cli.Told(
+    return cli.CommandResult(
         f"predict: {len(files) - broken} of {len(files)} images, by {student.described['model']}",
         {"model": student.described["model"], "images": images_told},
         InputError(f"{broken} of {len(files)} images could not be read") if broken else None,

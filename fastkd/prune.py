@@ -34,7 +34,7 @@ def main(
     reshape: Annotated[bool, typer.Option(help="Rescale stored logits by σ of their class.")] = True,
     force: Annotated[bool, typer.Option(help="Select again although this SUBSET is there.")] = False,
     no_code: cli.NoCode = False,
-) -> cli.Told:
+) -> cli.CommandResult:
     """Select the samples to keep and store their reshaped logits.
 
     JSON keys: path, kind, key, built, cost_s, count, of, keep_ratio, class_counts.
@@ -43,8 +43,6 @@ def main(
 
     Example: python -m fastkd.prune --logits Z.npy --labels Y.npy --keep-ratio 0.5 --out subset
     """
-    from fastkd import stages
-
     cli.forbid_code(no_code)
     if (path is None) == (logits is None):
         raise InputError("give either a RECIPE, or --logits with --labels and --out")
@@ -58,11 +56,15 @@ def main(
             chosen = recipe.Prune.model_validate(given)
         except ValidationError as error:
             raise InputError(f"wrong options:\n{explain(error, recipe.Prune)}") from None
-        artifact, built = stages.prune_arrays(logits, labels, out, chosen, reshape=reshape, force=force)
+        from fastkd.stages.pruning import prune_arrays
+
+        artifact, built = prune_arrays(logits, labels, out, chosen, reshape=reshape, force=force)
     else:
-        artifact, built = stages.prune(recipe.load(str(path), overrides or ()), force=force, pictures=True)
+        from fastkd import pipeline
+
+        artifact, built = pipeline.prune(recipe.load(str(path), overrides or ()), force=force, pictures=True)
     facts = artifact.facts
-    return cli.Told.of(
+    return cli.CommandResult.of(
         f"SUBSET: {artifact.path} {'built' if built else 'was there'}: "
         f"{facts['count']:,} of {facts['of']:,} samples ({facts['keep_ratio']:.2%})",
         artifact,

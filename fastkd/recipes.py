@@ -20,7 +20,7 @@ SCHEMA = "recipe.schema.json"
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, as `list` prints it.")]
 
 
-def list_() -> cli.Told:
+def list_() -> cli.CommandResult:
     """List the recipes, each with the first line of its head.
 
     JSON keys: recipes (of each: name, about, path).
@@ -39,10 +39,10 @@ def list_() -> cli.Told:
     for one in recipes:
         table.add_row(escape(one["name"]), escape(one["about"]))
     console.show(table)
-    return cli.Told(f"{len(recipes)} recipes", {"recipes": recipes})
+    return cli.CommandResult(f"{len(recipes)} recipes", {"recipes": recipes})
 
 
-def show(name: Name) -> cli.Told:
+def show(name: Name) -> cli.CommandResult:
     """Print a recipe as it is written.
 
     JSON keys: name, path, text.
@@ -51,10 +51,10 @@ def show(name: Name) -> cli.Told:
     """
     file = _find(name)
     text = file.read_text(encoding="utf-8")
-    return cli.Told(text.removesuffix("\n"), {"name": file.stem, "path": str(file), "text": text})
+    return cli.CommandResult(text.removesuffix("\n"), {"name": file.stem, "path": str(file), "text": text})
 
 
-def copy(name: Name) -> cli.Told:
+def copy(name: Name) -> cli.CommandResult:
     """Copy a recipe into the current directory, with the recipe of its teacher and the schema for editors.
 
     Nothing is overwritten: where a file of that name holds something else, nothing is copied.
@@ -75,7 +75,7 @@ def copy(name: Name) -> cli.Told:
     for source in new:
         shutil.copyfile(source, source.name)
     console.say(f"copied: {', '.join(f.name for f in new) or 'nothing, all of it is there already'}")
-    return cli.Told(
+    return cli.CommandResult(
         f"train it: python -m fastkd.train {file.name}", {"path": file.name, "copied": [f.name for f in new]}
     )
 

@@ -12,20 +12,20 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
     force: Annotated[bool, typer.Option(help="Score again although these SCORES are there.")] = False,
     no_code: cli.NoCode = False,
-) -> cli.Told:
+) -> cli.CommandResult:
     """Run the teacher over all of train, in the plain view, and store its logits.
 
     JSON keys: path, kind, key, built, cost_s, count, classes, top1, chance, at_chance, moved_classes.
 
     Example: python -m fastkd.score recipes/quickstart.yaml score.batch_size=512
     """
-    from fastkd import stages
+    from fastkd import pipeline
 
     cli.forbid_code(no_code)
-    artifact, built = stages.score(recipe.load(path, overrides or ()), force=force)
+    artifact, built = pipeline.score(recipe.load(path, overrides or ()), force=force)
     line = f"SCORES: {artifact.path} (teacher's top-1 on train {artifact.facts['top1']:.2%})"
     names = ("count", "classes", "top1", "chance", "at_chance", "moved_classes")
-    return cli.Told.of(line, artifact, built, **{name: artifact.facts.get(name) for name in names})
+    return cli.CommandResult.of(line, artifact, built, **{name: artifact.facts.get(name) for name in names})
 
 
 if __name__ == "__main__":

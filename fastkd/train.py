@@ -27,7 +27,7 @@ def main(
         bool, typer.Option("--dry-run", help="Tell what would be built, and what reused; write nothing.")
     ] = False,
     no_code: cli.NoCode = False,
-) -> cli.Told:
+) -> cli.CommandResult:
     """Train a student; whatever it needs and is missing is built first, whatever is there is reused.
 
     What was broken off goes on from its last checkpoint when the same command is given again.
@@ -37,8 +37,6 @@ def main(
 
     Example: python -m fastkd.train recipes/quickstart.yaml prune.keep_ratio=0.3 seed=1
     """
-    from fastkd import stages
-
     cli.forbid_code(no_code)
     resolved = recipe.load(path, overrides or ())
     if resume and resume.name.endswith(artifacts.PARTIAL):
@@ -47,7 +45,9 @@ def main(
         raise InputError(f"--resume {resume}: nothing was begun there")
     if dry_run:
         return _dry_run(resolved, frozenset(force or ()), resume)
-    run, built = stages.train(resolved, out=resume, source=Path(path), force=frozenset(force or ()))
+    from fastkd import pipeline  # torch takes seconds
+
+    run, built = pipeline.train(resolved, out=resume, source=Path(path), force=frozenset(force or ()))
     if not built:
         console.say("this recipe has been trained (--force train: train again)")
     timing = json.loads(run.file("timing.json").read_bytes())
@@ -56,7 +56,7 @@ def main(
         console.say(f"{name.partition('.')[0]}: {run.file(name)}")
     console.say(f"report: python -m fastkd.report {shlex.quote(str(run.path))}")
     figures = ("first_student_s", "further_student_s", "teacher_training_s", "images_per_s", "data_wait_share")
-    return cli.Told.of(
+    return cli.CommandResult.of(
         f"RUN: {run.path}",
         run,
         built,
@@ -70,7 +70,7 @@ def main(
 
 def _was_begun(run: Path) -> bool:
     """Tell whether there is a RUN at a path, begun or finished, as the leading process sees it."""
-    from fastkd.stages.together import decided_by_leader
+    from fastkd.stages.distributed_build import decided_by_leader
 
     return decided_by_leader(lambda: run.exists() or artifacts.partial_of(run).exists())
 
@@ -103,13 +103,13 @@ STATES = {
 }
 
 
-def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> cli.Told:
+def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> cli.CommandResult:
     """Tell what training would do."""
-    from fastkd.benchmarks.plan import duration, expected, out_of
-    from fastkd.stages.outlook import outlook
+    from fastkd.bench.plan import duration, expected, out_of
+    from fastkd.dry_run import dry_run
 
     console.out.print(recipe.dump(resolved), end="", markup=False)
-    told = outlook(resolved, force=force, out=out)
+    told = dry_run(resolved, force=force, out=out)
     seconds = expected(resolved, told.runtime, told.keep_ratio)
     table = Table(title=f"dry run: {resolved.name}: nothing was written", title_justify="left")
     table.add_column("stage")
@@ -141,7 +141,7 @@ def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -
         {"stage": s.stage, "state": s.state, "path": s.path and str(s.path), "cost_s": s.seconds, "bytes": s.size}
         for s in told.steps
     ]
-    return cli.Told(ahead, {"recipe": resolved.name, "stages": steps, "ahead_s": None if unknown else ahead_s})
+    return cli.CommandResult(ahead, {"recipe": resolved.name, "stages": steps, "ahead_s": None if unknown else ahead_s})
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fastkd import cli, console, plain_yaml
+from fastkd import cli, console
 from fastkd.artifacts import WARNINGS
-from fastkd.data.source import load_writer, writer_names
+from fastkd.data.writer_api import load_writer, writer_names
 from fastkd.errors import InputError
+from fastkd.recipe import plain_yaml
 from fastkd.stages.writing import write
 
 
@@ -19,7 +20,7 @@ def main(
     out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The data set: a new directory.")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The writer's options.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a data set that was written there before.")] = False,
-) -> cli.Told:
+) -> cli.CommandResult:
     """See _help()."""
     console.heading(f"write {writer} → {out_dir}")
     with console.bars() as progress:
@@ -29,7 +30,7 @@ def main(
         console.warn(text)
     size = sum(stamp.size for stamp in artifact.manifest.files.values())
     done = f"written in {artifact.cost_s:.1f} s" if written else "reused: it was written before, with the same options"
-    return cli.Told.of(
+    return cli.CommandResult.of(
         f"{artifact.path}: {counts['train']:,} train and {counts['val']:,} val images of {len(facts['classes'])} "
         f"classes, {size / 1e6:,.1f} MB; {done}",
         artifact,

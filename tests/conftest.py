@@ -18,6 +18,7 @@ from harness import seconds
 
 from fastkd import artifacts, cli, console, recipe
 from fastkd.doctor import usable_cores
+from fastkd.export.student import export_student
 
 hypothesis.settings.register_profile("fastkd", deadline=None)  # the first call of a kernel compiles it
 hypothesis.settings.load_profile("fastkd")
@@ -30,7 +31,7 @@ WRITER = '''
 import io, os, signal, sys, time
 import numpy as np
 from PIL import Image
-from fastkd.data.source import WriterOptions
+from fastkd.data.writer_api import WriterOptions
 from fastkd.errors import InputError
 
 class Options(WriterOptions):
@@ -187,7 +188,7 @@ def tiny_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> artifacts.Artifact:
     """A DATASET of 150 + 60 images 16×16 in 3 classes; not to be changed."""
-    from fastkd.stages import write
+    from fastkd.pipeline import write
 
     return write("arrays", tmp_path_factory.mktemp("data") / "tiny", {"file": str(tiny_npz), "workers": 1})[0]
 
@@ -223,9 +224,9 @@ log: {{every_steps: 1}}
 @pytest.fixture(scope="session")
 def tiny_teacher(tiny: artifacts.Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The RUN of the teacher of `tiny_recipe`."""
-    from fastkd.stages import Chain
+    from fastkd.pipeline import Pipeline
 
-    return Chain(recipe.load(write_recipes(tiny, tmp_path_factory.mktemp("teacher")))).teacher_run.path
+    return Pipeline(recipe.load(write_recipes(tiny, tmp_path_factory.mktemp("teacher")))).teacher_run.path
 
 
 @pytest.fixture(scope="session")
@@ -233,20 +234,19 @@ def tiny_run(
     tiny: artifacts.Artifact, tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> artifacts.Artifact:
     """The RUN of a student over `tiny`; not to be changed."""
-    from fastkd import stages
+    from fastkd import pipeline
 
     folder = tmp_path_factory.mktemp("student")
     student = write_recipes(tiny, folder)
     shutil.copytree(tiny_teacher, folder / "runs" / tiny_teacher.name)
-    return stages.train(recipe.load(student), source=student)[0]
+    return pipeline.train(recipe.load(student), source=student)[0]
 
 
 @pytest.fixture(scope="session")
 def tiny_student(tiny_run: artifacts.Artifact, tmp_path_factory: pytest.TempPathFactory) -> artifacts.Artifact:
     """The student of `tiny_run`, exported; not to be changed."""
-    from fastkd import stages
 
-    return stages.deploy(tiny_run.path, tmp_path_factory.mktemp("exported") / "student")[0]
+    return export_student(tiny_run.path, tmp_path_factory.mktemp("exported") / "student")[0]
 
 
 @pytest.fixture(scope="session")
@@ -296,10 +296,10 @@ def reseal() -> Callable[..., None]:
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Return a function that lets the next training stop after so many questions whether to."""
 
-    from fastkd.stages import stopping, training
+    from fastkd.stages import stop_signal, training
 
     def set_it(count: int) -> None:
-        class Request(stopping.StopRequest):
+        class Request(stop_signal.StopRequest):
             left = count
 
             @property

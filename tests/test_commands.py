@@ -19,23 +19,23 @@ from PIL import Image
 
 from fastkd import (
     artifacts,
-    bench,
     check,
     cli,
     console,
-    export,
     label,
+    pipeline,
     predict,
     prune,
     recipes,
-    report,
     score,
-    stages,
     train,
     write,
 )
 from fastkd.artifacts import __main__ as artifacts_command
+from fastkd.bench import __main__ as bench
 from fastkd.errors import FastkdError
+from fastkd.export import __main__ as export
+from fastkd.report import __main__ as report
 from fastkd.stages import training
 
 PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
@@ -103,7 +103,7 @@ TELLING = {
     "recipes show": (recipes.show, "quickstart"),
     "recipes copy": (recipes.copy, "quickstart"),
 }
-"""What builds or tells something, with arguments; tests/benchmarks has the benchmarks."""
+"""What builds or tells something, with arguments; tests/bench has the benchmarks."""
 FINDS = ("check a recipe", "export a SUBSET", "artifacts ls", "artifacts gc")  # these take what others built
 
 
@@ -123,7 +123,7 @@ def test_json_is_one_object_on_stdout_whatever_is_warned_of(
     np.save("z.npy", np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32))
     np.save("y.npy", np.arange(12) % 3)
     Image.new("RGB", (16, 16)).save("image.png")
-    subset = stages.prune(tiny_recipe())[0].path if name in FINDS else None
+    subset = pipeline.prune(tiny_recipe())[0].path if name in FINDS else None
     capfd.readouterr()
     main, words = TELLING[name]
     places = {"recipe": tiny_recipe.path, "run": tiny_run.path, "subset": subset, "npz": tiny_npz, "tmp": tmp_path}

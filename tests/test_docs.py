@@ -32,7 +32,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)#]*)(#[^)]*)?\)")
 
 PARSED_ONLY = {
-    "bench": "measures for minutes; tests/benchmarks runs each on little data",
+    "bench": "measures for minutes; tests/bench runs each on little data",
     "doctor": "tells of the machine that it runs on, and so does its exit code; tests/test_doctor.py",
     "export runs/quickstart": "takes 4 s, and the first page's command that makes the same of another RUN is run",
     "report runs/quickstart": "takes 6 s; likewise",
@@ -184,7 +184,7 @@ def run(command: str, *, parse_only: bool = False) -> None:
 def parsed(as_command: Callable[..., Callable[..., None]]) -> Callable[..., Callable[..., None]]:
     """Make commands that do nothing, but for loading the recipe that they would."""
 
-    def idle(command: Callable[..., cli.Told], *, together: bool = False) -> Callable[..., None]:
+    def idle(command: Callable[..., cli.CommandResult], *, together: bool = False) -> Callable[..., None]:
         @functools.wraps(command)
         def nothing(**given):
             if "overrides" in given:

@@ -12,7 +12,7 @@ import pytest
 from harness import seconds
 
 import fastkd
-from fastkd import stages
+from fastkd import pipeline
 
 PACKAGE = Path(fastkd.__file__).parent
 ROOT = PACKAGE.parent
@@ -20,43 +20,52 @@ ROOT = PACKAGE.parent
 # A unit is a module or a package right under fastkd, or a module that has rules of its own; "" is fastkd itself. A
 # dotted name allows that module alone. All may import themselves and fastkd (for its __version__), but those with an
 # empty set import nothing of fastkd.
-LEAVES = {"errors", "validation", "console", "world", "caches", "plain_yaml"}
+LEAVES = {"errors", "validation", "console", "distributed", "caches", "doctor"}
 ARRAYS_AND_FILES = {"recipe", "artifacts", "kernels"}
 PARTS = {"data", "models", "engine"}  # never each other: stages put them together
+ABOVE_STAGES = LEAVES | ARRAYS_AND_FILES | PARTS | {"stages"}
+PACKAGES = {"report", "export", "bench"}  # above the pipeline; nothing below imports them
 COMMANDS = {
-    *("write", "score", "prune", "label", "train", "bench", "check", "export", "report", "predict", "recipes"),
-    "artifacts.__main__",
-    "cli",
+    *("write", "score", "prune", "label", "train", "check", "predict", "recipes"),
+    *("artifacts.__main__", "report.__main__", "export.__main__", "bench.__main__", "cli"),
 }
 
 ALLOWED: dict[str, set[str]] = {
-    "": {
-        "caches",
-        "errors",
-        "recipe",
-        "engine.losses",
-        "stages.own_loop",
-    },  # what it offers at the top, imported when asked for
+    # What fastkd offers at the top, imported when it is asked for.
+    "": {"caches", "errors", "recipe", "engine.losses", "public_loader"},
     "errors": set(),
-    "caches": set(),  # the doctor loads it where nothing is installed
-    "validation": {"errors"},
-    "plain_yaml": {"errors"},
-    "console": {"errors"},
-    "watch": {"errors"},
-    "meeting": {"errors", "watch"},
-    "world": {"errors", "console", "artifacts", "watch", "meeting"},
-    **{unit: {"errors", "validation"} for unit in ARRAYS_AND_FILES},
-    "kernels": {"errors", "validation", "caches"},
-    "recipe": {"errors", "validation", "plain_yaml"},
-    "artifacts": {"errors", "validation", "console"},  # a manifest lists the warnings that were given
-    **dict.fromkeys(PARTS, LEAVES | ARRAYS_AND_FILES | {"doctor"}),  # doctor is a leaf itself, and knows the cores
-    "stages": LEAVES | ARRAYS_AND_FILES | PARTS | {"doctor"},
-    "benchmarks": LEAVES | ARRAYS_AND_FILES | PARTS | {"stages", "doctor"},
-    **{unit: LEAVES | {"recipe", "artifacts", "stages", "benchmarks", "cli", "data.source"} for unit in COMMANDS},
+    "caches": set(),  # doctor loads it where nothing is installed
     "doctor": set(),  # runs where nothing is installed
+    "validation": {"errors"},
+    "console": {"errors"},
+    "peer_watch": {"errors"},
+    "rendezvous": {"errors", "peer_watch"},
+    "distributed": {"errors", "console", "artifacts", "peer_watch", "rendezvous"},
+    "recipe": {"errors", "validation"},
+    "kernels": {"errors", "validation", "caches"},
+    "artifacts": {"errors", "validation", "console"},  # a manifest lists the warnings that were given
+    **dict.fromkeys(PARTS, LEAVES | ARRAYS_AND_FILES),
+    "stages": LEAVES | ARRAYS_AND_FILES | PARTS | {"pipeline"},
+    "pipeline": ABOVE_STAGES | {"report"},
+    "dry_run": ABOVE_STAGES | {"pipeline"},
+    "public_loader": ABOVE_STAGES | {"pipeline"},
+    **dict.fromkeys(PACKAGES, ABOVE_STAGES | {"pipeline"}),
+    "bench": ABOVE_STAGES | {"pipeline", "report"},
+    **{
+        unit: LEAVES | PACKAGES | {"recipe", "artifacts", "stages", "pipeline", "dry_run", "cli", "data.writer_api"}
+        for unit in COMMANDS
+    },
 }
+CIRCLES: list[set[str]] = [
+    {
+        "fastkd.pipeline",
+        "fastkd.report.subset_plots",
+        *(f"fastkd.stages.{name}" for name in ("labelling", "pruning", "scoring", "training", "training_setup")),
+    }
+]
+"""Circles that there still are."""
 HEAVY = {"torch", "torchvision", "numba", "ffcv"}
-MAY_IMPORT_FFCV = {"fastkd.benchmarks.pipelines"}  # beside fastkd.data: it compares with FFCV's own pipelines
+MAY_IMPORT_FFCV = {"fastkd.bench.pipelines"}  # beside fastkd.data: it compares with FFCV's own pipelines
 
 
 def imported(source: str, module: str, is_package: bool = False) -> Iterator[str]:
@@ -72,7 +81,7 @@ def imported(source: str, module: str, is_package: bool = False) -> Iterator[str
 
 
 def unit_of(module: str) -> str:
-    """Return the unit of a module of fastkd: fastkd.data.source → data."""
+    """Return the unit of a module of fastkd: fastkd.data.writer_api → data."""
     inside = module.partition(".")[2]
     return inside if inside in ALLOWED else inside.partition(".")[0]
 
@@ -116,6 +125,33 @@ def test_imports_follow_the_layers():
     assert not wrong, "\n".join(wrong)
 
 
+def circles() -> list[set[str]]:
+    """Return the sets of modules that import one another, directly or through others; lazily and for types too."""
+    names = {name for _, name, _ in modules()}
+    graph = {}
+    for path, name, is_package in modules():
+        found = imported(path.read_text(), name, is_package)
+        ends = {one if one in names else one.rpartition(".")[0] for one in found}
+        # A package's own name is imported with each of its modules, and fastkd's is for its version.
+        graph[name] = {end for end in ends & names if end not in (name, "fastkd")}
+
+    def reached(start: str) -> set[str]:
+        seen, waiting = set(), [start]
+        while waiting:
+            new = graph[waiting.pop()] - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    rings = {frozenset(other for other in reach[name] if name in reach[other]) for name in graph if name in reach[name]}
+    return [set(ring) for ring in rings]
+
+
+def test_no_modules_import_one_another():
+    assert circles() == CIRCLES
+
+
 def test_no_module_shadows_the_standard_library():
     """``python fastkd/train.py`` puts fastkd/ first on the path: a ``select.py`` there would break ``subprocess``."""
     assert {path.stem for path in PACKAGE.glob("*.py")}.isdisjoint(sys.stdlib_module_names)
@@ -131,22 +167,22 @@ def test_no_module_shadows_the_standard_library():
         ("fastkd.errors", "import fastkd.console"),
         ("fastkd.recipe", "from fastkd import artifacts"),
         ("fastkd.artifacts", "from .recipe import load"),
-        ("fastkd.artifacts", "from fastkd.stages import storage"),
+        ("fastkd.artifacts", "from fastkd.stages import resumable"),
         ("fastkd.kernels", "from fastkd import console"),
         ("fastkd.artifacts", "from fastkd import cli"),
         ("fastkd.artifacts.inner", "from fastkd import stages"),
         ("fastkd.artifacts.__main__", "from fastkd.data import loader"),
         ("fastkd.console", "from fastkd.artifacts import load"),
         ("fastkd.kernels.scores", "import torch.nn.functional as F"),
-        ("fastkd.kernels.scores", "from fastkd.data import source"),
+        ("fastkd.kernels.scores", "from fastkd.data import loader"),
         ("fastkd.data.loader", "from fastkd.models import build"),
         ("fastkd.data.loader", "from ..engine.step import step"),
         ("fastkd.engine.step", "def f():\n    from fastkd.data.loader import Loader"),
         ("fastkd.engine.step", "import ffcv.loader"),
-        ("fastkd.models.cifar", "if True:\n    import fastkd.stages.train as t"),
-        ("fastkd.stages.train", "from fastkd.benchmarks import savings"),
-        ("fastkd.stages.train", "from ffcv.fields import IntField"),
-        ("fastkd.benchmarks.savings", "from ffcv.loader import Loader"),
+        ("fastkd.models.cifar", "if True:\n    import fastkd.stages.training as t"),
+        ("fastkd.pipeline", "from fastkd.bench import savings"),
+        ("fastkd.stages.training", "from ffcv.fields import IntField"),
+        ("fastkd.bench.savings", "from ffcv.loader import Loader"),
         ("fastkd.train", "from fastkd.engine import losses"),
         ("fastkd.write", "from fastkd.data import loader"),
         ("fastkd.write", "from fastkd import data"),
@@ -154,7 +190,7 @@ def test_no_module_shadows_the_standard_library():
         ("fastkd.doctor", "from fastkd.errors import InputError"),
         ("fastkd.doctor", "from fastkd import __version__"),
         ("fastkd.newcomer", ""),
-        ("fastkd", "from fastkd.stages import Chain"),
+        ("fastkd", "from fastkd.pipeline import Pipeline"),
     ],
 )
 def test_a_broken_rule_is_seen(module, source):
@@ -168,17 +204,20 @@ def test_a_broken_rule_is_seen(module, source):
         ("fastkd.recipe", "from fastkd import __version__\nfrom fastkd.errors import InputError"),
         ("fastkd.kernels.scores", "import numba\nfrom fastkd.kernels import convert\nfrom .convert import f"),
         ("fastkd.data.loader", "import ffcv, torch\nimport fastkd\nfrom . import view\nfrom fastkd import recipe"),
-        ("fastkd.stages.train", "from fastkd.stages import label\nfrom fastkd.data.loader import Loader"),
-        ("fastkd.benchmarks.savings", "from fastkd import engine, stages"),
-        ("fastkd.benchmarks.pipelines", "from fastkd import doctor\nfrom ffcv.loader import Loader"),
-        ("fastkd.train", "from fastkd import cli, console, recipe, stages"),
+        ("fastkd.stages.training", "from fastkd.stages import labelling\nfrom fastkd.data.loader import Loader"),
+        ("fastkd.bench.savings", "from fastkd import engine, stages"),
+        ("fastkd.bench.pipelines", "from fastkd import doctor\nfrom ffcv.loader import Loader"),
+        ("fastkd.train", "from fastkd import cli, console, pipeline, recipe"),
         (
             "fastkd.write",
-            "from fastkd.data.source import load\nimport fastkd.data.source\nfrom fastkd.data import source",
+            "from fastkd.data.writer_api import load\nimport fastkd.data.writer_api",
         ),
-        ("fastkd.artifacts.__main__", "from fastkd import artifacts, cli, console\nfrom fastkd.stages import storage"),
+        (
+            "fastkd.artifacts.__main__",
+            "from fastkd import artifacts, cli, console\nfrom fastkd.artifacts import inventory",
+        ),
         ("fastkd.doctor", "import json"),
-        ("fastkd", "if TYPE_CHECKING:\n    from fastkd.stages.own_loop import Loader"),
+        ("fastkd", "if TYPE_CHECKING:\n    from fastkd.public_loader import Loader"),
     ],
 )
 def test_a_kept_rule_is_not_reported(module, source):
@@ -219,7 +258,7 @@ def run_elsewhere(code: str, cwd: Path) -> str:
     "module",
     [
         *("fastkd", "fastkd.errors", "fastkd.artifacts", "fastkd.recipe"),
-        *("fastkd.stages.writing", "fastkd.stages.storage"),  # what lists and writes need not wait for torch
+        *("fastkd.stages.writing", "fastkd.artifacts.inventory"),  # what lists and writes need not wait for torch
     ],
 )
 def test_light_modules_import_nothing_heavy(module, tmp_path):
@@ -273,7 +312,7 @@ def test_no_command_waits_for_what_it_does_not_need(words, tiny, tiny_npz, tiny_
     """Seen in `sys.modules` when the command has ended, whether it did its work or refused its input."""
     np.save(tmp_path / "z.npy", np.random.default_rng(0).standard_normal((12, 3)).astype(np.float32))
     np.save(tmp_path / "y.npy", np.arange(12) % 3)
-    subset = stages.prune(tiny_recipe())[0].path if "{subset}" in words else None
+    subset = pipeline.prune(tiny_recipe())[0].path if "{subset}" in words else None
     places = {"place": tmp_path, "tmp": tmp_path / "out", "tiny": tiny.path, "npz": tiny_npz, "run": tiny_run.path}
     given = words.format(subset=subset, recipe=tiny_recipe.path, **places).split()
     code = f"""

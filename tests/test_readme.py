@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd import recipe, stages
+from fastkd import pipeline, recipe
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -24,7 +24,7 @@ def test_the_ten_line_writer_writes(tmp_path):
     for split, count in (("train", 12), ("val", 4)):
         np.save(tmp_path / f"{split}_images.npy", rng.integers(0, 256, (count, 9, 9), dtype=np.uint8))
         np.save(tmp_path / f"{split}_labels.npy", np.arange(count) % 2)
-    dataset, _ = stages.write(str(tmp_path / "my_writer.py"), tmp_path / "mine", {"root": str(tmp_path)})
+    dataset, _ = pipeline.write(str(tmp_path / "my_writer.py"), tmp_path / "mine", {"root": str(tmp_path)})
     assert dataset.facts["counts"] == {"train": 12, "val": 4}
     assert dataset.facts["classes"] == ["no", "yes"]
 

@@ -8,8 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastkd import plain_yaml, recipe
+from fastkd import recipe
 from fastkd.errors import InputError
+from fastkd.recipe import plain_yaml
 from fastkd.write import _key_values
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))

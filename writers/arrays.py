@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions, stratified_split
+from fastkd.data.writer_api import ArrayDataset, LocalPath, Source, WriterOptions, stratified_split
 from fastkd.doctor import memory
 from fastkd.errors import InputError
 

@@ -9,7 +9,7 @@ unpickles them only after checking their md5.
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions, download_folder
+from fastkd.data.writer_api import ArrayDataset, LocalPath, Source, WriterOptions, download_folder
 from fastkd.errors import InputError
 
 

@@ -8,7 +8,7 @@ Enlarged to `px` by repeating pixels; a fixed `val_ratio` of every class becomes
 import numpy as np
 from pydantic import Field
 
-from fastkd.data.source import ArrayDataset, Source, WriterOptions, stratified_split
+from fastkd.data.writer_api import ArrayDataset, Source, WriterOptions, stratified_split
 
 
 class Options(WriterOptions):

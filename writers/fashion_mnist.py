@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd.data.source import ArrayDataset, LocalPath, Source, WriterOptions, download_folder
+from fastkd.data.writer_api import ArrayDataset, LocalPath, Source, WriterOptions, download_folder
 from fastkd.errors import InputError
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]

@@ -15,7 +15,7 @@ from typing import Literal
 
 from fastkd import console
 from fastkd.data.image_files import LOOKED_FOR, Listing, folded, left_out_text, list_classes, list_images, shown, some
-from fastkd.data.source import LocalPath, Source, WriterOptions
+from fastkd.data.writer_api import LocalPath, Source, WriterOptions
 from fastkd.errors import InputError
 
 

@@ -557,6 +557,11 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
+def progress_file(path: Path) -> Path:
+    """Return where it stands how far the build of the artifact at `path` has come, if it can be resumed."""
+    return path.with_name(f".{path.name}.progress.json")
+
+
 def in_use(path: Path) -> bool:
     """Tell whether a process is building, or deleting, the artifact at `path`; also where it may be."""
     if not _lock_file(path).exists():

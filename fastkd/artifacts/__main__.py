@@ -10,7 +10,7 @@ from fastkd import cli, console
 from fastkd.errors import InputError
 
 if TYPE_CHECKING:
-    from fastkd.stages.storage import Found
+    from fastkd.artifacts.inventory import Found
 
 Folders = Annotated[
     list[Path] | None,
@@ -18,7 +18,7 @@ Folders = Annotated[
 ]
 
 
-def ls(paths: Folders = None) -> cli.Told:
+def ls(paths: Folders = None) -> cli.CommandResult:
     """List artifacts: kind, size, key, age and what uses each; also unfinished ones, and which can be gone on with.
 
     Nothing is verified: python -m fastkd.check ARTIFACT does that.
@@ -27,21 +27,21 @@ def ls(paths: Folders = None) -> cli.Told:
 
     Example: python -m fastkd.artifacts ls data runs
     """
-    from fastkd.stages import storage
+    from fastkd.artifacts import inventory
 
-    found = storage.scan(paths or storage.homes())
+    found = inventory.scan(paths or inventory.homes())
     if found:
-        console.show(storage.table(found, found))
+        console.show(inventory.table(found, found))
     size = sum(one.bytes for one in found)
-    facts = {"artifacts": storage.described(found), "bytes": size}
-    return cli.Told(f"{len(found)} artifacts, {storage.megabytes(size)}", facts)
+    facts = {"artifacts": inventory.described(found), "bytes": size}
+    return cli.CommandResult(f"{len(found)} artifacts, {inventory.megabytes(size)}", facts)
 
 
 def gc(
     paths: Folders = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List, and delete nothing.")] = False,
-) -> cli.Told:
+) -> cli.CommandResult:
     """Delete the SCORES, SUBSETs and LABELS that no RUN and no export needs, and what killed processes left.
 
     RUNs and exports count where they lie in the folders given, or in data and runs: name others too. No RUN is deleted,
@@ -53,15 +53,15 @@ def gc(
 
     Example: python -m fastkd.artifacts gc --dry-run
     """
-    from fastkd.stages import storage
+    from fastkd.artifacts import inventory
 
-    folders, also = paths or storage.homes(), storage.homes()
-    unneeded = storage.unneeded(folders, also)
-    found = storage.scan([*folders, *also])
+    folders, also = paths or inventory.homes(), inventory.homes()
+    unneeded = inventory.unneeded(folders, also)
+    found = inventory.scan([*folders, *also])
     if not unneeded:
         return _told("there is nothing to delete", [])
-    console.show(storage.table(unneeded, found))
-    total = storage.megabytes(sum(one.bytes for one in unneeded))
+    console.show(inventory.table(unneeded, found))
+    total = inventory.megabytes(sum(one.bytes for one in unneeded))
     console.say(f"gc: {len(unneeded)} folders, {total}, are needed by no RUN and no export here")
     console.say("gc: a recipe that was not trained yet may want them still, and then makes them again")
     if not any(one.kind == "RUN" and one.state == "published" for one in found):
@@ -72,24 +72,24 @@ def gc(
     question = f"Delete {len(unneeded)} folders, {total}?"
     if dry_run or not (yes or typer.confirm(question, err=True)):  # stdout may be read by a program
         return _told("nothing was deleted", unneeded)
-    still = {one.path for one in storage.unneeded(folders, also)}  # much may have happened until somebody answered
+    still = {one.path for one in inventory.unneeded(folders, also)}  # much may have happened until somebody answered
     deleted, failed = [], 0
-    for one, error in storage.remove([one for one in unneeded if one.path in still]):
+    for one, error in inventory.remove([one for one in unneeded if one.path in still]):
         if error:
             failed += 1
             console.warn(f"gc: {error}")
         else:
             deleted.append(one)
     freed = sum(one.bytes for one in deleted)
-    said = f"{storage.megabytes(freed)} freed ({freed:,} bytes)"
+    said = f"{inventory.megabytes(freed)} freed ({freed:,} bytes)"
     if failed:
         console.say(f"gc: {said}")
         raise InputError(f"{failed} of {len(unneeded)} folders could not be deleted")
     return _told(said, unneeded, deleted)
 
 
-def _told(said: str, unneeded: "Sequence[Found]", deleted: "Sequence[Found]" = ()) -> cli.Told:
-    return cli.Told(
+def _told(said: str, unneeded: "Sequence[Found]", deleted: "Sequence[Found]" = ()) -> cli.CommandResult:
+    return cli.CommandResult(
         f"gc: {said}",
         {
             "unneeded": [str(one.path) for one in unneeded],

@@ -31,10 +31,11 @@ import numpy as np
 import xxhash
 from PIL import ImageFile
 
-from fastkd.data import watched
+from fastkd.data import isolated_process
 from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode, unreadable
+from fastkd.data.isolated_process import Report
 from fastkd.data.notices import MAX_NAMES, Found, kinds, listed, printable
-from fastkd.data.source import MapDataset, Writer, WriterOptions, load_writer
+from fastkd.data.writer_api import MapDataset, Writer, WriterOptions, load_writer
 from fastkd.doctor import usable_cores
 from fastkd.errors import FULL, FastkdError, InputError
 
@@ -183,7 +184,7 @@ def write_betons(writer: Writer, options: WriterOptions, directory: Path, progre
     """
     request = (writer.name, options.model_dump(mode="json"), str(directory))
     try:
-        return watched.call(
+        return isolated_process.call(
             "the writing process",
             "fastkd.data.beton:write_here",
             request,
@@ -195,7 +196,7 @@ def write_betons(writer: Writer, options: WriterOptions, directory: Path, progre
         raise
 
 
-def write_here(request: tuple[str, dict[str, Any], str], report: watched.Report) -> Written:
+def write_here(request: tuple[str, dict[str, Any], str], report: Report) -> Written:
     """Read the source and write its splits, in this process and workers forked from it.
 
     `request` is (name of the writer, its options, directory); `report` gets (split, done, total).
@@ -208,7 +209,7 @@ def write_here(request: tuple[str, dict[str, Any], str], report: watched.Report)
     except FastkdError:
         raise
     except BaseException as error:
-        raise FastkdError(f"writer {name}: read() failed: {watched.describe_error(error)[1]}") from error
+        raise FastkdError(f"writer {name}: read() failed: {isolated_process.describe_error(error)[1]}") from error
     datasets, classes = _check_source(name, source)
     splits, digests = {}, {}
     two_labels: list[Found] = []
@@ -345,7 +346,12 @@ class _Tally:
 
 
 def _write_split(
-    file: Path, split: str, dataset: MapDataset, num_classes: int, options: WriterOptions, report: watched.Report
+    file: Path,
+    split: str,
+    dataset: MapDataset,
+    num_classes: int,
+    options: WriterOptions,
+    report: Report,
 ) -> tuple[_Job, Split]:
     total = len(dataset)
     num_workers = min(options.workers or usable_cores(), total)
@@ -381,7 +387,7 @@ def _write_split(
     return job, _finish(job, moments, skipped)
 
 
-def _watch(workers: Sequence[_Worker], job: _Job, report: watched.Report, total: int) -> list[dict[str, Any]]:
+def _watch(workers: Sequence[_Worker], job: _Job, report: Report, total: int) -> list[dict[str, Any]]:
     """Listen to the workers until all have finished; raise what one reports, or that one died or does not move."""
     tally = _Tally()
     reported = 0.0
@@ -404,7 +410,7 @@ def _watch(workers: Sequence[_Worker], job: _Job, report: watched.Report, total:
             if dead and worker.moments is None:
                 worker.process.join()
                 at = job.where(int(job.shared[_CURRENT + workers.index(worker)]))
-                raise FastkdError(f"{at}: the worker at it {watched.how_it_ended(worker.process.exitcode)}")
+                raise FastkdError(f"{at}: the worker at it {isolated_process.how_it_ended(worker.process.exitcode)}")
         now = time.monotonic()
         passed = min(now - looked, 2 * _LOOK_EVERY_S)  # not while all of this was stopped (Ctrl-Z)
         looked = now
@@ -434,7 +440,7 @@ def _shared_array(dtype: np.dtype, length: int) -> np.ndarray:
 
 
 def _work(job: _Job, number: int, channel: Connection, parent: int) -> None:
-    watched.die_with(parent)
+    isolated_process.die_with(parent)
     cv2.setNumThreads(0)  # one worker a core
     warnings.filterwarnings("ignore", module="PIL")  # what matters is an error, with the sample's name
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -442,7 +448,7 @@ def _work(job: _Job, number: int, channel: Connection, parent: int) -> None:
     try:
         outcome = "finished", _write_chunks(job, number, channel)
     except BaseException as error:
-        outcome = watched.describe_error(error)
+        outcome = isolated_process.describe_error(error)
     with contextlib.suppress(BrokenPipeError):  # nobody left to tell
         channel.send(outcome)
 
@@ -493,7 +499,9 @@ def _sample(job: _Job, index: int) -> tuple[Stored, int]:
     except BaseException as error:
         if told := unreadable(error):
             raise told from None
-        raise FastkdError(f"{job.where(index)}: reading it raised {watched.describe_error(error)[1]}") from error
+        raise FastkdError(
+            f"{job.where(index)}: reading it raised {isolated_process.describe_error(error)[1]}"
+        ) from error
     try:
         if not (isinstance(sample, tuple | list) and len(sample) == 2):
             raise WrongSampleError(f"the data set yields a {type(sample).__name__}: expected (image, label)")

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastkd.data.notices import NONE, Notice
-from fastkd.data.source import WriterOptions
+from fastkd.data.writer_api import WriterOptions
 
 JPG, RAW = 0, 1
 """FFCV's codes for how an image is stored."""

@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from queue import Queue
 from typing import Any, Literal, NamedTuple
 
-import fastkd.data.quick_import  # noqa: F401
+import fastkd.data.ffcv_import  # noqa: F401
 
 # isort: split
 import numba
@@ -34,12 +34,12 @@ from fastkd import doctor
 from fastkd.artifacts import Artifact
 from fastkd.data import readahead
 from fastkd.data.readahead import ReadAhead
-from fastkd.data.stored import StoredRows
+from fastkd.data.row_store import StoredRows
 from fastkd.data.views import ViewDecoder, Views
+from fastkd.distributed import current
 from fastkd.doctor import usable_cores
 from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError
 from fastkd.kernels.views import COLUMNS
-from fastkd.world import current
 
 BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}

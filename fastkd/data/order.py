@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fastkd.kernels import mix64
+from fastkd.kernels import hash64
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
@@ -11,7 +11,7 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     FFCV's own random order depends on seed + epoch only, so that seed 5 epoch 1 repeats seed 6 epoch 0; here each pair
     has its own.
     """
-    return np.argsort(mix64(np.arange(count), seed, "order", epoch), kind="stable")
+    return np.argsort(hash64(np.arange(count), seed, "order", epoch), kind="stable")
 
 
 def rank_slices(sample_ids: np.ndarray, batch_size: int, rank: int, size: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def split_holdout(count: int, holdout_ratio: float) -> tuple[np.ndarray, np.ndar
 
     The split depends on nothing but `count` and `holdout_ratio`, and a smaller hold-out lies within a larger one.
     """
-    aside = np.argsort(mix64(np.arange(count), 0, "holdout"), kind="stable")[: round(holdout_ratio * count)]
+    aside = np.argsort(hash64(np.arange(count), 0, "holdout"), kind="stable")[: round(holdout_ratio * count)]
     kept = np.ones(count, np.bool_)
     kept[aside] = False
     return np.flatnonzero(kept), np.flatnonzero(~kept)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import fastkd.data.quick_import  # noqa: F401
+import fastkd.data.ffcv_import  # noqa: F401
 
 # isort: split
 import numba

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fastkd import console
 from fastkd.artifacts import file_digest, fsync, write_whole
-from fastkd.engine.dynamic import RunningLosses
+from fastkd.distributed import current
 from fastkd.engine.loop import DIVERGED_HELP, TrainState
+from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.errors import FastkdError
-from fastkd.world import current
 
 NAME = re.compile(r"step-(\d{9})-([0-9a-f]{32})\.safetensors")
 STATE = "state"  # of the metadata: JSON
@@ -51,7 +51,7 @@ def save(
     step: int,
     student: nn.Module,
     train: TrainState,
-    running: RunningLosses | None,
+    running: PerSampleLoss | None,
     state: dict[str, Any],
     *,
     keep_last: int = 2,
@@ -74,8 +74,8 @@ def save(
         running.merge()
     tensors = dict(_tensors(student, train, running))
     for name, tensor in _random_states(train).items():
-        tensors |= {_of_rank(name, rank): state for rank, state in enumerate(current().every(tensor))}
-    if not current().leads:
+        tensors |= {_of_rank(name, rank): state for rank, state in enumerate(current().all_gather(tensor))}
+    if not current().is_main:
         return None
     plain = {k: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, t in tensors.items()}
     for name, tensor in plain.items():
@@ -120,7 +120,7 @@ def read(file: Path) -> Checkpoint | None:
     return Checkpoint(file, tensors, {**whole["state"], "scaler": whole["scaler"]})
 
 
-def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: RunningLosses | None) -> None:
+def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: PerSampleLoss | None) -> None:
     """Put a training back to where it was when the checkpoint was written."""
     optimizer = train.optimizer.state_dict()
     parameters = train.optimizer.param_groups[0]["params"]
@@ -150,7 +150,7 @@ def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: R
         torch.cuda.set_rng_state(state, train.runtime.device)
 
 
-def _tensors(student: nn.Module, train: TrainState, running: RunningLosses | None) -> Iterator[tuple[str, Tensor]]:
+def _tensors(student: nn.Module, train: TrainState, running: PerSampleLoss | None) -> Iterator[tuple[str, Tensor]]:
     """Yield all that a step reads and changes, under names of their own."""
     for name, tensor in student.state_dict().items():
         yield f"student.{name}", tensor

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from fastkd.engine.feed import Batch, feed
+from fastkd.engine.prefetch import Batch, feed
 from fastkd.engine.runtime import Runtime
 
 

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastkd.engine.average import MovingAverage
-from fastkd.engine.dynamic import RunningLosses
-from fastkd.engine.feed import Batch, Fed, feed
+from fastkd.distributed import current
+from fastkd.engine.ema import ModelEma
 from fastkd.engine.losses import LossFn
+from fastkd.engine.per_sample_loss import PerSampleLoss
+from fastkd.engine.prefetch import Batch, DeviceBatch, feed
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import FastkdError
-from fastkd.world import current
 
 Told = tuple[Tensor, ...]
 """What the teacher says of a batch: stored rows, or a live teacher's logits; empty: there is none."""
-ReadFn = Callable[[Told], Tensor | None]
+DecodeFn = Callable[[Told], Tensor | None]
 """``read(told) -> teacher_logits_BK``, on the device."""
 LiveTeacher = Callable[[Tensor, Tensor], Tensor]
 """``live(images, labels) -> teacher_logits_BK``."""
@@ -31,10 +31,10 @@ LEAST_SCALE = 2.0**-14
 """Of the gradient scaler, which halves its scale at each step whose gradients overflow; below this it will not help."""
 
 
-class Objective(nn.Module):
+class LossModule(nn.Module):
     """The student with what it is trained to: one graph, from pixels and stored rows to the loss, for the compiler."""
 
-    def __init__(self, student: nn.Module, loss: LossFn, read: ReadFn) -> None:
+    def __init__(self, student: nn.Module, loss: LossFn, read: DecodeFn) -> None:
         super().__init__()
         self.student, self.loss, self.read = student, loss, read
 
@@ -54,7 +54,7 @@ class TrainState:
     Attributes
     ----------
     objective
-        An `Objective`, compiled or not.
+        An `LossModule`, compiled or not.
     parts
         How many parts each batch is cut into, whose gradients are summed before the update.
     clip_norm
@@ -69,9 +69,9 @@ class TrainState:
     scaler: torch.amp.GradScaler
     parts: int = 1
     clip_norm: float | None = None
-    average: MovingAverage | None = None
+    average: ModelEma | None = None
 
-    def summed_alone(self, chosen: bool) -> contextlib.AbstractContextManager[None]:
+    def no_grad_sync(self, chosen: bool) -> contextlib.AbstractContextManager[None]:
         """Leave gradients of a part, if so chosen, to this process; those of the last one are averaged over all."""
         if not chosen or current().size == 1:
             return contextlib.nullcontext()
@@ -92,7 +92,7 @@ def train_step(
     """
     means, losses = [], []
     for number, part in enumerate(_parts(state.parts, images, labels_B, told, weight_B), start=1):
-        with state.summed_alone(number < state.parts):
+        with state.no_grad_sync(number < state.parts):
             with state.runtime.autocast():
                 mean, loss_B = state.objective(*part)
             state.scaler.scale(mean / state.parts).backward()
@@ -165,7 +165,7 @@ def train_epoch(
     *,
     log_every_steps: int,
     on_log: Callable[[Epoch, float], None],
-    running: RunningLosses | None = None,
+    running: PerSampleLoss | None = None,
     epoch: Epoch | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Epoch:
@@ -247,7 +247,7 @@ def _check(state: TrainState, epoch: Epoch, loss: float) -> None:
         raise FastkdError(f"the gradients were not finite again and again {steps}: {DIVERGED_HELP}")
 
 
-def told_of(batch: Fed, live: LiveTeacher | None) -> Told:
+def told_of(batch: DeviceBatch, live: LiveTeacher | None) -> Told:
     """Return what the teacher says of a batch."""
     return batch.stored if live is None else (live(batch.images, batch.labels),)
 
@@ -289,7 +289,7 @@ def predict(
         yield waiting.popleft()()
 
 
-def _later(runtime: Runtime, logits: Tensor, batch: Fed) -> Callable[[], Predicted]:
+def _later(runtime: Runtime, logits: Tensor, batch: DeviceBatch) -> Callable[[], Predicted]:
     """Begin to copy to the host, and return what waits for it."""
     come, labels, *stored = (
         runtime.to_host(t) for t in (logits, *(t[: batch.valid] for t in (batch.labels, *batch.stored)))
@@ -297,7 +297,7 @@ def _later(runtime: Runtime, logits: Tensor, batch: Fed) -> Callable[[], Predict
     return lambda: Predicted(come(), labels(), tuple(rows() for rows in stored))
 
 
-def warm_up(state: TrainState, batch: Fed, live: LiveTeacher | None, weight_B: Tensor | None = None) -> None:
+def warm_up(state: TrainState, batch: DeviceBatch, live: LiveTeacher | None, weight_B: Tensor | None = None) -> None:
     """Run one forward and backward pass, to compile, and leave the student as it was."""
     buffers = {name: b.clone() for name, b in state.objective.named_buffers()}
     for part in _parts(state.parts, batch.images, batch.labels, told_of(batch, live), weight_B):

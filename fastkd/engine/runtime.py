@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastkd.distributed import current
 from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
 from fastkd.recipe import Optim
-from fastkd.world import current
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -120,7 +120,7 @@ class Runtime:
         """Return the gradient scaler: at work for fp16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-    def place(self, net: nn.Module) -> nn.Module:
+    def to_device(self, net: nn.Module) -> nn.Module:
         """Move a net, in place, to the device and memory format; return it."""
         net.to(self.device)
         return net.to(memory_format=torch.channels_last) if self.channels_last else net

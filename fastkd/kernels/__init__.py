@@ -3,7 +3,7 @@
 from fastkd.kernels.agreement import Agreement, agreement, chance_limits
 from fastkd.kernels.classes import ClassStats, class_stats
 from fastkd.kernels.gather import gather_rows
-from fastkd.kernels.mix import mix64
+from fastkd.kernels.hashing import hash64
 from fastkd.kernels.reshape import class_std, reshape_rows
 from fastkd.kernels.scores import Scores, score_logits
 from fastkd.kernels.selection import (
@@ -35,8 +35,8 @@ __all__ = [
     "draw_views",
     "floored_quotas",
     "gather_rows",
+    "hash64",
     "infobatch_weights",
-    "mix64",
     "proportional_quotas",
     "reshape_rows",
     "score_logits",

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
+from fastkd.kernels.hashing import _splitmix, hash64
 from fastkd.kernels.jit import njit
-from fastkd.kernels.mix import _splitmix, mix64
 
 FAMILIES = ("none", "flip", "pad_crop_flip", "random_resized_crop_flip")
 COLUMNS = (
@@ -140,7 +140,7 @@ def draw_views(
         raise ValueError(f"family {family!r}: expected one of {', '.join(FAMILIES)}")
     if out is None:
         out = np.empty((len(sample_ids), len(COLUMNS)), np.int32)
-    words_B = mix64(sample_ids, seed, "view", view)
+    words_B = hash64(sample_ids, seed, "view", view)
     _draw(
         FAMILIES.index(family),
         words_B,

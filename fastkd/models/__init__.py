@@ -5,13 +5,13 @@ A net is named ``cifar/NAME`` (the small nets of the distillation literature, be
 `Normalised` puts that in front of it.
 """
 
-from fastkd.models.beside import description, student_artifact
-from fastkd.models.checkpoint import takes_average
 from fastkd.models.head import Float32Linear, float32_head
+from fastkd.models.input_check import refusal
 from fastkd.models.normalisation import Normalisation, Normalised, native_normalisation
 from fastkd.models.registry import build, names
-from fastkd.models.trial import refusal
-from fastkd.models.weights import is_at_hand, load_weights, save_weights, weights_digest
+from fastkd.models.sidecar import description, student_artifact
+from fastkd.models.weight_files import takes_average
+from fastkd.models.weights import is_cached, load_weights, save_weights, weights_digest
 
 __all__ = [
     "Float32Linear",
@@ -20,7 +20,7 @@ __all__ = [
     "build",
     "description",
     "float32_head",
-    "is_at_hand",
+    "is_cached",
     "load_weights",
     "names",
     "native_normalisation",

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastkd.models.beside import description
 from fastkd.models.registry import import_timm, split, torchvision_weights
+from fastkd.models.sidecar import description
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Normalisation:
 def native_normalisation(name: str, weights: str | Path | None) -> Normalisation | None:
     """Return what `weights` of the net `name` were trained with, None if that is the data set's own.
 
-    The ``model.json`` of a RUN or of an exported student says it (see `fastkd.models.beside`), and torchvision and timm
+    The ``model.json`` of a RUN or of an exported student says it (see `fastkd.models.sidecar`); torchvision and timm
     say it of the weights that they publish. Another local file for one of their nets is taken to be those weights, or
     tuned from them: that is a guess, and marked as one. CIFAR checkpoints say nothing: None.
     """

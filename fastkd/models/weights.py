@@ -12,9 +12,9 @@ import xxhash
 from torch import nn
 
 from fastkd.errors import InputError
-from fastkd.models.beside import STUDENT, description, student_artifact
-from fastkd.models.checkpoint import State, is_run, read_file, reason, unwrapped
 from fastkd.models.registry import import_timm, split, torchvision_weights
+from fastkd.models.sidecar import STUDENT, description, student_artifact
+from fastkd.models.weight_files import State, is_run, read_file, reason, unwrapped
 
 
 def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = None) -> None:
@@ -44,7 +44,7 @@ def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = N
                 tensor.copy_(state[entry])
 
 
-def is_at_hand(weights: str | Path, name: str) -> bool:
+def is_cached(weights: str | Path, name: str) -> bool:
     """Tell whether `load_weights` has nothing to fetch: not whether the weights are right."""
     library, net = split(name)
     if Path(weights).exists():

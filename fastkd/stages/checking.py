@@ -9,15 +9,15 @@ import numpy as np
 
 from fastkd import console
 from fastkd.artifacts import Artifact
-from fastkd.data.stored import StoredRows
+from fastkd.artifacts.inventory import check_artifact
+from fastkd.data.row_store import StoredRows
 from fastkd.engine.loop import predict
 from fastkd.errors import ArtifactError
-from fastkd.kernels import mix64
+from fastkd.kernels import hash64
+from fastkd.pipeline import Pipeline
 from fastkd.recipe import Recipe
 from fastkd.stages import labelling
-from fastkd.stages.chain import Chain
-from fastkd.stages.job import uses_labels, uses_subset
-from fastkd.stages.storage import check_artifact
+from fastkd.stages.training_setup import uses_labels, uses_subset
 
 TOLERANCE = {"fp32": 2.0**-10, "fp16": 2.0**-6, "bf16": 2.0**-3}
 """How far a number of a row may be off, over the row's largest. float16 alone makes 2⁻¹¹ at most; in lower precision
@@ -64,19 +64,19 @@ def check(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Comparison
         One is damaged, or rows are not the teacher's; names the worst.
     """
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
-    chain = Chain(recipe, build=False)
-    check_artifact(chain.dataset.path)
+    pipeline = Pipeline(recipe, build=False)
+    check_artifact(pipeline.dataset.path)
     if recipe.teacher is None:
         return []
-    asked = chain.export is None or recipe.teacher.recipe is None
-    if asked and chain.teacher_run:
-        check_artifact(chain.teacher_run.path)
-    if not uses_subset(chain):
+    asked = pipeline.export is None or recipe.teacher.recipe is None
+    if asked and pipeline.teacher_run:
+        check_artifact(pipeline.teacher_run.path)
+    if not uses_subset(pipeline):
         return []
-    if not chain.export:
-        check_artifact(chain.scores.path)
-    subset = check_artifact(chain.subset.path)
-    labels = check_artifact(chain.labels.path) if uses_labels(recipe) else None
+    if not pipeline.export:
+        check_artifact(pipeline.scores.path)
+    subset = check_artifact(pipeline.subset.path)
+    labels = check_artifact(pipeline.labels.path) if uses_labels(recipe) else None
     if not asked:
         console.say(
             "the teacher cannot be asked: of an export it is given by teacher.recipe=null, teacher.model and "
@@ -87,16 +87,16 @@ def check(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Comparison
     ids_M = np.asarray(subset.array("indices.npy"))
     plain = StoredRows(ids_M, [subset.array("logits.npy")])
     precision = str(subset.manifest.settings["precision"])
-    found = [_compare(chain, subset, ids_M, {None: precision}, lambda view: plain, pairs, seed)]
+    found = [_compare(pipeline, subset, ids_M, {None: precision}, lambda view: plain, pairs, seed)]
     if labels:
         own = {v: str(one["precision"]) for v, one in enumerate(labels.facts["each"])}
         opened = partial(labelling.open_view, labels, ids_M)
-        found.append(_compare(chain, labels, ids_M, own, opened, pairs, seed))
+        found.append(_compare(pipeline, labels, ids_M, own, opened, pairs, seed))
     return found
 
 
 def _compare(
-    chain: Chain,
+    pipeline: Pipeline,
     artifact: Artifact,
     ids_M: np.ndarray,
     precisions: Mapping[Any, str],
@@ -105,12 +105,12 @@ def _compare(
     seed: int,
 ) -> Comparison:
     """Draw pairs, run the teacher on them, and compare; `precisions` are those that each view was made in."""
-    views, now = list(precisions), chain.runtime.precision
+    views, now = list(precisions), pipeline.runtime.precision
     allowed = {view: max(TOLERANCE[now], TOLERANCE[then]) for view, then in precisions.items()}
     drawn = _draw(len(ids_M) * len(views), pairs, seed, f"check {artifact.key}")
     number_P, row_P = np.divmod(drawn, len(ids_M))
-    loader = chain.loader("train", min(64, len(drawn)), input_px=chain.teacher_px)
-    sigma_K = np.asarray(chain.subset.array("class_std.npy"))
+    loader = pipeline.loader("train", min(64, len(drawn)), input_px=pipeline.teacher_px)
+    sigma_K = np.asarray(pipeline.subset.array("class_std.npy"))
     errors, samples, numbers = [], [], []
     with console.progress("check", len(drawn)) as update:
         for number in np.unique(number_P):
@@ -118,10 +118,10 @@ def _compare(
             ids = ids_M[row_P[number_P == number]]
             samples.append(ids)
             batches = loader.batches(ids, last="pad", view=view, stored=open_view(view))
-            for predicted in predict(chain.runtime, chain.teacher.net, batches):
+            for predicted in predict(pipeline.runtime, pipeline.teacher.net, batches):
                 z_BK, y_B = predicted.logits, predicted.labels
-                live_BK = labelling.centred_rows(z_BK, y_B, sigma_K, reshape=chain.recipe.labels.reshape)
-                errors.append(_errors(predicted.stored, live_BK, chain.recipe.loss.temperature))
+                live_BK = labelling.centred_rows(z_BK, y_B, sigma_K, reshape=pipeline.recipe.labels.reshape)
+                errors.append(_errors(predicted.stored, live_BK, pipeline.recipe.loss.temperature))
                 numbers += [view] * len(y_B)
                 update(len(numbers), "")
     error_P, sample_P = np.concatenate(errors), np.concatenate(samples)
@@ -151,7 +151,7 @@ def _draw(total: int, count: int, seed: int, name: str) -> np.ndarray:
     """Draw up to `count` different numbers of 0 … total − 1, all of them where there are no more (int64)."""
     if count >= total:
         return np.arange(total)
-    drawn = (mix64(np.arange(2 * count), seed, name) % np.uint64(total)).astype(np.int64)
+    drawn = (hash64(np.arange(2 * count), seed, name) % np.uint64(total)).astype(np.int64)
     _, first = np.unique(drawn, return_index=True)
     return drawn[np.sort(first)[:count]]
 

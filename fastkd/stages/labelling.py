@@ -12,40 +12,39 @@ import numpy as np
 
 from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, FileStamp
-from fastkd.data.stored import StoredRows
+from fastkd.data.row_store import StoredRows
+from fastkd.distributed import current
 from fastkd.engine.loop import Predicted
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
-from fastkd.stages.passes import run_pass
-from fastkd.stages.rows import (
+from fastkd.stages.distributed_build import build_together, decided_by_leader, seen
+from fastkd.stages.resumable import (
     Progress,
     RowFile,
     check_float16,
     full_disk_explained,
     need_space,
-    progress_file,
-    subset_inputs,
+    subset_key_fields,
 )
-from fastkd.stages.together import build_together, decided_by_leader, seen
-from fastkd.world import current
+from fastkd.stages.teacher_pass import run_pass
 
 if TYPE_CHECKING:
-    from fastkd.stages.chain import Chain
+    from fastkd.pipeline import Pipeline
 
 VIEWS_PER_PASS = 8
 """Views that are cut from one decoded image in a pass; every one is an open file and a part of the batch."""
 
 
-def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
-    """Build the LABELS of a chain, find them, or make them grow by the views that they lack."""
-    inputs = label_inputs(chain)
-    path = chain.place("LABELS", inputs)
-    force = "label" in chain.force
-    views = chain.recipe.num_views or 0
-    parents = {"DATASET": chain.dataset.key, "SUBSET": chain.subset.key}
-    if not chain.build:
+def build_labels(pipeline: "Pipeline") -> tuple[Artifact, bool]:
+    """Build the LABELS of a pipeline, find them, or make them grow by the views that they lack."""
+    inputs = label_key_fields(pipeline)
+    path = pipeline.place("LABELS", inputs)
+    force = "label" in pipeline.force
+    views = pipeline.recipe.num_views or 0
+    parents = {"DATASET": pipeline.dataset.key, "SUBSET": pipeline.subset.key}
+    if not pipeline.build:
         there = artifacts.find(path, "LABELS", inputs, parents)
-        assert there is not None  # the chain has looked
+        assert there is not None  # the pipeline has looked
         return there, False
 
     def views_to_make() -> int:
@@ -54,7 +53,7 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
         return views
 
     views = decided_by_leader(views_to_make)
-    progress = progress_file(path)
+    progress = artifacts.progress_file(path)
     if force:
         progress.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):
@@ -63,25 +62,25 @@ def build_labels(chain: "Chain") -> tuple[Artifact, bool]:
             "LABELS",
             inputs,
             lambda directory: _fill(
-                chain,
+                pipeline,
                 directory,
                 views,
                 Progress.load(progress),
-                artifacts.find(path, "LABELS", inputs) if current().leads and not force else None,
+                artifacts.find(path, "LABELS", inputs) if current().is_main and not force else None,
             ),
             parents=parents,
-            settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.labels.batch_size},
+            settings={"precision": pipeline.runtime.precision, "batch_size": pipeline.recipe.labels.batch_size},
             force=force,
             enough=lambda artifact: artifact.facts["views"] >= views,
             resumable=True,
-            sources=lambda: [chain.dataset, chain.subset],
+            sources=lambda: [pipeline.dataset, pipeline.subset],
         )
-    if built and current().leads:  # else somebody's growth may have been broken off, and will go on
+    if built and current().is_main:  # else somebody's growth may have been broken off, and will go on
         progress.unlink(missing_ok=True)
     return labels, built
 
 
-def exported_labels(chain: "Chain") -> Artifact:
+def exported_labels(pipeline: "Pipeline") -> Artifact:
     """Open the LABELS within an exported DATASET, if they are of the views that the recipe asks for.
 
     Raises
@@ -91,7 +90,7 @@ def exported_labels(chain: "Chain") -> Artifact:
     ArtifactError
         They are of other views; names what differs.
     """
-    path, views, inputs = chain.dataset.path, chain.recipe.num_views or 0, label_inputs(chain)
+    path, views, inputs = pipeline.dataset.path, pipeline.recipe.num_views or 0, label_key_fields(pipeline)
     labels = artifacts.load(path / "labels", "LABELS") if (path / "labels").exists() else None
     if labels and (phrases := artifacts.differences(inputs, labels.manifest.inputs)):
         raise ArtifactError(
@@ -107,15 +106,15 @@ def exported_labels(chain: "Chain") -> Artifact:
     return labels
 
 
-def label_inputs(chain: "Chain") -> dict[str, Any]:
+def label_key_fields(pipeline: "Pipeline") -> dict[str, Any]:
     """Return what determines every stored row, in words that tell what differs."""
-    recipe, subset = chain.recipe, chain.subset
+    recipe, subset = pipeline.recipe, pipeline.subset
     topk = {"topk": recipe.labels.topk, "temperature": recipe.loss.temperature} if recipe.labels.topk else {}
     return {
-        "data": chain.original_key,
-        "teacher": chain.teacher_inputs,
-        **subset_inputs(subset),
-        "view": chain.view_inputs(chain.teacher_px, varied=True),
+        "data": pipeline.original_key,
+        "teacher": pipeline.teacher_key_fields,
+        **subset_key_fields(subset),
+        "view": pipeline.view_key_fields(pipeline.teacher_px, varied=True),
         **topk,
     }
 
@@ -177,40 +176,40 @@ def refuse_topk(topk: int | None, num_classes: int) -> None:
         )
 
 
-def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown: Artifact | None) -> Built:
+def _fill(pipeline: "Pipeline", directory: Path, views: int, progress: Progress, grown: Artifact | None) -> Built:
     """Label the views that are not there yet."""
-    kept, K, topk = np.asarray(chain.subset.array("indices.npy")), chain.num_classes, chain.recipe.labels.topk
+    kept, K, topk = np.asarray(pipeline.subset.array("indices.npy")), pipeline.num_classes, pipeline.recipe.labels.topk
     refuse_topk(topk, K)
     folder, world = directory / "views", current()
-    if world.leads:
+    if world.is_main:
         folder.mkdir(exist_ok=True)
-    first = world.share(grown.facts["views"] if grown else 0)
-    stamps = _adopt(directory, grown) if grown and world.leads else {}
+    first = world.broadcast(grown.facts["views"] if grown else 0)
+    stamps = _adopt(directory, grown) if grown and world.is_main else {}
     wanted = range(first, views)
-    for v in wanted if world.leads else ():
-        if v in progress.views and not _as_left(chain, folder, progress, kept, v):
+    for v in wanted if world.is_main else ():
+        if v in progress.views and not _as_left(pipeline, folder, progress, kept, v):
             del progress.views[v]
-    progress.views = dict(world.share(list(progress.views.items())))
+    progress.views = dict(world.broadcast(list(progress.views.items())))
 
     missing = [v for v in wanted if progress.rows(v) < len(kept)]
     total, left = len(wanted) * len(kept), sum(len(kept) - progress.rows(v) for v in wanted)
     earlier_s = sum(progress.views[v]["cost_s"] for v in wanted if v in progress.views)
     per_row = row_bytes(K, topk)
     console.heading(
-        f"label: {chain.teacher_inputs['model']} over {len(kept):,} samples in {len(wanted)} views: "
+        f"label: {pipeline.teacher_key_fields['model']} over {len(kept):,} samples in {len(wanted)} views: "
         f"{total * per_row / 1e6:,.1f} MB ({per_row} bytes an image and view)"
     )
     if left < total:
         console.say(f"label: going on with what was begun: {total - left:,} of {total:,} rows are there")
-    if world.leads:  # before others write
+    if world.is_main:  # before others write
         need_space(directory, left * per_row, f"labelling {left:,} rows")
     with console.progress("label", left) as update:
         while missing:
             group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]
             done = left - sum(len(kept) - progress.rows(v) for v in wanted)
-            _label(chain, folder, progress, kept, group, partial(_move, update, done))
+            _label(pipeline, folder, progress, kept, group, partial(_move, update, done))
             missing = [v for v in missing if v not in group]
-    if not world.leads:
+    if not world.is_main:
         return Built()
     expected = {name for v in range(views) for name, _, _ in view_files(v, K, topk)}
     for file in folder.iterdir():
@@ -219,7 +218,7 @@ def _fill(chain: "Chain", directory: Path, views: int, progress: Progress, grown
     each = grown.facts["each"] if grown else []
     each = each + [{name: progress.views[v][name] for name in ("precision", "cost_s")} for v in wanted]
     facts = {
-        "model": chain.teacher_inputs["model"],
+        "model": pipeline.teacher_key_fields["model"],
         "views": views,
         "count": len(kept),
         "classes": K,
@@ -247,15 +246,15 @@ def _move(update: console.Update, before: int, rows: int) -> None:
     update(before + rows, "")
 
 
-def _as_left(chain: "Chain", folder: Path, progress: Progress, kept: np.ndarray, view: int) -> bool:
+def _as_left(pipeline: "Pipeline", folder: Path, progress: Progress, kept: np.ndarray, view: int) -> bool:
     """Tell whether what was begun of a view can be gone on with: its rows are as they were left, in this precision."""
     state = progress.views[view]
     half = state["rows"] < len(kept)
-    if half and state["precision"] != chain.runtime.precision:
+    if half and state["precision"] != pipeline.runtime.precision:
         console.say(f"label: view {view} was begun in {state['precision']}; labelling it anew")
         return False
     digests = []
-    for name, dtype, width in view_files(view, chain.num_classes, chain.recipe.labels.topk):
+    for name, dtype, width in view_files(view, pipeline.num_classes, pipeline.recipe.labels.topk):
         try:
             with RowFile(folder / name, dtype, len(kept), width, done=state["rows"]) as file:
                 digests.append(file.digest)
@@ -268,11 +267,16 @@ def _as_left(chain: "Chain", folder: Path, progress: Progress, kept: np.ndarray,
 
 
 def _label(
-    chain: "Chain", folder: Path, progress: Progress, kept: np.ndarray, group: list[int], moved: Callable[[int], None]
+    pipeline: "Pipeline",
+    folder: Path,
+    progress: Progress,
+    kept: np.ndarray,
+    group: list[int],
+    moved: Callable[[int], None],
 ) -> None:
     """Run the teacher over some views at once, from the row to which all of them have come."""
-    labels, runtime = chain.recipe.labels, chain.runtime
-    sigma_K = np.asarray(chain.subset.array("class_std.npy"))
+    labels, runtime = pipeline.recipe.labels, pipeline.runtime
+    sigma_K = np.asarray(pipeline.subset.array("class_std.npy"))
     world, start = current(), progress.rows(group[0])
 
     def columns(predicted: Predicted) -> Iterator[Sequence[np.ndarray]]:
@@ -280,27 +284,27 @@ def _label(
         rows_RK = centred_rows(predicted.logits, y_R, sigma_K, reshape=labels.reshape)
         whole: Sequence[np.ndarray] = (rows_RK,)
         if labels.topk is not None:
-            whole = topk_rows(rows_RK, labels.topk, chain.recipe.loss.temperature)
+            whole = topk_rows(rows_RK, labels.topk, pipeline.recipe.loss.temperature)
         return ([column[number :: len(group)] for column in whole] for number in range(len(group)))
 
     def opened(name: str, dtype: str, width: int) -> RowFile:
-        path = folder / name if world.leads else seen(folder / name)
-        return stack.enter_context(RowFile(path, dtype, len(kept), width, done=start, begun=not world.leads))
+        path = folder / name if world.is_main else seen(folder / name)
+        return stack.enter_context(RowFile(path, dtype, len(kept), width, done=start, begun=not world.is_main))
 
     def open_files() -> list[list[RowFile]]:
         return [
-            [opened(name, dtype, width) for name, dtype, width in view_files(v, chain.num_classes, labels.topk)]
+            [opened(name, dtype, width) for name, dtype, width in view_files(v, pipeline.num_classes, labels.topk)]
             for v in group
         ]
 
-    loader = chain.loader("train", max(1, labels.batch_size // len(group)), input_px=chain.teacher_px)
+    loader = pipeline.loader("train", max(1, labels.batch_size // len(group)), input_px=pipeline.teacher_px)
     with ExitStack() as stack:
         run_pass(
             runtime,
-            chain.teacher.net,
+            pipeline.teacher.net,
             loader,
             kept,
-            world.first(open_files),
+            world.main_first(open_files),
             columns,
             views=group,
             progress=progress,

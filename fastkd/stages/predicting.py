@@ -13,7 +13,7 @@ from fastkd.data.image_files import LOOKED_FOR, left_out_text, list_images, show
 from fastkd.doctor import usable_cores
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
-from fastkd.stages.student import Student
+from fastkd.stages.trained_student import Student
 
 BATCH_SIZE, MAX_BATCH_PIXELS = 64, 1 << 24  # as many images at once, of large ones fewer
 
@@ -70,7 +70,7 @@ def predict(student: Student, paths: Sequence[Path]) -> Iterator[Prediction]:
     set were.
     """
     runtime = Runtime.choose("auto", "fp32", channels_last=True, compile=False)
-    net = runtime.place(student.net)
+    net = runtime.to_device(student.net)
     height, width = student.input_hw
     size = max(1, min(BATCH_SIZE, MAX_BATCH_PIXELS // (height * width)))
     with ThreadPoolExecutor(usable_cores()) as pool, torch.inference_mode():

@@ -17,7 +17,7 @@ from fastkd.kernels import (
     class_std,
     coverage_strata,
     floored_quotas,
-    mix64,
+    hash64,
     proportional_quotas,
     reshape_rows,
     select_ranks,
@@ -25,28 +25,28 @@ from fastkd.kernels import (
     window_ranks,
 )
 from fastkd.recipe import Prune
-from fastkd.stages.judging import judge_logits
+from fastkd.stages.logit_checks import judge_logits
+from fastkd.stages.resumable import RowFile, check_float16, full_disk_explained
 from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
-from fastkd.stages.rows import RowFile, check_float16, full_disk_explained
 
 if TYPE_CHECKING:
-    from fastkd.stages.chain import Chain
+    from fastkd.pipeline import Pipeline
 
 MANY_CLASSES, UNUSUAL, MANY_NAMES = 20, 10, 10
 _BEGINS_ANEW = "the next run begins anew"
 
 
-def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
-    """Build or find the SUBSET of a chain."""
-    scores, settings = chain.scores, chain.recipe.prune.static
+def build_subset(pipeline: "Pipeline") -> tuple[Artifact, bool]:
+    """Build or find the SUBSET of a pipeline."""
+    scores, settings = pipeline.scores, pipeline.recipe.prune.static
     precision = scores.manifest.settings["precision"]
     inputs = {
         "scores": scores.key,
-        "holdout_ratio": chain.recipe.data.holdout_ratio,
-        "reshape": chain.recipe.labels.reshape,
-        **_selection_inputs(settings),
+        "holdout_ratio": pipeline.recipe.data.holdout_ratio,
+        "reshape": pipeline.recipe.labels.reshape,
+        **_selection_key_fields(settings),
     }
-    path = chain.place("SUBSET", inputs)
+    path = pipeline.place("SUBSET", inputs)
     with full_disk_explained(path.parent, _BEGINS_ANEW):
         return artifacts.build(
             path,
@@ -57,23 +57,23 @@ def build_subset(chain: "Chain") -> tuple[Artifact, bool]:
                 scores.array("logits.npy"),
                 np.asarray(scores.array("labels.npy")),
                 settings,
-                train_ids=chain.train_ids,
-                reshape=chain.recipe.labels.reshape,
-                class_names=chain.dataset.facts["classes"],
+                train_ids=pipeline.train_ids,
+                reshape=pipeline.recipe.labels.reshape,
+                class_names=pipeline.dataset.facts["classes"],
             ),
-            parents={"DATASET": chain.dataset.key, "SCORES": scores.key},
+            parents={"DATASET": pipeline.dataset.key, "SCORES": scores.key},
             settings={
-                "data": str(chain.dataset.path.absolute()),
-                "teacher": chain.teacher_inputs,
-                "view": chain.view_inputs(chain.teacher_px),
+                "data": str(pipeline.dataset.path.absolute()),
+                "teacher": pipeline.teacher_key_fields,
+                "view": pipeline.view_key_fields(pipeline.teacher_px),
                 "precision": precision,
             },
-            force="prune" in chain.force,
+            force="prune" in pipeline.force,
             sources=lambda: [scores],
         )
 
 
-def exported_subset(chain: "Chain") -> Artifact:
+def exported_subset(pipeline: "Pipeline") -> Artifact:
     """Open the SUBSET within an exported DATASET, if it was made as a recipe with a teacher says.
 
     Raises
@@ -83,19 +83,21 @@ def exported_subset(chain: "Chain") -> Artifact:
     ArtifactError
         It is not the SUBSET that was exported, or of another DATASET.
     """
-    subset = artifacts.load(chain.dataset.path / "subset", "SUBSET")
-    origin = chain.dataset.facts["export"]
+    subset = artifacts.load(pipeline.dataset.path / "subset", "SUBSET")
+    origin = pipeline.dataset.facts["export"]
     if subset.key != origin["subset"] or subset.manifest.parents.get("DATASET", origin["dataset"]) != origin["dataset"]:
-        raise ArtifactError(f"{subset.path}: is not the SUBSET that {chain.dataset.path} was made from; export again")
-    recipe, told = chain.recipe, subset.manifest.settings
+        raise ArtifactError(
+            f"{subset.path}: is not the SUBSET that {pipeline.dataset.path} was made from; export again"
+        )
+    recipe, told = pipeline.recipe, subset.manifest.settings
     if recipe.teacher is None:
         return subset
     asked = {
         "holdout_ratio": recipe.data.holdout_ratio,
         "reshape": recipe.labels.reshape,
-        "view": chain.view_inputs(chain.teacher_px),
+        "view": pipeline.view_key_fields(pipeline.teacher_px),
         "teacher": recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json"),
-        **_selection_inputs(recipe.prune.static),
+        **_selection_key_fields(recipe.prune.static),
     }
     teacher = {name: told.get("teacher", {}).get(name) for name in asked["teacher"]}
     made = {**subset.manifest.inputs, "view": told.get("view"), "teacher": teacher if "teacher" in told else None}
@@ -104,7 +106,7 @@ def exported_subset(chain: "Chain") -> Artifact:
     known = {name: value for name, value in asked.items() if made.get(name) is not None}  # not all, of one's own logits
     if phrases := artifacts.differences(known, {name: made[name] for name in known}):
         raise InputError(
-            f"{chain.dataset.path}: was exported from samples chosen otherwise than the recipe says: "
+            f"{pipeline.dataset.path}: was exported from samples chosen otherwise than the recipe says: "
             f"{'; '.join(phrases)}. Change the recipe, or export again"
         )
     return subset
@@ -143,7 +145,7 @@ def prune_arrays(
         "logits": file_digest(logits),
         "labels": file_digest(labels),
         "reshape": reshape,
-        **_selection_inputs(settings),
+        **_selection_key_fields(settings),
     }
     if out.exists() and not (out / artifacts.MANIFEST).exists():
         raise InputError(f"--out {out}: something else is there already; choose a new directory")
@@ -160,10 +162,10 @@ def prune_arrays(
         )
 
 
-def _selection_inputs(settings: Prune) -> dict[str, Any]:
+def _selection_key_fields(settings: Prune) -> dict[str, Any]:
     """Return what determines a selection; of a list, what stands in it."""
     listed = {"ids": file_digest(Path(settings.ids))} if settings.ids and Path(settings.ids).is_file() else {}
-    return settings.deciding() | listed
+    return settings.key_fields() | listed
 
 
 def _fill(
@@ -308,7 +310,7 @@ def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Pr
     method = settings.method
     if method == "list":
         return listed_rows(ids_N, settings)
-    draw_N = mix64(ids_N, settings.seed, "prune")
+    draw_N = hash64(ids_N, settings.seed, "prune")
     count_K = np.bincount(y_N, minlength=num_classes)
     if method in ("random_unbalanced", "ccs"):
         return _without_classes(score_N, draw_N, y_N, count_K, settings)

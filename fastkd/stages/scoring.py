@@ -6,59 +6,59 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastkd import console
+from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built
+from fastkd.distributed import current
 from fastkd.errors import InputError
-from fastkd.stages.judging import judge_logits
-from fastkd.stages.passes import run_pass
+from fastkd.stages.distributed_build import build_together, decided_by_leader, seen
+from fastkd.stages.logit_checks import judge_logits
+from fastkd.stages.resumable import Progress, RowFile, full_disk_explained, need_space
 from fastkd.stages.row_scores import score_chunks
-from fastkd.stages.rows import Progress, RowFile, full_disk_explained, need_space, progress_file
-from fastkd.stages.together import build_together, decided_by_leader, seen
-from fastkd.world import current
+from fastkd.stages.teacher_pass import run_pass
 
 if TYPE_CHECKING:
-    from fastkd.stages.chain import Chain
+    from fastkd.pipeline import Pipeline
 
 
-def build_scores(chain: "Chain") -> tuple[Artifact, bool]:
-    """Build or find the SCORES of a chain."""
+def build_scores(pipeline: "Pipeline") -> tuple[Artifact, bool]:
+    """Build or find the SCORES of a pipeline."""
     inputs = {
-        "data": chain.dataset.key,
-        "teacher": chain.teacher.inputs,
-        "view": chain.view_inputs(chain.teacher_px),
-        "dtype": chain.recipe.score.dtype,
+        "data": pipeline.dataset.key,
+        "teacher": pipeline.teacher.key_fields,
+        "view": pipeline.view_key_fields(pipeline.teacher_px),
+        "dtype": pipeline.recipe.score.dtype,
     }
 
-    path = chain.place("SCORES", inputs)
-    file = progress_file(path)
-    if "score" in chain.force:
+    path = pipeline.place("SCORES", inputs)
+    file = artifacts.progress_file(path)
+    if "score" in pipeline.force:
         file.unlink(missing_ok=True)
     with full_disk_explained(path.parent, "the next run goes on from here"):
         scores, built = build_together(
             path,
             "SCORES",
             inputs,
-            lambda directory: _fill(chain, directory, Progress.load(file)),
-            parents={"DATASET": chain.dataset.key},
-            settings={"precision": chain.runtime.precision, "batch_size": chain.recipe.score.batch_size},
-            force="score" in chain.force,
+            lambda directory: _fill(pipeline, directory, Progress.load(file)),
+            parents={"DATASET": pipeline.dataset.key},
+            settings={"precision": pipeline.runtime.precision, "batch_size": pipeline.recipe.score.batch_size},
+            force="score" in pipeline.force,
             resumable=True,
-            sources=lambda: [chain.dataset],
+            sources=lambda: [pipeline.dataset],
         )
-    if chain.build and current().leads:
+    if pipeline.build and current().is_main:
         file.unlink(missing_ok=True)
     return scores, built
 
 
-def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
+def _fill(pipeline: "Pipeline", directory: Path, progress: Progress) -> Built:
     """Run the teacher over all of train, from where a pass that was broken off had come."""
-    console.heading(f"score: {chain.teacher.inputs['model']} over train")
-    for told in chain.teacher.warnings:  # they belong to these logits
+    console.heading(f"score: {pipeline.teacher.key_fields['model']} over train")
+    for told in pipeline.teacher.warnings:  # they belong to these logits
         console.warn(told)
-    world, precision, file = current(), chain.runtime.precision, directory / "logits.npy"
-    loader = chain.loader("train", chain.recipe.score.batch_size, input_px=chain.teacher_px)
+    world, precision, file = current(), pipeline.runtime.precision, directory / "logits.npy"
+    loader = pipeline.loader("train", pipeline.recipe.score.batch_size, input_px=pipeline.teacher_px)
     labels_N = loader.labels()
-    count, K, dtype = loader.count, chain.num_classes, np.dtype(chain.recipe.score.dtype)
+    count, K, dtype = loader.count, pipeline.num_classes, np.dtype(pipeline.recipe.score.dtype)
     begun = progress.views.get(0)
 
     def rows_to_keep() -> int:
@@ -76,15 +76,15 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
         console.say(f"score: going on with what was begun: {done:,} of {count:,} rows are there")
     else:
         progress.views.clear()
-    if world.leads:  # before others write
+    if world.is_main:  # before others write
         need_space(directory, (count - done) * K * dtype.itemsize, f"storing {count - done:,} rows of logits")
-    opened = world.first(
-        lambda: RowFile(file if world.leads else seen(file), dtype, count, K, done=done, begun=not world.leads)
+    opened = world.main_first(
+        lambda: RowFile(file if world.is_main else seen(file), dtype, count, K, done=done, begun=not world.is_main)
     )
     with opened as rows, console.progress("score", count - done) as update:
         run_pass(
-            chain.runtime,
-            chain.teacher.net,
+            pipeline.runtime,
+            pipeline.teacher.net,
             loader,
             np.arange(count),
             [[rows]],
@@ -93,7 +93,7 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
             progress=progress,
             moved=lambda rows: update(rows, ""),
         )
-    if not world.leads:
+    if not world.is_main:
         return Built()
     np.save(directory / "labels.npy", labels_N)
     try:
@@ -104,6 +104,6 @@ def _fill(chain: "Chain", directory: Path, progress: Progress) -> Built:
         shutil.rmtree(directory)
         raise
     console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
-    judged = judge_logits(logits_NK, labels_N, top1, "score", "the teacher", chain.dataset.facts["classes"])
-    facts = {"model": chain.teacher.inputs["model"], "top1": top1, "count": count, "classes": K, **judged}
+    judged = judge_logits(logits_NK, labels_N, top1, "score", "the teacher", pipeline.dataset.facts["classes"])
+    facts = {"model": pipeline.teacher.key_fields["model"], "top1": top1, "count": count, "classes": K, **judged}
     return Built(facts=facts, earlier_s=earlier_s)

@@ -1,4 +1,4 @@
-"""train: the student, from whatever the chain provides → RUN."""
+"""train: the student, from whatever the pipeline provides → RUN."""
 
 import contextlib
 import json
@@ -18,21 +18,29 @@ from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
 from fastkd.data.loader import Loader
 from fastkd.data.order import dealt_batches
+from fastkd.distributed import Vote, current
 from fastkd.engine import checkpoint
 from fastkd.engine.loop import Epoch, StoppedError, train_epoch
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages import labelling
-from fastkd.stages.history import History, require_tensorboard
-from fastkd.stages.job import LOADING_HELP, Job, check_student, prepare, uses_labels, uses_subset, word
-from fastkd.stages.rows import full_disk_explained
-from fastkd.stages.stopping import StopRequest
-from fastkd.stages.student import STORED
-from fastkd.stages.together import build_together, decided_by_leader, read_once_seen
-from fastkd.world import Vote, current
+from fastkd.stages.distributed_build import build_together, decided_by_leader, read_once_seen
+from fastkd.stages.resumable import full_disk_explained
+from fastkd.stages.run_log import History, require_tensorboard
+from fastkd.stages.stop_signal import StopRequest
+from fastkd.stages.trained_student import STORED
+from fastkd.stages.training_setup import (
+    LOADING_HELP,
+    Job,
+    check_student,
+    derive_seed,
+    prepare,
+    uses_labels,
+    uses_subset,
+)
 
 if TYPE_CHECKING:
-    from fastkd.stages.chain import Chain
+    from fastkd.pipeline import Pipeline
 
 CHECKPOINTS = "checkpoints"
 EVAL_BATCH_SIZE = 256
@@ -40,8 +48,8 @@ LOADER_LIMITS = 0.1  # share of the time waited for data from which on a person 
 VERSIONS = ("fastkd", "torch", "torchvision", "ffcv", "numba", "numpy", "timm")
 
 
-def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
-    """Train the student of a chain, or find its RUN.
+def build_run(pipeline: "Pipeline", *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
+    """Train the student of a pipeline, or find its RUN.
 
     Parameters
     ----------
@@ -50,46 +58,46 @@ def build_run(chain: "Chain", *, out: Path | None = None, source: Path | None = 
     source
         The recipe file, kept in the RUN as it was given.
     """
-    recipe = chain.recipe
-    if recipe.log.tensorboard and chain.build:
+    recipe = pipeline.recipe
+    if recipe.log.tensorboard and pipeline.build:
         require_tensorboard()
-    if chain.build:
-        check_student(chain)
-    inputs = run_inputs(chain)
+    if pipeline.build:
+        check_student(pipeline)
+    inputs = run_key_fields(pipeline)
     path = out or Path(recipe.train.runs_dir) / f"{recipe.name}-{artifacts.key_of('RUN', inputs)[:8]}"
-    if not chain.build and not path.exists():
-        raise chain.missing("RUN", path)
-    parents = {"DATASET": chain.dataset.key}
-    if uses_subset(chain):
-        parents["SUBSET"] = chain.subset.key
+    if not pipeline.build and not path.exists():
+        raise pipeline.missing("RUN", path)
+    parents = {"DATASET": pipeline.dataset.key}
+    if uses_subset(pipeline):
+        parents["SUBSET"] = pipeline.subset.key
     if uses_labels(recipe):
-        parents["LABELS"] = chain.labels.key
+        parents["LABELS"] = pipeline.labels.key
     with full_disk_explained(path.parent, "the next run goes on from the last checkpoint", setting="train.runs_dir"):
         return build_together(
             path,
             "RUN",
             inputs,
-            lambda directory: _train(chain, directory, source),
+            lambda directory: _train(pipeline, directory, source),
             parents=parents,
-            settings={"precision": chain.runtime.precision, "device": chain.runtime.device.type},
-            force="train" in chain.force,
+            settings={"precision": pipeline.runtime.precision, "device": pipeline.runtime.device.type},
+            force="train" in pipeline.force,
             resumable=True,
             scratch=CHECKPOINTS,
-            sources=lambda: _sources(chain),
+            sources=lambda: _sources(pipeline),
         )
 
 
-def _sources(chain: "Chain") -> list[Artifact]:
+def _sources(pipeline: "Pipeline") -> list[Artifact]:
     """Return the artifacts that a training reads."""
-    sources = [chain.dataset]
-    if uses_subset(chain):
-        sources.append(chain.subset)
-    if uses_labels(chain.recipe):
-        sources.append(chain.labels)
+    sources = [pipeline.dataset]
+    if uses_subset(pipeline):
+        sources.append(pipeline.subset)
+    if uses_labels(pipeline.recipe):
+        sources.append(pipeline.labels)
     return sources
 
 
-def _refuse_changed(chain: "Chain", epoch: int | None = None) -> None:
+def _refuse_changed(pipeline: "Pipeline", epoch: int | None = None) -> None:
     """See that nothing that a training reads was changed; of LABELS, where an epoch is given, only the view it reads.
 
     Raises
@@ -97,21 +105,21 @@ def _refuse_changed(chain: "Chain", epoch: int | None = None) -> None:
     ArtifactError
         Names the file.
     """
-    for source in _sources(chain):
-        view = chain.recipe.view_of(epoch) if epoch is not None and source.manifest.kind == "LABELS" else None
+    for source in _sources(pipeline):
+        view = pipeline.recipe.view_of(epoch) if epoch is not None and source.manifest.kind == "LABELS" else None
         source.refuse_changed(*(() if view is None else labelling.view_names(source, view)))
 
 
-def run_inputs(chain: "Chain") -> dict[str, Any]:
+def run_key_fields(pipeline: "Pipeline") -> dict[str, Any]:
     """Return what determines the student, building whatever comes before it.
 
     Precision, device and versions are recorded, not keyed.
     """
-    recipe = chain.recipe
+    recipe = pipeline.recipe
     inputs: dict[str, Any] = {
-        "data": chain.dataset.key,
+        "data": pipeline.dataset.key,
         "holdout_ratio": recipe.data.holdout_ratio,
-        "view": chain.view_inputs(recipe.data.input_px, varied=recipe.num_views is not None),
+        "view": pipeline.view_key_fields(recipe.data.input_px, varied=recipe.num_views is not None),
         "views": recipe.num_views,
         "student": {"model": recipe.student.model, "weights": _student_weights(recipe)},
         "optim": recipe.optim.model_dump(mode="json"),
@@ -122,18 +130,18 @@ def run_inputs(chain: "Chain") -> dict[str, Any]:
     }
     if recipe.teacher is not None:
         inputs |= {
-            "teacher": chain.teacher_inputs,
+            "teacher": pipeline.teacher_key_fields,
             "loss": recipe.loss.model_dump(mode="json"),
             "labels": recipe.labels.model_dump(mode="json", include={"mode", "reshape", "topk"}),
         }
     elif recipe.loss.label_smoothing:
         inputs["loss"] = {"label_smoothing": recipe.loss.label_smoothing}
-    if uses_subset(chain):
-        inputs["subset"] = chain.subset.key
+    if uses_subset(pipeline):
+        inputs["subset"] = pipeline.subset.key
     if recipe.prune.dynamic:
-        inputs["prune"] = recipe.prune.deciding()
+        inputs["prune"] = recipe.prune.key_fields()
     if uses_labels(recipe):
-        inputs["labels"]["key"] = chain.labels.key
+        inputs["labels"]["key"] = pipeline.labels.key
     return inputs
 
 
@@ -158,39 +166,39 @@ def _student_weights(recipe: recipes.Recipe) -> str | None:
     return artifacts.load(path).key if path.is_dir() else weights
 
 
-def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
+def _train(pipeline: "Pipeline", directory: Path, source: Path | None) -> Built:
     """Train, from the last checkpoint on if there is one; evaluate once, and write everything that a RUN holds.
 
     All processes of a job are here at once; the leading one writes.
     """
     import fastkd.engine.evaluation  # noqa: F401 - torchmetrics takes seconds, for which scoring need not wait
 
-    recipe, runtime, watch, world = chain.recipe, chain.runtime, chain.watch, current()
+    recipe, runtime, watch, world = pipeline.recipe, pipeline.runtime, pipeline.watch, current()
     console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
-    key = artifacts.key_of("RUN", run_inputs(chain))
+    key = artifacts.key_of("RUN", run_key_fields(pipeline))
     checkpoints = directory / CHECKPOINTS
-    begun = world.leads and checkpoints.exists()
-    found = checkpoint.newest(checkpoints) if world.leads else None
-    if (name := decided_by_leader(lambda: found and found.file.name)) and not world.leads:
+    begun = world.is_main and checkpoints.exists()
+    found = checkpoint.newest(checkpoints) if world.is_main else None
+    if (name := decided_by_leader(lambda: found and found.file.name)) and not world.is_main:
         found = read_once_seen(checkpoints / name, checkpoint.read)
     if found and found.state["key"] != key:
         raise begun_otherwise(recipe, directory)
-    world.agree("checkpoint to go on from", {"name": found and found.file.name})
-    if world.leads:
+    world.check_equal("checkpoint to go on from", {"name": found and found.file.name})
+    if world.is_main:
         if source is not None:
             shutil.copyfile(recipes.locate(source), directory / "recipe.yaml")
         (directory / "resolved.yaml").write_text(recipes.dump(recipe), encoding="utf-8")
-        _write_environment(chain, directory / "env.json", begun=found is not None)
+        _write_environment(pipeline, directory / "env.json", begun=found is not None)
     try:
-        job = prepare(chain)
+        job = prepare(pipeline)
     except InputError:
-        if not begun and world.leads:
+        if not begun and world.is_main:
             shutil.rmtree(directory)
         raise
     # For what nets draw while they train: dropout.
-    torch.manual_seed(word(recipe.seed, "train" if world.leads else f"train {world.rank}"))
+    torch.manual_seed(derive_seed(recipe.seed, "train" if world.is_main else f"train {world.rank}"))
     before = found.state if found else None
-    history = History(directory, key, watch, before, tensorboard=recipe.log.tensorboard, writes=world.leads)
+    history = History(directory, key, watch, before, tensorboard=recipe.log.tensorboard, writes=world.is_main)
     if found:
         checkpoint.restore(found, job.student, job.state, job.running)
         console.say(
@@ -199,7 +207,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
         )
 
     def save() -> None:
-        _refuse_changed(chain)  # the steps since the last checkpoint were on the right data
+        _refuse_changed(pipeline)  # the steps since the last checkpoint were on the right data
         step = history.steps_before + history.epoch.steps
         checkpoint.save(checkpoints, step, job.student, job.state, job.running, history.state())
 
@@ -207,7 +215,7 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
         save()  # what was lost is charged to it, and not again
     with StopRequest() as stop:
         try:
-            _train_epochs(chain, job, history, save, stop)
+            _train_epochs(pipeline, job, history, save, stop)
             save()  # evaluating and publishing may be broken off as well
         except StoppedError:
             if math.isfinite(history.epoch.unlogged):
@@ -219,16 +227,16 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
     accuracy = {}
     epoch = recipe.train.epochs - 1
     with watch.on("evaluate"):
-        if len(chain.holdout_ids):
-            accuracy["holdout"] = _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", epoch)
-        val_ids = np.arange(chain.dataset.facts["counts"]["val"])
-        accuracy["val"] = _look(chain, job.result, history, "val", val_ids, "val", epoch)
+        if len(pipeline.holdout_ids):
+            accuracy["holdout"] = _look(pipeline, job.result, history, "train", pipeline.holdout_ids, "holdout", epoch)
+        val_ids = np.arange(pipeline.dataset.facts["counts"]["val"])
+        accuracy["val"] = _look(pipeline, job.result, history, "val", val_ids, "val", epoch)
     history.close()
-    if not world.leads:
+    if not world.is_main:
         return Built()
 
-    _save_student(chain, job, directory)
-    timing = _timing(chain, history.epochs)
+    _save_student(pipeline, job, directory)
+    timing = _timing(pipeline, history.epochs)
     _write_json(directory / "timing.json", timing)
     facts = {"model": recipe.student.model, "top1": accuracy, "images_per_s": timing["images_per_s"]}
     if recipe.prune.dynamic:
@@ -245,8 +253,8 @@ def _train(chain: "Chain", directory: Path, source: Path | None) -> Built:
             f"train: the step waited for data; {LOADING_HELP}; python -m fastkd.bench step RECIPE tells what each step "
             "could reach"
         )
-    if chain.warnings:
-        facts[artifacts.WARNINGS] = chain.warnings
+    if pipeline.warnings:
+        facts[artifacts.WARNINGS] = pipeline.warnings
     return Built(facts=facts, earlier_s=history.earlier_s)
 
 
@@ -262,7 +270,9 @@ def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
     )
 
 
-def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[], None], stop: StopRequest) -> None:
+def _train_epochs(
+    pipeline: "Pipeline", job: Job, history: History, save: Callable[[], None], stop: StopRequest
+) -> None:
     """Train the epochs that are left, writing a checkpoint every now and then.
 
     Raises
@@ -270,13 +280,13 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
     StoppedError
         Somebody asked to stop; `history` is up to date.
     """
-    recipe, watch, train, world = chain.recipe, chain.watch, chain.recipe.train, current()
+    recipe, watch, train, world = pipeline.recipe, pipeline.watch, pipeline.recipe.train, current()
     images, stop_here, look = job.images_per_epoch, Vote(lambda: stop.requested), ""
     begun = len(history.epochs) * images + history.epoch.images
     with console.progress("train", train.epochs * images, begun=begun) as update:
         for number in range(len(history.epochs), train.epochs):
             epoch = history.epoch
-            _refuse_changed(chain, number)
+            _refuse_changed(pipeline, number)
             with watch.on("train"):
                 ids = job.epoch_ids(number, begun=epoch.steps > 0)
                 lr_S = learning_rates(recipe.optim, train.epochs, number, job.steps_of(len(ids)))
@@ -294,7 +304,7 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
                     data_wait_share=wait,
                 )
                 done = round((number + epoch.steps / len(lr_S)) * images)
-                memory = f"memory {chain.runtime.memory_bytes() / 1e9:.2f} GB"
+                memory = f"memory {pipeline.runtime.memory_bytes() / 1e9:.2f} GB"
                 update(done, f"epoch {number + 1}, loss {loss:.3f}, data wait {wait:.1%}{look}, {memory}")
                 if epoch.steps < len(lr_S) and world.any_of(history.is_due(train.checkpoint_every_s)):
                     save()
@@ -315,9 +325,9 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
             epoch.data_wait_s = world.mean(epoch.data_wait_s)
             history.end_epoch()
             every = train.eval_every_epochs
-            if every and (number + 1) % every == 0 and number + 1 < train.epochs and len(chain.holdout_ids):
+            if every and (number + 1) % every == 0 and number + 1 < train.epochs and len(pipeline.holdout_ids):
                 with watch.on("evaluate"):
-                    top1 = _look(chain, job.result, history, "train", chain.holdout_ids, "holdout", number)
+                    top1 = _look(pipeline, job.result, history, "train", pipeline.holdout_ids, "holdout", number)
                 look = f", top-1 {top1:.2%}"
             if world.any_of(history.is_due(train.checkpoint_every_s)):
                 save()
@@ -325,7 +335,7 @@ def _train_epochs(chain: "Chain", job: Job, history: History, save: Callable[[],
 
 
 def _look(
-    chain: "Chain", net: nn.Module, history: History, split: str, ids: np.ndarray, name: str, epoch: int
+    pipeline: "Pipeline", net: nn.Module, history: History, split: str, ids: np.ndarray, name: str, epoch: int
 ) -> float:
     """Evaluate on a split; uncompiled, since compiling another graph costs more than one look saves.
 
@@ -334,12 +344,14 @@ def _look(
     from fastkd.engine.evaluation import evaluate
 
     world = current()
-    loader: Loader = chain.loader(split, min(EVAL_BATCH_SIZE, len(ids)))
+    loader: Loader = pipeline.loader(split, min(EVAL_BATCH_SIZE, len(ids)))
     was_training = net.training
     net.eval()
-    world.spread(net.buffers())
+    world.broadcast_tensors(net.buffers())
     mine = dealt_batches(ids, loader.batch_size, world.rank, world.size)
-    top1 = evaluate(chain.runtime, net, loader.batches(mine, last="pad") if len(mine) else None, chain.num_classes)
+    top1 = evaluate(
+        pipeline.runtime, net, loader.batches(mine, last="pad") if len(mine) else None, pipeline.num_classes
+    )
     net.train(was_training)
     history.write("evaluate", epoch=epoch, split=name, top1=top1, images=len(ids))
     if name == "holdout":
@@ -347,17 +359,17 @@ def _look(
     return top1
 
 
-def _save_student(chain: "Chain", job: Job, directory: Path) -> None:
+def _save_student(pipeline: "Pipeline", job: Job, directory: Path) -> None:
     """Write the weights, and what one must know to use them."""
     models.save_weights(job.result.net, directory / "student.safetensors")
-    normalisation = chain.normalisation
+    normalisation = pipeline.normalisation
     described = {
-        "model": chain.recipe.student.model,
-        "num_classes": chain.num_classes,
-        "classes": chain.dataset.facts["classes"],
+        "model": pipeline.recipe.student.model,
+        "num_classes": pipeline.num_classes,
+        "classes": pipeline.dataset.facts["classes"],
         "input_hw": list(job.loader.image_hw),
-        "crop_ratio": chain.crop_ratio,
-        "stored": {name: chain.dataset.facts["options"][name] for name in STORED},
+        "crop_ratio": pipeline.crop_ratio,
+        "stored": {name: pipeline.dataset.facts["options"][name] for name in STORED},
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
         "ema": job.state.average is not None,
@@ -365,10 +377,10 @@ def _save_student(chain: "Chain", job: Job, directory: Path) -> None:
     _write_json(directory / "model.json", described)
 
 
-def _timing(chain: "Chain", epochs: list[dict[str, float]]) -> dict[str, Any]:
+def _timing(pipeline: "Pipeline", epochs: list[dict[str, float]]) -> dict[str, Any]:
     """Return what everything cost: first and further student, with the teacher's training on its own line."""
-    own = chain.watch.seconds
-    before = {name: cost for name, cost in chain.costs.items() if name not in ("teacher", "train")}
+    own = pipeline.watch.seconds
+    before = {name: cost for name, cost in pipeline.costs.items() if name not in ("teacher", "train")}
     further_s = sum(own.values())
     wall_s = sum(e["wall_s"] for e in epochs)
     wait_s = sum(e["data_wait_s"] for e in epochs)
@@ -379,8 +391,8 @@ def _timing(chain: "Chain", epochs: list[dict[str, float]]) -> dict[str, Any]:
         ],
         "first_student_s": sum(c.seconds for c in before.values()) + further_s,
         "further_student_s": further_s,
-        "stored_bytes": _stored_bytes(chain),
-        "teacher_training_s": chain.costs["teacher"].seconds if "teacher" in chain.costs else None,
+        "stored_bytes": _stored_bytes(pipeline),
+        "teacher_training_s": pipeline.costs["teacher"].seconds if "teacher" in pipeline.costs else None,
         "data_wait_s": wait_s,
         "step_s": wall_s - wait_s,
         "data_wait_share": wait_s / wall_s,
@@ -389,22 +401,22 @@ def _timing(chain: "Chain", epochs: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def _stored_bytes(chain: "Chain") -> int:
+def _stored_bytes(pipeline: "Pipeline") -> int:
     """Return the size of the stored logits that the student learned from."""
-    if chain.recipe.teacher is None or chain.recipe.labels.mode == "online":
+    if pipeline.recipe.teacher is None or pipeline.recipe.labels.mode == "online":
         return 0
-    if uses_labels(chain.recipe):
-        return chain.labels.facts["row_bytes"] * chain.labels.facts["count"] * (chain.recipe.num_views or 0)
-    return chain.subset.manifest.files["logits.npy"].size
+    if uses_labels(pipeline.recipe):
+        return pipeline.labels.facts["row_bytes"] * pipeline.labels.facts["count"] * (pipeline.recipe.num_views or 0)
+    return pipeline.subset.manifest.files["logits.npy"].size
 
 
-def environment(chain: "Chain") -> dict[str, Any]:
+def environment(pipeline: "Pipeline") -> dict[str, Any]:
     """Return what a run was made with."""
     versions = {}
     for name in VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    runtime = chain.runtime
+    runtime = pipeline.runtime
     return {
         "machine": doctor.machine(),
         "torch_threads": torch.get_num_threads(),
@@ -418,9 +430,9 @@ def environment(chain: "Chain") -> dict[str, Any]:
     }
 
 
-def _write_environment(chain: "Chain", path: Path, *, begun: bool) -> None:
+def _write_environment(pipeline: "Pipeline", path: Path, *, begun: bool) -> None:
     """Write what a run is made with; of one that was begun with something else, that as well, under `earlier`."""
-    now, earlier = environment(chain), []
+    now, earlier = environment(pipeline), []
     if begun:
         # It was being written at that moment, or is none of ours.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -7,9 +7,9 @@ from typing import Any
 from fastkd import console, shipped
 from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, read_manifest
 from fastkd.data.beton import Progress, write_betons
-from fastkd.data.source import Snapshot, Writer, WriterOptions, load_writer
+from fastkd.data.writer_api import Snapshot, Writer, WriterOptions, load_writer
 from fastkd.errors import ArtifactError, InputError
-from fastkd.stages.rows import full_disk_explained
+from fastkd.stages.resumable import full_disk_explained
 
 
 def write(
@@ -26,7 +26,7 @@ def write(
     Parameters
     ----------
     writer
-        Name of a shipped writer (``fashion_mnist``) or path of a file (``my/writer.py``; see `fastkd.data.source`).
+        Name of a shipped writer (``fashion_mnist``) or path of a file (``my/writer.py``; see `fastkd.data.writer_api`).
     out_dir
         Where the data set is published. A directory that holds something else is refused, `force` or not.
     options

@@ -17,7 +17,7 @@ from harness import seconds
 from PIL import Image
 
 from fastkd.data import beton, encode
-from fastkd.data.source import load_writer
+from fastkd.data.writer_api import load_writer
 from fastkd.errors import FastkdError, InputError
 
 pytestmark = pytest.mark.timeout(60)
@@ -248,7 +248,7 @@ def test_wrong_sample_always_fails(noise, tmp_path, fault, text, on_error):
 def test_all_corrupt(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text(
-        "from fastkd.data.source import WriterOptions as Options\n"
+        "from fastkd.data.writer_api import WriterOptions as Options\n"
         "def read(options): return {'train': [(b'x', 0)] * 5, 'val': [(b'x', 0)]}, ['a', 'b']\n"
     )
     with pytest.raises(
@@ -344,7 +344,7 @@ import sys
 from pathlib import Path
 from fastkd.artifacts import Built, build
 from fastkd.data.beton import write_betons
-from fastkd.data.source import load_writer
+from fastkd.data.writer_api import load_writer
 
 def builder(directory):
     writer = load_writer(sys.argv[1])
@@ -430,7 +430,7 @@ import io, os
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from fastkd.data.source import WriterOptions
+from fastkd.data.writer_api import WriterOptions
 
 class Options(WriterOptions):
     root: str
@@ -600,7 +600,7 @@ def test_nothing_is_said_of_plain_images(files):
 
 SOURCE = """
 import numpy as np
-from fastkd.data.source import ArrayDataset, WriterOptions as Options
+from fastkd.data.writer_api import ArrayDataset, WriterOptions as Options
 images = np.random.default_rng(0).integers(0, 256, (8, 5, 4, 3), dtype=np.uint8)
 {change}
 def read(options):

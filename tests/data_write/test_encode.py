@@ -10,7 +10,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from fastkd.data import encode as e
 from fastkd.data.notices import Notice
-from fastkd.data.source import WriterOptions
+from fastkd.data.writer_api import WriterOptions
 
 
 def noise(*shape, seed=0):

@@ -12,8 +12,7 @@ from harness import command_file
 from fastkd import artifacts, console
 from fastkd import write as command
 from fastkd.errors import ArtifactError, FastkdError, InputError
-from fastkd.stages import write
-from fastkd.stages.chain import Chain
+from fastkd.pipeline import Pipeline, write
 
 pytestmark = pytest.mark.timeout(60)
 OPTIONS = {"n": 40, "sides": (9, 9), "workers": 1}
@@ -85,7 +84,7 @@ def test_a_constant_channel_in_the_manifest(tmp_path):
     file = tmp_path / "grey.py"
     file.write_text(
         "import numpy as np\n"
-        "from fastkd.data.source import ArrayDataset, WriterOptions as Options\n"
+        "from fastkd.data.writer_api import ArrayDataset, WriterOptions as Options\n"
         "def read(options):\n"
         "    data = ArrayDataset(np.full((4, 5, 5), 7, np.uint8), np.arange(4) % 2)\n"
         "    return {'train': data, 'val': data}, ['a', 'b']\n"
@@ -94,7 +93,7 @@ def test_a_constant_channel_in_the_manifest(tmp_path):
     assert facts["std"] == [1.0] * 3
     assert any("constant or nearly so over all of train" in text for text in facts["warnings"])
     older = SimpleNamespace(path=tmp_path, facts=facts | {"std": [0.0, 0.2, 0.3]})
-    assert Chain.normalisation.fget(SimpleNamespace(dataset=older)).std == (1.0, 0.2, 0.3)
+    assert Pipeline.normalisation.fget(SimpleNamespace(dataset=older)).std == (1.0, 0.2, 0.3)
     assert any("is taken as 1" in text for text in console.warnings_since(0))
 
 

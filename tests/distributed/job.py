@@ -9,12 +9,12 @@ overrides of each process of its own.
 import json
 import time
 
-from fastkd import cli, recipe, stages, world
+from fastkd import cli, distributed, pipeline, recipe
 from fastkd.engine import loop
 from fastkd.stages import training
 
 
-class StopsAfter(world.Vote):
+class StopsAfter(distributed.Vote):
     """A vote that one process alone wins at a given step."""
 
     def __init__(self, steps: int) -> None:
@@ -23,13 +23,13 @@ class StopsAfter(world.Vote):
 
     def _is_over(self) -> bool:
         self.left -= 1
-        return self.left <= 0 and world.current().rank == world.current().size - 1
+        return self.left <= 0 and distributed.current().rank == distributed.current().size - 1
 
 
 def main(jobs: str) -> None:
-    real_step, real_vote = loop.train_step, world.Vote
+    real_step, real_vote = loop.train_step, distributed.Vote
     for one in json.loads(jobs):
-        apart = one.get("apart", [[]] * world.current().size)[world.current().rank]
+        apart = one.get("apart", [[]] * distributed.current().size)[distributed.current().rank]
         pause_s, stop_after = one.get("pause_s", 0.0), one.get("stop_after")
 
         def step(*given, pause_s=pause_s):
@@ -39,7 +39,7 @@ def main(jobs: str) -> None:
         loop.train_step = step
         training.Vote = real_vote if stop_after is None else lambda wish, steps=stop_after: StopsAfter(steps)
         try:
-            getattr(stages, one["stage"])(recipe.load(one["recipe"], [*one["overrides"], *apart]))
+            getattr(pipeline, one["stage"])(recipe.load(one["recipe"], [*one["overrides"], *apart]))
         except KeyboardInterrupt:
             if stop_after is None:
                 raise

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 import typer
 
-from fastkd import cli, watch, world
+from fastkd import cli, distributed, peer_watch
 
 
 def main(kind: str, steps: Annotated[int, typer.Argument()] = 10_000) -> None:
-    mine = world.current()
-    watch.GRACE_S = 1.0
+    mine = distributed.current()
+    peer_watch.GRACE_S = 1.0
     for number in range(steps):
         if kind == "collective":
             dist.all_reduce(torch.ones(1))

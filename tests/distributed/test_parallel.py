@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastkd import world
+from fastkd import distributed
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 
@@ -16,7 +16,7 @@ CPU = Runtime(torch.device("cpu"), "fp32", channels_last=True, compile=False)
 def as_in_a_job(monkeypatch):
     """Believe to be one of two, in a group of one."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(world, "_world", world.World(rank=0, size=2))
+    monkeypatch.setattr(distributed, "_world", distributed.ProcessGroup(rank=0, size=2))
     yield
     dist.destroy_process_group()
 

@@ -15,9 +15,9 @@ import pytest
 from harness import seconds
 from safetensors.numpy import load_file
 
-from fastkd import artifacts, stages, world
+from fastkd import artifacts, distributed, pipeline
 from fastkd.errors import InputError
-from fastkd.stages.job import assemble
+from fastkd.stages.training_setup import build_training_setup
 
 JOB = Path(__file__).with_name("job.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -95,7 +95,7 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 def given(recipe_in, tmp_path_factory):
     """A recipe whose teacher is trained, scored and pruned."""
     loaded = recipe_in(tmp_path_factory.mktemp("given"))
-    stages.prune(loaded())
+    pipeline.prune(loaded())
     return loaded
 
 
@@ -120,8 +120,8 @@ def runs(given, runs_in, tmp_path_factory):
     def place(name: str) -> str:
         return runs_in(folder / name)
 
-    stages.train(given(*GROUPNORM, place("alone"), "log.every_steps=1"))
-    stages.train(given(*DYNAMIC, place("dynamic alone")))
+    pipeline.train(given(*GROUPNORM, place("alone"), "log.every_steps=1"))
+    pipeline.train(given(*DYNAMIC, place("dynamic alone")))
     run(
         2,
         task(given, "train", *GROUPNORM, place("two")),
@@ -145,7 +145,7 @@ def test_a_training_of_two_that_was_stopped_goes_on_alone_from_the_same_sample(g
     """One of two asked to stop; both did, a step later."""
     (left,) = (runs / "stopped").glob(f"*{artifacts.PARTIAL}")
     capfd.readouterr()
-    stages.train(given(*GROUPNORM, f"train.runs_dir={runs / 'stopped'}"))
+    pipeline.train(given(*GROUPNORM, f"train.runs_dir={runs / 'stopped'}"))
     assert f"going on with epoch 4, step {(STOPPED_AT + 1) % 3 + 1}, from" in capfd.readouterr().out
     assert not left.exists()
     np.testing.assert_allclose(trace(runs / "stopped"), trace(runs / "alone"), rtol=2e-4)
@@ -178,7 +178,7 @@ def test_a_run_tells_how_many_processes_made_it_and_charges_all_images(runs):
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_rows_of_several_processes_are_those_of_one_bit_by_bit(given, runs, tmp_path, processes):
     """150 samples are 10 batches to score, 75 kept ones in two views 10 to label: four cannot share them evenly."""
-    stages.label(given(*VIEWS, f"data.artifacts_dir={tmp_path}"))
+    pipeline.label(given(*VIEWS, f"data.artifacts_dir={tmp_path}"))
     folder = runs / f"labels of {processes}"
     if processes > 2:
         run(processes, task(given, "label", *VIEWS, f"data.artifacts_dir={folder}"))
@@ -233,7 +233,7 @@ def test_processes_with_different_inputs_are_refused(given, tiny_npz, tmp_path, 
     if apart == "data":
         with np.load(tiny_npz) as arrays:
             np.savez(tmp_path / "other.npz", **{name: arrays[name][::-1] for name in arrays})
-        stages.write("arrays", tmp_path / "other", {"file": str(tmp_path / "other.npz"), "workers": 1})
+        pipeline.write("arrays", tmp_path / "other", {"file": str(tmp_path / "other.npz"), "workers": 1})
         apart = [[], [f"data.path={tmp_path / 'other'}"]]
     code, said = Job(2, task(given, "train", f"train.runs_dir={tmp_path / 'runs'}", apart=apart)).end()
     assert code == 1  # torchrun's, whatever the process's
@@ -243,13 +243,13 @@ def test_processes_with_different_inputs_are_refused(given, tiny_npz, tmp_path, 
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(given, monkeypatch):
-    chain = stages.Chain(given("train.batch_size=32", "train.accumulate=4"))
-    ids = chain.train_ids
-    monkeypatch.setattr(world, "_world", world.World(rank=1, size=3))
+    pipe = pipeline.Pipeline(given("train.batch_size=32", "train.accumulate=4"))
+    ids = pipe.train_ids
+    monkeypatch.setattr(distributed, "_world", distributed.ProcessGroup(rank=1, size=3))
     with pytest.raises(
         InputError, match=r"train\.batch_size=32: 3 processes × 4 parts do not divide it; give a multiple"
     ):
-        assemble(chain, chain.runtime, ids, None, None)
+        build_training_setup(pipe, pipe.runtime, ids, None, None)
 
 
 @pytest.mark.soak

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fastkd.engine import checkpoint
-from fastkd.engine.average import MovingAverage
-from fastkd.engine.dynamic import RunningLosses
-from fastkd.engine.loop import Objective, TrainState, train_epoch
+from fastkd.engine.ema import ModelEma
+from fastkd.engine.loop import LossModule, TrainState, train_epoch
 from fastkd.engine.losses import supervised_loss
+from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Optim
 
@@ -46,20 +46,20 @@ class Net(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def make(optim: Optim) -> tuple[nn.Module, TrainState, RunningLosses]:
+def make(optim: Optim) -> tuple[nn.Module, TrainState, PerSampleLoss]:
     torch.manual_seed(1)
     net = CPU.place(Net())
     state = TrainState(
         CPU,
-        Objective(net, supervised_loss, lambda told: None),
+        LossModule(net, supervised_loss, lambda told: None),
         CPU.optimizer(optim, net.parameters()),
         CPU.scaler(),
-        average=MovingAverage(net, 0.9),
+        average=ModelEma(net, 0.9),
     )
-    return net, state, RunningLosses(np.arange(40), CPU.device)
+    return net, state, PerSampleLoss(np.arange(40), CPU.device)
 
 
-def train(state: TrainState, running: RunningLosses, first: int, last: int) -> None:
+def train(state: TrainState, running: PerSampleLoss, first: int, last: int) -> None:
     train_epoch(
         state, batches(first, last), None, np.full(last - first, 0.05), log_every_steps=99, on_log=lambda *a: None,
         running=running,

@@ -10,13 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.engine.average import MovingAverage
-from fastkd.engine.dynamic import RunningLosses
+from fastkd.engine.ema import ModelEma
 from fastkd.engine.evaluation import evaluate
-from fastkd.engine.feed import feed
 from fastkd.engine.loop import (
     Epoch,
-    Objective,
+    LossModule,
     StoppedError,
     TrainState,
     predict,
@@ -25,6 +23,8 @@ from fastkd.engine.loop import (
     warm_up,
 )
 from fastkd.engine.losses import kd_loss, supervised_loss
+from fastkd.engine.per_sample_loss import PerSampleLoss
+from fastkd.engine.prefetch import feed
 from fastkd.engine.runtime import Runtime, has_bf16
 from fastkd.errors import FastkdError, InputError
 from fastkd.recipe import Optim
@@ -64,7 +64,7 @@ def make_state(loss=supervised_loss, lr=0.1, read=lambda told: told[0] if told e
     torch.manual_seed(0)
     net = Net()
     optimizer = CPU.optimizer(Optim(lr=lr, weight_decay=0.0), net.parameters())
-    return TrainState(CPU, Objective(net, loss, read), optimizer, CPU.scaler(), **more)
+    return TrainState(CPU, LossModule(net, loss, read), optimizer, CPU.scaler(), **more)
 
 
 def losses(state: TrainState, batch: Batch) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_a_gradient_is_clipped_to_its_norm():
 
 def test_the_average_follows_weights_and_statistics():
     state = make_state()
-    state.average = MovingAverage(state.objective.student, 0.9)
+    state.average = ModelEma(state.objective.student, 0.9)
     expected = {k: v.double() for k, v in state.objective.student.state_dict().items()}
     for batch in batches(4):
         train_step(state, batch.images, batch.labels, ())
@@ -207,7 +207,7 @@ def test_gradients_that_overflow_at_every_step_stop_instead_of_training_nothing(
 
 
 def test_a_dynamic_epoch_weighs_each_sample_and_keeps_its_loss():
-    running = RunningLosses(np.arange(2, 14), CPU.device)
+    running = PerSampleLoss(np.arange(2, 14), CPU.device)
     running.weight_N[:] = torch.arange(14) / 4
     state, twin = make_state(), make_state()
     arguments = {"log_every_steps": 9, "on_log": lambda *a: None}
@@ -230,7 +230,7 @@ def test_a_dynamic_epoch_weighs_each_sample_and_keeps_its_loss():
 
 def test_running_losses_choose_among_their_samples_alone():
     ids = np.array([1, 4, 5, 8, 9])
-    running = RunningLosses(ids, CPU.device)
+    running = PerSampleLoss(ids, CPU.device)
     running.infobatch(0.5, seed=0, epoch=0)
     assert running.kept().all()  # no sample has had a loss
     running.loss_N[torch.from_numpy(ids)] = torch.tensor([0.1, 0.2, 0.3, 0.4, 9.0])
@@ -396,8 +396,8 @@ def test_the_end_of_feeding_ends_the_loader():
 
 def cuda_state(precision: str, compile: bool | str = False) -> TrainState:
     runtime = Runtime.choose("cuda", precision, channels_last=True, compile=compile)
-    net = runtime.place(Net())
-    objective = Objective(net, partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0), lambda told: told[0].float())
+    net = runtime.to_device(Net())
+    objective = LossModule(net, partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0), lambda told: told[0].float())
     optimizer = runtime.optimizer(Optim(lr=0.1), net.parameters())
     return TrainState(runtime, runtime.compiled(objective), optimizer, runtime.scaler(), clip_norm=1.0)
 
@@ -407,8 +407,8 @@ def cuda_state(precision: str, compile: bool | str = False) -> TrainState:
 @pytest.mark.parametrize("compile", [False, True, "reduce-overhead"])
 def test_an_epoch_on_cuda_runs_in_every_precision(precision, compile):
     state = cuda_state(precision, compile)
-    state.average = MovingAverage(state.objective.student, 0.9) if not compile else None
-    running = RunningLosses(np.arange(48), state.runtime.device)
+    state.average = ModelEma(state.objective.student, 0.9) if not compile else None
+    running = PerSampleLoss(np.arange(48), state.runtime.device)
     result = train_epoch(
         state, batches(12), None, np.full(12, 0.01), log_every_steps=4, on_log=lambda *a: None, running=running
     )
@@ -450,7 +450,7 @@ def test_batches_reach_cuda_whole_and_in_order_though_buffers_are_used_again():
         torch.cuda._sleep(1_000_000)
         for ours, theirs in zip(fed.tensors(), (*batch[:3], *batch.stored), strict=True):
             torch.testing.assert_close(ours.cpu(), theirs)
-    logits = np.concatenate([p.logits for p in predict(runtime, runtime.place(Net().eval()), batches(5, valid=3))])
+    logits = np.concatenate([p.logits for p in predict(runtime, runtime.to_device(Net().eval()), batches(5, valid=3))])
     assert logits.shape == (15, 3)
 
 

@@ -45,7 +45,7 @@ runpy.run_module(f"fastkd.{command}", run_name="__main__", alter_sys=True)
 @pytest.fixture
 def one_by_one() -> dict[str, float]:
     """Values for `slowed`: rows are made safe after every batch, not every 15 s."""
-    return {"fastkd.stages.passes:SAVE_EVERY_S": 0.0}
+    return {"fastkd.stages.teacher_pass:SAVE_EVERY_S": 0.0}
 
 
 class Running:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fastkd import artifacts, stages
+from fastkd import artifacts, pipeline
 from fastkd.engine import loop
 from fastkd.errors import ArtifactError
-from fastkd.stages import passes
+from fastkd.stages import teacher_pass
 
 USED = {"train.beton": "DATASET", "val.beton": "DATASET", "logits.npy": "SUBSET", "views/v0000.npy": "LABELS"}
 VIEWS = ("data.view.family=pad_crop_flip", "labels.views=2")
@@ -64,7 +64,7 @@ def runs(recipe) -> list[Path]:
 def test_a_file_that_is_overwritten_in_place_while_training__ends_it_and_nothing_is_published(own, monkeypatch, name):
     """Of the same size, in the middle of an epoch; put back, the training goes on from before, to the same student."""
     recipe = own("train.checkpoint_every_s=0", *VIEWS)
-    stages.label(recipe)
+    pipeline.label(recipe)
     folder = {"DATASET": own.data}
     for kind in ("subset", "labels"):
         (folder[kind.upper()],) = Path(recipe.data.artifacts_dir).glob(f"{kind}-*")
@@ -74,27 +74,27 @@ def test_a_file_that_is_overwritten_in_place_while_training__ends_it_and_nothing
     with monkeypatch.context() as patch:
         at_step(patch, 7, lambda: overwrite(file))
         with pytest.raises(ArtifactError, match=f"{file.name}: {CHANGED}"):
-            stages.train(recipe)
+            pipeline.train(recipe)
     assert [run.name.endswith(artifacts.PARTIAL) for run in runs(recipe)] == [True]
     os.replace(kept, file)
-    run, _ = stages.train(recipe)
+    run, _ = pipeline.train(recipe)
     shutil.copytree(run.path, own.data.parent / "kept")
-    again, _ = stages.train(recipe, force={"train"})
+    again, _ = pipeline.train(recipe, force={"train"})
     for key, expected in load_file(again.path / "student.safetensors").items():
         np.testing.assert_array_equal(load_file(own.data.parent / "kept" / "student.safetensors")[key], expected)
 
 
 def test_a_file_that_is_overwritten_with_its_old_times__is_seen_all_the_same(own, monkeypatch):
     recipe = own()
-    stages.prune(recipe)
+    pipeline.prune(recipe)
     at_step(monkeypatch, 4, lambda: overwrite(own.data / "train.beton", keeps_times=True))
     with pytest.raises(ArtifactError, match=f"train.beton: {CHANGED}"):
-        stages.train(recipe)
+        pipeline.train(recipe)
 
 
 def test_a_data_set_that_is_replaced_by_another_while_training__ends_it(own, monkeypatch):
     recipe = own()
-    stages.prune(recipe)
+    pipeline.prune(recipe)
     other = own.data.with_name("other")
     shutil.copytree(own.data, other)
     overwrite(other / "train.beton")
@@ -105,7 +105,7 @@ def test_a_data_set_that_is_replaced_by_another_while_training__ends_it(own, mon
 
     at_step(monkeypatch, 4, replace)
     with pytest.raises(ArtifactError, match=CHANGED):
-        stages.train(recipe)
+        pipeline.train(recipe)
     assert not [run for run in runs(recipe) if not run.name.endswith(artifacts.PARTIAL)]
 
 
@@ -117,13 +117,13 @@ def test_images_that_are_overwritten_while_the_teacher_looks_at_them__end_the_pa
     expected = own(
         "score.batch_size=16", "labels.batch_size=16", f"data.artifacts_dir={own.data.parent / 'right'}", *VIEWS
     )
-    stages.label(expected)
+    pipeline.label(expected)
     if stage == "label":
-        stages.prune(recipe)
+        pipeline.prune(recipe)
     kept = own.data.parent / "kept"
     shutil.copy2(own.data / "train.beton", kept)
-    monkeypatch.setattr(passes, "SAVE_EVERY_S", 0.0)
-    batches, real = iter(range(1_000_000)), passes.predict
+    monkeypatch.setattr(teacher_pass, "SAVE_EVERY_S", 0.0)
+    batches, real = iter(range(1_000_000)), teacher_pass.predict
 
     def predict(*given):
         for predicted in real(*given):
@@ -132,11 +132,11 @@ def test_images_that_are_overwritten_while_the_teacher_looks_at_them__end_the_pa
             yield predicted
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes, "predict", predict)
+        patch.setattr(teacher_pass, "predict", predict)
         with pytest.raises(ArtifactError, match=f"train.beton: {CHANGED}"):
-            getattr(stages, stage)(recipe)
+            getattr(pipeline, stage)(recipe)
     os.replace(kept, own.data / "train.beton")
-    stages.label(recipe)
+    pipeline.label(recipe)
     for kind in ("scores", "labels"):
         (one,), (other,) = (Path(r.data.artifacts_dir).glob(f"{kind}-*[0-9a-f]") for r in (recipe, expected))
         assert artifacts.read_manifest(one).files == artifacts.read_manifest(other).files
@@ -145,15 +145,15 @@ def test_images_that_are_overwritten_while_the_teacher_looks_at_them__end_the_pa
 def test_labels_that_grow_while_a_student_learns_from_them__are_no_change(own, monkeypatch):
     """The views that are there get a second name, and lose the first."""
     recipe = own(*VIEWS)
-    stages.label(recipe)
-    at_step(monkeypatch, 7, lambda: stages.label(own("data.view.family=pad_crop_flip", "labels.views=3")))
-    run, built = stages.train(recipe)
+    pipeline.label(recipe)
+    at_step(monkeypatch, 7, lambda: pipeline.label(own("data.view.family=pad_crop_flip", "labels.views=3")))
+    run, built = pipeline.train(recipe)
     assert built
     artifacts.verify(run)
 
 
 def test_a_file_whose_mode_is_changed__is_no_change(own, monkeypatch):
     recipe = own()
-    stages.prune(recipe)
+    pipeline.prune(recipe)
     at_step(monkeypatch, 7, lambda: (own.data / "train.beton").chmod(0o440))
-    assert stages.train(recipe)[1]
+    assert pipeline.train(recipe)[1]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fastkd import artifacts, export, predict, report, stages, train
+from fastkd import artifacts, export, pipeline, predict, report, train
 from fastkd.artifacts import __main__ as artifacts_command
 
 DEEP = "[" * 100_000
@@ -190,7 +190,7 @@ def test_a_beginning_whose_recipe_claims_anything__is_not_gone_on_with(
 ):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
-        stages.train(tiny_recipe(), out=tmp_path / "run")
+        pipeline.train(tiny_recipe(), out=tmp_path / "run")
     stop_after(10**9)
     (tmp_path / f"run{artifacts.PARTIAL}" / "resolved.yaml").write_text(text, encoding="utf-8")
     code, said = command(train.main, tiny_recipe.path, "optim.lr=0.01", "--resume", tmp_path / "run")

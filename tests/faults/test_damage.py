@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastkd import artifacts, check, recipe, stages
+from fastkd import artifacts, check, pipeline, recipe
 from fastkd.artifacts import MANIFEST
 from fastkd.errors import ArtifactError
-from fastkd.stages import Chain, checking
+from fastkd.export.dataset import export_dataset
+from fastkd.pipeline import Pipeline
+from fastkd.stages import checking
 
 KINDS = ("DATASET", "SCORES", "SUBSET", "LABELS", "RUN", "export")
 FLIPS = 12  # of each file
@@ -39,11 +41,11 @@ train: {{epochs: 2, batch_size: 25, compile: false, runs_dir: {folder / "runs"}}
 
 @pytest.fixture(scope="module")
 def whole(recipe_file) -> dict[str, Path]:
-    """A real chain, and an export of it: each test leaves it as it was."""
-    chain = Chain(recipe.load(recipe_file))
-    run, _ = chain.train(source=recipe_file)
-    export, _ = stages.export(chain.subset.path, recipe_file.parent / "export")
-    made = (chain.dataset, chain.scores, chain.subset, chain.labels, run, export)
+    """A real pipe, and an export of it: each test leaves it as it was."""
+    pipe = Pipeline(recipe.load(recipe_file))
+    run, _ = pipe.train(source=recipe_file)
+    export, _ = export_dataset(pipe.subset.path, recipe_file.parent / "export")
+    made = (pipe.dataset, pipe.scores, pipe.subset, pipe.labels, run, export)
     return {kind: artifact.path for kind, artifact in zip(KINDS, made, strict=True)}
 
 
@@ -198,11 +200,11 @@ def test_an_artifact_made_from_other_parents__is_not_used_where_another_should_b
     ):
         with restored(path / MANIFEST):
             reseal(path, **values)
-            for use in (stages.train, checking.check) if kind != "RUN" else (stages.train,):
+            for use in (pipeline.train, checking.check) if kind != "RUN" else (pipeline.train,):
                 with pytest.raises(ArtifactError, match=why) as error:
                     use(loaded)
                 assert str(path) in str(error.value)
-    assert not stages.train(loaded)[1]
+    assert not pipeline.train(loaded)[1]
 
 
 def test_an_export_with_another_subset_inside__is_refused(whole, reseal, recipe_file):
@@ -216,7 +218,7 @@ def test_an_export_with_another_subset_inside__is_refused(whole, reseal, recipe_
             reseal(inside, **values)
             reseal(path)
             with pytest.raises(ArtifactError, match=r"is not the SUBSET that .* was made from; export again"):
-                _ = Chain(recipe.load(recipe_file, [f"data.path={path}"])).subset
+                _ = Pipeline(recipe.load(recipe_file, [f"data.path={path}"])).subset
 
 
 def test_labels_made_before_their_subset_was_built_again__are_not_exported(whole, reseal, tmp_path):
@@ -229,8 +231,8 @@ def test_labels_made_before_their_subset_was_built_again__are_not_exported(whole
         np.save(subset / "indices.npy", ids)
         reseal(subset)
         with pytest.raises(ArtifactError, match=r"was made before .* was built again; label again"):
-            stages.export(subset, tmp_path / "out", labels=labels)
-        assert stages.export(subset, tmp_path / "out")[0].facts["export"]["labels"] is None
+            export_dataset(subset, tmp_path / "out", labels=labels)
+        assert export_dataset(subset, tmp_path / "out")[0].facts["export"]["labels"] is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

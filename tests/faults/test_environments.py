@@ -204,7 +204,7 @@ def test_a_working_directory_that_was_deleted__is_one_line_that_says_so(place, t
     here.mkdir()
     place.as_nobody("write")
     delete_and_train = (
-        "import os, runpy, fastkd.stages.chain; os.rmdir(os.getcwd()); "  # torch does not load without one
+        "import os, runpy, fastkd.pipeline; os.rmdir(os.getcwd()); "  # torch does not load without one
         "runpy.run_module('fastkd.train', run_name='__main__', alter_sys=True)"
     )
     path = os.pathsep.join(filter(None, [str(Path(fastkd.__file__).parent.parent), *sys.path]))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import artifacts, label, prune, score, stages, train, write
+from fastkd import artifacts, label, pipeline, prune, score, train, write
 from fastkd.engine import loop
 from fastkd.stages import pruning, training
 
@@ -54,12 +54,12 @@ def test_a_full_disk_in_any_stage__is_one_error_and_the_stage_ends_when_there_is
 ):
     """An older artifact on that disk stays whole."""
     main, module, name, call, overrides, advice = CASES[case]
-    stage = getattr(stages, case.partition(",")[0])
+    stage = getattr(pipeline, case.partition(",")[0])
     whole, _ = stage(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
     overrides = (*overrides, f"data.artifacts_dir={disk.path / 'artifacts'}")
     if main is not score.main:
-        stages.score(tiny_recipe(*overrides))
-    old, _ = stages.score(tiny_recipe(*overrides, "score.dtype=float16", "score.batch_size=50"))
+        pipeline.score(tiny_recipe(*overrides))
+    old, _ = pipeline.score(tiny_recipe(*overrides, "score.dtype=float16", "score.batch_size=50"))
     fill_at(monkeypatch, disk, module, name, call)
     code, said = command(main, tiny_recipe.path, *overrides)
     refused(code, said, advice)
@@ -92,8 +92,8 @@ def test_a_full_disk_while_training__is_one_error_and_training_goes_on_when_ther
     module, name, call, tiny_recipe, tmp_path, disk, command, monkeypatch, leftovers
 ):
     overrides = ("train.checkpoint_every_s=0", "data.workers=1")
-    whole, _ = stages.train(tiny_recipe(*overrides), out=tmp_path / "whole")
-    old, _ = stages.train(tiny_recipe("train.epochs=1"), out=disk.path / "old")
+    whole, _ = pipeline.train(tiny_recipe(*overrides), out=tmp_path / "whole")
+    old, _ = pipeline.train(tiny_recipe("train.epochs=1"), out=disk.path / "old")
     overrides = (*overrides, f"train.runs_dir={disk.path}", "teacher.recipe=null", "teacher.model=cifar/resnet8")
     weights = next((tmp_path / "runs").glob("teacher-*"))
     overrides = (*overrides, f"teacher.weights={weights}")
@@ -132,7 +132,7 @@ def test_a_full_disk_while_writing_anew__keeps_the_data_set_that_was_there(
 ):
     place = disk.path / "out"
     asked = (noise, place, "n=3000", "sides=[30,40]", "workers=2", "--force")  # 11 MB
-    old, _ = stages.write(noise, place, {"n": 40})
+    old, _ = pipeline.write(noise, place, {"n": 40})
     code, said = command(write.main, *asked)
     refused(code, said, "or write elsewhere")
     assert artifacts.load(place).manifest == old.manifest
@@ -142,7 +142,7 @@ def test_a_full_disk_while_writing_anew__keeps_the_data_set_that_was_there(
     disk.grow()
     code, said = command(write.main, *asked)
     assert code == 0, said
-    whole, _ = stages.write(noise, tmp_path / "whole", {"n": 3000, "sides": (30, 40)})
+    whole, _ = pipeline.write(noise, tmp_path / "whole", {"n": 3000, "sides": (30, 40)})
     assert artifacts.load(place).key == whole.key
 
 

@@ -13,7 +13,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fastkd import artifacts, models, prune, recipe, stages, write
+from fastkd import artifacts, models, pipeline, prune, recipe, write
 from fastkd.artifacts import Artifact, Built
 from fastkd.errors import ArtifactError, FastkdError, InputError
 
@@ -366,7 +366,7 @@ def test_any_bytes_for_logits_labels_or_lists_of_ones_own__are_refused_in_words(
         recipe.Prune(method="list", ids=str(folder / "ids.npy")) if which == "ids" else recipe.Prune(keep_ratio=0.5)
     )
     with pytest.raises(InputError, match=rf"{which}\.npy|logits|classes have no samples"):
-        stages.prune_arrays(folder / "z.npy", folder / "y.npy", folder / "out", chosen)
+        pipeline.prune_arrays(folder / "z.npy", folder / "y.npy", folder / "out", chosen)
     assert not (folder / "out").exists()
 
 
@@ -426,7 +426,7 @@ def test_arrays_of_ones_own_that_lie_otherwise_in_memory__are_taken_for_what_the
     for name, (z, y) in {"plain": (Z, Y), "other": change(Z, Y)}.items():
         np.save(tmp_path / "z.npy", z)
         np.save(tmp_path / "y.npy", y)
-        made, _ = stages.prune_arrays(
+        made, _ = pipeline.prune_arrays(
             tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / name, recipe.Prune(keep_ratio=0.5)
         )
         found.append((made.array("indices.npy").tolist(), made.array("logits.npy").tolist()))

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from harness import seconds
 
-from fastkd import artifacts, stages
+from fastkd import artifacts, pipeline
 from fastkd.data import beton
 from fastkd.data import loader as loader_module
 from fastkd.data.extract import read_table
 from fastkd.data.loader import Loader
-from fastkd.data.stored import StoredRows
+from fastkd.data.row_store import StoredRows
 from fastkd.data.views import Views
 from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError
+from fastkd.export.dataset import export_dataset
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
 STAGES = {
@@ -44,7 +45,7 @@ def meets(tiny_recipe, monkeypatch):
         function, own, split = STAGES[name]
         recipe = tiny_recipe(*own, *overrides)
         if name == "label":
-            stages.prune(recipe)  # the fault is to hit the views, not the scores
+            pipeline.prune(recipe)  # the fault is to hit the views, not the scores
         monkeypatch.setattr("fastkd.stages.training.EVAL_BATCH_SIZE", EVALUATE_BATCH)
         real = loader_module.EpochIterator.run_pipeline
 
@@ -57,7 +58,7 @@ def meets(tiny_recipe, monkeypatch):
             patch.setattr(loader_module.EpochIterator, "run_pipeline", faulty)
             start = time.monotonic()
             with pytest.raises(FastkdError) as caught:
-                getattr(stages, function)(recipe)
+                getattr(pipeline, function)(recipe)
         assert time.monotonic() - start < seconds(60)
         return caught.value
 
@@ -117,7 +118,7 @@ def loaders(tiny):
 def jpegs(tiny_npz, tmp_path_factory):
     """A DATASET like `tiny`, of JPEGs, not to be changed."""
     place = tmp_path_factory.mktemp("jpegs") / "tiny"
-    return stages.write("arrays", place, {"file": str(tiny_npz), "workers": 1, "mode": "jpg"})[0]
+    return pipeline.write("arrays", place, {"file": str(tiny_npz), "workers": 1, "mode": "jpg"})[0]
 
 
 @pytest.fixture(scope="module")
@@ -161,10 +162,10 @@ def test_a_jpeg_that_cannot_be_decoded__ends_every_stage_with_its_sample_id(
         teacher = ("teacher.recipe=null", "teacher.model=cifar/resnet8", f"teacher.weights={tiny_teacher}")
         overrides = (*overrides, *teacher, "prune.keep_ratio=1.0")
     if name in ("label", "train"):  # what goes before is made of the whole data set, which has the same key
-        stages.prune(tiny_recipe(*overrides, f"data.path={jpegs.path}"))
+        pipeline.prune(tiny_recipe(*overrides, f"data.path={jpegs.path}"))
     place = damaged(tmp_path / "damaged", split, 21, "no header")
     with pytest.raises(LoaderError, match=r"the image of sample_id 21 is damaged"):
-        getattr(stages, function)(tiny_recipe(*overrides, f"data.path={place}"))
+        getattr(pipeline, function)(tiny_recipe(*overrides, f"data.path={place}"))
 
 
 def test_a_disk_that_fails_while_pages_are_read__is_told(loaders, monkeypatch):
@@ -224,8 +225,8 @@ def test_ids_of_another_kind_or_split__never_reach_ffcv(tiny, ids, message):
 
 
 def test_a_sample_that_was_pruned_away_from_an_export__is_refused(tiny_recipe, tmp_path):
-    subset, _ = stages.prune(tiny_recipe())
-    loader = Loader(stages.export(subset.path, tmp_path / "half")[0], "train", 8)
+    subset, _ = pipeline.prune(tiny_recipe())
+    loader = Loader(export_dataset(subset.path, tmp_path / "half")[0], "train", 8)
     kept = np.asarray(subset.array("indices.npy"))
     stranger = np.setdiff1d(np.arange(kept[0], kept[-1]), kept)[0]
     with pytest.raises(InputError, match=f"sample id {stranger}: .* has no such sample in train"):

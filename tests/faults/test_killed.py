@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from fastkd import artifacts, stages
+from fastkd import artifacts, pipeline
 
 VIEWS = ("data.view.family=flip", "labels.views=3")
 PACES = {
@@ -27,9 +27,9 @@ def test_a_stage_that_is_killed__ends_with_the_very_files_when_given_again(
 ):
     """Killed again and again, it goes on, or begins anew, from whatever was left."""
     where, pause_s, overrides = PACES[name]
-    whole, _ = getattr(stages, name)(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
+    whole, _ = getattr(pipeline, name)(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
     if name != "score":
-        stages.score(tiny_recipe(*overrides))
+        pipeline.score(tiny_recipe(*overrides))
     rng = random.Random(f"{name} {times}")
     killed = 0
     published = tmp_path / "artifacts" / whole.path.name
@@ -42,7 +42,7 @@ def test_a_stage_that_is_killed__ends_with_the_very_files_when_given_again(
         running.kill()
         killed += 1
         assert traces.gone()
-    found, _ = getattr(stages, name)(tiny_recipe(*overrides))
+    found, _ = getattr(pipeline, name)(tiny_recipe(*overrides))
     assert killed
     assert found.manifest.files == whole.manifest.files
     assert found.key == whole.key
@@ -56,11 +56,11 @@ def test_a_write_that_is_killed__ends_with_the_very_files_when_given_again(
 ):
     """One worker, of whose files the bytes are told too."""
     options = {"n": 100, "workers": 1}
-    whole, _ = stages.write(noise, tmp_path / "whole", options)
+    whole, _ = pipeline.write(noise, tmp_path / "whole", options)
     rng = random.Random(times)
     for _ in range(times):
         arguments = ("write", noise, tmp_path / "out", "n=100", "workers=1", "sleep_s=0.01")
-        running = slowed(*arguments, where="fastkd.data.watched:_receive")
+        running = slowed(*arguments, where="fastkd.data.isolated_process:_receive")
         running.wait_for("begun")
         time.sleep(rng.uniform(0, 1.5))
         if running.process.poll() is not None:
@@ -68,7 +68,7 @@ def test_a_write_that_is_killed__ends_with_the_very_files_when_given_again(
         running.kill()
         assert traces.gone()
         assert not (tmp_path / "out").exists()
-        found, built = stages.write(noise, tmp_path / "out", options)
+        found, built = pipeline.write(noise, tmp_path / "out", options)
         assert built
         assert found.manifest.files == whole.manifest.files
         assert leftovers(tmp_path) == []

@@ -13,7 +13,7 @@ import pytest
 from harness import seconds
 from hosts import TORCHRUN, Running, events_in, wait_until
 
-from fastkd import artifacts, stages
+from fastkd import artifacts, pipeline
 
 DISTRIBUTED = Path(__file__).parents[1] / "distributed"
 STEPS, JOB = DISTRIBUTED / "steps.py", DISTRIBUTED / "job.py"
@@ -125,7 +125,7 @@ def test_machines_with_other_versions__are_refused_by_name(one_host, tmp_path):
     other.write_text(
         f"""
 import os, runpy, sys
-from fastkd import world
+from fastkd import distributed
 if os.environ["RANK"] == "1":
     world.versions = lambda real=world.versions: real() | {{"torch": "2.5.0"}}
 sys.argv = sys.argv[1:]
@@ -185,7 +185,7 @@ def test_trainings_over_two_machines_whose_storage_shows_old_things__go_on_to_th
     (tmp_path / "alone").mkdir()
     for teacher in runs.glob("teacher-*"):
         (tmp_path / "alone" / teacher.name).symlink_to(teacher)
-    stages.train(given(*alone))
+    pipeline.train(given(*alone))
     losses = [
         [event["loss"] for event in events_in(folder) if event["event"] == "steps"]
         for folder in (runs, tmp_path / "alone")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastkd import artifacts, stages
+from fastkd import artifacts, pipeline
 from fastkd.engine import checkpoint
 from fastkd.errors import FastkdError, InputError
 from fastkd.recipe import Prune
@@ -12,7 +12,7 @@ from fastkd.stages import training
 
 def test_a_loss_that_explodes__stops_with_its_steps_and_says_what_to_try(tiny_recipe, tmp_path):
     with pytest.raises(FastkdError, match=r"the loss became (nan|inf) in steps \d+ … \d+ of this epoch: try a lower"):
-        stages.train(tiny_recipe("optim.lr=1e30"))
+        pipeline.train(tiny_recipe("optim.lr=1e30"))
     partial = next((tmp_path / "runs").glob(f"student-*{artifacts.PARTIAL}"))
     assert (partial / "metrics.jsonl").exists()
     assert not list((tmp_path / "runs").glob("student-????????"))
@@ -26,7 +26,7 @@ def test_weights_that_explode__are_in_no_checkpoint(tiny_recipe, tmp_path, monke
     )
     loaded = tiny_recipe("train.checkpoint_every_s=0", f"log.every_steps={every_steps}")
     with pytest.raises(FastkdError, match=r"try a lower optim\.lr"):
-        stages.train(loaded, out=tmp_path / "run")
+        pipeline.train(loaded, out=tmp_path / "run")
     found = checkpoint.newest(tmp_path / f"run{artifacts.PARTIAL}" / training.CHECKPOINTS)
     assert len(found.state["epochs"]) == 2
     for name, tensor in found.tensors.items():
@@ -39,13 +39,13 @@ def test_weights_that_only_the_last_update_spoiled__are_neither_kept_nor_publish
 
     monkeypatch.setattr(training, "learning_rates", last_explodes)
     with pytest.raises(FastkdError, match=r"student\.\S+ is not finite after step \d+: .*earlier steps are kept"):
-        stages.train(tiny_recipe("train.epochs=1"), out=tmp_path / "run")
+        pipeline.train(tiny_recipe("train.epochs=1"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_is_larger_than_what_is_kept__is_refused_before_anything_is_trained(tiny_recipe, tmp_path):
     with pytest.raises(InputError, match="batch"):
-        stages.train(tiny_recipe("train.batch_size=10000"))
+        pipeline.train(tiny_recipe("train.batch_size=10000"))
     assert not list((tmp_path / "runs").glob("student-*"))
 
 
@@ -63,7 +63,7 @@ def test_constant_logits_and_classes_of_one_sample__give_a_selection_and_finite_
         logits_NK[1:] = logits_NK[0]
     np.save(tmp_path / "z.npy", logits_NK)
     np.save(tmp_path / "y.npy", labels_N)
-    found, _ = stages.prune_arrays(
+    found, _ = pipeline.prune_arrays(
         tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out", Prune(method=method, keep_ratio=0.5)
     )
     ids_M, rows_MK = found.array("indices.npy"), found.array("logits.npy")
@@ -78,11 +78,11 @@ def test_a_class_without_samples__is_refused_by_its_number(tmp_path):
     np.save(tmp_path / "z.npy", np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32))
     np.save(tmp_path / "y.npy", np.arange(60) % 3)
     with pytest.raises(InputError, match="1 of 4 classes have no samples to train on: 3"):
-        stages.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out", Prune())
+        pipeline.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out", Prune())
     assert not (tmp_path / "out").exists()
 
 
 def test_a_last_batch_of_one_sample__is_scored_like_any_other(tiny_recipe):
-    whole = stages.score(tiny_recipe("score.batch_size=150"))[0]
-    single = stages.score(tiny_recipe("score.batch_size=149"), force=True)[0]
+    whole = pipeline.score(tiny_recipe("score.batch_size=150"))[0]
+    single = pipeline.score(tiny_recipe("score.batch_size=149"), force=True)[0]
     np.testing.assert_allclose(single.array("logits.npy"), whole.array("logits.npy"), rtol=1e-4, atol=1e-5)

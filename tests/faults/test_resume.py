@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from harness import seconds
 
-from fastkd import artifacts, stages, train
+from fastkd import artifacts, pipeline, train
 from fastkd.errors import FastkdError, InputError
-from fastkd.stages import passes, training
+from fastkd.stages import teacher_pass, training
 
 WAYS = {
     "plain": [],
@@ -45,12 +45,12 @@ def assert_same(found: artifacts.Artifact, expected: artifacts.Artifact) -> None
 def test_a_training_stopped_again_and_again__ends_with_the_very_same_student(tiny_recipe, tmp_path, stop_after, way):
     loaded = tiny_recipe("log.every_steps=2", *WAYS[way])
     stop_after(10**9)
-    expected, _ = stages.train(loaded, out=tmp_path / "straight")
+    expected, _ = pipeline.train(loaded, out=tmp_path / "straight")
     broken_off = 0
     while True:
         stop_after(3)  # not a divisor of an epoch's steps, nor of a log's
         try:
-            found, _ = stages.train(loaded, out=tmp_path / "stopped")
+            found, _ = pipeline.train(loaded, out=tmp_path / "stopped")
             break
         except KeyboardInterrupt:
             broken_off += 1
@@ -113,8 +113,8 @@ def test_a_killed_terminated_or_interrupted_training__goes_on_to_the_very_same_s
     left = len(list((partial / "checkpoints").glob("step-*.safetensors")))
     assert 1 <= left <= 2
     try:
-        found, built = stages.train(loaded)
-        expected, _ = stages.train(loaded, out=tmp_path / "straight")
+        found, built = pipeline.train(loaded)
+        expected, _ = pipeline.train(loaded, out=tmp_path / "straight")
     finally:
         torch.set_num_threads(threads)
     assert built
@@ -129,14 +129,14 @@ def test_work_that_is_lost__is_charged_to_the_run(tiny_recipe, tmp_path, stop_af
     loaded = tiny_recipe()
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
-        stages.train(loaded, out=tmp_path / "run")
+        pipeline.train(loaded, out=tmp_path / "run")
     metrics = tmp_path / f"run{artifacts.PARTIAL}" / "metrics.jsonl"
     later = time.time() + 1000
     with metrics.open("a") as stream:
         stream.write('{"event": "steps", "step": 6}\n')  # done after the checkpoint, and lost
     os.utime(metrics, (later, later))
     stop_after(10**9)
-    found, _ = stages.train(loaded, out=tmp_path / "run")
+    found, _ = pipeline.train(loaded, out=tmp_path / "run")
     timing = json.loads(found.file("timing.json").read_text())
     train_s = next(s["seconds"] for s in timing["stages"] if s["stage"] == "train")
     assert 990 < train_s < 1100
@@ -152,7 +152,7 @@ def test_hours_between_a_resume_that_failed_and_the_next__are_not_charged(
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: real() - idle_s)
         with pytest.raises(KeyboardInterrupt):
-            stages.train(loaded, out=tmp_path / "run")
+            pipeline.train(loaded, out=tmp_path / "run")
     partial = tmp_path / f"run{artifacts.PARTIAL}"
     os.utime(partial / "metrics.jsonl", (real() - idle_s, real() - idle_s))
     (newest,) = (partial / "checkpoints").iterdir()
@@ -160,9 +160,9 @@ def test_hours_between_a_resume_that_failed_and_the_next__are_not_charged(
     with monkeypatch.context() as patch:
         patch.setattr(training.checkpoint, "save", full)
         with pytest.raises(FastkdError, match="no space"):
-            stages.train(loaded, out=tmp_path / "run")
+            pipeline.train(loaded, out=tmp_path / "run")
     assert list((partial / "checkpoints").iterdir()) == [newest]
-    found, _ = stages.train(loaded, out=tmp_path / "run")
+    found, _ = pipeline.train(loaded, out=tmp_path / "run")
     assert json.loads(found.file("timing.json").read_text())["further_student_s"] < idle_s / 10
 
 
@@ -173,15 +173,15 @@ def full(*arguments, **options):
 def test_a_damaged_checkpoint__falls_back_to_the_one_before_and_says_so(tiny_recipe, tmp_path, stop_after, capfd):
     loaded = tiny_recipe("train.checkpoint_every_s=0")
     stop_after(10**9)
-    expected, _ = stages.train(loaded, out=tmp_path / "straight")
+    expected, _ = pipeline.train(loaded, out=tmp_path / "straight")
     stop_after(7)
     with pytest.raises(KeyboardInterrupt):
-        stages.train(loaded, out=tmp_path / "run")
+        pipeline.train(loaded, out=tmp_path / "run")
     files = sorted((tmp_path / f"run{artifacts.PARTIAL}" / "checkpoints").glob("step-*"))
     assert len(files) == 2
     files[-1].write_bytes(files[-1].read_bytes()[:-100])
     stop_after(10**9)
-    found, _ = stages.train(loaded, out=tmp_path / "run")
+    found, _ = pipeline.train(loaded, out=tmp_path / "run")
     assert "this checkpoint is damaged" in capfd.readouterr().err
     assert_same(found, expected)
 
@@ -189,24 +189,24 @@ def test_a_damaged_checkpoint__falls_back_to_the_one_before_and_says_so(tiny_rec
 def test_a_beginning_of_another_recipe__is_neither_gone_on_with_nor_lost(tiny_recipe, tmp_path, stop_after):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
-        stages.train(tiny_recipe(), out=tmp_path / "run")
+        pipeline.train(tiny_recipe(), out=tmp_path / "run")
     # A batch of 1,000 is refused before anybody looks at what was begun; that must stay, too.
     for override, words in (
         ("optim.lr=0.01", "was begun for another recipe"),
         ("train.batch_size=1000", "larger than"),
     ):
         with pytest.raises(InputError, match=words):
-            stages.train(tiny_recipe(override), out=tmp_path / "run")
+            pipeline.train(tiny_recipe(override), out=tmp_path / "run")
     stop_after(10**9)
-    found, _ = stages.train(tiny_recipe(), out=tmp_path / "run")
-    expected, _ = stages.train(tiny_recipe(), out=tmp_path / "straight")
+    found, _ = pipeline.train(tiny_recipe(), out=tmp_path / "run")
+    expected, _ = pipeline.train(tiny_recipe(), out=tmp_path / "straight")
     assert_same(found, expected)
 
 
 def test_a_broken_off_run_at_a_path_of_ones_own__goes_on_with_resume(tiny_recipe, tmp_path, stop_after, command):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
-        stages.train(tiny_recipe(), out=tmp_path / "mine")
+        pipeline.train(tiny_recipe(), out=tmp_path / "mine")
     stop_after(10**9)
     code, said = command(train.main, tiny_recipe.path, "--resume", tmp_path / "mine")
     assert code == 0, said
@@ -220,9 +220,9 @@ def test_a_broken_off_run_at_a_path_of_ones_own__goes_on_with_resume(tiny_recipe
 def test_a_run_that_goes_on_in_another_precision__says_so_and_tells_both(tiny_recipe, tmp_path, stop_after, capfd):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
-        stages.train(tiny_recipe("train.precision=fp32"), out=tmp_path / "run")
+        pipeline.train(tiny_recipe("train.precision=fp32"), out=tmp_path / "run")
     stop_after(10**9)
-    found, _ = stages.train(tiny_recipe("train.precision=bf16"), out=tmp_path / "run")
+    found, _ = pipeline.train(tiny_recipe("train.precision=bf16"), out=tmp_path / "run")
     assert "was begun in fp32, and goes on in bf16" in capfd.readouterr().err
     told = json.loads(found.file("env.json").read_text())
     assert [told["precision"]] + [one["precision"] for one in told["earlier"]] == ["bf16", "fp32"]
@@ -231,12 +231,12 @@ def test_a_run_that_goes_on_in_another_precision__says_so_and_tells_both(tiny_re
 def test_a_wrong_setting_when_going_on__leaves_what_was_begun(tiny_recipe, tmp_path, stop_after):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
-        stages.train(tiny_recipe(), out=tmp_path / "run")
+        pipeline.train(tiny_recipe(), out=tmp_path / "run")
     with pytest.raises(InputError, match=r"data\.workers=999"):
-        stages.train(tiny_recipe("data.workers=999"), out=tmp_path / "run")
+        pipeline.train(tiny_recipe("data.workers=999"), out=tmp_path / "run")
     assert list((tmp_path / f"run{artifacts.PARTIAL}" / "checkpoints").glob("step-*"))
     with pytest.raises(InputError, match=r"data\.workers=999"):
-        stages.train(tiny_recipe("data.workers=999"), out=tmp_path / "new")
+        pipeline.train(tiny_recipe("data.workers=999"), out=tmp_path / "new")
     assert not (tmp_path / f"new{artifacts.PARTIAL}").exists()
 
 
@@ -245,14 +245,14 @@ def test_a_wrong_setting_when_going_on__leaves_what_was_begun(tiny_recipe, tmp_p
 SLOW_SCORING = """
 import sys, time
 from fastkd import cli, score
-from fastkd.stages import passes
-passes.SAVE_EVERY_S = 0.0
-real = passes.predict
+from fastkd.stages import teacher_pass
+teacher_pass.SAVE_EVERY_S = 0.0
+real = teacher_pass.predict
 def slow(*a):
     for item in real(*a):
         yield item
         time.sleep(0.3)
-passes.predict = slow
+teacher_pass.predict = slow
 sys.argv = ["fastkd.score", *sys.argv[1:]]
 cli.run(score.main)
 """
@@ -277,32 +277,32 @@ def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_p
     assert process.wait(timeout=seconds(30)) == (-9 if number == signal.SIGKILL else 143)
     safe = rows_safe(folder)
     capfd.readouterr()
-    scores, built = stages.score(tiny_recipe(*overrides))
+    scores, built = pipeline.score(tiny_recipe(*overrides))
     assert built
     assert f"going on with what was begun: {safe} of 150 rows are there" in capfd.readouterr().out
-    whole, _ = stages.score(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
+    whole, _ = pipeline.score(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
     assert scores.manifest.files == whole.manifest.files
     assert not list(folder.glob("*progress*"))
 
 
 def test_a_damaged_beginning_of_scores__is_scored_anew_and_says_so(tiny_recipe, tmp_path, monkeypatch, capfd):
     loaded = tiny_recipe("score.batch_size=16")
-    whole, _ = stages.score(tiny_recipe("score.batch_size=16", f"data.artifacts_dir={tmp_path / 'whole'}"))
-    real = passes.predict
+    whole, _ = pipeline.score(tiny_recipe("score.batch_size=16", f"data.artifacts_dir={tmp_path / 'whole'}"))
+    real = teacher_pass.predict
 
     def breaks(*arguments):
         yield from itertools.islice(real(*arguments), 4)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(passes, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(passes, "predict", breaks)
+    monkeypatch.setattr(teacher_pass, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(teacher_pass, "predict", breaks)
     with pytest.raises(KeyboardInterrupt):
-        stages.score(loaded)
+        pipeline.score(loaded)
     (file,) = (tmp_path / "artifacts").glob(f"scores-*{artifacts.PARTIAL}/logits.npy")
     data = bytearray(file.read_bytes())
     data[150] ^= 255
     file.write_bytes(data)
-    monkeypatch.setattr(passes, "predict", real)
-    scores, _ = stages.score(loaded)
+    monkeypatch.setattr(teacher_pass, "predict", real)
+    scores, _ = pipeline.score(loaded)
     assert "what was begun is damaged; scoring anew" in capfd.readouterr().err
     assert scores.manifest.files == whole.manifest.files

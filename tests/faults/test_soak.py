@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastkd import artifacts, stages
+from fastkd import artifacts, pipeline
 from fastkd.data.loader import Loader
-from fastkd.data.stored import StoredRows
+from fastkd.data.row_store import StoredRows
 from fastkd.data.views import Views
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1800)]
@@ -61,13 +61,13 @@ def test_two_hundred_broken_off_epochs_of_the_loader__hold_no_thread_file_or_mem
 def test_trainings_broken_off_again_and_again__hold_no_thread_file_or_memory(tiny_recipe, tmp_path, stop_after):
     """Each goes on from the checkpoint of the one before, up to the very student of one that was not stopped."""
     loaded = tiny_recipe("train.epochs=20", "data.workers=1", "log.every_steps=2")
-    expected, _ = stages.train(loaded, out=tmp_path / "straight")
+    expected, _ = pipeline.train(loaded, out=tmp_path / "straight")
     rng = random.Random(0)
     seen, students = [], 0
     for _ in range(EPOCHS):
         stop_after(rng.randrange(1, 4))
         try:
-            found, _ = stages.train(loaded, out=tmp_path / f"run-{students}")
+            found, _ = pipeline.train(loaded, out=tmp_path / f"run-{students}")
         except KeyboardInterrupt:
             pass
         else:
@@ -82,7 +82,7 @@ def test_a_training_that_is_killed_dozens_of_times__ends_with_the_very_same_stud
     tiny_recipe, tmp_path, slowed, traces, leftovers
 ):
     overrides = ("train.epochs=200", "train.checkpoint_every_s=0.2", "data.workers=1")
-    expected, _ = stages.train(tiny_recipe(*overrides), out=tmp_path / "straight")
+    expected, _ = pipeline.train(tiny_recipe(*overrides), out=tmp_path / "straight")
     rng = random.Random(0)
     moments: list[float] = []
     while True:
@@ -102,7 +102,7 @@ def test_a_training_that_is_killed_dozens_of_times__ends_with_the_very_same_stud
         running.kill()
         moments.append(moment)
         assert traces.gone()
-    found, built = stages.train(tiny_recipe(*overrides))
+    found, built = pipeline.train(tiny_recipe(*overrides))
     assert not built
     print(f"\ntraining: killed {len(moments)} times, {np.mean(moments):.2f} s after its beginning on average")
     assert len(moments) == KILLS

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastkd import console, recipe, stages
+from fastkd import console, pipeline, recipe
 from fastkd.artifacts import WARNINGS
 from fastkd.data.image_files import list_images
-from fastkd.data.source import load_writer
+from fastkd.data.writer_api import load_writer
 from fastkd.errors import InputError
-from fastkd.stages import Chain, write
+from fastkd.pipeline import Pipeline, write
 from fastkd.stages.predicting import find_images
 
 pytestmark = pytest.mark.timeout(120)
@@ -251,11 +251,11 @@ def test_a_source_that_changed_before_a_training__is_refused(pets, tmp_path):
         f"student: {{model: cifar/resnet8}}\noptim: {{lr: 0.1}}\n"
         f"train: {{epochs: 1, batch_size: 2, compile: false, runs_dir: {tmp_path / 'runs'}}}\n"
     )
-    key = Chain(recipe.load(path)).dataset.key
+    key = Pipeline(recipe.load(path)).dataset.key
     picture(pets / "train/cat/x.png", 11)
     with pytest.raises(InputError, match=r"its source changed since it was written.*again with --force write "):
-        stages.train(recipe.load(path))
-    assert Chain(recipe.load(path), force={"write"}).dataset.key != key
+        pipeline.train(recipe.load(path))
+    assert Pipeline(recipe.load(path), force={"write"}).dataset.key != key
 
 
 def test_a_source_that_is_gone__leaves_its_data_set_usable_with_a_warning(pets, tmp_path):
@@ -270,7 +270,7 @@ def test_a_source_that_is_gone__leaves_its_data_set_usable_with_a_warning(pets, 
 
 
 OWN = """
-from fastkd.data.source import ArrayDataset, LocalPath, WriterOptions
+from fastkd.data.writer_api import ArrayDataset, LocalPath, WriterOptions
 import numpy as np
 
 class Options(WriterOptions):

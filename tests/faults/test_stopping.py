@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from harness import seconds
 
-from fastkd import artifacts, check, export, label, prune, score, stages, write
+from fastkd import artifacts, check, export, label, pipeline, prune, score, write
+from fastkd.export.dataset import export_dataset
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
 NEVER = "/there/is/no/such/file"  # that a command waits for in the middle
@@ -68,7 +69,7 @@ def test_a_stage_that_is_interrupted_or_terminated__keeps_what_was_there_and_can
     """--force: an earlier artifact lies where the new one goes."""
     case = CASES[name]
     arguments = (tiny_recipe.path, *case.overrides, "--force")
-    before, _ = getattr(stages, name)(tiny_recipe(*case.overrides))
+    before, _ = getattr(pipeline, name)(tiny_recipe(*case.overrides))
     running = slowed(name, *arguments, where=case.where, at=case.at, hold=NEVER)
     stop(running, number)
     assert traces.gone()
@@ -102,9 +103,9 @@ def test_a_write_that_is_stopped__leaves_no_process_and_no_half_data_set(
 ):
     out, options = tmp_path / "out", ["n=60", "workers=2"]
     if force:
-        old, _ = stages.write(noise, out, {"n": 40})
+        old, _ = pipeline.write(noise, out, {"n": 40})
     slow = ["write", noise, out, *options, "sleep_s=0.3", *["--force"] * force]
-    running = slowed(*slow, where="fastkd.data.watched:_receive", at=2)  # two reports of samples have come
+    running = slowed(*slow, where="fastkd.data.isolated_process:_receive", at=2)  # two reports of samples have come
     running.wait_for("begun")
     assert len(traces.processes()) >= 4
     stop(running, number)
@@ -120,8 +121,8 @@ def test_a_write_that_is_stopped__leaves_no_process_and_no_half_data_set(
 
 @signals()
 def test_an_export_that_is_stopped__leaves_the_one_before(tiny_recipe, tmp_path, slowed, command, traces, number):
-    subset, _ = stages.prune(tiny_recipe())
-    before, _ = stages.export(subset.path, tmp_path / "out")
+    subset, _ = pipeline.prune(tiny_recipe())
+    before, _ = export_dataset(subset.path, tmp_path / "out")
     arguments = (subset.path, tmp_path / "out", "--force")
     stop(slowed("export", *arguments, where="fastkd.data.beton:image_digest", at=2, hold=NEVER), number)
     assert traces.gone()
@@ -135,7 +136,7 @@ def test_an_export_that_is_stopped__leaves_the_one_before(tiny_recipe, tmp_path,
 
 @signals("Ctrl-C")
 def test_a_check_that_is_stopped__changes_nothing(tiny_recipe, slowed, command, traces, number):
-    subset, _ = stages.prune(tiny_recipe())
+    subset, _ = pipeline.prune(tiny_recipe())
     there = {p: p.stat().st_mtime_ns for p in subset.path.parent.rglob("*") if not p.name.startswith(".")}
     stop(slowed("check", tiny_recipe.path, where="fastkd.engine.loop:_later", hold=NEVER), number)
     assert traces.gone()
@@ -161,7 +162,7 @@ def test_a_bench_that_is_stopped__writes_no_report(tiny_recipe, tmp_path, slowed
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     arguments = ("bench", "step", tiny_recipe.path, "--out", tmp_path / "out", "--repeats", "1000")
-    stop(slowed(*arguments, where="fastkd.benchmarks.step:steps_for"), number)
+    stop(slowed(*arguments, where="fastkd.bench.step:steps_for"), number)
     assert traces.gone()
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +177,7 @@ def test_a_loader_bench_that_is_stopped__takes_its_data_and_workers_along(
     monkeypatch.setenv("TMPDIR", str(temporary))
     temporary.mkdir()
     arguments = ("bench", "loader", "--out", tmp_path / "out", "--small", "4096", "--photos", "64")
-    stop(slowed(*arguments, where="fastkd.benchmarks.loader:_time_epochs", at=6), number)
+    stop(slowed(*arguments, where="fastkd.bench.loader:_time_epochs", at=6), number)
     assert traces.gone()
     assert not [p.name for p in temporary.iterdir() if p.name.startswith("fastkd")]
     assert not (tmp_path / "out" / "loader.json").exists()

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from fastkd import artifacts, stages
+from fastkd import artifacts, pipeline
 
 WAITS = "another process is"
 PLACES = {
-    "write": ("fastkd.data.watched:_receive", 1, ("workers=1", "n=60")),
+    "write": ("fastkd.data.isolated_process:_receive", 1, ("workers=1", "n=60")),
     "score": ("fastkd.engine.loop:_later", 4, ("score.batch_size=10",)),
     "train": ("fastkd.engine.loop:train_step", 4, ("train.checkpoint_every_s=0", "data.workers=1")),
 }
@@ -39,8 +39,8 @@ def result(noise, tiny_recipe, tmp_path):
         if name == "write":
             options = {"n": 60, "workers": 1}
             there = artifacts.load(tmp_path / "out", "DATASET")
-            return there, stages.write(noise, tmp_path / "alone", options)[0], "train.beton"
-        function, (_, _, overrides) = getattr(stages, name), PLACES[name]
+            return there, pipeline.write(noise, tmp_path / "alone", options)[0], "train.beton"
+        function, (_, _, overrides) = getattr(pipeline, name), PLACES[name]
         there, built = function(tiny_recipe(*overrides))
         assert not built
         if name == "train":
@@ -118,9 +118,9 @@ def test_a_process_that_waits_with_another_recipe_for_the_same_place__is_refused
 
 def test_a_process_that_waits_with_other_options_for_the_same_data_set__is_refused(noise, tmp_path, slowed):
     given = ("write", noise, tmp_path / "out", "workers=1")
-    first = slowed(*given, "n=60", where="fastkd.data.watched:_receive", at=1, hold=tmp_path / "go")
+    first = slowed(*given, "n=60", where="fastkd.data.isolated_process:_receive", at=1, hold=tmp_path / "go")
     first.wait_for("begun")
-    second = slowed(*given, "n=30", where="fastkd.data.watched:_receive")
+    second = slowed(*given, "n=30", where="fastkd.data.isolated_process:_receive")
     said = refused_after(first, second, tmp_path)
     assert "holds a data set that was written otherwise: options.n is 60, not 30" in said
     assert artifacts.load(tmp_path / "out").facts["counts"]["train"] == 60

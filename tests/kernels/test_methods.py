@@ -9,8 +9,8 @@ from fastkd.kernels import (
     beta_draw,
     class_ranks,
     coverage_strata,
+    hash64,
     infobatch_weights,
-    mix64,
     select_ranks,
     window_ranks,
 )
@@ -53,7 +53,7 @@ def test_the_draw_follows_the_beta_density():
     from scipy import stats
 
     N, mode, concentration = 200_000, 0.3, 8.0
-    key_N = beta_draw(np.arange(N), np.full(N, N), mix64(np.arange(N), 1, "test"), mode, concentration)
+    key_N = beta_draw(np.arange(N), np.full(N, N), hash64(np.arange(N), 1, "test"), mode, concentration)
     drawn = (np.argsort(key_N)[:1500] + 0.5) / N
     a, b = mode * (concentration - 2) + 1, (1 - mode) * (concentration - 2) + 1
     assert stats.kstest(drawn, stats.beta(a, b).cdf).pvalue > 1e-3
@@ -63,7 +63,7 @@ def test_at_concentration_two_the_draw_is_uniform_and_at_a_huge_one_it_is_the_mo
     from scipy import stats
 
     N = 100_000
-    words = mix64(np.arange(N), 2, "test")
+    words = hash64(np.arange(N), 2, "test")
     uniform = np.argsort(beta_draw(np.arange(N), np.full(N, N), words, 0.9, 2.0))[:1500] / N
     assert stats.kstest(uniform, "uniform").pvalue > 1e-3
     sharp = np.argsort(beta_draw(np.arange(N), np.full(N, N), words, 0.9, 1e7))[:100]
@@ -86,7 +86,7 @@ def test_strata_keep_exactly_so_many_not_the_hardest_and_share_alike(N, ratio, d
         "constant": np.ones(N),
         "integers": rng.integers(0, 4, N).astype(float),
     }[kind].astype(np.float32)
-    draw_N = mix64(np.arange(N), seed, "test")
+    draw_N = hash64(np.arange(N), seed, "test")
     keep = round(ratio * N)
     kept = coverage_strata(score_N, draw_N, keep, drop_ratio=drop, strata=strata)
     assert len(kept) == keep
@@ -110,7 +110,7 @@ def test_strata_keep_exactly_so_many_not_the_hardest_and_share_alike(N, ratio, d
 @pytest.mark.parametrize("quota", [1, 5, 20])
 def test_keys_select_the_same_of_fewer(quota):
     N = 50
-    key_N = beta_draw(np.arange(N), np.full(N, N), mix64(np.arange(N), 3, "test"), 0.5, 6.0)
+    key_N = beta_draw(np.arange(N), np.full(N, N), hash64(np.arange(N), 3, "test"), 0.5, 6.0)
     y_N, zero = np.zeros(N, np.int64), np.zeros(1, np.int64)
     some = select_ranks(key_N, y_N, zero, np.array([quota]))
     assert set(some) <= set(select_ranks(key_N, y_N, zero, np.array([quota + 7])))
@@ -121,7 +121,7 @@ def test_infobatch_leaves_out_easy_ones_and_keeps_the_expected_gradient(count, d
     rng = np.random.default_rng(seed)
     loss_N = rng.exponential(size=count).astype(np.float32)
     loss_N[rng.random(count) < unknown] = np.inf
-    draw_N = mix64(np.arange(count), seed, "infobatch")
+    draw_N = hash64(np.arange(count), seed, "infobatch")
     weight_N = infobatch_weights(loss_N, draw_N, drop_ratio)
     assert weight_N.dtype == np.float32
     known = loss_N[np.isfinite(loss_N)]
@@ -135,6 +135,6 @@ def test_infobatch_leaves_out_easy_ones_and_keeps_the_expected_gradient(count, d
 
 def test_infobatch_draws_each_easy_sample_alike():
     loss_N = np.concatenate([np.full(40, 0.1), np.full(10, 9.0)]).astype(np.float32)
-    left_out = sum(infobatch_weights(loss_N, mix64(np.arange(50), s, "infobatch"), 0.3) == 0 for s in range(2000))
+    left_out = sum(infobatch_weights(loss_N, hash64(np.arange(50), s, "infobatch"), 0.3) == 0 for s in range(2000))
     assert (left_out[40:] == 0).all()
     np.testing.assert_allclose(left_out[:40] / 2000, 0.3, atol=0.05)  # five standard deviations

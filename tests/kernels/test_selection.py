@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fastkd.kernels import (
     class_std,
     floored_quotas,
-    mix64,
+    hash64,
     proportional_quotas,
     reshape_rows,
     score_logits,
@@ -126,18 +126,18 @@ def test_an_empty_class_has_no_sigma():
 
 def test_the_mix_is_distinct_per_id_seed_purpose_and_step_and_never_changes():
     ids = np.arange(1000)
-    draw = mix64(ids, 3, "order", 2)
+    draw = hash64(ids, 3, "order", 2)
     assert len(np.unique(draw)) == 1000
-    assert np.array_equal(draw[100:200], mix64(ids[100:200], 3, "order", 2))
+    assert np.array_equal(draw[100:200], hash64(ids[100:200], 3, "order", 2))
     for other in (
-        mix64(ids, 4, "order", 2),
-        mix64(ids, 3, "prune", 2),
-        mix64(ids, 3, "order", 1),
-        mix64(ids, 2, "order", 3),
+        hash64(ids, 4, "order", 2),
+        hash64(ids, 3, "prune", 2),
+        hash64(ids, 3, "order", 1),
+        hash64(ids, 2, "order", 3),
     ):
         assert not np.any(draw == other)
-    assert mix64(np.arange(3), 1, "x").tolist() == [7531549037582259690, 10315988366976624158, 5389438173705051556]
-    bits = np.unpackbits(mix64(np.arange(4096), 0, "bits").view(np.uint8).reshape(-1, 8), axis=1)
+    assert hash64(np.arange(3), 1, "x").tolist() == [7531549037582259690, 10315988366976624158, 5389438173705051556]
+    bits = np.unpackbits(hash64(np.arange(4096), 0, "bits").view(np.uint8).reshape(-1, 8), axis=1)
     assert np.all(np.abs(bits.mean(0) - 0.5) < 0.05)
 
 

@@ -8,13 +8,13 @@ import threading
 import numpy as np
 import pytest
 
-from fastkd.benchmarks.cold import evict, pages_of, resident_pages
+from fastkd.bench.cold import evict, pages_of, resident_pages
 from fastkd.data import readahead
 from fastkd.data.extract import read_table
 from fastkd.data.loader import Loader
 from fastkd.data.readahead import LARGE_BYTES, pays, pieces
 from fastkd.errors import LoaderError
-from fastkd.stages import write
+from fastkd.pipeline import write
 
 COUNT, PX, BATCH = 240, 128, 16  # 12 MB in images of 48 kB
 

@@ -61,7 +61,7 @@ class Data:
 @pytest.fixture(scope="session")
 def make_data(tmp_path_factory):
     """Return a function that writes COUNT textured images of the sizes given as a DATASET, once each."""
-    from fastkd.stages import write
+    from fastkd.pipeline import write
 
     made = {}
 

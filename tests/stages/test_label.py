@@ -15,11 +15,12 @@ import pytest
 import torch
 from harness import seconds
 
-from fastkd import artifacts, check, label, recipe, stages
+from fastkd import artifacts, check, label, pipeline, recipe
 from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
-from fastkd.stages import Chain, checking, labelling, passes, rows
-from fastkd.stages.job import prepare
+from fastkd.pipeline import Pipeline
+from fastkd.stages import checking, labelling, resumable, teacher_pass
+from fastkd.stages.training_setup import prepare
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.batch_size=32")
 
@@ -28,17 +29,17 @@ VIEWS = ("data.view.family=pad_crop_flip", "labels.batch_size=32")
 def labelled(tiny_recipe):
     """A recipe with three views, and its LABELS."""
     loaded = tiny_recipe(*VIEWS, "labels.views=3")
-    return loaded, stages.label(loaded)[0]
+    return loaded, pipeline.label(loaded)[0]
 
 
-def live_rows(chain: Chain, view: int | None) -> np.ndarray:
+def live_rows(pipe: Pipeline, view: int | None) -> np.ndarray:
     """Return what the teacher says of all kept samples in a view, sample by sample (float32 [M, K])."""
-    ids = np.asarray(chain.subset.array("indices.npy"))
-    sigma = torch.tensor(chain.subset.array("class_std.npy"))
+    ids = np.asarray(pipe.subset.array("indices.npy"))
+    sigma = torch.tensor(pipe.subset.array("class_std.npy"))
     rows = []
-    for batch in chain.loader("train", 1).batches(ids, last="pad", view=view):
+    for batch in pipe.loader("train", 1).batches(ids, last="pad", view=view):
         with torch.no_grad():
-            z = chain.teacher.net(batch.images)[0].double()
+            z = pipe.teacher.net(batch.images)[0].double()
         rows.append(((z - z.mean()) / z.std() * sigma[batch.labels[0]]).numpy())
     return np.array(rows, np.float32)
 
@@ -50,15 +51,15 @@ def allowed(row: np.ndarray) -> np.ndarray:
 def test_labels_are_what_the_design_says(labelled):
     loaded, labels = labelled
     assert set(labels.manifest.files) == {"views/v0000.npy", "views/v0001.npy", "views/v0002.npy"}
-    chain = Chain(loaded)
+    pipe = Pipeline(loaded)
     assert set(labels.manifest.parents) == {"DATASET", "SUBSET"}
-    assert labels.manifest.parents["SUBSET"] == chain.subset.key
+    assert labels.manifest.parents["SUBSET"] == pipe.subset.key
     for v in range(3):
         rows = labels.array(f"views/v{v:04}.npy")
         assert rows.dtype == np.float16
         assert rows.shape == (75, 3)
         np.testing.assert_allclose(rows.astype(np.float32).mean(axis=1), 0, atol=2e-3)
-        live = live_rows(chain, v)
+        live = live_rows(pipe, v)
         assert (np.abs(rows - live) <= allowed(live)).all()
     assert not np.array_equal(labels.array("views/v0000.npy"), labels.array("views/v0001.npy"))
     assert labels.facts["bytes"] == 3 * 75 * 3 * 2
@@ -67,7 +68,7 @@ def test_labels_are_what_the_design_says(labelled):
 
 def test_views_made_in_one_pass_are_those_made_one_by_one(labelled, tiny_recipe, monkeypatch, tmp_path):
     monkeypatch.setattr(labelling, "VIEWS_PER_PASS", 1)
-    single, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=3", f"data.artifacts_dir={tmp_path / 'single'}"))
+    single, _ = pipeline.label(tiny_recipe(*VIEWS, "labels.views=3", f"data.artifacts_dir={tmp_path / 'single'}"))
     for v in range(3):
         a, b = (found.array(f"views/v{v:04}.npy").astype(np.float32) for found in (labelled[1], single))
         assert (np.abs(a - b) <= allowed(a)).all()
@@ -75,8 +76,8 @@ def test_views_made_in_one_pass_are_those_made_one_by_one(labelled, tiny_recipe,
 
 def test_each_step_reads_the_rows_of_the_views_it_sees(labelled):
     loaded, labels = labelled
-    chain = Chain(loaded)
-    job = prepare(chain)
+    pipe = Pipeline(loaded)
+    job = prepare(pipe)
     for epoch in range(5):
         view = loaded.view_of(epoch)
         assert view == epoch % 3
@@ -91,12 +92,12 @@ def test_each_step_reads_the_rows_of_the_views_it_sees(labelled):
 @pytest.mark.parametrize("family", ["flip", "random_resized_crop_flip"])
 def test_every_family_is_labelled_and_trained_on(tiny_recipe, family):
     loaded = tiny_recipe(f"data.view.family={family}", "data.view.cutout_ratio=0.25", "train.epochs=2")
-    chain = Chain(loaded)
-    run, _ = chain.train()
-    assert chain.labels.facts["views"] == 2
-    assert run.manifest.parents["LABELS"] == chain.labels.key
-    live = live_rows(chain, 1)
-    assert (np.abs(chain.labels.array("views/v0001.npy") - live) <= allowed(live)).all()
+    pipe = Pipeline(loaded)
+    run, _ = pipe.train()
+    assert pipe.labels.facts["views"] == 2
+    assert run.manifest.parents["LABELS"] == pipe.labels.key
+    live = live_rows(pipe, 1)
+    assert (np.abs(pipe.labels.array("views/v0001.npy") - live) <= allowed(live)).all()
 
 
 # --- found again, or not ---------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_every_family_is_labelled_and_trained_on(tiny_recipe, family):
     ],
 )
 def test_what_does_not_bear_on_labels_reuses_them(labelled, tiny_recipe, override):
-    again, built = stages.label(tiny_recipe(*VIEWS, "labels.views=3", override))
+    again, built = pipeline.label(tiny_recipe(*VIEWS, "labels.views=3", override))
     assert not built
     assert again.path == labelled[1].path
 
@@ -137,7 +138,7 @@ def test_what_does_not_bear_on_labels_reuses_them(labelled, tiny_recipe, overrid
 )
 def test_what_bears_on_labels_makes_new_ones_and_says_why(labelled, tiny_recipe, capfd, override, part):
     capfd.readouterr()
-    other, built = stages.label(tiny_recipe(*VIEWS, "labels.views=3", override))
+    other, built = pipeline.label(tiny_recipe(*VIEWS, "labels.views=3", override))
     assert built
     assert other.path != labelled[1].path
     said = capfd.readouterr().out
@@ -149,9 +150,9 @@ def test_other_data_is_named(labelled, tiny_npz, tiny_recipe, tmp_path, capfd):
     arrays = dict(np.load(tiny_npz))
     arrays["images"][0] ^= 1
     np.savez(tmp_path / "other.npz", **arrays)
-    stages.write("arrays", tmp_path / "other", {"file": str(tmp_path / "other.npz"), "workers": 1})
+    pipeline.write("arrays", tmp_path / "other", {"file": str(tmp_path / "other.npz"), "workers": 1})
     capfd.readouterr()
-    _, built = stages.label(tiny_recipe(*VIEWS, "labels.views=3", f"data.path={tmp_path / 'other'}"))
+    _, built = pipeline.label(tiny_recipe(*VIEWS, "labels.views=3", f"data.path={tmp_path / 'other'}"))
     assert built
     assert "data is " in capfd.readouterr().out
 
@@ -164,7 +165,7 @@ def test_views_are_added_without_labelling_those_that_are_there(labelled, tiny_r
     monkeypatch.setattr(
         Loader, "batches", lambda self, ids, **how: seen.append(how.get("view")) or real(self, ids, **how)
     )
-    grown, built = stages.label(tiny_recipe(*VIEWS, "labels.views=5"))
+    grown, built = pipeline.label(tiny_recipe(*VIEWS, "labels.views=5"))
     assert built
     assert grown.path == old.path
     assert seen == [[3, 4]]
@@ -172,12 +173,12 @@ def test_views_are_added_without_labelling_those_that_are_there(labelled, tiny_r
     assert {name: (grown.path / name).stat().st_ino for name in before} == before
     assert grown.cost_s > old.cost_s
     artifacts.verify(grown)
-    assert not stages.label(tiny_recipe(*VIEWS, "labels.views=2"))[1]
+    assert not pipeline.label(tiny_recipe(*VIEWS, "labels.views=2"))[1]
 
 
 def test_a_plain_recipe_has_nothing_to_label(tiny_recipe, command):
     with pytest.raises(InputError, match=r"trains on the plain view.*give a data\.view\.family"):
-        stages.label(tiny_recipe())
+        pipeline.label(tiny_recipe())
     code, said = command(label.main, tiny_recipe.path)
     assert code == 2
     assert "data.view.family" in said
@@ -192,9 +193,9 @@ def test_the_label_command(tiny_recipe, command):
 
 def test_a_teacher_may_see_the_same_boxes_at_another_resolution(tiny_recipe):
     loaded = tiny_recipe(*VIEWS, "labels.views=1", "teacher.input_px=24", "train.epochs=1")
-    chain = Chain(loaded)
-    run, _ = chain.train()
-    assert chain.labels.manifest.inputs["view"]["input_px"] == 24
+    pipe = Pipeline(loaded)
+    run, _ = pipe.train()
+    assert pipe.labels.manifest.inputs["view"]["input_px"] == 24
     assert json.loads((run.path / "model.json").read_text())["input_hw"] == [16, 16]
 
 
@@ -203,7 +204,7 @@ def test_a_teacher_may_see_the_same_boxes_at_another_resolution(tiny_recipe):
 
 def test_topk_keeps_the_largest_and_the_mass_of_the_others(labelled, tiny_recipe):
     dense = labelled[1]
-    topk, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=3", "labels.topk=2", "loss.temperature=2.0"))
+    topk, _ = pipeline.label(tiny_recipe(*VIEWS, "labels.views=3", "labels.topk=2", "loss.temperature=2.0"))
     assert topk.facts["row_bytes"] == 2 * 2 + 2 * 2 + 4
     assert topk.manifest.inputs["temperature"] == 2.0
     rows = dense.array("views/v0001.npy").astype(np.float64)
@@ -215,8 +216,8 @@ def test_topk_keeps_the_largest_and_the_mass_of_the_others(labelled, tiny_recipe
 
 
 def test_another_temperature_makes_other_topk_labels(tiny_recipe):
-    first, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=1", "labels.topk=2"))
-    other, built = stages.label(tiny_recipe(*VIEWS, "labels.views=1", "labels.topk=2", "loss.temperature=2.0"))
+    first, _ = pipeline.label(tiny_recipe(*VIEWS, "labels.views=1", "labels.topk=2"))
+    other, built = pipeline.label(tiny_recipe(*VIEWS, "labels.views=1", "labels.topk=2", "loss.temperature=2.0"))
     assert built
     assert other.path != first.path
 
@@ -225,7 +226,7 @@ def test_topk_of_two_of_three_classes_trains_as_all_logits_do(tiny_recipe):
     """With one class left out nothing is spread: the rows are the same but for rounding."""
 
     def losses(*overrides: str) -> list[float]:
-        run, _ = stages.train(tiny_recipe(*VIEWS, "train.epochs=2", *overrides))
+        run, _ = pipeline.train(tiny_recipe(*VIEWS, "train.epochs=2", *overrides))
         lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if line["event"] == "steps"]
 
@@ -234,7 +235,7 @@ def test_topk_of_two_of_three_classes_trains_as_all_logits_do(tiny_recipe):
 
 def test_topk_of_all_classes_is_refused(tiny_recipe):
     with pytest.raises(InputError, match=r"labels\.topk=3: expected fewer than the 3 classes"):
-        stages.label(tiny_recipe(*VIEWS, "labels.topk=3"))
+        pipeline.label(tiny_recipe(*VIEWS, "labels.topk=3"))
 
 
 # --- broken off ------------------------------------------------------------------------------------------------------
@@ -242,14 +243,14 @@ def test_topk_of_all_classes_is_refused(tiny_recipe):
 SLOW = """
 import sys, time
 from fastkd import cli, label
-from fastkd.stages import passes
-passes.SAVE_EVERY_S = 0.0
-real = passes.predict
+from fastkd.stages import teacher_pass
+teacher_pass.SAVE_EVERY_S = 0.0
+real = teacher_pass.predict
 def slow(*a):
     for item in real(*a):
         yield item
         time.sleep(0.3)
-passes.predict = slow
+teacher_pass.predict = slow
 sys.argv = ["fastkd.label", *sys.argv[1:]]
 cli.run(label.main)
 """
@@ -259,9 +260,9 @@ cli.run(label.main)
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, sent):
     overrides = (*VIEWS, "labels.views=2")
-    chain = Chain(tiny_recipe(*overrides))
-    _ = chain.subset
-    place = chain.place("LABELS", labelling.label_inputs(chain))
+    pipe = Pipeline(tiny_recipe(*overrides))
+    _ = pipe.subset
+    place = pipe.place("LABELS", labelling.label_key_fields(pipe))
     partial = place.with_name(place.name + artifacts.PARTIAL)
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(tiny_recipe.path), *overrides],
@@ -285,52 +286,52 @@ def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, s
     spent = sum(view["cost_s"] for view in json.loads(progress.read_text()).values())
     capfd.readouterr()
 
-    labels, built = stages.label(tiny_recipe(*overrides))
+    labels, built = pipeline.label(tiny_recipe(*overrides))
     assert built
     assert "going on with what was begun: " in capfd.readouterr().out
     assert labels.cost_s > spent
     assert not progress.exists()
     assert set(labels.manifest.files) == {"views/v0000.npy", "views/v0001.npy"}
-    whole, _ = stages.label(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
+    whole, _ = pipeline.label(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
     for v in range(2):
         assert np.array_equal(labels.array(f"views/v{v:04}.npy"), whole.array(f"views/v{v:04}.npy"))
 
 
 def stop_after(monkeypatch, count: int, error: BaseException) -> None:
     """Make writing fail once a file has that many rows; save after every batch."""
-    real = rows.RowFile.put
+    real = resumable.RowFile.put
 
-    def put(self: rows.RowFile, first: int, data: np.ndarray) -> None:
+    def put(self: resumable.RowFile, first: int, data: np.ndarray) -> None:
         if first >= count:
             raise error
         real(self, first, data)
 
-    monkeypatch.setattr(passes, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(rows.RowFile, "put", put)
+    monkeypatch.setattr(teacher_pass, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(resumable.RowFile, "put", put)
 
 
 def test_a_full_disk_says_so_and_the_next_run_goes_on(tiny_recipe, monkeypatch, capfd):
     loaded = tiny_recipe(*VIEWS, "labels.views=2")
-    subset = Chain(loaded).subset
+    subset = Pipeline(loaded).subset
     with monkeypatch.context() as patch:
         stop_after(patch, 48, OSError(28, "No space left on device"))
         with pytest.raises(FastkdError, match=r"no space left .* MB free\): free some.*goes on from here"):
-            stages.label(loaded)
+            pipeline.label(loaded)
     assert artifacts.load(subset.path, "SUBSET").key == subset.key
     capfd.readouterr()
-    labels, _ = stages.label(loaded)
+    labels, _ = pipeline.label(loaded)
     assert "96 of 150 rows are there" in capfd.readouterr().out
-    live = live_rows(Chain(loaded), 1)
+    live = live_rows(Pipeline(loaded), 1)
     assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
 
 
 def test_what_the_disk_has_no_room_for_is_not_begun(tiny_recipe, monkeypatch):
     loaded = tiny_recipe(*VIEWS, "labels.views=2")
-    _ = Chain(loaded).subset
+    _ = Pipeline(loaded).subset
     usage = shutil.disk_usage("/")._replace(free=899)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(FastkdError, match=r"labelling 150 rows needs 0\.0 MB, and 0\.0 MB are free"):
-        stages.label(loaded)
+        pipeline.label(loaded)
 
 
 @pytest.mark.parametrize("damage", ["flip", "delete"])
@@ -339,16 +340,16 @@ def test_a_damaged_half_is_labelled_anew(tiny_recipe, monkeypatch, capfd, tmp_pa
     with monkeypatch.context() as patch:
         stop_after(patch, 48, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            stages.label(loaded)
+            pipeline.label(loaded)
     (partial,) = (tmp_path / "artifacts").glob(f"*{artifacts.PARTIAL}")
     if damage == "flip":
         flip_last_byte(partial / "views" / "v0001.npy", at=140)
     else:
         (partial / "views" / "v0001.npy").unlink()
     capfd.readouterr()
-    labels, _ = stages.label(loaded)
+    labels, _ = pipeline.label(loaded)
     assert "what was begun of view 1 is damaged; labelling it anew" in capfd.readouterr().err
-    live = live_rows(Chain(loaded), 1)
+    live = live_rows(Pipeline(loaded), 1)
     assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
 
 
@@ -360,11 +361,11 @@ def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(
     with monkeypatch.context() as patch:
         stop_after(patch, 48, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            stages.label(more)
+            pipeline.label(more)
     assert artifacts.load(old.path).facts["views"] == 3
-    assert not stages.label(labelled[0])[1]  # in use meanwhile
+    assert not pipeline.label(labelled[0])[1]  # in use meanwhile
     capfd.readouterr()
-    grown, _ = stages.label(more)
+    grown, _ = pipeline.label(more)
     assert "96 of 150 rows are there" in capfd.readouterr().out
     assert grown.facts["views"] == 5
     for v in range(3):
@@ -375,7 +376,7 @@ def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(
 def test_a_kill_between_the_last_row_and_publishing_loses_nothing(tiny_recipe, monkeypatch, capfd, tmp_path, damage):
     """All rows are there; the manifest was written, or was about to be."""
     loaded = tiny_recipe(*VIEWS, "labels.views=2")
-    _ = Chain(loaded).subset
+    _ = Pipeline(loaded).subset
 
     def broken_off(partial, path):
         raise KeyboardInterrupt
@@ -383,7 +384,7 @@ def test_a_kill_between_the_last_row_and_publishing_loses_nothing(tiny_recipe, m
     with monkeypatch.context() as patch:
         patch.setattr(artifacts, "_publish", broken_off)
         with pytest.raises(KeyboardInterrupt):
-            stages.label(loaded)
+            pipeline.label(loaded)
     (partial,) = (tmp_path / "artifacts").glob(f"labels-*{artifacts.PARTIAL}")
     assert (partial / "manifest.json").exists()
     if damage == "flip":
@@ -395,12 +396,12 @@ def test_a_kill_between_the_last_row_and_publishing_loses_nothing(tiny_recipe, m
     monkeypatch.setattr(
         Loader, "batches", lambda self, ids, **how: seen.append(how.get("view")) or real(self, ids, **how)
     )
-    labels, built = stages.label(loaded)
+    labels, built = pipeline.label(loaded)
     assert built
     assert seen == ([] if damage == "none" else [[0]])
     artifacts.verify(artifacts.load(labels.path))
     assert set(labels.manifest.files) == {"views/v0000.npy", "views/v0001.npy"}
-    live = live_rows(Chain(loaded), 0)
+    live = live_rows(Pipeline(loaded), 0)
     assert (np.abs(labels.array("views/v0000.npy") - live) <= allowed(live)).all()
 
 
@@ -416,12 +417,12 @@ def test_a_kill_between_the_two_renames_of_publishing_loses_nothing(labelled, ti
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", rename)
         with pytest.raises(KeyboardInterrupt):
-            stages.label(tiny_recipe(*VIEWS, "labels.views=4"))
+            pipeline.label(tiny_recipe(*VIEWS, "labels.views=4"))
     assert not old.path.exists()
-    again, built = stages.label(labelled[0])
+    again, built = pipeline.label(labelled[0])
     assert not built
     assert again.manifest == old.manifest
-    assert stages.label(tiny_recipe(*VIEWS, "labels.views=4"))[0].facts["views"] == 4
+    assert pipeline.label(tiny_recipe(*VIEWS, "labels.views=4"))[0].facts["views"] == 4
 
 
 def test_an_error_that_the_user_mends_leaves_what_was_labelled(tiny_recipe, monkeypatch, capfd):
@@ -429,11 +430,11 @@ def test_an_error_that_the_user_mends_leaves_what_was_labelled(tiny_recipe, monk
     with monkeypatch.context() as patch:
         stop_after(patch, 48, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            stages.label(loaded)
+            pipeline.label(loaded)
     with pytest.raises(InputError, match=r"data\.workers=99"):
-        stages.label(tiny_recipe(*VIEWS, "labels.views=2", "data.workers=99"))
+        pipeline.label(tiny_recipe(*VIEWS, "labels.views=2", "data.workers=99"))
     capfd.readouterr()
-    stages.label(loaded)
+    pipeline.label(loaded)
     assert "96 of 150 rows are there" in capfd.readouterr().out
 
 
@@ -441,16 +442,16 @@ def test_a_view_begun_in_another_precision_is_made_in_one(tiny_recipe, monkeypat
     with monkeypatch.context() as patch:
         stop_after(patch, 48, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            stages.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=bf16"))
-    labels, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=fp32"))
+            pipeline.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=bf16"))
+    labels, _ = pipeline.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=fp32"))
     assert "was begun in bf16; labelling it anew" in capfd.readouterr().out
     assert [one["precision"] for one in labels.facts["each"]] == ["fp32", "fp32"]
 
 
 def test_check_takes_each_view_at_the_precision_it_was_made_in(tiny_recipe):
-    stages.label(tiny_recipe(*VIEWS, "labels.views=1", "train.precision=bf16"))
+    pipeline.label(tiny_recipe(*VIEWS, "labels.views=1", "train.precision=bf16"))
     loaded = tiny_recipe(*VIEWS, "labels.views=2", "train.precision=fp32")
-    labels, _ = stages.label(loaded)
+    labels, _ = pipeline.label(loaded)
     assert [one["precision"] for one in labels.facts["each"]] == ["bf16", "fp32"]
     assert [found.wrong for found in checking.check(loaded, pairs=999)] == [0, 0]
 
@@ -458,14 +459,14 @@ def test_check_takes_each_view_at_the_precision_it_was_made_in(tiny_recipe):
 def test_labels_of_other_samples_are_not_used_though_all_settings_are_the_same(labelled, tiny_recipe, reseal, capfd):
     """A SUBSET built again under its key, on another machine or in another precision, may keep other samples."""
     loaded, old = labelled
-    chain = Chain(loaded)
-    path = chain.subset.path
+    pipe = Pipeline(loaded)
+    path = pipe.subset.path
     ids = np.load(path / "indices.npy")
     ids[-1] = max(set(range(150)) - set(ids.tolist()))
     np.save(path / "indices.npy", np.sort(ids))
-    reseal(chain.subset.path)
+    reseal(pipe.subset.path)
     capfd.readouterr()
-    new, built = stages.label(loaded)
+    new, built = pipeline.label(loaded)
     assert built
     assert new.path != old.path
     assert "sample_ids is " in capfd.readouterr().out
@@ -474,7 +475,7 @@ def test_labels_of_other_samples_are_not_used_though_all_settings_are_the_same(l
 def test_two_that_want_different_views_make_each_view_once(tiny_recipe, monkeypatch):
     """The second waits for the first, and finds what it made."""
     loaded, more = tiny_recipe(*VIEWS, "labels.views=2"), tiny_recipe(*VIEWS, "labels.views=4")
-    _ = Chain(loaded).subset
+    _ = Pipeline(loaded).subset
     seen, real, lock = [], Loader.batches, artifacts._lock
     monkeypatch.setattr(
         Loader, "batches", lambda self, ids, **how: seen.append(how.get("view")) or real(self, ids, **how)
@@ -483,26 +484,26 @@ def test_two_that_want_different_views_make_each_view_once(tiny_recipe, monkeypa
     @contextlib.contextmanager
     def waits(path):
         monkeypatch.setattr(artifacts, "_lock", lock)
-        stages.label(loaded)  # the other process has the lock first
+        pipeline.label(loaded)  # the other process has the lock first
         with lock(path):
             yield
 
     monkeypatch.setattr(artifacts, "_lock", waits)
-    labels, _ = stages.label(more)
+    labels, _ = pipeline.label(more)
     assert labels.facts["views"] == 4
     assert seen == [[0, 1], [2, 3]]
 
 
 def test_a_recipe_pays_for_the_views_that_it_uses(tiny_recipe):
-    labels, _ = stages.label(tiny_recipe(*VIEWS, "labels.views=4"))
-    chain = Chain(tiny_recipe(*VIEWS, "labels.views=1"))
-    _ = chain.labels
+    labels, _ = pipeline.label(tiny_recipe(*VIEWS, "labels.views=4"))
+    pipe = Pipeline(tiny_recipe(*VIEWS, "labels.views=1"))
+    _ = pipe.labels
     each = [one["cost_s"] for one in labels.facts["each"]]
-    assert chain.costs["label"].seconds == pytest.approx(labels.cost_s * each[0] / sum(each))
+    assert pipe.costs["label"].seconds == pytest.approx(labels.cost_s * each[0] / sum(each))
 
 
 def test_labelling_again_makes_all_views_that_were_there(labelled, tiny_recipe):
-    again, built = stages.label(tiny_recipe(*VIEWS, "labels.views=1"), force=True)
+    again, built = pipeline.label(tiny_recipe(*VIEWS, "labels.views=1"), force=True)
     assert built
     assert again.facts["views"] == 3
     assert again.manifest.files == labelled[1].manifest.files
@@ -511,10 +512,10 @@ def test_labelling_again_makes_all_views_that_were_there(labelled, tiny_recipe):
 def test_the_teacher_at_another_resolution_sees_the_same_part(tiny_recipe):
     """A student that sees images as stored, and a teacher that sees them enlarged, see all of them."""
     loaded = tiny_recipe(*VIEWS, "labels.views=1", "teacher.input_px=32")
-    chain = Chain(loaded)
+    pipe = Pipeline(loaded)
     ids = np.arange(20)
-    student = next(chain.loader("train", 20).batches(ids, last="pad")).images.clone()
-    teacher = next(chain.loader("train", 20, input_px=32).batches(ids, last="pad")).images
+    student = next(pipe.loader("train", 20).batches(ids, last="pad")).images.clone()
+    teacher = next(pipe.loader("train", 20, input_px=32).batches(ids, last="pad")).images
     halved = torch.nn.functional.avg_pool2d(teacher.float(), 2)
     assert (halved - student).abs().max() <= 40  # interpolated, but not another part of the image
     assert (halved - student).abs().mean() < 6
@@ -532,7 +533,7 @@ def flip_last_byte(file: Path, at: int = -1) -> None:
 def test_a_damaged_label_file_is_refused(labelled, tiny_recipe, command):
     flip_last_byte(labelled[1].path / "views" / "v0001.npy")
     with pytest.raises(ArtifactError, match=r"v0001\.npy: damaged: .*Delete .* and build it again"):
-        stages.train(labelled[0])
+        pipeline.train(labelled[0])
     code, said = command(check.main, labelled[1].path)
     assert code == 2
     assert "v0001.npy: damaged" in said
@@ -551,7 +552,7 @@ def test_check_finds_all_well(labelled, tiny_recipe, command):
 @pytest.mark.parametrize("topk", [None, 2])
 def test_check_names_the_worst_row_that_is_not_the_teachers(tiny_recipe, reseal, command, topk):
     overrides = [*VIEWS, "labels.views=3", *([f"labels.topk={topk}"] if topk else [])]
-    labels, _ = stages.label(tiny_recipe(*overrides))
+    labels, _ = pipeline.label(tiny_recipe(*overrides))
     name = "views/v0002.logits.npy" if topk else "views/v0002.npy"
     rows = np.load(labels.path / name)
     np.save(labels.path / name, np.roll(rows, 1, axis=0))
@@ -564,7 +565,7 @@ def test_check_names_the_worst_row_that_is_not_the_teachers(tiny_recipe, reseal,
 
 def test_rows_of_nan_are_not_the_teachers(tiny_recipe, reseal):
     loaded = tiny_recipe(*VIEWS, "labels.views=1")
-    labels, _ = stages.label(loaded)
+    labels, _ = pipeline.label(loaded)
     rows = np.load(labels.path / "views/v0000.npy")
     rows[7] = np.nan
     np.save(labels.path / "views/v0000.npy", rows)
@@ -575,10 +576,10 @@ def test_rows_of_nan_are_not_the_teachers(tiny_recipe, reseal):
 
 def test_check_asks_for_nothing_that_the_recipe_does_not_use(tiny_recipe):
     online = tiny_recipe(*VIEWS, "labels.mode=online", "train.epochs=1")
-    stages.train(online)
+    pipeline.train(online)
     assert len(checking.check(online, pairs=20)) == 1
     plain = tiny_recipe("labels.mode=online", "labels.reshape=false", "prune.keep_ratio=1.0", "train.epochs=1")
-    stages.train(plain)
+    pipeline.train(plain)
     assert checking.check(plain) == []
 
 
@@ -597,7 +598,7 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 @pytest.mark.skipif(not FASHION.exists(), reason="needs Debian's dataset-fashion-mnist")
 def test_on_fashion_mnist_stored_labels_are_the_live_teachers(tmp_path):
     """In fp32: rows within 2⁻¹⁰ of the largest logit, the loss within 1e-3, twenty steps of training alike."""
-    from fastkd.data.source import load_writer
+    from fastkd.data.writer_api import load_writer
 
     writer = load_writer("fashion_mnist")
     splits, _ = writer.read(writer.options({"root": str(FASHION)}))
@@ -622,7 +623,7 @@ def test_on_fashion_mnist_stored_labels_are_the_live_teachers(tmp_path):
     def load(*overrides: str) -> recipe.Recipe:
         return recipe.load(tmp_path / "student.yaml", ["train.precision=fp32", *overrides])
 
-    stored, online = Chain(load()), Chain(load("labels.mode=online"))
+    stored, online = Pipeline(load()), Pipeline(load("labels.mode=online"))
     for view in (0, 1):
         live = live_rows(stored, view)
         rows = stored.labels.array(f"views/v{view:04}.npy").astype(np.float32)
@@ -637,12 +638,12 @@ def test_on_fashion_mnist_stored_labels_are_the_live_teachers(tmp_path):
             a, b = (job.state.objective.loss(z, batch.labels, teacher).mean().item() for teacher in teachers)
         assert a == pytest.approx(b, abs=1e-3)
 
-    def losses(chain: Chain) -> list[float]:
-        run, _ = chain.train()
+    def losses(pipe: Pipeline) -> list[float]:
+        run, _ = pipe.train()
         lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
         return [line["loss"] for line in lines if line["event"] == "steps"]
 
-    traces = losses(Chain(load())), losses(Chain(load("labels.mode=online")))
+    traces = losses(Pipeline(load())), losses(Pipeline(load("labels.mode=online")))
     assert len(traces[0]) == 20
     np.testing.assert_allclose(*traces, rtol=1e-2)
     np.testing.assert_allclose(traces[0][:5], traces[1][:5], rtol=1e-3)

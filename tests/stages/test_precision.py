@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import console, recipe, stages
+from fastkd import console, pipeline, recipe
 from fastkd.engine.losses import kd_loss
 from fastkd.errors import ArtifactError
-from fastkd.stages import Chain, checking
+from fastkd.pipeline import Pipeline
+from fastkd.stages import checking
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.views=2", "labels.batch_size=32", "train.epochs=2")
 
@@ -25,19 +26,19 @@ def answer(request, monkeypatch) -> str:
 def test_all_stages_compute_in_what_auto_gives_and_say_so(tiny_recipe, answer, capfd):
     """Precision is recorded in each artifact, and is in no key: what was made in the other one would be used."""
     loaded = tiny_recipe(*VIEWS, "train.precision=auto")
-    chain = Chain(loaded)
-    run, _ = chain.train()
-    for artifact in (chain.scores, chain.subset, chain.labels, run):
+    pipe = Pipeline(loaded)
+    run, _ = pipe.train()
+    for artifact in (pipe.scores, pipe.subset, pipe.labels, run):
         assert artifact.manifest.settings["precision"] == answer
-    assert [one["precision"] for one in chain.labels.facts["each"]] == [answer] * 2
+    assert [one["precision"] for one in pipe.labels.facts["each"]] == [answer] * 2
     assert f"on cpu in {answer}" in capfd.readouterr().out
-    other = Chain(tiny_recipe(*VIEWS, f"train.precision={'fp32' if answer == 'bf16' else 'bf16'}"), build=False)
-    assert other.labels.key == chain.labels.key
+    other = Pipeline(tiny_recipe(*VIEWS, f"train.precision={'fp32' if answer == 'bf16' else 'bf16'}"), build=False)
+    assert other.labels.key == pipe.labels.key
 
 
 def test_check_allows_what_the_precision_of_the_rows_makes_and_names_it(tiny_recipe, answer, capfd):
     """The rows are compared in the same precision again; then in the other, where the wider bound holds."""
-    stages.label(tiny_recipe(*VIEWS, "train.precision=auto"))
+    pipeline.label(tiny_recipe(*VIEWS, "train.precision=auto"))
     other = "fp32" if answer == "bf16" else "bf16"
     for now in ("auto", other):
         capfd.readouterr()
@@ -52,7 +53,7 @@ def test_check_allows_what_the_precision_of_the_rows_makes_and_names_it(tiny_rec
 def test_rows_beyond_the_bound_of_their_precision_are_found(tiny_recipe, answer, reseal):
     """An error of twice the bound, in one row of one view."""
     loaded = tiny_recipe(*VIEWS, "train.precision=auto")
-    labels, _ = stages.label(loaded)
+    labels, _ = pipeline.label(loaded)
     file = labels.path / "views" / "v0001.npy"
     rows = np.load(file)
     largest = np.abs(rows[7].astype(np.float32)).max()
@@ -87,7 +88,7 @@ def test_bf16_rows_stay_within_their_bound_and_hardly_change_the_loss(tiny, tmp_
     rows, labels = {}, None
     for precision in ("fp32", "bf16"):
         loaded = recipe.load(student, [f"train.precision={precision}", f"data.artifacts_dir={tmp_path / precision}"])
-        scores, _ = stages.score(loaded)
+        scores, _ = pipeline.score(loaded)
         z = scores.array("logits.npy").astype(np.float64)
         rows[precision], labels = z - z.mean(axis=1, keepdims=True), torch.tensor(scores.array("labels.npy"))
     exact, rounded = rows["fp32"], rows["bf16"]

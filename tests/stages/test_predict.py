@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastkd import pipeline, recipe
 from fastkd import predict as command_module
-from fastkd import recipe, stages
 from fastkd.artifacts import Artifact
 from fastkd.engine.loop import predict as evaluated
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
-from fastkd.stages import Chain
+from fastkd.pipeline import Pipeline
 from fastkd.stages.predicting import find_images, predict
-from fastkd.stages.student import open_student
+from fastkd.stages.trained_student import open_student
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,10 @@ def pictures(tiny_npz, tmp_path_factory) -> Path:
 
 def evaluation(run: Artifact) -> np.ndarray:
     """Return the logits of val by the loader and the pass that a teacher makes."""
-    chain = Chain(recipe.load(run.file("resolved.yaml")))
+    pipe = Pipeline(recipe.load(run.file("resolved.yaml")))
     runtime = Runtime.choose("cpu", "fp32", channels_last=True, compile=False)
-    net = runtime.place(open_student(run.path).net)
-    batches = chain.loader("val", 20).batches(np.arange(chain.dataset.facts["counts"]["val"]), last="pad")
+    net = runtime.to_device(open_student(run.path).net)
+    batches = pipe.loader("val", 20).batches(np.arange(pipe.dataset.facts["counts"]["val"]), last="pad")
     return np.concatenate([one.logits.copy() for one in evaluated(runtime, net, batches)])
 
 
@@ -55,13 +55,13 @@ def test_logits_are_those_of_the_evaluation_for_photos_that_are_cut_and_stored_a
             small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
             small.resize(tuple(rng.integers(30, 70, 2).tolist()), Image.Resampling.BICUBIC).save(file)
     data = tmp_path / "photos"
-    stages.write("image_folder", data, {"root": str(tmp_path / "source"), "max_resolution": 48, "workers": 1})
+    pipeline.write("image_folder", data, {"root": str(tmp_path / "source"), "max_resolution": 48, "workers": 1})
     path = tmp_path / "plain.yaml"
     path.write_text(
         f"name: plain\ndata: {{path: {data}, input_px: 24, crop_ratio: 0.8}}\nstudent: {{model: cifar/resnet8}}\n"
         f"optim: {{lr: 0.1}}\ntrain: {{epochs: 1, batch_size: 4, compile: false, runs_dir: {tmp_path / 'runs'}}}\n"
     )
-    run, _ = stages.train(recipe.load(path))
+    run, _ = pipeline.train(recipe.load(path))
     expected = evaluation(run)
     found = np.stack([p.logits for p in predict(open_student(run.path), find_images([tmp_path / "source" / "val"]))])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastkd import artifacts, models, recipe, stages
-from fastkd.stages import Chain
+from fastkd import artifacts, models, pipeline, recipe
+from fastkd.pipeline import Pipeline
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
@@ -40,7 +40,7 @@ def image_folder(tmp_path_factory):
 
 def test_rn50_r18_on_a_folder_of_jpegs(image_folder, tmp_path):
     data, weights = tmp_path / "imagenet", tmp_path / "resnet50.pth"
-    stages.write("image_folder", data, {"root": str(image_folder), "max_resolution": 80, "workers": 1})
+    pipeline.write("image_folder", data, {"root": str(image_folder), "max_resolution": 80, "workers": 1})
     torch.save(models.build("torchvision/resnet50", 4).state_dict(), weights)
     loaded = recipe.load(
         RECIPES / "rn50_r18.yaml",
@@ -57,18 +57,18 @@ def test_rn50_r18_on_a_folder_of_jpegs(image_folder, tmp_path):
             f"train.runs_dir={tmp_path / 'runs'}",
         ],
     )
-    chain = Chain(loaded)
-    run, built = chain.train()
+    pipe = Pipeline(loaded)
+    run, built = pipe.train()
     assert built
-    assert chain.dataset.facts["image"]["fixed_size"] is None
+    assert pipe.dataset.facts["image"]["fixed_size"] is None
     # torchvision's nets see ImageNet's normalisation, a new student the data set's own.
-    assert chain.teacher.inputs["mean"] == [0.485, 0.456, 0.406]
+    assert pipe.teacher.key_fields["mean"] == [0.485, 0.456, 0.406]
     assert run.facts["model"] == "torchvision/resnet18"
-    assert chain.subset.facts["class_counts"] == [5, 5, 5, 5]
-    assert chain.labels.facts["views"] == 2  # of ten, for two epochs
-    assert chain.labels.manifest.inputs["view"]["family"] == "random_resized_crop_flip"
+    assert pipe.subset.facts["class_counts"] == [5, 5, 5, 5]
+    assert pipe.labels.facts["views"] == 2  # of ten, for two epochs
+    assert pipe.labels.manifest.inputs["view"]["family"] == "random_resized_crop_flip"
     assert 0 <= run.facts["top1"]["val"] <= 1
-    assert models.native_normalisation("torchvision/resnet18", run.path).mean == tuple(chain.dataset.facts["mean"])
+    assert models.native_normalisation("torchvision/resnet18", run.path).mean == tuple(pipe.dataset.facts["mean"])
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def cifar_like(tmp_path_factory):
     images = rng.integers(0, 150, (60, 32, 32, 3), dtype=np.uint8) + (labels * 20).astype(np.uint8)[:, None, None, None]
     folder = tmp_path_factory.mktemp("cifar")
     np.savez(folder / "c.npz", images=images, labels=labels, val_images=images[:20], val_labels=labels[:20])
-    return stages.write("arrays", folder / "data", {"file": str(folder / "c.npz"), "workers": 1})[0]
+    return pipeline.write("arrays", folder / "data", {"file": str(folder / "c.npz"), "workers": 1})[0]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("cifar100_*.yaml")), ids=lambda p: p.stem)
@@ -102,7 +102,7 @@ def test_cifar_recipes_with_a_checkpoint_of_the_kd_literature(path, cifar_like, 
             f"train.runs_dir={tmp_path / 'runs'}",
         ],
     )
-    run, built = stages.train(loaded)
+    run, built = pipeline.train(loaded)
     assert built
     assert run.facts["model"] == loaded.student.model
     subset = next((tmp_path / "artifacts").glob("subset-*"))
@@ -114,7 +114,7 @@ def test_cifar_recipes_with_a_checkpoint_of_the_kd_literature(path, cifar_like, 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    return stages.write("digits", tmp_path_factory.mktemp("digits") / "digits", {})[0]
+    return pipeline.write("digits", tmp_path_factory.mktemp("digits") / "digits", {})[0]
 
 
 def on_digits(digits: artifacts.Artifact, folder: Path) -> list[str]:
@@ -138,7 +138,7 @@ def losses(run: artifacts.Artifact) -> list[float]:
 def test_a_pinned_loss_trace(digits, tmp_path):
     """Initialisation, order, normalisation, loss, schedule and update: a change in any shows here."""
     loaded = recipe.load(RECIPES / "quickstart_teacher.yaml", on_digits(digits, tmp_path))
-    found = losses(stages.train(loaded)[0])
+    found = losses(pipeline.train(loaded)[0])
     assert len(found) == 11  # 1438 samples in batches of 128
     np.testing.assert_allclose(found[: len(PINNED)], PINNED, rtol=2e-2)  # rounding differs by threads
 
@@ -148,7 +148,7 @@ PINNED = [2.3653, 2.3273, 2.2629, 2.1703, 2.0738, 1.8968]
 
 def test_the_quickstart_learns_digits(digits, tmp_path):
     more = ["train.epochs=8", "teacher.overrides=[train.epochs=6,train.batch_size=32]"]
-    run, _ = stages.train(recipe.load(RECIPES / "quickstart.yaml", on_digits(digits, tmp_path) + more))
+    run, _ = pipeline.train(recipe.load(RECIPES / "quickstart.yaml", on_digits(digits, tmp_path) + more))
     trace = losses(run)
     assert len(trace) == 88  # 719 kept, batches of 64, 8 epochs
     assert np.mean(trace[-5:]) < 0.3 * trace[0]

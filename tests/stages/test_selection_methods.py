@@ -9,31 +9,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastkd import artifacts, prune, stages
+from fastkd import artifacts, pipeline, prune
 from fastkd.errors import InputError
+from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune
-from fastkd.stages import Chain
-from fastkd.stages.job import prepare
 from fastkd.stages.pruning import class_table, select
-from fastkd.stages.training import run_inputs
+from fastkd.stages.training import run_key_fields
+from fastkd.stages.training_setup import prepare
 
 SCORED = ("medium", "easy", "hard", "ccs", "beta")
 
 
 def kept(recipe) -> np.ndarray:
-    return np.asarray(stages.prune(recipe)[0].array("indices.npy"))
+    return np.asarray(pipeline.prune(recipe)[0].array("indices.npy"))
 
 
 @pytest.fixture
 def difficulty(tiny_recipe):
-    chain = Chain(tiny_recipe())
-    return np.asarray(chain.subset.array("difficulty.npy")), np.asarray(chain.scores.array("labels.npy"))
+    pipe = Pipeline(tiny_recipe())
+    return np.asarray(pipe.subset.array("difficulty.npy")), np.asarray(pipe.scores.array("labels.npy"))
 
 
 @pytest.mark.parametrize("method", [*SCORED, "random", "random_unbalanced"])
 @pytest.mark.parametrize("ratio", [0.3, 0.5])
 def test_each_method_keeps_so_many_and_its_subset_says_how(tiny_recipe, method, ratio):
-    subset, _ = stages.prune(tiny_recipe(f"prune.method={method}", f"prune.keep_ratio={ratio}"))
+    subset, _ = pipeline.prune(tiny_recipe(f"prune.method={method}", f"prune.keep_ratio={ratio}"))
     ids = np.asarray(subset.array("indices.npy"))
     assert len(ids) == round(ratio * 150) == subset.facts["count"]
     assert np.all(np.diff(ids) > 0)
@@ -57,10 +57,10 @@ def test_easy_and_hard_are_the_ends_of_each_class(tiny_recipe, difficulty):
 
 @pytest.mark.parametrize("score", ["entropy", "margin", "least_confidence", "el2n", "std"])
 def test_any_score_may_tell_the_difficulty_and_the_hardest_comes_last(tiny_recipe, score):
-    subset, _ = stages.prune(tiny_recipe("prune.method=hard", f"prune.score={score}", "prune.keep_ratio=0.2"))
-    chain = Chain(tiny_recipe())
-    z = np.asarray(chain.scores.array("logits.npy"), np.float64)
-    y = np.asarray(chain.scores.array("labels.npy"))
+    subset, _ = pipeline.prune(tiny_recipe("prune.method=hard", f"prune.score={score}", "prune.keep_ratio=0.2"))
+    pipe = Pipeline(tiny_recipe())
+    z = np.asarray(pipe.scores.array("logits.npy"), np.float64)
+    y = np.asarray(pipe.scores.array("labels.npy"))
     p = np.exp(z - z.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     own = p[np.arange(150), y]
@@ -88,8 +88,8 @@ def test_what_is_drawn_is_nested_in_the_ratio_and_follows_its_seed(tiny_recipe, 
 
 
 def test_settings_of_other_methods_do_not_bear_on_a_subset(tiny_recipe):
-    first, _ = stages.prune(tiny_recipe("prune.method=random"))
-    same, built = stages.prune(
+    first, _ = pipeline.prune(tiny_recipe("prune.method=random"))
+    same, built = pipeline.prune(
         tiny_recipe("prune.method=random", "prune.score=el2n", "prune.strata=7", "prune.window_centre=0.1")
     )
     assert not built
@@ -101,9 +101,9 @@ def test_a_list_is_a_choice_with_a_live_teacher_too(tiny_recipe, tmp_path):
     """It is neither passed over nor taken for vanilla KD."""
     np.save(tmp_path / "ids.npy", np.arange(0, 150, 2))
     listed = ("labels={mode: online, reshape: false}", "prune.method=list", f"prune.ids={tmp_path / 'ids.npy'}")
-    chain = Chain(tiny_recipe(*listed))
-    assert np.array_equal(prepare(chain).ids, np.arange(0, 150, 2))
-    assert run_inputs(chain)["subset"] == chain.subset.key
+    pipe = Pipeline(tiny_recipe(*listed))
+    assert np.array_equal(prepare(pipe).ids, np.arange(0, 150, 2))
+    assert run_key_fields(pipe)["subset"] == pipe.subset.key
     with pytest.raises(InputError, match="needs a `teacher`"):
         tiny_recipe("teacher=null", *listed[1:])
 
@@ -130,7 +130,7 @@ def test_a_list_of_ones_own(tiny_recipe, tmp_path):
 def test_a_list_that_is_none_is_refused(tiny_recipe, tmp_path, ids, message):
     np.save(tmp_path / "ids.npy", np.array(ids))
     with pytest.raises(InputError, match=message):
-        stages.prune(tiny_recipe("prune.method=list", f"prune.ids={tmp_path / 'ids.npy'}"))
+        pipeline.prune(tiny_recipe("prune.method=list", f"prune.ids={tmp_path / 'ids.npy'}"))
 
 
 def test_ones_own_logits_with_more_settings(tmp_path, command):
@@ -168,7 +168,7 @@ def test_what_order_the_samples_are_in_does_not_matter(method, tmp_path_factory,
         np.save(folder / f"{name}_z.npy", z[rows])
         np.save(folder / f"{name}_y.npy", y[rows])
         chosen = Prune(method=method, keep_ratio=ratio, quota=quota)
-        subset, _ = stages.prune_arrays(folder / f"{name}_z.npy", folder / f"{name}_y.npy", folder / name, chosen)
+        subset, _ = pipeline.prune_arrays(folder / f"{name}_z.npy", folder / f"{name}_y.npy", folder / name, chosen)
         subsets.append(subset)
     straight, shuffled = (np.asarray(s.array("indices.npy")) for s in subsets)
     assert set(straight) == set(order[shuffled])
@@ -185,7 +185,7 @@ def test_the_number_of_threads_does_not_matter(tmp_path, method):
         made = []
         for count in (1, numba.config.NUMBA_NUM_THREADS):
             numba.set_num_threads(count)
-            made.append(stages.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / str(count), chosen)[0])
+            made.append(pipeline.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / str(count), chosen)[0])
     finally:
         numba.set_num_threads(threads)
     assert made[0].manifest.files == made[1].manifest.files
@@ -202,21 +202,21 @@ INFOBATCH = ("prune.method=infobatch", "prune.keep_ratio=1.0", "prune.easy_drop_
 @pytest.mark.parametrize("labels", ["labels.mode=stored", "labels.mode=online", "data.view.family=flip"])
 def test_infobatch_leaves_out_more_and_more_but_for_the_last_epochs(tiny_recipe, tmp_path, labels):
     recipe = tiny_recipe(*INFOBATCH, labels, "train.epochs=4", "prune.full_epochs_ratio=0.25")
-    run, _ = stages.train(recipe)
+    run, _ = pipeline.train(recipe)
     images = [epoch["images"] for epoch in epochs_of(run)]
     assert images[0] == images[3] == 150  # nothing is known of any sample; the last quarter of four
     assert all(75 <= n < 150 for n in images[1:3])
     assert run.facts["trained_share"] == sum(images) / 600
-    again, _ = stages.train(recipe, out=tmp_path / "again")
+    again, _ = pipeline.train(recipe, out=tmp_path / "again")
     assert again.manifest.files["student.safetensors"] == run.manifest.files["student.safetensors"]
     assert again.key == run.key
-    other, _ = stages.train(tiny_recipe(*INFOBATCH[:2], labels, "train.epochs=4", "prune.full_epochs_ratio=0.25"))
+    other, _ = pipeline.train(tiny_recipe(*INFOBATCH[:2], labels, "train.epochs=4", "prune.full_epochs_ratio=0.25"))
     assert other.key != run.key
 
 
 def test_infobatch_that_drops_nothing_is_training_on_all(tiny_recipe):
-    run, _ = stages.train(tiny_recipe(*INFOBATCH[:2], "prune.easy_drop_ratio=0.0"))
-    plain, _ = stages.train(tiny_recipe("prune.keep_ratio=1.0"))
+    run, _ = pipeline.train(tiny_recipe(*INFOBATCH[:2], "prune.easy_drop_ratio=0.0"))
+    plain, _ = pipeline.train(tiny_recipe("prune.keep_ratio=1.0"))
     assert run.path != plain.path
     assert run.manifest.files["student.safetensors"] == plain.manifest.files["student.safetensors"]
     assert run.manifest.parents["SUBSET"] == plain.manifest.parents["SUBSET"]  # there is nothing to store twice
@@ -224,7 +224,7 @@ def test_infobatch_that_drops_nothing_is_training_on_all(tiny_recipe):
 
 def test_infobatch_has_nothing_to_choose_from_logits(tmp_path):
     with pytest.raises(InputError, match="chooses while it trains"):
-        stages.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out", Prune(method="infobatch"))
+        pipeline.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out", Prune(method="infobatch"))
 
 
 def test_prune_shows_a_table_per_class_and_pictures(tiny_recipe, command):
@@ -289,10 +289,10 @@ def test_every_method_keeps_its_least_of_each_class(chosen, count_K, ratio, floo
 
 
 def test_the_least_of_each_class_is_a_part_of_the_key_where_it_is_given(tiny_recipe):
-    plain, _ = stages.prune(tiny_recipe())
+    plain, _ = pipeline.prune(tiny_recipe())
     assert "min_per_class" not in plain.manifest.inputs
-    assert stages.prune(tiny_recipe("prune.min_per_class=0"))[0].path == plain.path
-    floored, built = stages.prune(tiny_recipe("prune.min_per_class=30"))
+    assert pipeline.prune(tiny_recipe("prune.min_per_class=0"))[0].path == plain.path
+    floored, built = pipeline.prune(tiny_recipe("prune.min_per_class=30"))
     assert built
     assert floored.manifest.inputs["min_per_class"] == 30
     assert min(floored.facts["class_counts"]) == 30

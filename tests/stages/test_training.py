@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import models, recipe, stages
+from fastkd import models, pipeline, recipe
 from fastkd.doctor import usable_cores
-from fastkd.stages import Chain
-from fastkd.stages.job import prepare
-from fastkd.stages.training import run_inputs
+from fastkd.pipeline import Pipeline
+from fastkd.stages.training import run_key_fields
+from fastkd.stages.training_setup import prepare
 
 
 def events(run, event: str) -> list[dict]:
@@ -23,7 +23,7 @@ def test_all_options_together_train_and_are_told(tiny_recipe):
         "optim={name: adamw, lr: 0.01, weight_decay: 0.01, schedule: one_cycle, clip_norm: 1.0}",
         "loss.label_smoothing=0.1", "train.accumulate=5", "train.ema_decay=0.5", "train.progressive_px={0: 8, 3: 16}",
     )  # fmt: skip
-    run, _ = stages.train(loaded)
+    run, _ = pipeline.train(loaded)
     assert run.facts["top1"]["val"] > 0.5
     rates = [line["lr"] for line in events(run, "steps")]
     assert max(rates) == pytest.approx(0.01, rel=0.05)
@@ -32,11 +32,11 @@ def test_all_options_together_train_and_are_told(tiny_recipe):
     assert run.manifest.inputs["progressive_px"] == [[0, 8], [3, 16]]
     assert run.manifest.inputs["accumulate"] == 5
     assert json.loads(run.file("model.json").read_text())["ema"] is True
-    assert stages.train(tiny_recipe())[0].manifest.inputs.keys().isdisjoint({"progressive_px", "accumulate"})
+    assert pipeline.train(tiny_recipe())[0].manifest.inputs.keys().isdisjoint({"progressive_px", "accumulate"})
 
 
 def test_an_epoch_sees_the_size_that_the_recipe_says(tiny_recipe):
-    job = prepare(Chain(tiny_recipe("train.progressive_px={0: 8, 1: 12}")))
+    job = prepare(Pipeline(tiny_recipe("train.progressive_px={0: 8, 1: 12}")))
     for epoch, px in ((0, 8), (1, 12), (5, 12)):
         batch = next(job.batches(job.ids, epoch))
         assert batch.images.shape == (25, 3, px, px)
@@ -44,15 +44,15 @@ def test_an_epoch_sees_the_size_that_the_recipe_says(tiny_recipe):
 
 
 def test_the_averaged_weights_are_what_is_saved_and_evaluated(tiny_recipe):
-    plain, _ = stages.train(tiny_recipe())
-    averaged, _ = stages.train(tiny_recipe("train.ema_decay=0.9"))
-    still, _ = stages.train(tiny_recipe("train.ema_decay=0.999999"))
+    plain, _ = pipeline.train(tiny_recipe())
+    averaged, _ = pipeline.train(tiny_recipe("train.ema_decay=0.9"))
+    still, _ = pipeline.train(tiny_recipe("train.ema_decay=0.999999"))
     assert [e["loss"] for e in events(plain, "steps")] == [e["loss"] for e in events(averaged, "steps")]
     assert plain.manifest.files["student.safetensors"] != averaged.manifest.files["student.safetensors"]
     assert averaged.facts["top1"]["val"] > 0.5
     weights = models.build("cifar/resnet8", 3)
     models.load_weights(weights, still.path)
-    first = prepare(Chain(tiny_recipe())).student.net.state_dict()
+    first = prepare(Pipeline(tiny_recipe())).student.net.state_dict()
     for name, tensor in weights.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, first[name], atol=1e-3, rtol=1e-3)
@@ -60,21 +60,21 @@ def test_the_averaged_weights_are_what_is_saved_and_evaluated(tiny_recipe):
 
 def test_parts_of_a_batch_sum_to_it(tiny_recipe):
     whole, parts = (
-        events(stages.train(tiny_recipe("train.epochs=1", f"train.accumulate={n}"))[0], "steps") for n in (1, 5)
+        events(pipeline.train(tiny_recipe("train.epochs=1", f"train.accumulate={n}"))[0], "steps") for n in (1, 5)
     )
     assert whole[0]["loss"] == pytest.approx(parts[0]["loss"], rel=0.2)  # batch norm sees a fifth of the batch
 
 
 def test_the_loader_gets_the_threads_that_it_needs(tiny_recipe, monkeypatch):
-    job = prepare(Chain(tiny_recipe()))
+    job = prepare(Pipeline(tiny_recipe()))
     assert job.loader.workers == 1  # 25 images of 16 px are loaded in less time than a step takes
-    monkeypatch.setattr("fastkd.stages.job.LOADER_AHEAD", 1e9)
-    assert prepare(Chain(tiny_recipe())).loader.workers == usable_cores()
-    assert prepare(Chain(tiny_recipe("data.workers=1"))).loader.workers == 1
+    monkeypatch.setattr("fastkd.stages.training_setup.LOADER_AHEAD", 1e9)
+    assert prepare(Pipeline(tiny_recipe())).loader.workers == usable_cores()
+    assert prepare(Pipeline(tiny_recipe("data.workers=1"))).loader.workers == 1
 
 
 def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
-    job = prepare(Chain(tiny_recipe("data.workers=1", "data.view.family=flip")))
+    job = prepare(Pipeline(tiny_recipe("data.workers=1", "data.view.family=flip")))
     job.loader.workers = usable_cores()
     many = [(b.images.clone(), b.stored[0].clone()) for b in job.batches(job.ids, 1)]
     job.loader.workers = 1
@@ -86,7 +86,7 @@ def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
 
 def test_smoothed_labels_make_another_run(tiny_recipe):
     plain, smooth = (
-        run_inputs(Chain(recipe.load(tiny_recipe.path.with_name("teacher.yaml"), overrides)))
+        run_key_fields(Pipeline(recipe.load(tiny_recipe.path.with_name("teacher.yaml"), overrides)))
         for overrides in ([], ["loss.label_smoothing=0.1"])
     )
     assert plain != smooth
@@ -94,6 +94,6 @@ def test_smoothed_labels_make_another_run(tiny_recipe):
 
 def test_all_of_the_kd_loss_is_in_the_key_of_a_live_teacher_too(tiny_recipe):
     live = ("labels.mode=online", "labels.reshape=false", "prune.keep_ratio=1.0", "loss.label_smoothing=0.1")
-    warm, cold = (run_inputs(Chain(tiny_recipe(*live, f"loss.temperature={t}"))) for t in (2.0, 4.0))
+    warm, cold = (run_key_fields(Pipeline(tiny_recipe(*live, f"loss.temperature={t}"))) for t in (2.0, 4.0))
     assert warm["loss"]["label_smoothing"] == cold["loss"]["label_smoothing"] == 0.1
     assert (warm["loss"]["temperature"], cold["loss"]["temperature"]) == (2.0, 4.0)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fastkd.data.beton import write_here
-from fastkd.data.source import load_writer
+from fastkd.data.writer_api import load_writer
 from fastkd.errors import InputError
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

@@ -1,0 +1,336 @@
+"""What a writer is: one file with an `Options` model and a `read` function, loaded by name or by path.
+
+A writer tells how to read a source; it knows nothing of FFCV::
+
+    class Options(WriterOptions):           # its own settings, typed; given as key=value on the command line
+        root: LocalPath
+
+    def read(options):                      # → data sets by split, and the class names
+        return {"train": train, "val": val}, ["cat", "dog"]
+
+where ``train[i]`` is ``(image, label)``: a uint8 array [H, W], [H, W, 1] or [H, W, 3], a PIL image, or the bytes of an
+image file (JPEG bytes are kept as they are where the options allow it), and an integer label in 0 … K−1. Anything with
+``__len__`` and ``__getitem__`` will do; with ``describe(index) -> str`` too, messages about a sample name its file.
+`read` is called in the process that writes, so the data sets need not be picklable.
+
+With a function ``source_files(options)`` in the file, too, which returns the files that `read` reads and the folders
+that it lists, a source that changed after it was written is noticed (see `Snapshot`).
+"""
+
+import difflib
+import importlib.util
+import os
+import stat
+import struct
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, Literal, Protocol, get_args, runtime_checkable
+
+import numpy as np
+import xxhash
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from fastkd import caches, shipped
+from fastkd.data.image_files import some
+from fastkd.errors import FastkdError, InputError
+from fastkd.validation import explain, is_file_name, refuse_code
+
+
+def _no_odd_path(value: Any) -> Any:
+    """Refuse texts that are no path, or none that can be recorded."""
+    if isinstance(value, str | Path):
+        text = str(value)
+        if not text.strip():
+            raise ValueError("is empty; give a path (. is the current folder)")
+        if "\0" in text:
+            raise ValueError("holds a NUL, which no path can")
+        if os.fsencode(value).decode("utf-8", "replace") != text:
+            raise ValueError(f"{os.fsencode(value)!r} is not valid UTF-8; rename the folder, or give a link to it")
+    return value
+
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no home directory here; give a full path") from None
+
+
+LocalPath = Annotated[Path, BeforeValidator(_no_odd_path), AfterValidator(_absolute)]
+"""A path as a writer's option: recorded in full, so that it means the same wherever the command is given."""
+
+
+def download_folder(name: str) -> Any:
+    """Return the default of an option that says where files are downloaded to: ``~/.cache/fastkd/NAME``.
+
+    Without a home directory it is a private temporary folder. It is looked up when options are made, not on import.
+    """
+
+    def folder() -> Path:
+        base = caches.home()
+        parts = (base, ".cache", "fastkd") if base else (caches.private() or os.path.abspath("."), "downloads")
+        return Path(*parts, name)
+
+    return Field(default_factory=folder, json_schema_extra={"default": f"~/.cache/fastkd/{name}"})
+
+
+class WriterOptions(BaseModel):
+    """How images are stored, whatever their source. A writer's `Options` extend this."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    mode: Literal["raw", "jpg", "smart"] = "raw"
+    """Pixels, JPEG, or JPEG only for images whose pixels would take more than `smart_threshold_bytes`."""
+    max_resolution: int | None = Field(None, ge=1, le=65535)
+    """Images with a longer side are shrunk to this many pixels."""
+    jpeg_quality: int = Field(90, ge=1, le=100)
+    """Of images that are encoded here: JPEG files that fit are kept byte for byte."""
+    smart_threshold_bytes: int = Field(65536, ge=0)
+    """Height · width · 3 above which `smart` stores JPEG."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What a corrupt image does: fail the write, or be left out and listed in the manifest."""
+    workers: int = Field(0, ge=0)
+    """Processes that decode and encode; 0: one per usable core."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``workers=true``, which pydantic takes for 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        kinds = (annotation, *get_args(annotation))
+        if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+            raise ValueError(f"{str(value).lower()} is wrong: expected a number")
+        return value
+
+
+@runtime_checkable
+class MapDataset(Protocol):
+    """A map-style data set of (image, label)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
+
+
+Source = tuple[Mapping[str, MapDataset], Sequence[str]]
+"""What `read` returns: a data set per split ("train", "val"), and the class names."""
+
+
+@dataclass(frozen=True)
+class ArrayDataset:
+    """Images in memory, uint8 [N, H, W] or [N, H, W, 1 or 3], and their labels [N]."""
+
+    images: np.ndarray
+    labels: Sequence[int] | np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], self.labels[index]
+
+
+def stratified_split(labels: Sequence[int] | np.ndarray, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide a data set that comes in one piece.
+
+    In each class the ``round(val_ratio * n)`` samples (but at least one, and never all) with the smallest hash of
+    (seed, index) go to val: the same on any machine and with any version of numpy.
+
+    Returns
+    -------
+    train, val
+        int64 indices, ascending.
+    """
+    labels = np.asarray(labels)
+    hashes = np.array([xxhash.xxh3_64_intdigest(struct.pack("<qq", seed, i)) for i in range(len(labels))], np.uint64)
+    is_val = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(val_ratio * len(members))), len(members) - 1)
+        is_val[members[np.argsort(hashes[members], kind="stable")[:count]]] = True
+    return np.flatnonzero(~is_val), np.flatnonzero(is_val)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the files of a source looked like: their paths, sizes and times of modification.
+
+    Attributes
+    ----------
+    files, bytes : int
+        How many there are, and their size in all.
+    newest_ns : int
+        The latest time of change of a file's content, name or attributes (nanoseconds), by the file system's clock.
+    names : str
+        xxh3-128 (hex) of all paths and sizes.
+    digest : str
+        xxh3-128 (hex) of all paths, sizes and times of modification.
+    folders : tuple of Path
+        Folders that are listed.
+    changed : tuple of str
+        Files that changed after a given time.
+    """
+
+    files: int
+    bytes: int
+    newest_ns: int
+    names: str
+    digest: str
+    folders: tuple[Path, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(paths: Iterable[str | os.PathLike[str]], since_ns: int | None = None) -> "Snapshot":
+        """Look at files, with one stat each; those that are missing count as no file.
+
+        Parameters
+        ----------
+        since_ns
+            `changed` lists files with a later time of change.
+        """
+        count = size = newest = 0
+        names, digest = xxhash.xxh3_128(), xxhash.xxh3_128()
+        folders, changed = [], []
+        for path in sorted(map(os.fsencode, paths)):
+            try:
+                found = os.stat(path)
+            except OSError:  # a broken link
+                names.update(struct.pack("<q", len(path)) + path)
+                digest.update(struct.pack("<q", len(path)) + path)
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                folders.append(Path(os.fsdecode(path)))
+                continue
+            record = struct.pack("<q", len(path)) + path + struct.pack("<q", found.st_size)
+            names.update(record)
+            digest.update(record + struct.pack("<q", found.st_mtime_ns))
+            count, size, newest = count + 1, size + found.st_size, max(newest, found.st_ctime_ns)
+            if since_ns is not None and found.st_ctime_ns > since_ns:
+                changed.append(os.fsdecode(path))
+        return Snapshot(count, size, newest, names.hexdigest(), digest.hexdigest(), tuple(folders), tuple(changed))
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what a manifest keeps of it."""
+        return {key: getattr(self, key) for key in ("files", "bytes", "newest_ns", "names", "digest")}
+
+    def difference(self, recorded: Mapping[str, Any]) -> str:
+        """Say how the source differs from what a manifest recorded of it; empty: it does not."""
+        if self.digest == recorded["digest"]:
+            return ""
+        if self.names == recorded["names"]:
+            what = f"{self.files:,} files with the same names and sizes, but other times of modification"
+        else:
+            what = (
+                f"{recorded['files']:,} files of {recorded['bytes']:,} bytes when it was written, "
+                f"now {self.files:,} files of {self.bytes:,} bytes"
+            )
+        return what + (f"; new or changed: {len(self.changed):,} ({some(self.changed)})" if self.changed else "")
+
+
+class Writer:
+    """A writer file, loaded.
+
+    Attributes
+    ----------
+    name : str
+        The name or path that it was asked for by; travels to the writing process, which loads it again.
+    path : Path
+        The file.
+    """
+
+    def __init__(self, name: str, path: Path, module: ModuleType) -> None:
+        self.name = name
+        self.path = path
+        self.options_model: type[WriterOptions] = module.Options
+        self.read = module.read
+        self._source_files = getattr(module, "source_files", None)
+        self.doc = (module.__doc__ or "").strip()
+
+    def options(self, values: dict[str, Any]) -> WriterOptions:
+        """Validate settings; all errors at once, each with the nearest known key."""
+        try:
+            return self.options_model.model_validate(values)
+        except ValidationError as error:
+            raise InputError(f"writer {self.name}: wrong options\n{explain(error, self.options_model)}") from None
+
+    def snapshot(self, options: WriterOptions, since_ns: int | None = None) -> Snapshot | None:
+        """Look at the files of the source; None: the writer does not tell which these are.
+
+        Raises
+        ------
+        InputError
+            The source cannot be listed, or `source_files` fails or returns something else than paths.
+        """
+        if self._source_files is None:
+            if self.path.parent != shipped("writers"):
+                return None
+            # A writer that ships with fastkd and says nothing reads the files that its options name.
+            return Snapshot.of([value for _, value in options if isinstance(value, Path)], since_ns)
+        try:
+            return Snapshot.of(self._source_files(options), since_ns)
+        except FastkdError:
+            raise
+        except Exception as error:  # a writer of the user's own may raise anything
+            raise InputError(
+                f"writer {self.name}: source_files() failed: {type(error).__name__}: {error}; expected the paths "
+                "of the files that read() reads"
+            ) from error
+
+
+def writer_names() -> list[str]:
+    """Return the names of the writers that ship with fastkd."""
+    return sorted(p.stem for p in shipped("writers").glob("*.py") if not p.stem.startswith("_"))
+
+
+def load_writer(name: str) -> Writer:
+    """Load a writer by name (``fashion_mnist``) or by path (``my/writer.py``).
+
+    Raises
+    ------
+    InputError
+        No such writer, a file that cannot be imported, or one without `Options` and `read`.
+    """
+    if is_file_name(name):
+        refuse_code(name, f"writer {name}")
+        path = Path(name).resolve()
+        if not path.is_file():
+            raise InputError(f"writer {name}: no such file")
+    else:
+        path = shipped("writers") / f"{name}.py"
+        if not path.is_file():
+            near = difflib.get_close_matches(name, writer_names(), 1)
+            raise InputError(
+                f"writer {name!r}: unknown"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + f" Known: {', '.join(writer_names())}; or the path of a file of your own"
+            )
+    module_name = f"fastkd_writer_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"writer {name}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # pydantic resolves annotations through it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"writer {name}: {path} cannot be imported: {type(error).__name__}: {error}") from error
+    options = getattr(module, "Options", None)
+    if not (isinstance(options, type) and issubclass(options, WriterOptions)) or not callable(
+        getattr(module, "read", None)
+    ):
+        raise InputError(
+            f"writer {name}: {path} needs a class `Options(fastkd.data.writer_api.WriterOptions)` "
+            "and a function `read(options)`"
+        )
+    return Writer(name, path, module)

@@ -1,0 +1,37 @@
+"""An exponential moving average of a student's weights."""
+
+import copy
+
+import torch
+from torch import nn
+
+
+class ModelEma:
+    """A copy of a net whose weights follow the net's: average ← decay · average + (1 − decay) · weights, at each step.
+
+    Buffers that are numbers with a fraction, such as batch norm's statistics, are averaged alike; counters are copied.
+
+    Attributes
+    ----------
+    net
+        The copy, in eval mode.
+    """
+
+    def __init__(self, net: nn.Module, decay: float) -> None:
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.decay = decay
+        pairs = list(zip(_tensors(self.net), _tensors(net), strict=True))
+        self._followed = [(own, theirs) for own, theirs in pairs if own.is_floating_point()]
+        self._counted = [(own, theirs) for own, theirs in pairs if not own.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the net after a step."""
+        own, theirs = zip(*self._followed, strict=True)
+        torch._foreach_lerp_(own, theirs, 1 - self.decay)
+        for counter, value in self._counted:
+            counter.copy_(value)
+
+
+def _tensors(net: nn.Module) -> list[torch.Tensor]:
+    return [*(p.detach() for p in net.parameters()), *net.buffers()]

@@ -1,0 +1,58 @@
+"""Dynamic pruning: which samples an epoch leaves out, by what they cost when they were last trained on."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fastkd.distributed import current
+from fastkd.kernels import hash64, infobatch_weights
+
+
+class PerSampleLoss:
+    """The latest loss of each sample and its weight in this epoch, on the device, where steps use them without waiting.
+
+    Parameters
+    ----------
+    sample_ids : int64 [M]
+        Samples that are trained on.
+
+    Attributes
+    ----------
+    loss_N, weight_N : float32 tensor [N], N above the largest id
+        By sample_id. The loss is infinite before the first.
+    """
+
+    def __init__(self, sample_ids: np.ndarray, device: torch.device) -> None:
+        self.sample_ids = sample_ids
+        count = int(sample_ids.max()) + 1
+        self.loss_N = torch.full((count,), torch.inf, device=device)
+        self.weight_N = torch.ones(count, device=device)
+        self._common_N = self.loss_N.clone()
+
+    def in_common(self) -> None:
+        """Take the losses for what all processes have: they were brought together, or come from a checkpoint."""
+        self._common_N.copy_(self.loss_N)
+
+    def merge(self) -> None:
+        """Bring together what the processes have seen since the last time, each other samples; all must call it."""
+        if current().size == 1:
+            return
+        seen_N = self.loss_N != self._common_N
+        counts = seen_N.float()
+        losses = torch.where(seen_N, self.loss_N, 0.0)
+        dist.all_reduce(counts)
+        dist.all_reduce(losses)
+        self.loss_N.copy_(torch.where(counts > 0, losses, self._common_N))
+        self.in_common()
+
+    def kept(self) -> np.ndarray:
+        """Return which of `sample_ids` are trained on in this epoch (bool [M])."""
+        return self.weight_N.cpu().numpy()[self.sample_ids] > 0
+
+    def infobatch(self, drop_ratio: float, *, seed: int, epoch: int) -> None:
+        """Choose for an epoch; see `fastkd.kernels.infobatch_weights`."""
+        draw_M = hash64(self.sample_ids, seed, "infobatch", epoch)
+        weight_M = infobatch_weights(self.loss_N.cpu().numpy()[self.sample_ids], draw_M, drop_ratio)
+        weight_N = np.ones(len(self.weight_N), np.float32)
+        weight_N[self.sample_ids] = weight_M
+        self.weight_N.copy_(torch.from_numpy(weight_N))

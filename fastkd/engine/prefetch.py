@@ -1,0 +1,103 @@
+"""From the loader's buffers to the device, and back: on CUDA one batch ahead, on a stream of its own."""
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastkd.engine.runtime import Runtime
+
+
+class Batch(Protocol):
+    """What the loops need of a loader's batch: padded to its full size, of which `valid` samples count."""
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [B, 3, H, W], channels_last."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [B]."""
+
+    @property
+    def sample_ids(self) -> Tensor:
+        """int64 [B]."""
+
+    @property
+    def valid(self) -> int:
+        """How many samples count."""
+
+    @property
+    def stored(self) -> tuple[Tensor, ...]:
+        """Rows [B, k] stored for the samples, if any."""
+
+
+class DeviceBatch(NamedTuple):
+    """A batch on the device, in the memory format of the nets; like the loader's, valid until the next is asked for."""
+
+    images: Tensor
+    labels: Tensor
+    sample_ids: Tensor
+    stored: tuple[Tensor, ...]
+    valid: int
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all tensors."""
+        return (self.images, self.labels, self.sample_ids, *self.stored)
+
+
+def feed(batches: Generator[Batch, None, None], runtime: Runtime) -> Generator[DeviceBatch, None, None]:
+    """Yield the batches on the device, and close them at the end."""
+    with closing(batches):
+        fed: Iterator[DeviceBatch] = map(_fed, batches)
+        if runtime.device.type == "cuda":
+            fed = _one_ahead(fed, runtime.device)
+        for batch in fed:
+            yield batch if runtime.channels_last else batch._replace(images=batch.images.contiguous())
+
+
+def _fed(batch: Batch) -> DeviceBatch:
+    return DeviceBatch(batch.images, batch.labels, batch.sample_ids, batch.stored, batch.valid)
+
+
+class _Slot:
+    """Pinned memory for one batch, and the event that tells when it has been copied from there."""
+
+    def __init__(self) -> None:
+        self.pinned: tuple[Tensor, ...] = ()
+        self.copied = torch.cuda.Event()
+        self.sent: DeviceBatch
+
+    def send(self, batch: DeviceBatch, device: torch.device, stream: torch.cuda.Stream) -> None:
+        """Begin to copy a batch to the device."""
+        if not self.pinned:
+            self.pinned = tuple(torch.empty_like(t, pin_memory=True) for t in batch.tensors())
+        self.copied.synchronize()
+        for pinned, tensor in zip(self.pinned, batch.tensors(), strict=True):
+            pinned.copy_(tensor)
+        with torch.cuda.stream(stream):
+            images, labels, sample_ids, *stored = (t.to(device, non_blocking=True) for t in self.pinned)
+            self.copied.record(stream)
+        self.sent = DeviceBatch(images, labels, sample_ids, tuple(stored), batch.valid)
+
+    def arrived(self, device: torch.device) -> DeviceBatch:
+        """Return the batch, for which the device's own stream now waits; the host does not."""
+        current = torch.cuda.current_stream(device)
+        current.wait_event(self.copied)
+        for tensor in self.sent.tensors():
+            tensor.record_stream(current)
+        return self.sent
+
+
+def _one_ahead(batches: Iterator[DeviceBatch], device: torch.device) -> Iterator[DeviceBatch]:
+    """Copy each batch while the device works on the one before (CUDA only)."""
+    stream, slots = torch.cuda.Stream(device), (_Slot(), _Slot())
+    number = -1
+    for number, batch in enumerate(batches):
+        slots[number % 2].send(batch, device, stream)
+        if number:
+            yield slots[(number - 1) % 2].arrived(device)
+    if number >= 0:
+        yield slots[number % 2].arrived(device)

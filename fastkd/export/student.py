@@ -1,0 +1,164 @@
+"""deploy: the student of a RUN → a STUDENT, for use without fastkd: ONNX, torch.export, weights and what they take."""
+
+import importlib.util
+import json
+import os
+import shutil
+import warnings
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd import artifacts
+from fastkd.artifacts import Artifact, Built
+from fastkd.errors import FastkdError, InputError
+from fastkd.stages.trained_student import Student, open_student
+from fastkd.stages.writing import refuse_foreign
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+CHECKED_BATCHES = (1, 2, 5)  # the graphs are traced with 2
+TOLERANCE = 1e-3
+"""How far a logit of a written file may be off, over the largest of all: measured are some 1e-6."""
+
+
+def export_student(
+    run: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False
+) -> tuple[Artifact, bool]:
+    """Publish a RUN's student in formats that need neither fastkd nor the data.
+
+    ``student.onnx`` and ``student.pt2`` (torch.export) take uint8 images [B, 3, H, W], RGB, of any number B, and give
+    float32 logits [B, K]; the normalisation is inside. ``student.safetensors`` holds the weights, ``model.json`` says
+    how images are cut, and how far both files were off the net when they were run on random images.
+
+    Parameters
+    ----------
+    out
+        A new directory. One that holds anything but an earlier export is refused, `force` or not.
+
+    Returns
+    -------
+    artifact, built
+        `built` is False where `out` held this student already.
+
+    Raises
+    ------
+    InputError
+        `run` is no RUN, `out` is taken, a package for ONNX is missing.
+    FastkdError
+        The net cannot be exported, or what was written says something else than the net.
+    """
+    source, target = Path(run), Path(os.path.abspath(Path(out).expanduser()))
+    if missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
+        raise InputError(f"exporting a student needs {', '.join(missing)}: pip install 'fastkd[export]'")
+    if target.is_relative_to(source.resolve()):
+        raise InputError(f"{target}: lies within the RUN; choose another place")
+    loaded = artifacts.load(source, "RUN")
+    refuse_foreign(target, "STUDENT")
+    stamps = loaded.manifest.files
+    return artifacts.build(
+        target,
+        "STUDENT",
+        {"run": loaded.key, **{name: stamps[name].xxh3_128 for name in ("student.safetensors", "model.json")}},
+        lambda directory: _fill(directory, open_student(source)),
+        parents={"RUN": loaded.key},
+        settings={"run": str(source.absolute())},
+        force=force,
+        sources=lambda: [loaded],
+    )
+
+
+def _fill(directory: Path, student: Student) -> Built:
+    """Write the files, and run them."""
+    shutil.copyfile(student.artifact.file("student.safetensors"), directory / "student.safetensors")
+    height, width = student.input_hw
+    draw = torch.Generator().manual_seed(0)
+    images = [
+        torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=draw) for count in CHECKED_BATCHES
+    ]
+    _write(directory, student, images[CHECKED_BATCHES.index(2)])
+    worst = _worst_differences(directory, student, images)
+    for name, difference in worst.items():
+        if not difference <= TOLERANCE:
+            raise FastkdError(
+                f"{name}: its logits are off by {difference:.2g} of the largest, where {TOLERANCE:g} is allowed: this "
+                "net cannot be exported with the torch and onnx that are installed"
+            )
+    described = student.described | {
+        "preprocessing": _preprocessing(student.described),
+        "input": {"name": "images", "dtype": "uint8", "shape": ["batch", 3, height, width], "channels": "RGB"},
+        "normalisation": "inside of student.onnx and student.pt2: (pixel / 255 - mean) / std, per channel",
+        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", student.described["num_classes"]]},
+        "checked": {
+            "images": sum(CHECKED_BATCHES),
+            "worst_difference": worst,
+            "versions": {name: metadata.version(name) for name in ("torch", *ONNX_PACKAGES)},
+        },
+    }
+    (directory / "model.json").write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return Built(facts={"model": described["model"], "worst_difference": worst})
+
+
+def _write(directory: Path, student: Student, images: Tensor) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of exporters about themselves
+            batch = torch.export.Dim.DYNAMIC
+            program = torch.export.export(student.net, (images,), dynamic_shapes=({0: batch},))
+            torch.export.save(program, directory / "student.pt2")
+            torch.onnx.export(
+                program,
+                (),
+                directory / "student.onnx",
+                input_names=["images"],
+                output_names=["logits"],
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+    except OSError:
+        raise
+    except Exception as error:  # exporters fail in any way there is
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise FastkdError(f"{student.described['model']} cannot be exported: {first}") from error
+
+
+def _worst_differences(directory: Path, student: Student, images: list[Tensor]) -> dict[str, float]:
+    """Return how far each file's logits are off the net's at most, over the largest of all."""
+    # Else ONNX Runtime writes an id into the user's cache folder, and sends events to its makers.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(directory / "student.onnx", providers=["CPUExecutionProvider"])
+    module = torch.export.load(directory / "student.pt2").module()
+    worst = {"student.onnx": 0.0, "student.pt2": 0.0}
+    with torch.inference_mode():
+        for batch in images:
+            expected = student.net(batch).numpy()
+            found = {
+                "student.onnx": session.run(["logits"], {"images": batch.numpy()})[0],
+                "student.pt2": module(batch).numpy(),
+            }
+            for name, logits in found.items():
+                off = float(np.abs(logits - expected).max() / np.abs(expected).max())
+                worst[name] = off if np.isnan(off) else max(worst[name], off)
+    return worst
+
+
+def _preprocessing(described: dict[str, Any]) -> list[str]:
+    """Say in words what happens to an image before the net sees it."""
+    (height, width), ratio, shrunk = (
+        described["input_hw"],
+        described["crop_ratio"],
+        described["stored"]["max_resolution"],
+    )
+    steps = ["decode to RGB, 8 bits a channel; an EXIF orientation is ignored, alpha dropped"]
+    if shrunk:
+        steps.append(f"if its longer side exceeds {shrunk} pixels, shrink it to that (OpenCV's INTER_AREA)")
+    if ratio is not None:
+        steps.append(f"cut the centred square of side int({ratio:g} * its shorter side)")
+    steps.append(f"resize to {height} x {width} pixels (height x width; OpenCV's INTER_AREA), if it has another size")
+    return [*steps, "arrange as uint8 [batch, 3, height, width]"]

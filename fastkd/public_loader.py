@@ -1,0 +1,227 @@
+"""Batches for a training loop of one's own: images in views, with what the teacher says of those very views."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd import models
+from fastkd import recipe as recipes
+from fastkd.artifacts import MANIFEST
+from fastkd.data.loader import Loader as SplitLoader
+from fastkd.data.order import epoch_order
+from fastkd.data.row_store import StoredRows
+from fastkd.engine.prefetch import feed
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import InputError
+from fastkd.pipeline import Pipeline
+from fastkd.recipe import Recipe
+from fastkd.stages.training_setup import teacher_source, uses_subset
+
+EVAL_BATCH_SIZE = 256
+
+
+class Batch(NamedTuple):
+    """What a step needs; the tensors are the receiver's to keep.
+
+    Attributes
+    ----------
+    images : float32 tensor [B, 3, H, W]
+        Normalised by the data set's mean and std; uint8, 0…255, where the loader was asked for that.
+    labels : int64 tensor [B]
+    teacher_logits : float32 tensor [B, K], or None
+        Of these views, up to a constant per row, which softmax does not see; None: there is no teacher.
+    sample_ids : int64 tensor [B]
+    """
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor | None
+    sample_ids: Tensor
+
+
+class Loader:
+    """The kept samples of a recipe in its views, with the teacher's stored logits, for any training loop.
+
+    Each ``for`` over it is one epoch, in an order and view of its own: ``epoch`` counts them, and may be set, to go on
+    with a training; one that is still going on is broken off. What the recipe needs and is missing (data set, scores,
+    labels) is built first.
+
+    Parameters
+    ----------
+    recipe
+        A recipe's file, or a `fastkd.recipe.Recipe`. Of it the sections data, teacher, score, prune, labels and loss
+        count, and `seed`, `train.batch_size` and, for ``labels.views: epochs``, `train.epochs`; with
+        ``data.path=EXPORT``, what was exported from a SUBSET.
+    overrides
+        Changes to it, as on the command line: ``["train.batch_size=256"]``.
+    split
+        "val": all samples once, in their order, in the plain view, without a teacher; the last batch may be smaller.
+    device
+        Where the batches go; a GPU gets them one batch ahead.
+    normalise
+        False: images stay uint8, 0…255, for a loop that normalises on its own.
+
+    Attributes
+    ----------
+    epoch : int
+        Number of the epoch that begins next.
+    classes : list of str
+        Names of the K classes.
+    mean, std : tuple of float
+        Of the data set's channels, of pixels in 0…1.
+
+    Raises
+    ------
+    InputError, ArtifactError
+        As training with the recipe would; and for a recipe that chooses samples while it trains, or has a live teacher.
+
+    Examples
+    --------
+    >>> import fastkd, torch
+    >>> loader = fastkd.Loader(recipe)
+    >>> len(loader), loader.classes
+    (3, ['0', '1', '2'])
+    >>> net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(3))
+    >>> sgd = torch.optim.SGD(net.parameters(), lr=0.01)
+    >>> for epoch in range(2):
+    ...     for images, labels, teacher_logits, sample_ids in loader:
+    ...         losses = fastkd.kd_loss(net(images), labels, teacher_logits, alpha=0.9, gamma=0.1, temperature=4.0)
+    ...         sgd.zero_grad()
+    ...         losses.mean().backward()
+    ...         sgd.step()
+    >>> tuple(images.shape), images.dtype, tuple(teacher_logits.shape)
+    ((25, 3, 16, 16), torch.float32, (25, 3))
+
+    And to see what came of it:
+
+    >>> val = fastkd.Loader(recipe, split="val")
+    >>> hits = [(net(images).argmax(1) == labels).sum().item() for images, labels, _, _ in val]
+    >>> 0 <= sum(hits) <= 60
+    True
+    """
+
+    def __init__(
+        self,
+        recipe: str | Path | Recipe,
+        overrides: Sequence[str] = (),
+        *,
+        split: Literal["train", "val"] = "train",
+        device: str | torch.device = "cpu",
+        normalise: bool = True,
+    ) -> None:
+        if isinstance(recipe, Recipe):
+            if overrides:
+                raise InputError("overrides go with a recipe's file: give them to fastkd.load_recipe")
+            loaded = recipe
+        else:
+            loaded = _load(recipe, overrides)
+        if split not in ("train", "val"):
+            raise InputError(f"split={split!r}: expected 'train' or 'val'")
+        self._source = _open_train(loaded) if split == "train" else _open_val(loaded)
+        self._normalise = normalise
+        self._runtime = Runtime(torch.device(device), "fp32", channels_last=True, compile=False)
+        self.epoch = 0
+        self.classes = self._source.classes
+        self.mean, self.std = self._source.normalisation.mean, self._source.normalisation.std
+        normalised = models.Normalised(torch.nn.Identity(), self._source.normalisation)
+        self._normalised = normalised.to(self._runtime.device)
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        source = self._source
+        full, rest = divmod(len(source.sample_ids), source.loader.batch_size)
+        return full + (rest > 0 and source.seed is None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Begin the next epoch; one that is still going on is broken off, and asking it for more is a `LoaderError`.
+
+        It does not merely end: of two loops over one loader, one within the other, the outer would see few samples, and
+        nobody would know. Two loaders give two epochs at a time.
+        """
+        source, number = self._source, self.epoch
+        self.epoch += 1
+        ids = source.sample_ids
+        if source.seed is not None:
+            ids = ids[epoch_order(len(ids), source.seed, number)]
+        view = None if source.views is None else number % source.views
+        last: Literal["drop", "pad"] = "pad" if source.seed is None else "drop"
+        batches = source.loader.batches(ids, last=last, view=view, stored=source.stored(view))
+        with closing(feed(batches, self._runtime)) as fed:  # no torch.no_grad: the caller's loop would be inside of it
+            for batch in fed:
+                images = batch.images[: batch.valid]
+                yield Batch(
+                    self._normalised(images) if self._normalise else images.clone(),
+                    batch.labels[: batch.valid].clone(),
+                    source.read(batch.stored),
+                    batch.sample_ids[: batch.valid].clone(),
+                )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What epochs are made of.
+
+    Attributes
+    ----------
+    seed
+        Of the order; None: as they stand.
+    views
+        How many there are; None: the plain view alone.
+    """
+
+    loader: SplitLoader
+    sample_ids: np.ndarray
+    seed: int | None
+    views: int | None
+    stored: Callable[[int | None], StoredRows | None]
+    read: Callable[[tuple[Tensor, ...]], Tensor | None]
+    classes: list[str]
+    normalisation: models.Normalisation
+
+
+def _load(path: str | Path, overrides: Sequence[str]) -> Recipe:
+    if (Path(path) / MANIFEST).is_file():
+        raise InputError(f"{path}: is an artifact; give the recipe, and for an export data.path={path} as an override")
+    return recipes.load(path, tuple(overrides))
+
+
+def _open_train(recipe: Recipe) -> _Source:
+    if recipe.prune.dynamic:
+        raise InputError(
+            f"prune.method={recipe.prune.method}: goes by the losses of fastkd's own loop: python -m fastkd.train"
+        )
+    if recipe.teacher is not None and recipe.labels.mode == "online":
+        raise InputError("labels.mode=online: a live teacher is your loop's own matter; give labels.mode=stored")
+    pipeline = Pipeline(recipe, reset_compiler=False)
+    loader = pipeline.loader("train", recipe.train.batch_size)
+    ids = np.asarray(pipeline.subset.array("indices.npy")) if uses_subset(pipeline) else pipeline.train_ids
+    loader.full_batches(len(ids))
+    told = teacher_source(pipeline)
+    views = [None] if recipe.num_views is None else range(recipe.num_views)
+    rows = {view: told.stored(view) for view in views}  # missing labels are made; what is open stays, even if deleted
+    pipeline.__dict__.pop("teacher", None)  # it has said all that it has to: its memory is the loop's
+    return _Source(
+        loader,
+        ids,
+        recipe.seed,
+        recipe.num_views,
+        rows.__getitem__,
+        told.read,
+        pipeline.dataset.facts["classes"],
+        pipeline.normalisation,
+    )
+
+
+def _open_val(recipe: Recipe) -> _Source:
+    pipeline = Pipeline(recipe, reset_compiler=False)
+    count = pipeline.dataset.facts["counts"]["val"]
+    loader = pipeline.loader("val", min(EVAL_BATCH_SIZE, count))
+    ids = np.arange(count)
+    classes, normalisation = pipeline.dataset.facts["classes"], pipeline.normalisation
+    return _Source(loader, ids, None, None, lambda view: None, lambda rows: None, classes, normalisation)

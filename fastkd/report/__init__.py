@@ -1,0 +1,1 @@
+"""Pages that compare RUNs: times, accuracies, curves, and where students are wrong."""

@@ -1,0 +1,332 @@
+"""What can still be found out about a RUN: the selection, samples, accuracy by class.
+
+Its parents are looked for where the recipe of the RUN says, by their keys. They may be gone, or others by now:
+everything here raises one of the project's errors then, whose message says why.
+"""
+
+import base64
+import io
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+
+from fastkd import artifacts, console, models
+from fastkd.artifacts import Artifact, Kind
+from fastkd.data.order import split_holdout
+from fastkd.engine.loop import predict
+from fastkd.errors import ArtifactError, FastkdError, InputError
+from fastkd.kernels import class_ranks
+from fastkd.pipeline import Pipeline
+from fastkd.report import subset_plots
+from fastkd.report.runs import RunFacts
+
+EVAL_BATCH_SIZE = 256
+THUMBNAIL_PX = 96
+PER_GROUP = 8
+GROUPS = (("easy", 0.0, 0.1), ("medium", 0.45, 0.55), ("hard", 0.9, 1.0))
+"""Ranks of difficulty within a class, of which samples are shown."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which samples were kept, by difficulty and by class.
+
+    Attributes
+    ----------
+    difficulty : float32 [n]
+        Of the samples that could be chosen: those of train but the hold-out.
+    kept : bool [n]
+    labels : int64 [n] or None
+        None: neither the DATASET nor the SCORES are there.
+    class_counts : int64 [K]
+        How many samples of each class were kept.
+    sigma : float64 [K]
+        σ of the teacher's logits on each class.
+    """
+
+    subset: Artifact
+    method: str
+    score: str
+    difficulty: np.ndarray
+    kept: np.ndarray
+    labels: np.ndarray | None
+    class_counts: np.ndarray
+    sigma: np.ndarray
+
+    @property
+    def class_sizes(self) -> np.ndarray | None:
+        """How many samples of each class there were to choose from (int64 [K])."""
+        return None if self.labels is None else np.bincount(self.labels, minlength=len(self.sigma))
+
+    @property
+    def is_negated(self) -> bool:
+        """Tell whether difficulty is minus the score: a large one is easy."""
+        return self.score in ("margin", "std")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of train, to be shown."""
+
+    sample_id: int
+    uri: str
+    label: str
+    guess: str | None
+    score: float
+
+    @property
+    def score_text(self) -> str:
+        """As it stands below the picture."""
+        return "<0.001" if 0 <= self.score < 0.001 else f"{self.score:.2g}"
+
+    @property
+    def is_doubted(self) -> bool:
+        """Tell whether the teacher guesses another class."""
+        return self.guess is not None and self.guess != self.label
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of one difficulty."""
+
+    name: str
+    kept: list[Sample]
+    dropped: list[Sample]
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """What share of each class of val a net gets right.
+
+    Attributes
+    ----------
+    student, teacher : float64 [K]
+        NaN where val has no such class.
+    count : int64 [K]
+    confusions : list of (label, guess, how often)
+        The student's most frequent.
+    without_teacher : str
+        Why there is no teacher beside it.
+    """
+
+    student: np.ndarray
+    teacher: np.ndarray | None
+    count: np.ndarray
+    confusions: list[tuple[str, str, int]]
+    precision: str
+    without_teacher: str
+
+    @property
+    def student_top1(self) -> float:
+        """Of all of val (0…1)."""
+        return _mean(self.student, self.count)
+
+    @property
+    def teacher_top1(self) -> float | None:
+        """Of all of val (0…1)."""
+        return None if self.teacher is None else _mean(self.teacher, self.count)
+
+
+class Inspector:
+    """A RUN with the pipeline of its recipe, in which nothing is built."""
+
+    def __init__(self, run: RunFacts) -> None:
+        self.run = run
+
+    @cached_property
+    def _unseen(self) -> Pipeline:
+        """The pipeline of its recipe, before its DATASET is looked at."""
+        recipe = self.run.recipe
+        train = recipe.train.model_copy(update={"compile": False})  # takes longer than one pass
+        return Pipeline(recipe.model_copy(update={"train": train}), build=False)
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The artifacts of its recipe, the DATASET being the one that it learned from."""
+        dataset = self._unseen.dataset
+        if dataset.key != self.run.artifact.manifest.parents["DATASET"]:
+            raise ArtifactError(f"{dataset.path}: is not the DATASET that {self.run.path} was made from")
+        return self._unseen
+
+    def _find(self, kind: Kind, key: str) -> Artifact:
+        """Return what bears a key, though what it was made from may be gone."""
+        folder = self._unseen.artifacts_dir
+        for path, manifest in artifacts.published(folder, kind):
+            if manifest.key == key:
+                return artifacts.load(path, kind)
+        raise InputError(f"{folder}: the {kind} that this student learned from is not there any more")
+
+    @cached_property
+    def _scores(self) -> Artifact | None:
+        """The SCORES by which samples were selected, if they are there."""
+        try:
+            return self._find("SCORES", self.selection_of.manifest.parents["SCORES"])
+        except InputError:
+            return None
+
+    @cached_property
+    def selection_of(self) -> Artifact:
+        """The SUBSET that it learned from."""
+        run, export = self.run, None
+        if "SUBSET" not in run.artifact.manifest.parents:
+            if run.dynamic:
+                raise InputError(
+                    f"{run.dynamic} chose anew in each epoch, and trained on {run.trained_share:.1%} of the images of "
+                    "all epochs; there is no list of samples that were kept"
+                )
+            raise InputError("this student learned from all of its data set: nothing was selected")
+        with suppress(FastkdError, OSError):  # also where the data are gone
+            export = self.pipeline.export
+        if export:
+            raise InputError(f"{self.pipeline.dataset.path} is an export: what was left out is not in it")
+        return self._find("SUBSET", run.artifact.manifest.parents["SUBSET"])
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Which samples were kept, as far as the SUBSET tells; their labels are the DATASET's, or the SCORES'."""
+        subset = self.selection_of
+        inputs = subset.manifest.inputs
+        difficulty_N = np.asarray(subset.array("difficulty.npy"))  # as many as the facts say, or it is refused
+        ids = split_holdout(len(difficulty_N), inputs["holdout_ratio"])[0]
+        return Selection(
+            subset,
+            inputs["method"],
+            inputs.get("score", "cross_entropy"),
+            difficulty_N[ids],
+            np.isin(ids, np.asarray(subset.array("indices.npy"))),
+            None if (y_N := self._labels()) is None else y_N[ids],
+            np.array(subset.facts["class_counts"]),
+            np.asarray(subset.array("class_std.npy")),
+        )
+
+    def _labels(self) -> np.ndarray | None:
+        """Return the labels of train (int64 [N]); None where they are gone."""
+        try:
+            return self.pipeline.loader("train", 1).labels()
+        except (FastkdError, OSError):
+            return None if self._scores is None else np.asarray(self._scores.array("labels.npy"))
+
+    def samples(self) -> list[Samples]:
+        """Return easy, medium and hard samples, kept and dropped: of each, some evenly spread over the classes."""
+        selection, pipeline = self.selection, self.pipeline
+        names, ids = pipeline.dataset.facts["classes"], pipeline.train_ids
+        y_n = pipeline.loader("train", 1).labels()[ids]
+        place_n = class_ranks(selection.difficulty, y_n, len(names)) / np.bincount(y_n, minlength=len(names))[y_n]
+        guesses = self._scores.array("logits.npy") if self._scores else None
+        chosen = {
+            (name, kept): _spread((place_n >= low) & (place_n <= high) & (selection.kept == kept), y_n)
+            for name, low, high in GROUPS
+            for kept in (True, False)
+        }
+        wanted = ids[np.unique(np.concatenate(list(chosen.values())))]
+        images = self._images(wanted)
+
+        def shown(at_n: np.ndarray) -> list[Sample]:
+            return [
+                Sample(
+                    int(ids[at]),
+                    images[int(ids[at])],
+                    names[y_n[at]],
+                    names[int(guesses[ids[at]].argmax())] if guesses is not None else None,
+                    float(selection.difficulty[at]),
+                )
+                for at in at_n
+            ]
+
+        return [Samples(name, shown(chosen[name, True]), shown(chosen[name, False])) for name, *_ in GROUPS]
+
+    def sheet(self) -> Figure:
+        """Draw samples by class and difficulty; see `fastkd.report.subset_plots`."""
+        subset = self.selection.subset
+        kept = np.asarray(subset.array("indices.npy"))
+        return subset_plots.contact_sheet(self.pipeline, np.asarray(subset.array("difficulty.npy")), kept)
+
+    def _images(self, ids: np.ndarray) -> dict[int, str]:
+        """Load samples as the student sees them, as data URIs."""
+        if not len(ids):
+            return {}
+        batches = self.pipeline.loader("train", 1).batches(ids, last="pad")
+        return {int(b.sample_ids[0]): data_uri(b.images[0].permute(1, 2, 0).numpy()) for b in batches}
+
+    def accuracy_by_class(self) -> ClassAccuracy:
+        """Run the student, and the teacher where it can be had, over val."""
+        pipeline, run = self.pipeline, self.run
+        net = models.build(run.recipe.student.model, pipeline.num_classes)
+        models.load_weights(net, run.path, name=run.recipe.student.model)
+        student = pipeline.runtime.to_device(models.Normalised(net, pipeline.normalisation).eval())
+        guess_N, label_N = self._predict(student, run.recipe.data.input_px, "student")
+        count_K = np.bincount(label_N, minlength=pipeline.num_classes)
+        teacher_K, why = None, ""
+        try:
+            theirs_N, _ = self._predict(self._teacher(), pipeline.teacher_px, "teacher")
+            teacher_K = _by_class(theirs_N == label_N, label_N, count_K)
+        except (InputError, RuntimeError) as error:  # torch's: out of memory, a net that takes no such images
+            why = str(error)
+        names = pipeline.dataset.facts["classes"]
+        wrong = Counter(zip(label_N[guess_N != label_N].tolist(), guess_N[guess_N != label_N].tolist(), strict=True))
+        return ClassAccuracy(
+            _by_class(guess_N == label_N, label_N, count_K),
+            teacher_K,
+            count_K,
+            [(names[label], names[guess], count) for (label, guess), count in wrong.most_common(5)],
+            pipeline.runtime.precision,
+            why,
+        )
+
+    def _teacher(self) -> nn.Module:
+        if self.run.recipe.teacher is None:
+            raise InputError("this student had none")
+        teacher = self.pipeline.teacher
+        told = self.run.artifact.manifest.inputs.get("teacher", {})
+        if told.get("weights") != teacher.key_fields["weights"]:
+            raise ArtifactError(
+                "the teacher that the recipe leads to now is not the one that this student learned from"
+            )
+        return teacher.net
+
+    def _predict(self, net: nn.Module, input_px: int | None, who: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return what a net takes each sample of val for, and what each is (int64 [N])."""
+        ids = np.arange(self.pipeline.dataset.facts["counts"]["val"])
+        loader = self.pipeline.loader("val", min(EVAL_BATCH_SIZE, len(ids)), input_px=input_px)
+        guesses, done = [], 0
+        with console.progress(f"report: {who} on val", len(ids)) as update:
+            for batch in predict(self.pipeline.runtime, net, loader.batches(ids, last="pad")):
+                guesses.append(batch.logits.argmax(axis=1))
+                done += len(batch.labels)
+                update(done, "")
+        return np.concatenate(guesses), loader.labels()
+
+
+def data_uri(image_HWC: np.ndarray) -> str:
+    """Return an image as a page can hold it: small ones exactly, others as a JPEG of at most `THUMBNAIL_PX`."""
+    image = Image.fromarray(np.ascontiguousarray(image_HWC))
+    small = max(image.size) <= THUMBNAIL_PX // 2
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    stream = io.BytesIO()
+    if small:
+        image.save(stream, "PNG", optimize=True)
+    else:
+        image.save(stream, "JPEG", quality=85)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _spread(wanted_n: np.ndarray, y_n: np.ndarray) -> np.ndarray:
+    """Return some of the wanted positions, evenly spread over the classes (int64)."""
+    found = np.flatnonzero(wanted_n)
+    found = found[np.argsort(y_n[found], kind="stable")]
+    return found[np.unique(np.linspace(0, len(found) - 1, PER_GROUP).round().astype(int))] if len(found) else found
+
+
+def _by_class(right_N: np.ndarray, label_N: np.ndarray, count_K: np.ndarray) -> np.ndarray:
+    right_K = np.bincount(label_N[right_N], minlength=len(count_K))
+    return np.where(count_K > 0, right_K / np.maximum(count_K, 1), np.nan)
+
+
+def _mean(share_K: np.ndarray, count_K: np.ndarray) -> float:
+    return float(np.nansum(share_K * count_K) / count_K.sum())

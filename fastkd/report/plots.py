@@ -1,0 +1,340 @@
+"""The charts of a report: each a matplotlib figure, on the page as SVG in either theme and beside it as PNG."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from fastkd.console import clock, printable
+from fastkd.report.fonts import families
+from fastkd.report.runs import STAGES, Group, RunFacts
+from fastkd.report.subset_plots import histogram
+
+mpl.use("agg")
+PALETTE = {  # light, dark; contrast with the panel at least 4.5 for text and 3 for lines
+    "paper": ("#f7f6f2", "#11161b"),
+    "panel": ("#ffffff", "#191f26"),
+    "ink": ("#22303c", "#e6e9eb"),
+    "muted": ("#5b6873", "#9fabb6"),
+    "rule": ("#dde2e6", "#313b45"),
+    "pale": ("#c9d1d9", "#4a5763"),
+    "blue": ("#1f77b4", "#63b1ea"),
+    "orange": ("#bf5f17", "#f0a162"),
+    "teal": ("#1b8574", "#4dc4b1"),
+    "plum": ("#86509b", "#ca9fdd"),
+    "olive": ("#74761a", "#bfc15c"),
+}
+INK, MUTED, RULE, PALE, PANEL = (PALETTE[name][0] for name in ("ink", "muted", "rule", "pale", "panel"))
+SERIES = tuple(PALETTE[name][0] for name in ("blue", "orange", "teal", "plum", "olive", "ink"))
+STAGE_COLOURS = dict(zip(STAGES, ("olive", "teal", "plum", "ink", "muted", "orange", "blue", "pale"), strict=True))
+"""Names in the palette, so that the page's own table can be the legend."""
+
+WIDTH_IN, ROW_IN = 5.2, 0.27  # a chart is as wide as a phone can show without shrinking its letters; a line of a list
+MANY_CLASSES = 24  # as many are named; of more, the two ends
+STYLE: Any = {  # matplotlib types these by a literal of all its settings
+    "font.size": 10,
+    "text.parse_math": False,  # names may hold dollar signs
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9.5,
+    "figure.facecolor": PANEL,
+    "axes.facecolor": PANEL,
+    "figure.constrained_layout.use": True,
+}
+
+
+@contextmanager
+def style(texts: Sequence[str] = ()) -> Iterator[None]:
+    """Draw as the report looks, with fonts for all letters of some texts that fonts are there for."""
+    with mpl.rc_context({**STYLE, "font.family": families(texts)}):
+        yield
+
+
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as an SVG element to stand in a page.
+
+    Its colours are the page's (CSS variables named as in `PALETTE`), so that it follows the theme; its letters are
+    text; `name` keeps its ids apart from those of other figures.
+    """
+    stream = io.StringIO()
+    with (
+        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
+        figure.savefig(stream, format="svg", transparent=True)
+    text = stream.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'^<svg ([^>]*?)\bwidth="[^"]*"', r"<svg \1", re.sub(r'^(<svg [^>]*?)height="[^"]*"', r"\1", text))
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    variables = {light: f"var(--{theme})" for theme, (light, _) in PALETTE.items()}
+
+    def themed(attribute: re.Match[str]) -> str:
+        return re.sub("#[0-9a-f]{6}", lambda colour: variables.get(colour[0], colour[0]), attribute[0])
+
+    return re.sub(r'\b(style|fill|stroke)="[^"]*"', themed, text)
+
+
+def png(figure: Figure, file: Path) -> Path:
+    """Write a figure as it looks in light."""
+    with mpl.rc_context({"text.parse_math": False}):
+        figure.savefig(file, dpi=150)
+    return file
+
+
+# --- over time --------------------------------------------------------------------------------------------------------
+
+
+def top1_over_time(groups: Sequence[Group]) -> Figure:
+    """Draw what each student reached, and after which time: alone, and with all that was made before it."""
+    figure, axes = _chart("Accuracy against wall time")
+    for group, colour in _coloured(groups):
+        for run in group.runs:
+            looks = [look for look in run.evaluations if look.split == "holdout" and look.at_s is not None]
+            if len(looks) > 1:
+                axes.plot(
+                    [k.at_s or 0.0 for k in looks], [100 * k.top1 for k in looks], color=colour, lw=1.2, ls=(0, (3, 2))
+                )
+            times, level = (run.further_s, run.first_s), 100 * run.top1
+            axes.plot(times, (level, level), color=colour, lw=1, alpha=0.5)
+            axes.plot(times[0], level, "o", color=colour, ms=7)
+            axes.plot(times[1], level, "o", mec=colour, mfc=PANEL, ms=7, mew=1.6)
+    axes.set(xlim=(0, None), ylabel="top-1 (%)", xlabel="time")
+    axes.margins(y=0.18)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: clock(s, whole=True)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 3, 6, 10]))
+    marks = [
+        Line2D([], [], color=MUTED, marker="o", ls="", label="val, this student alone"),
+        Line2D([], [], mec=MUTED, mfc=PANEL, marker="o", ls="", label="val, all before it included"),
+    ]
+    if any(len([k for k in run.evaluations if k.split == "holdout"]) > 1 for group in groups for run in group.runs):
+        marks.append(Line2D([], [], color=MUTED, lw=1.2, ls=(0, (3, 2)), label="hold-out, while it trains"))
+    _legend(figure, groups, marks)
+    return figure
+
+
+def top1_over_epochs(groups: Sequence[Group]) -> Figure:
+    """Draw the looks at the hold-out, and the one look at val that ends each run."""
+    figure, axes = _chart("Accuracy against epochs")
+    for group, colour in _coloured(groups):
+        for run in group.runs:
+            looks = [look for look in run.evaluations if look.split == "holdout"]
+            x = [look.epoch + 1 for look in looks]
+            axes.plot(x, [100 * look.top1 for look in looks], "-", color=colour, lw=1.4, marker=".", ms=5)
+            axes.plot(run.epochs, 100 * run.top1, "o", color=colour, ms=7)
+    axes.set(ylabel="top-1 (%)")
+    _epochs_below(axes)
+    _legend(
+        figure,
+        groups,
+        [
+            Line2D([], [], color=MUTED, lw=1.4, marker=".", label="hold-out"),
+            Line2D([], [], color=MUTED, marker="o", ls="", label="val, once"),
+        ],
+    )
+    return figure
+
+
+def loss_over_epochs(groups: Sequence[Group]) -> Figure:
+    """Draw the training loss, as it was logged."""
+    figure, axes = _chart("Training loss")
+    lows, highs = [], []
+    for group, colour in _coloured(groups):
+        for run in group.runs:
+            x, loss = run.curve("loss")
+            axes.plot(x, loss, color=colour, lw=1.5 if len(group.runs) == 1 else 1, alpha=1 / len(group.runs) ** 0.3)
+            lows.append(min(loss, default=1))
+            highs.append(max(loss, default=1))
+            _mark_resumes(axes, run, colour)
+    if min(lows) > 0 and max(highs) > 20 * min(lows):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(ylabel="mean since the last log line")
+    _epochs_below(axes)
+    _legend(figure, groups, _resumed_mark(groups))
+    return figure
+
+
+def data_wait_over_epochs(groups: Sequence[Group]) -> Figure:
+    """Draw the share of each epoch's time, up to then, that went by before a batch had arrived."""
+    figure, axes = _chart("Data wait")
+    for group, colour in _coloured(groups):
+        for run in group.runs:
+            x, share = run.curve("data_wait_share")
+            for part in np.split(np.arange(len(x)), 1 + np.flatnonzero(np.diff(np.ceil(x)))):  # begins anew each epoch
+                axes.plot(x[part], 100 * share[part], color=colour, lw=1.5, marker="." if len(part) == 1 else "")
+            _mark_resumes(axes, run, colour)
+    axes.set(ylabel="of the epoch's time so far (%)")
+    _epochs_below(axes)
+    axes.set_ylim(0, max(1.0, 1.15 * axes.get_ylim()[1]))
+    _legend(figure, groups, _resumed_mark(groups))
+    return figure
+
+
+# --- where the time went ----------------------------------------------------------------------------------------------
+
+
+def time_by_stage(groups: Sequence[Group]) -> Figure:
+    """Draw two bars per way: what a further student takes, and what the first takes with all before it."""
+    slots = 3 * len(groups)
+    figure, axes = _chart("What a student takes", 0.75 + 0.33 * slots)
+    longest = max(group.first_s.mean for group in groups)
+    for at, group in enumerate(groups):
+        y = 3 * at
+        axes.text(0, y, _short(group.title, 52), fontsize=10, fontweight="bold", va="center")
+        for row, label, own_only in ((y + 0.85, "further", True), (y + 1.75, "first", False)):
+            end = 0.0
+            for stage in group.stages:
+                if own_only and stage.before:
+                    continue
+                colour = PALETTE[STAGE_COLOURS[stage.name]][0]
+                hatch: Any = {"hatch": "////", "edgecolor": PANEL, "linewidth": 0} if stage.reused else {}
+                axes.barh(row, stage.seconds, left=end, height=0.72, color=colour, **hatch)
+                end += stage.seconds
+            axes.annotate(f"{label} {clock(end)}", (end, row), (5, 0), textcoords="offset points", va="center")
+    axes.set(ylim=(slots - 0.6, -0.5), xlim=(0, 1.38 * longest), yticks=[], xlabel="time")
+    axes.spines["left"].set_visible(False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: clock(s, whole=True)))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
+    return figure
+
+
+# --- the selection, and classes ---------------------------------------------------------------------------------------
+
+
+def difficulty(difficulty_n: np.ndarray, kept_n: np.ndarray, score: str) -> Figure:
+    """Draw how difficult samples are, and which were kept."""
+    return histogram(difficulty_n, kept_n, score, "Difficulty, and what was kept", (WIDTH_IN, 3.3))
+
+
+def classes(names: Sequence[str], kept_K: np.ndarray, size_K: np.ndarray | None, sigma_K: np.ndarray) -> Figure:
+    """Draw for each class how many samples were kept, as a share where the sizes are known, beside σ of its logits."""
+    shown, told = ends(sigma_K)
+    kept = (
+        (kept_K, "Kept", "{:,.0f}") if size_K is None else (100 * kept_K / np.maximum(size_K, 1), "Kept (%)", "{:.0f}")
+    )
+    figure = Figure(figsize=(WIDTH_IN, 0.95 + ROW_IN * len(shown)))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, values, title, form in (
+        (left, *kept),
+        (right, sigma_K, "σ of its logits", "{:.2f}"),
+    ):
+        axes.barh(range(len(shown)), values[shown], height=0.62, color=SERIES[0] if axes is left else SERIES[2])
+        for y, value in enumerate(values[shown]):
+            axes.annotate(form.format(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.set(xlim=(0, 1.25 * max(values[shown].max(), 1e-9)), xticks=[], title=title)
+        axes.spines[["bottom"]].set_visible(False)
+        axes.grid(visible=False)
+    left.set_yticks(range(len(shown)), [_short(names[c], 18) for c in shown], color=INK)
+    left.set_ylim(len(shown) - 0.4, -0.6)
+    if told:
+        figure.supxlabel(f"by σ: {told}", fontsize=9, color=MUTED)
+    return figure
+
+
+def accuracy_by_class(names: Sequence[str], student_K: np.ndarray, teacher_K: np.ndarray | None) -> Figure:
+    """Draw the accuracy on each class: the student's, joined with the teacher's where there is one."""
+    gap_K = student_K - teacher_K if teacher_K is not None else student_K
+    shown, told = ends(gap_K)
+    figure, axes = _chart("Accuracy by class", 1.25 + ROW_IN * len(shown))
+    y = np.arange(len(shown))
+    if teacher_K is not None:
+        axes.hlines(y, 100 * student_K[shown], 100 * teacher_K[shown], color=PALE, lw=3, zorder=1)
+        axes.plot(100 * teacher_K[shown], y, "o", mec=SERIES[1], mfc=PANEL, ms=7, mew=1.6, label="teacher", zorder=2)
+    axes.plot(100 * student_K[shown], y, "o", color=SERIES[0], ms=7, label="student", zorder=3)
+    axes.set_yticks(y, [_short(names[c], 20) for c in shown], color=INK)
+    axes.set(ylim=(len(shown) - 0.3, -0.7), xlabel="top-1 (%)" + (f"; {told}" if told else ""))
+    axes.margins(x=0.06)
+    figure.legend(*_reversed_handles(axes), loc="outside lower left", ncols=2, handletextpad=0.3)
+    return figure
+
+
+def ends(value_K: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return the classes to name, by ascending value: all, or of many those at both ends with words that say so."""
+    order = np.argsort(value_K, kind="stable")
+    order = order[np.isfinite(value_K[order])]  # classes that are there
+    if len(order) <= MANY_CLASSES:
+        return order, ""
+    half = MANY_CLASSES // 2
+    return np.concatenate([order[:half], order[-half:]]), f"the {half} lowest and highest of {len(order):,}"
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _chart(title: str, height: float = 3.5) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH_IN, height))
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    return figure, axes
+
+
+def _epochs_below(axes: Axes) -> None:
+    axes.set(xlabel="epochs", xlim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _coloured(groups: Sequence[Group]) -> Iterator[tuple[Group, str]]:
+    return zip(groups, cycle(SERIES), strict=False)
+
+
+def _legend(figure: Figure, groups: Sequence[Group], marks: Sequence[Line2D]) -> None:
+    """Name the groups below a chart, if there are several, and then what its marks mean."""
+    lines = [Line2D([], [], color=c, lw=3, label=_short(g.title, 44)) for g, c in _coloured(groups)]
+    handles = [*(lines if len(groups) > 1 else []), *marks]
+    if handles:
+        widest = max(len(str(handle.get_label())) for handle in handles)
+        figure.legend(handles=handles, loc="outside lower left", ncols=2 if widest <= 27 else 1, handlelength=1.4)
+
+
+def _resumed_mark(groups: Sequence[Group]) -> list[Line2D]:
+    resumed = any(run.resumes for group in groups for run in group.runs)
+    return [Line2D([], [], color=MUTED, lw=1, ls=":", label="went on from a checkpoint")] if resumed else []
+
+
+def _mark_resumes(axes: Axes, run: RunFacts, colour: str) -> None:
+    for resume in run.resumes:
+        axes.axvline(run.place(resume.step), color=colour, lw=1, ls=":")
+
+
+def _reversed_handles(axes: Axes) -> tuple[list, list]:
+    handles, labels = axes.get_legend_handles_labels()
+    return handles[::-1], labels[::-1]
+
+
+def _short(text: str, letters: int) -> str:
+    text = printable(text)
+    return text if len(text) <= letters else text[: letters - 1] + "…"

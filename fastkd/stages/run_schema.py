@@ -1,0 +1,297 @@
+"""What the files of a RUN and of an exported student may say: types and bounds of all that is read from them.
+
+A RUN may come from anybody, and its checksums are right whoever made it. So nothing that a file claims is used, or
+allocated for, before it was compared with these models; a file that is not as they say is one error that names the file
+and the field. Keys that are not listed are kept and not looked at: a later fastkd may write more.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastkd.data.writer_api import WriterOptions
+from fastkd.errors import ArtifactError
+from fastkd.validation import explain
+
+MAX_BYTES = 64 << 20
+"""Of a JSON file."""
+MAX_METRICS_BYTES = 1 << 30
+MAX_PX = 8192
+"""Side of the images that a net takes."""
+
+Text = Annotated[str, Field(max_length=10_000)]
+Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+Figure = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=1 << 50)]
+Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(ge=1e-6, le=1e4, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=1, le=MAX_PX)]
+
+
+class Record(BaseModel):
+    """What is read: its types are not guessed, and keys beside the listed ones are let pass."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+
+class Described(Record):
+    """``model.json``: a trained student, and the images that it takes."""
+
+    model: Annotated[str, Field(min_length=1, max_length=300)]
+    num_classes: Annotated[int, Field(ge=1, le=10_000_000)]
+    classes: list[Annotated[str, Field(max_length=10_000)]]
+    input_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    crop_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None
+    stored: WriterOptions
+    mean: Annotated[list[Mean], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> "Described":
+        if len(self.classes) != self.num_classes:
+            raise ValueError(f"`classes` holds {len(self.classes)} names, `num_classes` is {self.num_classes}")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("`classes` holds a name twice")
+        return self
+
+
+class StageTime(Record):
+    """What a stage took."""
+
+    stage: Literal["write", "score", "prune", "label", "setup", "compile", "train", "evaluate"]
+    seconds: Seconds
+    reused: bool
+
+
+class EpochTime(Record):
+    """An epoch that has ended."""
+
+    steps: Count
+    images: Count
+
+
+class Timing(Record):
+    """``timing.json``."""
+
+    stages: Annotated[list[StageTime], Field(min_length=1, max_length=100)]
+    first_student_s: Annotated[Seconds, Field(gt=0)]
+    further_student_s: Annotated[Seconds, Field(gt=0)]
+    stored_bytes: Count
+    teacher_training_s: Seconds | None
+    data_wait_s: Seconds
+    step_s: Figure
+    data_wait_share: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+    images_per_s: Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+    epochs: Annotated[list[EpochTime], Field(min_length=1, max_length=1_000_000)]
+
+
+class Machine(Record):
+    """What a RUN was made on."""
+
+    os: Text
+    python: Text
+    cpu: Text
+    cores: Annotated[int, Field(ge=1, le=1_000_000)]
+    memory_bytes: Count
+
+
+class Environment(Record):
+    """``env.json``."""
+
+    machine: Machine
+    torch_threads: Annotated[int, Field(ge=1, le=1_000_000)]
+    device: Text
+    gpu: Text | None
+    precision: Text
+    channels_last: bool
+    compile: bool | Text
+    versions: Annotated[dict[str, Text], Field(max_length=100)]
+
+
+class Evaluated(Record):
+    """A line of ``metrics.jsonl``: a look at a split."""
+
+    event: Literal["evaluate"]
+    split: Text
+    epoch: Count
+    top1: Share
+    at_s: Seconds | None = None
+    images: Count | None = None
+
+
+class Resumed(Record):
+    """Where a training went on from a checkpoint."""
+
+    event: Literal["resumed"]
+    step: Count
+    lost_s: Seconds
+
+
+class Steps(Record):
+    """What was logged of some steps."""
+
+    event: Literal["steps"]
+    step: Count
+    loss: Figure
+    data_wait_share: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+
+
+class Event(Record):
+    """Any other line."""
+
+    event: Text
+
+
+_EVENTS: dict[str, type[Record]] = {"evaluate": Evaluated, "resumed": Resumed, "steps": Steps}
+
+
+class ResolvedTeacher(Record):
+    """The teacher of a recipe."""
+
+    model: Text | None
+    recipe: Text | None
+
+
+class ResolvedPrune(Record):
+    """What was kept."""
+
+    method: Text
+    keep_ratio: Share
+
+
+class ResolvedLabels(Record):
+    """What the student learned from."""
+
+    mode: Text
+    reshape: bool
+
+
+class ResolvedStudent(Record):
+    """The net."""
+
+    model: Text
+
+
+class ResolvedTrain(Record):
+    """The loop."""
+
+    epochs: Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Resolved(Record):
+    """``resolved.yaml``, as far as a report needs it: an earlier fastkd may have known other keys."""
+
+    name: Text
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)]
+    teacher: ResolvedTeacher | None
+    prune: ResolvedPrune
+    labels: ResolvedLabels
+    student: ResolvedStudent
+    train: ResolvedTrain
+
+
+class RunTeacher(Record):
+    """The teacher, in what a RUN was made from."""
+
+    model: Text | None = None
+    weights: Text | None = None
+
+
+class RunInputs(Record):
+    """The inputs in the manifest of a RUN."""
+
+    teacher: RunTeacher | None = None
+
+
+class Reached(Record):
+    """The top-1 of a RUN."""
+
+    val: Share
+    holdout: Share | None = None
+
+
+class RunFound(Record):
+    """The facts in the manifest of a RUN."""
+
+    model: Text
+    top1: Reached
+    trained_share: Share | None = None
+    warnings: Annotated[list[Text], Field(max_length=100_000)] = []
+
+
+class StudentFound(Record):
+    """The facts in the manifest of a STUDENT."""
+
+    model: Text
+    worst_difference: dict[str, Annotated[float, Field(ge=0, le=1e300, allow_inf_nan=False)]]
+
+
+R = TypeVar("R", bound=Record)
+
+
+def validated(value: Any, model: type[R], where: Path | str) -> R:
+    """Return a value as the model that it has to be of.
+
+    Raises
+    ------
+    ArtifactError
+        It is not; names the place and every field that is wrong.
+    """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise ArtifactError(f"{where}: is not what fastkd writes:\n{explain(error, model)}") from None
+    except RecursionError:
+        raise ArtifactError(f"{where}: is not what fastkd writes: too deep") from None
+
+
+def read_json(file: Path, max_bytes: int = MAX_BYTES) -> Any:
+    """Return what a JSON file of an artifact holds.
+
+    Raises
+    ------
+    ArtifactError
+        It cannot be read, is larger than any that fastkd writes, or is no JSON.
+    """
+    try:
+        if (size := file.stat().st_size) > max_bytes:
+            raise ArtifactError(f"{file}: {size} bytes; expected at most {max_bytes}")
+        return json.loads(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file}: no JSON ({' '.join(str(error).split())[:200]})") from None
+
+
+def read_record(file: Path, model: type[R]) -> R:
+    """Return what a JSON file of an artifact says, compared with what it may say."""
+    return validated(read_json(file), model, file)
+
+
+def read_events(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl``.
+
+    Raises
+    ------
+    ArtifactError
+        The file is no such list; names the first line that is wrong.
+    """
+    if (size := file.stat().st_size) > MAX_METRICS_BYTES:
+        raise ArtifactError(f"{file}: {size} bytes; expected at most {MAX_METRICS_BYTES}")
+    events = []
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ArtifactError(f"{where}: no JSON ({' '.join(str(error).split())[:200]})") from None
+            kind = value.get("event") if isinstance(value, dict) else None
+            validated(value, _EVENTS.get(kind, Event) if isinstance(kind, str) else Event, where)
+            events.append(value)
+    return events

@@ -1,0 +1,107 @@
+"""A trained student, ready for use: its net, and what ``model.json`` says of the images that it takes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from fastkd import artifacts, models
+from fastkd.artifacts import Artifact
+from fastkd.data.single_image import plain_view
+from fastkd.data.writer_api import WriterOptions
+from fastkd.errors import ArtifactError, InputError
+from fastkd.stages import run_schema
+
+STORED = ("mode", "max_resolution", "jpeg_quality", "smart_threshold_bytes")
+"""The writer's options that bear on pixels."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A net with what one must know to use it.
+
+    Attributes
+    ----------
+    artifact
+        The RUN or STUDENT that it came from.
+    net
+        uint8 images [B, 3, H, W] → logits [B, K], in eval mode, on the CPU.
+    described
+        ``model.json``.
+    """
+
+    artifact: Artifact
+    net: models.Normalised
+    described: dict[str, Any]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the K classes."""
+        return self.described["classes"]
+
+    @property
+    def input_hw(self) -> tuple[int, int]:
+        """Height and width of the images that it was evaluated on."""
+        height, width = self.described["input_hw"]
+        return height, width
+
+    def view(self, image: Any) -> np.ndarray:
+        """Return what the net is to see of an image: what evaluation sees of it (uint8 [H, W, 3]).
+
+        Raises
+        ------
+        ValueError
+            It is no whole image.
+        """
+        options = WriterOptions(**self.described["stored"])
+        return plain_view(image, options, self.input_hw, self.described["crop_ratio"])
+
+
+def open_student(path: Path) -> Student:
+    """Open the student of a RUN or of an exported folder.
+
+    Raises
+    ------
+    ArtifactError
+        Missing, damaged, written by a fastkd that did not say how images were cut, or saying what no student says.
+    """
+    artifact = artifacts.load(path)
+    if artifact.manifest.kind not in ("RUN", "STUDENT"):
+        raise InputError(
+            f"{path}: is of kind {artifact.manifest.kind}; expected a RUN, as python -m fastkd.train makes it"
+        )
+    file = artifact.file("model.json")
+    described = run_schema.read_json(file)
+    if isinstance(described, dict) and (missing := [n for n in ("crop_ratio", "stored") if n not in described]):
+        raise ArtifactError(
+            f"{file}: does not say {' and '.join(missing)}: an earlier fastkd trained it; train it "
+            "again (--force train)"
+        )
+    checked = run_schema.validated(described, run_schema.Described, file)
+    weights = artifact.file("student.safetensors")
+    _compare_head(weights, checked.num_classes, file)
+    net = models.build(checked.model, checked.num_classes)
+    models.load_weights(net, weights, name=checked.model)
+    normalisation = models.Normalisation(_three(checked.mean), _three(checked.std))
+    normalised = models.Normalised(net, normalisation).eval().requires_grad_(False)
+    return Student(artifact, normalised, described)
+
+
+def _compare_head(weights: Path, num_classes: int, said_by: Path) -> None:
+    """See that some weights are of so many classes before a net of that size is made."""
+    try:
+        with safe_open(weights, "pt") as stream:
+            shapes = [stream.get_slice(name).get_shape() for name in stream.keys()]  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{weights}: no safetensors ({error})") from None
+    if not any(len(shape) >= 2 and shape[0] == num_classes for shape in shapes):
+        raise ArtifactError(
+            f"{said_by}: num_classes: {num_classes}, but no layer in {weights.name} has as many outputs"
+        )
+
+
+def _three(values: list[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue

@@ -1,0 +1,211 @@
+"""A dry run tells what training would do, and leaves everything as it is."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastkd import artifacts, doctor, pipeline, train
+from fastkd.bench import __main__ as bench
+from fastkd.bench import plan
+from fastkd.dry_run import dry_run
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import ArtifactError, InputError
+
+
+def tree(*folders: Path) -> dict[str, tuple]:
+    """Return every file and folder with its size, times and inode."""
+    found = {}
+    for folder in folders:
+        for path in [folder, *folder.rglob("*")]:
+            stat = path.lstat()
+            found[str(path)] = stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return found
+
+
+def states(recipe, **more) -> dict[str, str]:
+    return {step.stage: step.state for step in dry_run(recipe, **more).steps}
+
+
+VIEWS = ("data.view.family=pad_crop_flip", "labels.views=2")
+
+
+def test_nothing_is_written_before_and_after_training(tiny, tiny_recipe, tmp_path):
+    """Not even the verdicts that loading an artifact leaves: files are verified without."""
+    loaded = tiny_recipe(*VIEWS)
+    verdicts = [*tmp_path.rglob(".verified.json"), tiny.path / ".verified.json"]
+    for verdict in verdicts:
+        verdict.unlink(missing_ok=True)
+    before = tree(tmp_path, tiny.path)
+    told = states(loaded)
+    assert tree(tmp_path, tiny.path) == before
+    assert told == {
+        "write": "reuse", "teacher": "reuse", "score": "build", "prune": "build", "label": "build", "train": "build",
+    }  # fmt: skip
+    run, _ = pipeline.train(loaded)
+    before = tree(tmp_path, tiny.path)
+    steps = {step.stage: step for step in dry_run(loaded).steps}
+    assert tree(tmp_path, tiny.path) == before
+    assert {step.state for step in steps.values()} == {"reuse"}
+    assert steps["train"].path == run.path
+    assert steps["train"].seconds == run.cost_s
+    labels = next((tmp_path / "artifacts").glob("labels-*"))
+    assert steps["label"].path == labels
+    assert steps["label"].size == sum(stamp.size for stamp in artifacts.read_manifest(labels).files.values())
+
+
+def test_what_would_be_written_is_told_to_within_the_headers(tiny_recipe):
+    """Against what is written then."""
+    loaded = tiny_recipe(*VIEWS)
+    predicted = {step.stage: step.size for step in dry_run(loaded).steps if step.state == "build"}
+    pipeline.train(loaded)
+    written = {step.stage: step.size for step in dry_run(loaded).steps}
+    for stage in ("score", "prune", "label"):
+        assert predicted[stage] == pytest.approx(written[stage], abs=700)  # a header of 128 bytes for each array
+    assert predicted["train"] == pytest.approx(written["train"], rel=0.5)
+
+
+def test_labels_that_lack_views_would_grow_and_what_is_forced_is_told(tiny_recipe):
+    """Another student finds all but its own training there."""
+    pipeline.train(tiny_recipe(*VIEWS))
+    more = dry_run(tiny_recipe("data.view.family=pad_crop_flip", "labels.views=5"))
+    (label,) = [step for step in more.steps if step.stage == "label"]
+    assert (label.state, label.left) == ("grow", 0.6)
+    assert states(tiny_recipe(*VIEWS, "seed=1")) == {
+        "write": "reuse", "teacher": "reuse", "score": "reuse", "prune": "reuse", "label": "reuse", "train": "build",
+    }  # fmt: skip
+    assert states(tiny_recipe(*VIEWS), force={"score"})["score"] == "again"
+
+
+def test_a_data_set_that_is_not_written_leaves_all_else_open(tiny_recipe, tiny_npz, tmp_path):
+    """Where it would go is known, where the others would is not."""
+    overrides = (f"data={{path: {tmp_path / 'new'}, writer: arrays, options: {{file: {tiny_npz}}}}}",)
+    told = dry_run(tiny_recipe(*overrides)).steps
+    assert [step.stage for step in told] == ["write", "teacher", "score", "prune", "train"]
+    assert {step.state for step in told} == {"build"}
+    assert [step.path for step in told] == [tmp_path / "new", None, None, None, None]
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty and holds no fastkd data set"):
+        dry_run(tiny_recipe(*overrides))
+
+
+def test_a_recipe_without_a_teacher_is_data_and_training(tiny_recipe):
+    """Nothing is told of stages that it does not have."""
+    assert states(tiny_recipe("teacher=null", "prune.keep_ratio=1.0")) == {"write": "reuse", "train": "build"}
+
+
+def test_what_was_broken_off_would_go_on(tiny_recipe):
+    """Its folder is the one that is being built in."""
+    loaded = tiny_recipe("teacher=null", "prune.keep_ratio=1.0")
+    (train_step,) = [step for step in dry_run(loaded).steps if step.stage == "train"]
+    partial = artifacts.partial_of(train_step.path)
+    partial.mkdir(parents=True)
+    assert states(loaded)["train"] == "build"  # as if for a stage that always begins anew
+    (partial / artifacts.BEGUN).write_text("{}")
+    assert states(loaded)["train"] == "go on"
+    assert states(loaded, force={"train"})["train"] == "build"
+
+
+def test_a_run_begun_with_another_recipe_is_refused_as_training_would_and_told_why(tiny_recipe, tmp_path, stop_after):
+    """Where --resume names its place; what differs is named, and nothing is touched."""
+    loaded, out = tiny_recipe(), tmp_path / "runs" / "mine"
+    stop_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(loaded, out=out)
+    assert states(loaded, out=out)["train"] == "go on"
+    other = tiny_recipe("optim.lr=0.01")
+    before = tree(tmp_path)
+    for refused in (lambda: dry_run(other, out=out), lambda: pipeline.train(other, out=out)):
+        with pytest.raises(InputError, match=r"was begun for another recipe.*optim\.lr is 0\.05, not 0\.01"):
+            refused()
+        assert tree(out.with_name("mine.fastkd-partial") / "checkpoints").items() <= before.items()
+    assert states(other, out=out, force={"train"})["train"] == "build"
+    assert states(loaded, out=out)["train"] == "go on"
+
+
+def test_a_list_keeps_what_stands_in_it(tiny_recipe, tmp_path):
+    """Not all of the data; one that training would refuse is refused."""
+    np.save(tmp_path / "ids.npy", np.arange(0, 150, 5))
+    loaded = tiny_recipe(f"prune={{method: list, ids: {tmp_path / 'ids.npy'}, keep_ratio: 1}}")
+    told = dry_run(loaded)
+    assert told.keep_ratio == 0.2
+    size = {step.stage: step.size for step in told.steps}["prune"]
+    pipeline.train(loaded)
+    (subset,) = (tmp_path / "artifacts").glob("subset-*")
+    written = sum(stamp.size for stamp in artifacts.read_manifest(subset).files.values())
+    assert 0 <= written - size < 200 * 4
+    np.save(tmp_path / "ids.npy", np.array([1, 1000]))
+    with pytest.raises(InputError, match="1 ids are no samples to train on"):
+        dry_run(loaded)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student.model=cifar/resnet9", "cifar/resnet8"),
+        ("train.batch_size=1000", "larger than the 75 samples"),
+        ("data.workers=4096", "this process may use"),
+        ("train.device=tpu", "train.device='tpu'"),
+        ("student.weights=none.pth", "no such weights"),
+    ],
+)
+def test_what_training_would_refuse_at_once_is_refused(tiny_recipe, override, message):
+    """Before hours are spent."""
+    with pytest.raises(InputError, match=message):
+        dry_run(tiny_recipe(override))
+
+
+def test_damage_is_seen(tiny_recipe, tmp_path):
+    """As training would see it."""
+    loaded = tiny_recipe()
+    pipeline.prune(loaded)
+    (scores,) = (tmp_path / "artifacts").glob("scores-*")
+    with (scores / "logits.npy").open("r+b") as stream:
+        stream.seek(200)
+        byte = stream.read(1)[0]
+        stream.seek(200)
+        stream.write(bytes([byte ^ 1]))
+    with pytest.raises(ArtifactError, match=r"logits\.npy: damaged"):
+        dry_run(loaded)
+
+
+def test_public_weights_that_are_not_there_are_not_fetched(tiny_recipe, monkeypatch, tmp_path):
+    """Their digest, and so where scores lie, is not known before."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    told = dry_run(tiny_recipe("teacher={recipe: null, model: torchvision/resnet18, weights: DEFAULT}"))
+    assert {step.stage: step.state for step in told.steps}["teacher"] == "fetch"
+    assert not (tmp_path / "torch").exists()
+
+
+def test_the_command_prints_the_recipe_and_a_line_per_stage(command, tiny_recipe, tmp_path):
+    """And says how to learn how long it would take."""
+    code, text = command(train.main, tiny_recipe.path, "seed=3", "--dry-run")
+    assert code == 0
+    assert "seed: 3\n" in text
+    for words in ("teacher", "is reused", "would be built", "known once what comes before it is there", "bench plan"):
+        assert words in text
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_seconds_come_from_the_plan_that_was_measured_for_this_here(command, tiny_recipe, tmp_path, monkeypatch):
+    """Not from one of another net, batch or machine; other epochs and keep ratios are what it is for."""
+    monkeypatch.setattr(plan, "SEGMENT_S", 0.05)
+    code, _ = command(bench.plan, "plan", tiny_recipe.path, "--repeats", "1", named=True)
+    assert code == 0
+    runtime = Runtime.choose("auto", "fp32", channels_last=True, compile=False)
+    report = json.loads((tmp_path / "runs" / "plan-student" / "plan.json").read_text())
+    (own,) = [line for line in report["lines"] if line["recipe"]]
+    told = plan.expected(tiny_recipe(), runtime)
+    assert told["train"] == pytest.approx(own["further_student_s"])
+    assert told["score"] == pytest.approx(own["score"])
+    assert plan.expected(tiny_recipe("train.epochs=60"), runtime)["train"] > 2 * told["train"]
+    assert plan.expected(tiny_recipe("student.model=cifar/resnet14"), runtime) is None
+    assert plan.expected(tiny_recipe("train.batch_size=30"), runtime) is None
+    code, text = command(train.main, tiny_recipe.path, "--dry-run")
+    assert "ahead: about" in text
+    assert "≈" in text
+    here = doctor.machine()
+    monkeypatch.setattr(doctor, "machine", lambda: here | {"cpu": "another"})
+    assert plan.expected(tiny_recipe(), runtime) is None
