@@ -33,11 +33,12 @@ def main(
         stored = artifact.manifest.kind in ("SCORES", "SUBSET", "LABELS")
         return _told(path, f"{artifact.manifest.kind}: all is whole{more * stored}", 0, None)
     resolved = recipe.load(path, overrides or ())
-    from fastkd.stages import checking
 
     seed = secrets.randbits(31) if seed is None else seed
     console.say(f"check: seed {seed}")
-    found = checking.check(resolved, pairs=pairs, seed=seed)
+    from fastkd.verification import check_recipe
+
+    found = check_recipe(resolved, pairs=pairs, seed=seed)
     return _told(path, "all is as it should be", sum(one.pairs for one in found), seed)
 
 

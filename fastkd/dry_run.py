@@ -1,8 +1,8 @@
-"""dry_run: what training a recipe would take: what is there, and what would be built; nothing is written."""
+"""What training a recipe would take: what exists, and what would be built. Nothing is written."""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +13,17 @@ from fastkd import artifacts, models
 from fastkd.artifacts import BEGUN, MANIFEST, Artifact, partial_of
 from fastkd.data.writer_api import load_writer
 from fastkd.engine.runtime import Runtime
-from fastkd.pipeline import MissingError, Pipeline, refuse_unknown
+from fastkd.pipeline import TABLE, Pipeline, Stage, refuse_unknown
 from fastkd.recipe import Recipe
-from fastkd.stages.labelling import row_bytes
+from fastkd.stages.label_format import row_bytes
 from fastkd.stages.pruning import listed_rows
-from fastkd.stages.training import CHECKPOINTS, begun_otherwise, build_run, run_key_fields
-from fastkd.stages.training_setup import check_student, needs_scores, uses_labels, uses_subset
+from fastkd.stages.store import MissingError
+from fastkd.stages.training import CHECKPOINTS, begun_otherwise, run_key_fields
 from fastkd.stages.writing import refuse_foreign, write
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStage:
     """What would become of a stage.
 
     Attributes
@@ -53,107 +53,86 @@ class Step:
 class DryRun:
     """The stages of a recipe in their order, where its nets would run, and which share of train would be kept (0…1)."""
 
-    steps: list[Step]
+    steps: list[PlannedStage]
     runtime: Runtime
     keep_ratio: float
 
 
 def dry_run(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), out: Path | None = None) -> DryRun:
-    """Tell what `fastkd.pipeline.train` would do, and refuse what it would refuse at once.
+    """Return what `fastkd.pipeline.train` would do, and refuse what it would refuse at once.
 
-    What follows something missing is taken to be missing too: where it would lie follows from what it is made of.
+    Everything after a missing artifact is assumed to be missing too, since its key depends on that artifact.
     """
     refuse_unknown(force)
     with artifacts.untouched():
         pipeline = Pipeline(recipe, build=False)
-        steps = list(_steps(pipeline, force, out))
-        there = steps[0].state != "build"
-        return DryRun(steps, pipeline.runtime, _keep_ratio(pipeline) if there else recipe.prune.static.keep_ratio)
+        steps = list(_planned(pipeline, force, out))
+        exists = steps[0].state != "build"
+        return DryRun(steps, pipeline.runtime, _keep_ratio(pipeline) if exists else recipe.prune.static.keep_ratio)
 
 
-def _steps(pipeline: Pipeline, force: frozenset[str] | set[str], out: Path | None) -> Iterator[Step]:
-    getters: dict[str, Callable[[], Artifact | None]] = {
-        "write": lambda: _dataset(pipeline),
-        "teacher": lambda: pipeline.teacher_run,
-        "score": lambda: pipeline.scores,
-        "prune": lambda: pipeline.subset,
-        "label": lambda: pipeline.labels,
-        "train": lambda: build_run(pipeline, out=out)[0],
-    }
+def _planned(pipeline: Pipeline, force: frozenset[str] | set[str], out: Path | None) -> Iterator[PlannedStage]:
     dataset: Artifact | None = None
     missing = False
-    for stage, get in getters.items():
-        if stage != "write" and not _is_needed(pipeline, stage, dataset):
+    for stage in TABLE:
+        name = stage.name
+        if not stage.needed(pipeline):
             continue
-        size = _bytes(pipeline, stage, dataset)
-        if stage == "train":
+        size = _bytes(pipeline, name, dataset)
+        if name == "train":
             _check_student(pipeline, dataset, found=not missing)
         if missing:
-            yield Step(stage, "build", size=size)
+            yield PlannedStage(name, "build", size=size)
             continue
         try:
-            artifact = get()
+            artifact = _dataset(pipeline) if name == "write" else _artifact(pipeline, stage, out)
         except MissingError as error:
             missing = True
-            begun = stage not in force and _is_begun(pipeline, stage, partial_of(error.path))
-            yield Step(stage, "go on" if begun else "build", error.path, size=size)
+            begun = name not in force and _is_begun(pipeline, name, partial_of(error.path))
+            yield PlannedStage(name, "go on" if begun else "build", error.path, size=size)
             continue
-        if stage == "write":
+        if name == "write":
             dataset = artifact
-        if artifact is None:  # a teacher whose weights are elsewhere
+        if artifact is None:  # a teacher whose weights must be downloaded
             missing = True
-            yield Step(stage, "fetch")
-        elif stage in force:
-            yield Step(stage, "again", artifact.path, size=size)
-        elif stage == "label" and (lacks := (pipeline.recipe.num_views or 0) - artifact.facts["views"]) > 0:
-            left = lacks / (pipeline.recipe.num_views or 1)
-            yield Step(stage, "grow", artifact.path, size=round(left * (size or 0)), left=left)
+            yield PlannedStage(name, "fetch")
         else:
-            used = sum(stamp.size for stamp in artifact.manifest.files.values())
-            yield Step(
-                stage,
-                "reuse",
-                artifact.path,
-                pipeline.costs[stage].seconds if stage != "train" else artifact.cost_s,
-                used,
-            )
+            yield _existing(pipeline, name, artifact, size, forced=name in force)
+
+
+def _artifact(pipeline: Pipeline, stage: Stage, out: Path | None) -> Artifact | None:
+    return pipeline.build_run(out=out)[0] if stage.name == "train" else stage.artifact(pipeline)
+
+
+def _existing(pipeline: Pipeline, name: str, artifact: Artifact, size: int | None, *, forced: bool) -> PlannedStage:
+    """Return what would become of a stage whose artifact exists."""
+    views = pipeline.recipe.num_views or 0
+    if forced:
+        return PlannedStage(name, "again", artifact.path, size=size)
+    if name == "label" and (lacks := views - artifact.facts["views"]) > 0:
+        left = lacks / views
+        return PlannedStage(name, "grow", artifact.path, size=round(left * (size or 0)), left=left)
+    used = sum(stamp.size for stamp in artifact.manifest.files.values())
+    seconds = artifact.cost_s if name == "train" else pipeline.costs[name].seconds
+    return PlannedStage(name, "reuse", artifact.path, seconds, used)
 
 
 def _is_begun(pipeline: Pipeline, stage: str, partial: Path) -> bool:
-    """Tell whether there is an unfinished build to go on with; refuse a RUN of another recipe, as training would."""
+    """Return whether an unfinished build can be resumed; refuse a RUN of another recipe, as training would."""
     if not (partial / BEGUN).exists():
         return False
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # it was being written
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # may be incomplete
         key = json.loads((partial / BEGUN).read_bytes())["key"]
-        other = stage == "train" and key != artifacts.key_of("RUN", run_key_fields(pipeline))
+        other = stage == "train" and key != artifacts.key_of("RUN", run_key_fields(pipeline.training_inputs))
         if other and any((partial / CHECKPOINTS).glob("step-*")):
             raise begun_otherwise(pipeline.recipe, partial)
     return True
 
 
-def _is_needed(pipeline: Pipeline, stage: str, dataset: Artifact | None) -> bool:
-    recipe, teacher = pipeline.recipe, pipeline.recipe.teacher
-    exported = dataset is not None and pipeline.export is not None
-    if stage == "teacher":
-        own = teacher is not None and (teacher.recipe is not None or not _at_hand(pipeline))
-        return own and (not exported or recipe.labels.mode == "online")
-    if stage == "score":
-        return needs_scores(recipe) and not exported
-    if stage == "prune":
-        return uses_subset(pipeline) if dataset is not None else needs_scores(recipe)
-    return stage != "label" or uses_labels(recipe)
-
-
-def _at_hand(pipeline: Pipeline) -> bool:
-    teacher = pipeline.recipe.teacher
-    assert teacher is not None
-    return models.is_cached(str(teacher.weights), str(teacher.model))
-
-
 def _dataset(pipeline: Pipeline) -> Artifact:
-    """Open the DATASET, having seen that the writer would take it for its own."""
+    """Open the DATASET, after checking that its writer would reuse it."""
     data, path = pipeline.recipe.data, Path(pipeline.recipe.data.path)
-    if data.writer is None or ((path / MANIFEST).is_file() and "export" in artifacts.read_manifest(path).facts):
+    if data.writer is None or pipeline.is_known_export:
         return pipeline.dataset
     load_writer(data.writer).options(dict(data.options))
     if not path.is_dir() or any(path.iterdir()):
@@ -165,42 +144,43 @@ def _dataset(pipeline: Pipeline) -> Artifact:
 
 
 def _check_student(pipeline: Pipeline, dataset: Artifact | None, *, found: bool) -> None:
-    """Refuse a student that cannot be built or does not fit its weights, and more than there is of batch or workers."""
+    """Refuse a student that cannot be trained, and batches or loader threads beyond this machine."""
     models.build(pipeline.recipe.student.model, 10)
     if dataset is None:
         return
-    check_student(pipeline, _kept(pipeline, found=found))
+    pipeline.check(_kept(pipeline, found=found))
     pipeline.loader("train", pipeline.recipe.train.batch_size)
 
 
 def _kept(pipeline: Pipeline, *, found: bool) -> int:
-    """Return M, or what it will be but for rounding."""
-    if found and uses_subset(pipeline):
+    """Return M, the number of samples to train on, estimated if there is no SUBSET yet."""
+    if found and pipeline.needs("prune"):
         return int(pipeline.subset.facts["count"])
-    return round(_keep_ratio(pipeline) * len(pipeline.train_ids))
+    return round(_keep_ratio(pipeline) * len(pipeline.images.train_ids))
 
 
 def _keep_ratio(pipeline: Pipeline) -> float:
-    """Return which share of train a recipe keeps: of a list, as many as stand in it."""
-    settings = pipeline.recipe.prune.static
-    if settings.method != "list" or pipeline.export:
+    """Return the share of train that a recipe keeps; a list keeps as many as it names."""
+    settings, ids = pipeline.recipe.prune.static, pipeline.images.train_ids
+    if settings.method != "list" or pipeline.images.export:
         return settings.keep_ratio
-    return len(listed_rows(pipeline.train_ids, settings)) / len(pipeline.train_ids)
+    return len(listed_rows(ids, settings)) / len(ids)
 
 
 def _bytes(pipeline: Pipeline, stage: str, dataset: Artifact | None) -> int | None:
-    """Return what a stage would write, as far as it can be told."""
+    """Return the size of what a stage would write. None: not known yet."""
     recipe = pipeline.recipe
     if dataset is None or stage in ("write", "teacher"):
         return None
-    K, all_of_train = pipeline.num_classes, dataset.facts["counts"]["train"]
+    images, all_of_train = pipeline.images, dataset.facts["counts"]["train"]
+    K = images.num_classes
     if stage == "score":
         return all_of_train * (K * np.dtype(recipe.score.dtype).itemsize + 8)
     if stage == "train":
         with torch.device("meta"):
             net = models.build(recipe.student.model, K)
         return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
-    kept = all_of_train if pipeline.export else round(_keep_ratio(pipeline) * len(pipeline.train_ids))
+    kept = all_of_train if images.export else round(_keep_ratio(pipeline) * len(images.train_ids))
     if stage == "prune":
         return kept * (2 * K + 8) + 4 * all_of_train + 8 * K
-    return (recipe.num_views or 0) * kept * row_bytes(K, recipe.labels.topk)
+    return (recipe.num_views or 0) * kept * row_bytes(pipeline.label_format)

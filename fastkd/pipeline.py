@@ -1,79 +1,58 @@
-"""From a recipe to its artifacts: each is found by its key or built, when it is first asked for."""
+"""From a recipe to its artifacts: each is found by its key, or built when it is first needed."""
 
 import contextlib
-import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
-from torch import nn
 
 from fastkd import artifacts, console, models
 from fastkd import recipe as recipes
-from fastkd.artifacts import Artifact, Kind
-from fastkd.data.beton import usable_std
-from fastkd.data.loader import BATCHES_AHEAD, Loader
-from fastkd.data.order import split_holdout
-from fastkd.data.views import DECODE_PATH, Views
+from fastkd.artifacts import Artifact
+from fastkd.data.loader import Loader
 from fastkd.distributed import current
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError
-from fastkd.recipe import Data, Recipe, Teacher
+from fastkd.recipe import Recipe
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.distributed_build import built_by_leader, decided_by_leader, is_shared, read_once_seen
+from fastkd.stages.images import ImageSource, teacher_px
+from fastkd.stages.label_format import LabelFormat, format_of, view_names
 from fastkd.stages.pruning import prune_arrays
 from fastkd.stages.resumable import subset_key_fields
-from fastkd.stages.run_log import Stopwatch
+from fastkd.stages.run_log import Cost, Stopwatch, require_tensorboard
+from fastkd.stages.store import ArtifactStore
+from fastkd.stages.teacher import LoadedTeacher, load_teacher, refuse_image_size, teacher_recipe
+from fastkd.stages.training_setup import TrainingInputs, check_student
 from fastkd.stages.writing import write
 
-__all__ = ["STAGES", "Pipeline", "label", "prune", "prune_arrays", "score", "train", "write"]
+__all__ = ["STAGES", "TABLE", "Pipeline", "Stage", "label", "prune", "prune_arrays", "score", "train", "write"]
 
-STAGES = ("write", "teacher", "score", "prune", "label", "train")
 _announced: set[Path] = set()
-"""Artifacts whose reuse need not be said again in this process."""
+"""Artifacts whose reuse has been printed in this process."""
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Wall seconds that a stage took, now or when its artifact was built."""
+class Stage:
+    """One stage of a pipeline.
 
-    seconds: float
-    reused: bool
+    Attributes
+    ----------
+    name
+        As in ``--force NAME``.
+    needed
+        Whether a recipe needs it. The DATASET must be open.
+    artifact
+        Finds or builds its artifact. None: a teacher whose weights are not an artifact.
+    """
 
-
-@dataclass(frozen=True)
-class LoadedTeacher:
-    """A frozen net with what identifies it."""
-
-    net: nn.Module
-    """uint8 images → float32 logits, in eval mode on the device."""
-    key_fields: dict[str, Any]
-    """Model, digest of the weights and normalisation: the part of a key that is the teacher's."""
-    warnings: tuple[str, ...] = ()
-    """What there is to be said of its weights: part of the SCORES too, which are built after it is loaded."""
-
-
-def _figures(values: tuple[float, ...]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
-
-
-def refuse_unknown(stages: frozenset[str] | set[str]) -> None:
-    """Refuse to force what is no stage."""
-    if unknown := stages - set(STAGES):
-        raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
-
-
-class MissingError(InputError):
-    """An artifact of a recipe is not there, and is not to be built now."""
-
-    def __init__(self, kind: Kind, path: Path) -> None:
-        super().__init__(f"{path}: no {kind} for this recipe yet: python -m fastkd.train RECIPE builds it")
-        self.path = path
+    name: str
+    needed: Callable[["Pipeline"], bool]
+    artifact: Callable[["Pipeline"], Artifact | None]
 
 
 class Pipeline:
@@ -83,21 +62,21 @@ class Pipeline:
     ----------
     recipe : Recipe
     force : set of str
-        Stages (`STAGES`) that are run again although their artifact is there.
+        Stages (`STAGES`) that run again although their artifact exists.
     build : bool
-        Whether what is missing is built; else it is an error.
+        Whether missing artifacts are built. If False, they are errors.
     reset_compiler : bool
-        Forget what was compiled before: code is kept by function, up to a small number of variants, and nets of an
-        earlier pipeline count too. Not where others have compiled something in this process.
+        Discard what torch.compile has compiled: it keeps a limited number of variants of each function, and those of
+        an earlier pipeline count too. Set False if other code in this process has compiled something.
 
     Attributes
     ----------
     costs : dict of str to Cost
-        Of the stages that were needed so far, in their order. `teacher` is the training of the teacher.
+        Of the stages that were needed so far, in order. `teacher` is the training of the teacher.
     used : dict of str to Artifact
-        The same stages' artifacts.
-    watch : Stopwatch
-        What the student itself takes, loading the teacher included (its weights are part of every key).
+        The artifacts of these stages.
+    stopwatch : Stopwatch
+        Wall time of the student itself, including loading the teacher, whose weights are part of every key.
     """
 
     def __init__(
@@ -111,12 +90,12 @@ class Pipeline:
         refuse_unknown(force)
         current().check_equal("recipe", recipe.model_dump(mode="json", exclude=recipes.PLACES))
         self.recipe = recipe
-        self.force = frozenset(force if current().is_main else ())  # the others find what it has built
-        self.build = build
+        force = frozenset(force if current().is_main else ())  # the other processes find what the main one builds
+        self.store = ArtifactStore(recipe.artifacts_dir, force, build)
         self.warning_mark = console.warning_mark()
         self.costs: dict[str, Cost] = {}
         self.used: dict[str, Artifact] = {}
-        self.watch = Stopwatch()
+        self.stopwatch = Stopwatch()
         self.runtime = Runtime.choose(
             recipe.train.device,
             recipe.train.precision,
@@ -135,13 +114,17 @@ class Pipeline:
     def warnings(self) -> list[str]:
         """Warnings given by this pipeline and while the artifacts that it uses were built, each once.
 
-        Earlier warnings of a training that was broken off are not among them.
+        Earlier warnings of a training that was interrupted are not included.
         """
         earlier = [one for artifact in self.used.values() for one in artifact.facts.get(artifacts.WARNINGS, ())]
         return list(dict.fromkeys([*earlier, *console.warnings_since(self.warning_mark)]))
 
+    def needs(self, stage: str) -> bool:
+        """Return whether the recipe needs a stage."""
+        return next(one for one in TABLE if one.name == stage).needed(self)
+
     def note(self, stage: str, artifact: Artifact, built: bool, *, share: float = 1.0) -> Artifact:
-        """Charge a stage with what its artifact cost, or a share of it, and say whether it was built or reused."""
+        """Charge a stage with the cost of its artifact, or a share of it, and print whether it was built or reused."""
         self.used[stage] = artifact
         self.costs[stage] = Cost(share * artifact.cost_s, reused=not built)
         if built:
@@ -151,15 +134,17 @@ class Pipeline:
         _announced.add(artifact.path)
         return artifact
 
+    # --- the data set ---------------------------------------------------------------------------------------------
+
     @cached_property
     def dataset(self) -> Artifact:
-        """The DATASET, written first if the recipe names a writer and it is not there."""
+        """The DATASET. It is written first if the recipe names a writer and it does not exist."""
         world = current()
-        if not self.build or world.size == 1:
+        if not self.store.build or world.size == 1:
             return self._dataset()
         dataset = self._dataset() if world.is_main else None
         key = decided_by_leader(lambda: dataset and dataset.key)
-        # Each machine may have a copy of its own; of one that all share, another may not see yet what was just written.
+        # Each machine may have its own copy. A shared one may not be visible to another machine yet.
         path, here = Path(self.recipe.data.path), world.is_main or self._has_dataset(str(key))
         if not all(world.gather(here)) and is_shared(path.parent) and not here:
             read_once_seen(path, lambda path: artifacts.read_manifest(path).key == key or None)
@@ -174,10 +159,10 @@ class Pipeline:
 
     def _dataset(self) -> Artifact:
         data, path = self.recipe.data, Path(self.recipe.data.path)
-        if self._is_known_export:
+        if self.is_known_export:
             console.say(f"{path} is an export: which samples are kept, and what the teacher says, come with it")
             return self.note("write", artifacts.load(path, "DATASET"), built=False)
-        if data.writer is None or not self.build:
+        if data.writer is None or not self.store.build:
             if not path.exists():
                 raise InputError(
                     f"data.path={data.path}: no data set there. Write one (python -m fastkd.write WRITER {data.path}), "
@@ -185,382 +170,221 @@ class Pipeline:
                 )
             return self.note("write", artifacts.load(path, "DATASET"), built=False)
         with console.bars() as progress:
-            force = "write" in self.force
+            force = "write" in self.store.force
             written = write(data.writer, path, dict(data.options), force=force, progress=progress, mend="--force write")
         return self.note("write", *written)
 
     @property
-    def export(self) -> dict[str, Any] | None:
-        """What an exported DATASET tells of where it comes from; None: it is none."""
-        return self.dataset.facts.get("export")
-
-    @property
-    def original_key(self) -> str:
-        """Key of the DATASET, of an exported one that of the DATASET it was made from."""
-        return self.export["dataset"] if self.export else self.dataset.key
-
-    @property
-    def num_classes(self) -> int:
-        """K of the data set."""
-        return len(self.dataset.facts["classes"])
-
-    @cached_property
-    def train_ids(self) -> np.ndarray:
-        """Ids of the samples of train that are not kept aside, ascending (int64)."""
-        if self.export:
-            return np.asarray(self.subset.array("indices.npy"))
-        return split_holdout(self.dataset.facts["counts"]["train"], self.recipe.data.holdout_ratio)[0]
-
-    @cached_property
-    def holdout_ids(self) -> np.ndarray:
-        """Ids of the samples of train that are kept aside, ascending (int64); an export has none of them."""
-        if self.export:
-            return np.empty(0, np.int64)
-        return split_holdout(self.dataset.facts["counts"]["train"], self.recipe.data.holdout_ratio)[1]
-
-    @property
-    def teacher_px(self) -> int | None:
-        """Side of the images that are scored and labelled."""
-        own = self.recipe.teacher.input_px if self.recipe.teacher else None
-        return own or self.recipe.data.input_px
-
-    def _is_stored_size(self, input_px: int | None) -> bool:
-        return input_px is None or self.dataset.facts["image"]["fixed_size"] == [input_px, input_px]
-
-    @property
-    def crop_ratio(self) -> float | None:
-        """Side of the centred square that nets see; None: the whole image, where the student sees images as stored.
-
-        The teacher sees the same part at whatever resolution.
-        """
-        return None if self._is_stored_size(self.recipe.data.input_px) else self.recipe.data.crop_ratio
-
-    def view_key_fields(self, input_px: int | None, *, varied: bool = False) -> dict[str, Any]:
-        """Return what determines the pixels that nets see, as keys have it: of the plain view, or of the numbered."""
-        view = self.recipe.data.view
-        inputs: dict[str, Any] = {"decode": DECODE_PATH, "family": "none"}
-        if not self._is_stored_size(input_px):
-            inputs["input_px"] = input_px
-        if self.crop_ratio is not None and not (varied and view.family == "random_resized_crop_flip"):
-            inputs["crop_ratio"] = self.crop_ratio
-        if varied:
-            inputs |= {"family": view.family, "seed": self.recipe.labels.view_seed}
-            if view.family == "pad_crop_flip":
-                inputs["pad_ratio"] = view.pad_ratio
-            if view.family == "random_resized_crop_flip":
-                inputs |= {"scale": list(view.scale), "ratio": list(view.ratio)}
-            if view.cutout_ratio:
-                inputs["cutout_ratio"] = view.cutout_ratio
-        return inputs
-
-    def loader(self, split: str, batch_size: int, *, input_px: int | None = None) -> Loader:
-        """Open a split as the recipe says, at the student's resolution unless another is given."""
-        data = self.recipe.data
-        view = data.view
-        self._refuse_beyond_memory(batch_size, input_px or data.input_px)
-        return Loader(
-            self.dataset,
-            split,
-            batch_size,
-            input_px=input_px or data.input_px,
-            crop_ratio=self.crop_ratio,
-            views=Views(
-                view.family, view.pad_ratio, view.scale, view.ratio, view.cutout_ratio, self.recipe.labels.view_seed
-            ),
-            workers=data.workers,
-            os_cache=data.os_cache,
-        )
-
-    def _refuse_beyond_memory(self, batch_size: int, px: int | None) -> None:
-        """Refuse batches that the memory of this machine cannot hold: torch would fail without saying why."""
-        height, width = [px, px] if px else self.dataset.facts["image"]["fixed_size"] or [1, 1]
-        needed = (BATCHES_AHEAD + 2) * batch_size * 3 * height * width
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > there:
-            raise InputError(
-                f"batches of {batch_size:,} images of {height} x {width} pixels, {BATCHES_AHEAD + 2} at a time, take "
-                f"{needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB of memory: give a smaller "
-                "score.batch_size, labels.batch_size or train.batch_size, or a smaller data.input_px"
-            )
-
-    @property
-    def artifacts_dir(self) -> Path:
-        """Where SCORES, SUBSETs and LABELS lie."""
-        return self.recipe.artifacts_dir
-
-    def place(self, kind: Kind, inputs: Mapping[str, Any]) -> Path:
-        """Return where an artifact with these inputs lies; say what the nearest lacks if it is not there."""
-        directory = self.artifacts_dir
-        path = directory / f"{kind.lower()}-{artifacts.key_of(kind, inputs)[:12]}"
-        if self.build and not current().is_main:
-            return path
-        if not path.exists() and (near := artifacts.nearest(directory, kind, inputs)):
-            console.say(f"no {kind} for this recipe yet; the nearest is {near}")
-        if not self.build and not path.exists():
-            raise self.missing(kind, path)
-        return path
-
-    def missing(self, kind: Kind, path: Path) -> "MissingError":
-        """Return the error for what is not there and is not to be built."""
-        return MissingError(kind, path)
-
-    @cached_property
-    def teacher_run(self) -> Artifact | None:
-        """The RUN of the teacher's recipe, trained first if it is not there; None if it is a checkpoint."""
-        teacher = self.recipe.teacher
-        if teacher is None or teacher.recipe is None:
-            return None
-        if self.export:
-            raise InputError(
-                f"{self.dataset.path} is an export, and its teacher learned from the whole data: where one is needed, "
-                "give teacher.recipe=null, teacher.model and teacher.weights"
-            )
-        own = recipes.load(teacher.recipe, teacher.overrides)
-        if own.teacher is not None:
-            raise InputError(
-                f"teacher.recipe={teacher.recipe}: it has a teacher itself; a teacher is trained without one"
-            )
-        mine = self.recipe.train
-        train = own.train.model_copy(
-            update={
-                k: getattr(mine, k)
-                for k in ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
-            }
-        )
-        own = own.model_copy(update={"data": self._teacher_data(own.data), "train": train})
-        pipeline = Pipeline(own, {"train"} if "teacher" in self.force else set(), build=self.build)
-        pipeline.dataset, pipeline.costs["write"], pipeline.used["write"] = (
-            self.dataset,
-            self.costs["write"],
-            self.dataset,
-        )
-        return self.note("teacher", *training.build_run(pipeline, source=Path(teacher.recipe)))
-
-    def try_nets(self) -> None:
-        """Run student and teacher once on images of the sizes that they will see, before anything is built for them.
-
-        The DATASET is opened, or written, only where the recipe does not say these sizes.
-
-        Raises
-        ------
-        InputError
-            A net does not take images of its size; names both, and what to change.
-        """
-        recipe, train = self.recipe, self.recipe.train
-        parts = max(1, train.batch_size // (current().size * train.accumulate))
-        own = {recipe.data.input_px, *(recipe.px_of(epoch) for epoch in range(train.epochs))}
-        for px in sorted(own, key=lambda px: px or 0):
-            self._try("student.model", recipe.student.model, px, "data.input_px", batch_size=parts)
-        if recipe.teacher is not None and recipe.teacher.model is not None and not self._is_known_export:
-            self._try("teacher.model", recipe.teacher.model, self.teacher_px, "teacher.input_px")
-
-    def _try(self, key: str, name: str, px: int | None, size_key: str, *, batch_size: int = 0) -> None:
-        """Run a net on images of a side; None: as they are stored. As in training too, where a batch size is given."""
-        size = [px, px] if px else self.dataset.facts["image"]["fixed_size"]
-        if size is None:  # no loader opens those without a side
-            return
-        height, width = size
-        told = models.refusal(name, 10, height, width)
-        where = ""
-        if not told and batch_size:
-            told = models.refusal(name, 10, height, width, batch_size=min(batch_size, 2), training=True)
-            where = f", in training on {batch_size} at once" if batch_size < 2 else ", in training"
-        if told:
-            raise InputError(
-                f"{key}={name} does not take images of {height} x {width} pixels{where}: {told}. Set {size_key} to a "
-                f"side that it takes{', or a larger train.batch_size' if where else ''}, or choose another net"
-            )
-
-    def _teacher_data(self, own: Data) -> Data:
-        """Return the `data` that a teacher's recipe trains on: what bears on its training is its own to say.
-
-        Where the DATASET lies, and how it is read, is this recipe's matter. What the teacher's recipe leaves open of
-        hold-out, side and crop is as here.
-
-        Raises
-        ------
-        InputError
-            The teacher would learn from samples that this recipe keeps aside.
-        """
-        mine = self.recipe.data
-        here = ("path", "writer", "options", "artifacts_dir", "workers", "os_cache")
-        taken: dict[str, Any] = {name: getattr(mine, name) for name in here}
-        if "holdout_ratio" not in own.model_fields_set:
-            taken["holdout_ratio"] = mine.holdout_ratio
-        elif own.holdout_ratio < mine.holdout_ratio:
-            raise InputError(
-                f"data.holdout_ratio={mine.holdout_ratio:g}, and in teacher.recipe it is {own.holdout_ratio:g}: the "
-                "teacher would learn from samples that the student is judged by. Give the same ratio in both, or none "
-                "in the teacher's"
-            )
-        elif own.holdout_ratio > mine.holdout_ratio:
-            console.warn(
-                f"teacher: its recipe keeps {own.holdout_ratio:.2%} of train aside, this one {mine.holdout_ratio:.2%}: "
-                "the teacher does not learn from all that the student does. Give the same data.holdout_ratio in both"
-            )
-        if "input_px" not in own.model_fields_set:
-            taken["input_px"] = self.teacher_px
-        if "crop_ratio" not in own.model_fields_set:
-            taken["crop_ratio"] = mine.crop_ratio
-        return own.model_copy(update=taken)
-
-    @property
-    def _is_known_export(self) -> bool:
-        """Tell whether the DATASET is an export, which brings what the teacher says; False while none is there."""
+    def is_known_export(self) -> bool:
+        """Whether the DATASET is an export. False while it does not exist."""
         path = Path(self.recipe.data.path)
         return (path / artifacts.MANIFEST).exists() and "export" in artifacts.read_manifest(path).facts
 
     @cached_property
+    def images(self) -> ImageSource:
+        """The images of the DATASET, as the recipe reads them."""
+        return ImageSource(self.dataset, self.recipe)
+
+    def loader(self, split: str, batch_size: int, *, input_px: int | None = None) -> Loader:
+        """Open a split; see `ImageSource.loader`."""
+        return self.images.loader(split, batch_size, input_px=input_px)
+
+    # --- the teacher ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher_run(self) -> Artifact | None:
+        """The RUN of the teacher's recipe, trained first if it does not exist. None: the teacher is a checkpoint."""
+        teacher = self.recipe.teacher
+        if teacher is None or teacher.recipe is None:
+            return None
+        if self.images.export:
+            raise InputError(
+                f"{self.dataset.path} is an export, and its teacher learned from the whole data: where one is needed, "
+                "give teacher.recipe=null, teacher.model and teacher.weights"
+            )
+        force = {"train"} if "teacher" in self.store.force else set()
+        own = Pipeline(teacher_recipe(self.recipe), force, build=self.store.build)
+        own.dataset, own.costs["write"], own.used["write"] = self.dataset, self.costs["write"], self.dataset
+        return self.note("teacher", *own.build_run(source=Path(teacher.recipe)))
+
+    @cached_property
     def teacher(self) -> LoadedTeacher:
-        """The teacher, loaded: its last layer computes in float32, since bf16 logits tie and blur σ."""
+        """The teacher, with its weights loaded."""
         teacher = self.recipe.teacher
         if teacher is None:
             raise InputError("this recipe has no `teacher`, and scoring and distilling need one")
         run = self.teacher_run
         name, weights = (run.facts["model"], run.path) if run else (teacher.model, teacher.weights)
-        with self.watch.on("setup"):
-            loaded = self._load_teacher(teacher, str(name), str(weights))
-        if self.export and (phrases := artifacts.differences(loaded.key_fields, self.teacher_key_fields)):
+        images = self.images
+        with self.stopwatch.on("setup"):
+            loaded = load_teacher(teacher, str(name), str(weights), images, self.runtime)
+        if images.export and (phrases := artifacts.differences(loaded.key_fields, self.teacher_key_fields)):
             raise ArtifactError(
                 f"{self.dataset.path}: was labelled by another teacher than the recipe's: {'; '.join(phrases)}"
             )
         return loaded
 
-    def _load_teacher(self, teacher: Teacher, name: str, weights: str) -> LoadedTeacher:
-        mark = console.warning_mark()
-        self._try("teacher.model", name, self.teacher_px, "teacher.input_px")
-        net = models.build(name, self.num_classes)
-        models.load_weights(net, weights, name=name)
-        native = models.native_normalisation(name, weights)
-        normalisation = native or self.normalisation
-        if teacher.mean and teacher.std:
-            normalisation = models.Normalisation(teacher.mean, teacher.std)
-        elif native is None or native.guessed:
-            whose = "of the data set" if native is None else f"of the weights that are published for {name}"
-            console.warn(
-                f"teacher: nothing beside {weights} says which mean and std it was trained with; taken are those "
-                f"{whose}: mean {_figures(normalisation.mean)}, std {_figures(normalisation.std)}. If it was trained "
-                "with others, its logits are worse than they could be: set teacher.mean and teacher.std (to these, to "
-                "silence this)"
-            )
-        told = models.description(weights) or {}
-        self._compare_classes(weights, told.get("classes"))
-        self._compare_sides(weights, told.get("input_hw"))
-        self._compare_holdout(weights)
-        inputs = {
-            "model": name,
-            "weights": models.weights_digest(net),
-            "mean": list(normalisation.mean),
-            "std": list(normalisation.std),
-        }
-        net = models.Normalised(models.float32_head(net, self.num_classes), normalisation)
-        placed = self.runtime.compiled(self.runtime.to_device(net.eval().requires_grad_(False)))
-        return LoadedTeacher(placed, inputs, tuple(console.warnings_since(mark)))
-
-    def _compare_holdout(self, weights: str) -> None:
-        """Warn where a RUN that is the teacher has learned from samples that this recipe keeps aside."""
-        run = models.student_artifact(weights)
-        ratio = run.manifest.inputs.get("holdout_ratio") if run and run.manifest.kind == "RUN" else None
-        if ratio is None or run is None or run.manifest.inputs.get("data") != self.original_key:
-            return
-        if ratio < self.recipe.data.holdout_ratio:
-            console.warn(
-                f"teacher: {weights} kept {ratio:.2%} of train aside, and this recipe keeps "
-                f"{self.recipe.data.holdout_ratio:.2%}: it has learned from samples that the student is judged by. "
-                "Train one with the same data.holdout_ratio"
-            )
-
-    def _compare_sides(self, weights: str, trained: Any) -> None:
-        """Warn where a teacher was trained on images of another size than those that it scores and labels."""
-        px = self.teacher_px
-        asked = [px, px] if px else self.dataset.facts["image"]["fixed_size"]
-        if isinstance(trained, list) and asked is not None and trained != asked:
-            sizes = [" x ".join(map(str, size)) for size in (trained, asked)]
-            console.warn(
-                f"teacher: {weights} was trained on images of {sizes[0]} pixels, and scores and labels at {sizes[1]}, "
-                f"where it knows less: set teacher.input_px={trained[-1]}, or train it at that size"
-            )
-
-    def _compare_classes(self, weights: str, told: Any) -> None:
-        """Compare the class names that lie beside a teacher's weights with the data set's.
-
-        Raises
-        ------
-        InputError
-            They are the same in another order: every logit would be another class's.
-        """
-        own = self.dataset.facts["classes"]
-        if not isinstance(told, list) or len(told) != len(own) or told == own:
-            return
-        other = [k for k in range(len(own)) if told[k] != own[k]]
-        shown = ", ".join(f"{k} is {told[k]!r} there and {own[k]!r} here" for k in other[:5])
-        if sorted(map(str, told)) == sorted(map(str, own)):
-            raise InputError(
-                f"teacher.weights={weights}: was trained on the same classes in another order: class {shown}. Write "
-                "the data set with its classes in that order, or train a teacher on this one"
-            )
-        console.warn(
-            f"teacher: {weights} was trained on classes of other names, {len(other)} of {len(own)}: class {shown}. If "
-            "these are other classes, its logits are wrong"
-        )
-
     @property
     def teacher_key_fields(self) -> dict[str, Any]:
-        """What identifies the teacher: an export knows it without having it."""
-        return self.subset.manifest.settings.get("teacher", {}) if self.export else self.teacher.key_fields
+        """The teacher's part of artifact keys. An export knows it without the teacher."""
+        return self.subset.manifest.settings.get("teacher", {}) if self.images.export else self.teacher.key_fields
 
-    @property
-    def normalisation(self) -> models.Normalisation:
-        """The data set's own channel means and standard deviations."""
-        facts = self.dataset.facts
-        red, green, blue = usable_std(facts["std"])
-        if [red, green, blue] != facts["std"]:  # recorded by a fastkd that did not look
-            console.warn(
-                f"{self.dataset.path}: a channel is constant over all of train; its standard deviation is taken as 1"
-            )
-        return models.Normalisation(tuple(facts["mean"]), (red, green, blue))
+    # --- scores, subset and labels --------------------------------------------------------------------------------
 
     @cached_property
     def scores(self) -> Artifact:
-        """The SCORES."""
-        if self.export:
+        """The SCORES: the teacher's logits of all training samples."""
+        if self.images.export:
             raise InputError(
                 f"{self.dataset.path} is an export: samples were scored and chosen before; score the whole data set"
             )
-        return self.note("score", *scoring.build_scores(self))
+        built = scoring.build_scores(self.store, self.images, self.teacher, self.recipe.score, self.runtime)
+        return self.note("score", *built)
 
     @cached_property
     def subset(self) -> Artifact:
-        """The SUBSET: which samples are kept, and what the teacher says of their plain views."""
-        if self.export:
-            own = pruning.exported_subset(self)
+        """The SUBSET: the kept samples, and the teacher's logits of their evaluation view."""
+        if self.images.export:
+            own = pruning.exported_subset(self.images, self.recipe)
             current().check_equal("SUBSET", subset_key_fields(own))
             return self.note("prune", own, built=False)
-        if not self.build:
-            return self.note("prune", *pruning.build_subset(self))
-        self.scores  # noqa: B018 - all processes work at it, before the leading one goes on alone
-        subset, built = built_by_leader(lambda: pruning.build_subset(self))
+        scores = self.scores  # built by all processes, before the main one selects
+
+        def build() -> tuple[Artifact, bool]:
+            prune, reshape = self.recipe.prune.static, self.recipe.labels.reshape
+            return pruning.build_subset(self.store, self.images, scores, prune, reshape=reshape)
+
+        if not self.store.build:
+            return self.note("prune", *build())
+        subset, built = built_by_leader(build)
         current().check_equal("SUBSET", subset_key_fields(subset))
         return self.note("prune", subset, built)
 
     @cached_property
+    def label_format(self) -> LabelFormat:
+        """How soft labels are stored."""
+        return format_of(self.recipe, self.images.num_classes)
+
+    @cached_property
     def labels(self) -> Artifact:
-        """The LABELS: what the teacher says of the numbered views."""
-        artifact, built = (labelling.exported_labels(self), False) if self.export else labelling.build_labels(self)
+        """The LABELS: the teacher's logits of the numbered views."""
+        recipe, images, views = self.recipe, self.images, self.recipe.num_views or 0
+        built = False
+        if images.export:
+            fields, subset = self.teacher_key_fields, self.subset
+            artifact = labelling.exported_labels(images, fields, subset, self.label_format, views)
+        elif not self.store.build:
+            fields, subset = self.teacher_key_fields, self.subset
+            artifact = labelling.find_labels(self.store, images, fields, subset, self.label_format)
+        else:
+            artifact, built = labelling.build_labels(
+                self.store, images, self.teacher, self.subset, recipe.labels, self.label_format, views, self.runtime
+            )
         if current().size > 1:
-            current().check_equal("LABELS", _contents(artifact, self.recipe.num_views or 0))
-        return self.note("label", artifact, built, share=labelling.share_of(artifact, self.recipe.num_views or 0))
+            current().check_equal("LABELS", _contents(artifact, views))
+        return self.note("label", artifact, built, share=labelling.share_of(artifact, views))
+
+    # --- the student ----------------------------------------------------------------------------------------------
+
+    def check(self, kept: int | None = None) -> None:
+        """Refuse what cannot be trained, before anything is built for it.
+
+        Parameters
+        ----------
+        kept
+            Number of samples to train on, if it is known; see `fastkd.stages.training_setup.check_student`.
+        """
+        for text in self.recipe.without_effect():
+            console.warn(f"recipe: {text}")
+        self._check_image_sizes()
+        check_student(self.recipe, self.images, kept)
+
+    def _check_image_sizes(self) -> None:
+        """Run student and teacher once on images of the sizes that they will see.
+
+        The DATASET is opened, or written, only if the recipe does not say these sizes.
+        """
+        recipe, train = self.recipe, self.recipe.train
+
+        def image_hw(px: int | None) -> list[int] | None:
+            return [px, px] if px else self.images.image_hw(None)
+
+        parts = max(1, train.batch_size // (current().size * train.accumulate))
+        sizes = {recipe.data.input_px, *(recipe.px_of(epoch) for epoch in range(train.epochs))}
+        for px in sorted(sizes, key=lambda px: px or 0):
+            student = recipe.student.model
+            refuse_image_size("student.model", student, image_hw(px), "data.input_px", batch_size=parts)
+        if recipe.teacher is not None and recipe.teacher.model is not None and not self.is_known_export:
+            hw = image_hw(teacher_px(recipe))
+            refuse_image_size("teacher.model", recipe.teacher.model, hw, "teacher.input_px")
+
+    @cached_property
+    def training_inputs(self) -> TrainingInputs:
+        """What the student is trained from. Everything missing is built."""
+        recipe = self.recipe
+        subset = self.subset if self.needs("prune") else None
+        labels = self.labels if self.needs("label") else None
+        fields = self.teacher_key_fields if recipe.teacher is not None else None
+        online = recipe.teacher is not None and recipe.labels.mode == "online"
+        teacher = self.teacher if online else None
+        return TrainingInputs(recipe, self.images, self.runtime, subset, labels, teacher, fields, self.stopwatch)
+
+    def build_run(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
+        """Train the student, or find its RUN, without charging it to this pipeline."""
+        if self.store.build:
+            if self.recipe.log.tensorboard:
+                require_tensorboard()
+            self.check()
+            for stage in TABLE[:-1]:
+                if stage.needed(self):
+                    stage.artifact(self)
+        inputs = self.training_inputs
+        origin = training.Origin(self.costs, lambda: self.warnings, source)
+        return training.build_run(self.store, inputs, origin, out)
 
     def train(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
         """Train the student, or find its RUN; see `fastkd.pipeline.train`."""
-        run, built = training.build_run(self, out=out, source=source)
+        run, built = self.build_run(out=out, source=source)
         self.note("train", run, built)
         return run, built
 
 
+def _needs_teacher(pipeline: Pipeline) -> bool:
+    teacher = pipeline.recipe.teacher
+    if teacher is None or (teacher.recipe is None and models.is_cached(str(teacher.weights), str(teacher.model))):
+        return False
+    return pipeline.recipe.labels.mode == "online" or not pipeline.is_known_export
+
+
+def _needs_scores(pipeline: Pipeline) -> bool:
+    return pipeline.recipe.needs_scores and not pipeline.is_known_export
+
+
+def _needs_subset(pipeline: Pipeline) -> bool:
+    return pipeline.recipe.needs_scores or (pipeline.recipe.teacher is not None and pipeline.is_known_export)
+
+
+TABLE = (
+    Stage("write", lambda pipeline: True, lambda pipeline: pipeline.dataset),
+    Stage("teacher", _needs_teacher, lambda pipeline: pipeline.teacher_run),
+    Stage("score", _needs_scores, lambda pipeline: pipeline.scores),
+    Stage("prune", _needs_subset, lambda pipeline: pipeline.subset),
+    Stage("label", lambda pipeline: pipeline.recipe.uses_labels, lambda pipeline: pipeline.labels),
+    Stage("train", lambda pipeline: True, lambda pipeline: pipeline.build_run()[0]),
+)
+"""The stages in their order."""
+STAGES = tuple(stage.name for stage in TABLE)
+
+
+def refuse_unknown(stages: frozenset[str] | set[str]) -> None:
+    """Refuse to force a stage that does not exist."""
+    if unknown := stages - set(STAGES):
+        raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
+
+
 def _contents(labels: Artifact, views: int) -> dict[str, str]:
-    """Return what identifies the very rows of the first views."""
-    names = [name for view in range(views) for name in labelling.view_names(labels, view)]
+    """Return what identifies the rows of the first views."""
+    names = [name for view in range(views) for name in view_names(labels, view)]
     digests = [labels.manifest.files[name].xxh3_128 for name in names]
     return {"key": labels.key, "rows": xxhash.xxh3_128_hexdigest("".join(digests).encode())}
 
@@ -572,7 +396,7 @@ def score(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
 
 
 def prune(recipe: Recipe, *, force: bool = False, pictures: bool = False) -> tuple[Artifact, bool]:
-    """Select what to keep and reshape its logits → SUBSET.
+    """Select the samples to keep and reshape their logits → SUBSET.
 
     Parameters
     ----------
@@ -596,7 +420,7 @@ def label(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
     Raises
     ------
     InputError
-        The recipe has no numbered views: what the plain view needs is in the SUBSET.
+        The recipe has no numbered views; the SUBSET holds the labels of the evaluation view.
     """
     if recipe.num_views is None:
         raise InputError(
@@ -613,15 +437,15 @@ def train(
     source: Path | None = None,
     force: frozenset[str] | set[str] = frozenset(),
 ) -> tuple[Artifact, bool]:
-    """Go the whole way → RUN.
+    """Run all stages that a recipe needs → RUN.
 
     Parameters
     ----------
     out
-        Where the RUN goes; default: under `train.runs_dir`, by name and key.
+        Where the RUN goes. Default: under `train.runs_dir`, named by recipe and key.
     source
-        The recipe's file, to be kept in the RUN as it was given.
+        The recipe's file, which is copied into the RUN.
     force
-        Stages to run again although their artifact is there; see `STAGES`.
+        Stages that run again although their artifact exists; see `STAGES`.
     """
     return Pipeline(recipe, force).train(out=out, source=source)

@@ -21,7 +21,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Recipe
-from fastkd.stages.training_setup import teacher_source, uses_subset
+from fastkd.stages.training_setup import teacher_source
 
 EVAL_BATCH_SIZE = 256
 
@@ -200,28 +200,27 @@ def _open_train(recipe: Recipe) -> _Source:
         raise InputError("labels.mode=online: a live teacher is your loop's own matter; give labels.mode=stored")
     pipeline = Pipeline(recipe, reset_compiler=False)
     loader = pipeline.loader("train", recipe.train.batch_size)
-    ids = np.asarray(pipeline.subset.array("indices.npy")) if uses_subset(pipeline) else pipeline.train_ids
-    loader.full_batches(len(ids))
-    told = teacher_source(pipeline)
+    inputs = pipeline.training_inputs  # builds what is missing
+    loader.full_batches(len(inputs.sample_ids))
+    teacher = teacher_source(inputs)
     views = [None] if recipe.num_views is None else range(recipe.num_views)
-    rows = {view: told.stored(view) for view in views}  # missing labels are made; what is open stays, even if deleted
-    pipeline.__dict__.pop("teacher", None)  # it has said all that it has to: its memory is the loop's
+    rows = {view: teacher.stored(view) for view in views}  # what is open stays, even if it is deleted
     return _Source(
         loader,
-        ids,
+        inputs.sample_ids,
         recipe.seed,
         recipe.num_views,
         rows.__getitem__,
-        told.read,
-        pipeline.dataset.facts["classes"],
-        pipeline.normalisation,
+        teacher.decode,
+        pipeline.images.classes,
+        pipeline.images.normalisation,
     )
 
 
 def _open_val(recipe: Recipe) -> _Source:
     pipeline = Pipeline(recipe, reset_compiler=False)
-    count = pipeline.dataset.facts["counts"]["val"]
-    loader = pipeline.loader("val", min(EVAL_BATCH_SIZE, count))
-    ids = np.arange(count)
-    classes, normalisation = pipeline.dataset.facts["classes"], pipeline.normalisation
-    return _Source(loader, ids, None, None, lambda view: None, lambda rows: None, classes, normalisation)
+    images = pipeline.images
+    loader = images.loader("val", min(EVAL_BATCH_SIZE, len(images.val_ids)))
+    return _Source(
+        loader, images.val_ids, None, None, lambda view: None, lambda rows: None, images.classes, images.normalisation
+    )

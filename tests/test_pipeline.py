@@ -142,7 +142,7 @@ def test_a_live_teacher_on_all_data_needs_no_scores(tiny_recipe):
 
 def test_each_step_reads_the_logits_of_the_samples_it_sees(tiny_recipe):
     pipe = Pipeline(tiny_recipe())
-    job = prepare(pipe)
+    job = prepare(pipe.training_inputs)
     order = epoch_order(len(job.ids), 5, 3)
     stored = pipe.subset.array("logits.npy")
     count = 0
@@ -206,7 +206,7 @@ def test_supervised_training_needs_no_teacher(tiny, tmp_path):
     assert timing["teacher_training_s"] is None
     with pytest.raises(InputError, match="this recipe has no `teacher`"):
         _ = pipe.scores
-    assert teacher_source(pipe).read(()) is None
+    assert teacher_source(pipe.training_inputs).read(()) is None
 
 
 def test_a_student_may_start_from_weights(tiny_recipe, tmp_path):
@@ -496,7 +496,7 @@ def test_batches_that_no_memory_holds_are_refused_in_words(tiny_recipe, stage, o
     pipe = Pipeline(loaded)
     batch_size = getattr(loaded, "score" if stage == "score" else "labels").batch_size
     with pytest.raises(InputError, match=r"take [\d,.]+ GB, and this machine has [\d,.]+ GB of memory: give a smaller"):
-        pipe.loader("train", batch_size, input_px=pipe.teacher_px)
+        pipe.loader("train", batch_size, input_px=pipe.images.teacher_px)
 
 
 def test_a_floor_that_keeps_more_than_was_asked_for_is_told(tiny_recipe):

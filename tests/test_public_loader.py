@@ -56,7 +56,7 @@ def test_epochs_are_those_of_fastkds_own_training(tiny_recipe):
     """The same order and pixels; `epoch` goes on by itself, and may be set."""
     from fastkd.stages.training_setup import prepare
 
-    job = prepare(Pipeline(tiny_recipe(*VIEWS)))
+    job = prepare(Pipeline(tiny_recipe(*VIEWS)).training_inputs)
     loader = fastkd.Loader(tiny_recipe(*VIEWS), normalise=False)
     loader.epoch = 4
     for number in (4, 5):

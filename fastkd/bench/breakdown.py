@@ -99,7 +99,7 @@ class FastkdLoop:
     """fastkd's own loop, a few steps at a time."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        job = prepare(pipeline)
+        job = prepare(pipeline.training_inputs)
         self.images_per_epoch = job.images_per_epoch
         self.advance = Epochs(pipeline, job).advance
 
@@ -124,7 +124,7 @@ def measure(
     """
     chains = [Pipeline(way.recipe) for way in compared]
     for pipeline in chains:  # before anything is compiled: a new pipeline, a teacher's included, resets the compiler
-        run_key_fields(pipeline)
+        run_key_fields(pipeline.training_inputs)
     batch_size, epochs = compared[0].recipe.train.batch_size, compared[0].recipe.train.epochs
     most_images = batch_size * (WARM_UP_STEPS + rounds * (LEAD_STEPS + SEGMENT_STEPS))
     loops: list[Loop] = [

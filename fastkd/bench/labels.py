@@ -15,7 +15,7 @@ from fastkd.errors import InputError
 from fastkd.kernels import hash64, topk_rows
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Recipe
-from fastkd.stages.labelling import centred_rows, row_bytes
+from fastkd.stages.label_format import centred_rows, label_format, row_bytes
 
 ROWS = 20_000
 TOPK = (1, 2, 3, 5, 10, 20, 50, 100, 200)
@@ -38,7 +38,7 @@ def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[st
     sigma_K = np.asarray(pipeline.subset.array("class_std.npy"))
     rows_RK = centred_rows(z_RK, y_R, sigma_K, reshape=recipe.labels.reshape)
 
-    K, T = pipeline.num_classes, recipe.loss.temperature
+    K, T = pipeline.images.num_classes, recipe.loss.temperature
     lines: list[dict[str, Any]] = [
         {"format": "float32", "bytes": 4 * K, **errors(torch.from_numpy(rows_RK), rows_RK, T)}
     ]
@@ -50,7 +50,13 @@ def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[st
             indices, logits, tail = (torch.from_numpy(column) for column in topk_rows(rows_RK, k, T))
             stored = (indices, logits.half(), tail)
         name = "float16" if k is None else f"topk: {k}"
-        lines.append({"format": name, "bytes": row_bytes(K, k), **errors(stored_logits(stored, K, T), rows_RK, T)})
+        lines.append(
+            {
+                "format": name,
+                "bytes": row_bytes(label_format(K, k, T)),
+                **errors(stored_logits(stored, K, T), rows_RK, T),
+            }
+        )
     log_p = F.log_softmax(torch.from_numpy(rows_RK).double() / T, dim=1)
     loss_start = T**2 * float((log_p.exp() * log_p).sum(1).mean() + np.log(K))
     views = recipe.num_views or 1

@@ -20,7 +20,8 @@ from fastkd.bench.step import LOADER_LIMITS
 from fastkd.bench.workbench import Epochs, Workbench, bare_steps, fed_steps, in_turn, shares, steps_for
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
-from fastkd.stages.labelling import VIEWS_PER_PASS, row_bytes
+from fastkd.stages.label_format import format_of, row_bytes
+from fastkd.stages.labelling import VIEWS_PER_PASS
 from fastkd.stages.row_scores import score_chunks
 from fastkd.stages.training import EVAL_BATCH_SIZE
 from fastkd.stages.training_setup import LOADING_HELP, compile_sizes, tune_loader_threads
@@ -181,7 +182,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | N
     finally:
         bench.close()
     recipe = whole
-    dataset, classes = bench.pipeline.dataset, bench.pipeline.num_classes
+    dataset, classes = bench.pipeline.dataset, bench.pipeline.images.num_classes
     sizes = Sizes(
         samples=len(bench.ids),
         train=dataset.facts["counts"]["train"],
@@ -189,7 +190,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | N
         classes=classes,
         epochs=recipe.train.epochs,
         batch_size=recipe.train.batch_size,
-        row_bytes=row_bytes(classes, recipe.labels.topk),
+        row_bytes=row_bytes(format_of(recipe, classes)),
         score_bytes=4 if recipe.score.dtype == "float32" else 2,
     )
     vanilla = predict_vanilla(measured, sizes)
@@ -293,7 +294,9 @@ def _measure(bench: Workbench, repeats: int) -> Measured:
     vanilla_compile_s = time.perf_counter() - start
 
     views, per_pass = recipe.num_views, min(recipe.num_views or 1, VIEWS_PER_PASS)
-    labeller = pipeline.loader("train", max(1, recipe.labels.batch_size // per_pass), input_px=pipeline.teacher_px)
+    labeller = pipeline.loader(
+        "train", max(1, recipe.labels.batch_size // per_pass), input_px=pipeline.images.teacher_px
+    )
     val = pipeline.loader("val", min(EVAL_BATCH_SIZE, pipeline.dataset.facts["counts"]["val"]))
     student = bench.student(runtime).eval()
     segments = {
@@ -324,7 +327,7 @@ def _measure(bench: Workbench, repeats: int) -> Measured:
     vanilla_fed.close()
     return Measured(
         **{"label": rates["score"], **rates},
-        prune=_prune_rate(pipeline.num_classes),
+        prune=_prune_rate(pipeline.images.num_classes),
         write_s=pipeline.dataset.cost_s,
         setup_s=setup_s,
         compile_s=compile_s,

@@ -117,7 +117,7 @@ class Reference:
     def __init__(self, pipeline: Pipeline, folder: Path, most_images: int | None = None) -> None:
         recipe = pipeline.recipe
         self.pipeline, self.folder = pipeline, folder
-        job = prepare(pipeline)
+        job = prepare(pipeline.training_inputs)
         loader = job.loader
         self.device = pipeline.runtime.device
         self.student = job.student.net
@@ -129,14 +129,14 @@ class Reference:
             nesterov=recipe.optim.nesterov,
             weight_decay=recipe.optim.weight_decay,
         )
-        ids = pipeline.train_ids
+        ids = pipeline.images.train_ids
         self.steps_per_epoch = loader.full_batches(len(ids))
         self.images_per_epoch = self.steps_per_epoch * recipe.train.batch_size
         chosen = ids[epoch_order(len(ids), recipe.seed, 0)[:most_images]]
         export_images(pipeline.dataset, "train", chosen, folder / "train")
 
         hw, view = loader.image_hw, recipe.data.view
-        ratio = pipeline.crop_ratio  # None: images are stored at the size that nets see
+        ratio = pipeline.images.crop_ratio  # None: images are stored at the size that nets see
         self._plain = [] if ratio is None else [transforms.Resize(round(min(hw) / ratio)), transforms.CenterCrop(hw)]
         before = [] if view.family == "random_resized_crop_flip" else self._plain
         area = view.cutout_ratio**2

@@ -21,7 +21,6 @@ from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune, Recipe
 from fastkd.report.runs import Stat, noise_of
-from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare
 
 STAGE_LINES = ("write", "score", "prune", "label", "setup", "compile", "train", "evaluate")
@@ -99,13 +98,13 @@ def measure(
     columns = ways(recipe)
     vanilla_recipe = columns[0].recipe
     pipeline = Pipeline(recipe)
-    run_key_fields(pipeline)  # teacher, scores, subset and labels are built before anything is timed side by side
+    _ = pipeline.training_inputs  # teacher, scores, subset and labels are built before anything is timed side by side
     console.heading("warming up the compilers' caches")
     cold_compile_s = 0.0
     for way in columns[:2]:
         warm = Pipeline(way.recipe)
-        prepare(warm)
-        cold_compile_s += warm.watch.seconds["compile"]
+        prepare(warm.training_inputs)
+        cold_compile_s += warm.stopwatch.seconds["compile"]
 
     results: dict[str, Any] = {}
     reference_runs = []

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,18 @@ from fastkd import recipe as recipes
 from fastkd.data.loader import Batch, Loader
 from fastkd.data.row_store import StoredRows
 from fastkd.engine.loop import Epoch, predict, told_of, train_epoch, train_step
-from fastkd.engine.losses import stored_logits
 from fastkd.engine.prefetch import DeviceBatch
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
-from fastkd.stages.labelling import view_files
+from fastkd.stages.label_format import decoder, label_format, view_files
 from fastkd.stages.training_setup import (
-    Job,
     TeacherSource,
+    TrainingSetup,
     build_training_setup,
     compile_sizes,
     live_teacher_source,
     tune_loader_threads,
-    uses_labels,
 )
 
 LR = 1e-4  # no time depends on it, and with it no loss becomes infinite, however few epochs it came from
@@ -56,12 +54,13 @@ class Workbench:
             raise InputError(f"recipe {recipe.name} has no teacher: there is no distillation to time")
         self.recipe = recipe
         self.pipeline = Pipeline(recipe)
-        self.ids = self.pipeline.train_ids
+        self.ids = self.pipeline.images.train_ids
         self._folder = tempfile.TemporaryDirectory(prefix="fastkd-bench-")
-        topk = recipe.labels.topk if uses_labels(recipe) else None
+        images, topk = self.pipeline.images, recipe.labels.topk if recipe.uses_labels else None
+        self.form = label_format(images.num_classes, topk, recipe.loss.temperature)
         files = [  # of holes: read like any other, on disk nothing
             open_memmap(Path(self._folder.name) / name, "w+", dtype, (len(self.ids), width))
-            for name, dtype, width in view_files(0, self.pipeline.num_classes, topk)
+            for name, dtype, width in view_files(self.form, 0)
         ]
         self.rows = StoredRows(self.ids, files)
 
@@ -71,17 +70,19 @@ class Workbench:
 
     def student(self, runtime: Runtime) -> models.Normalised:
         """Build the student, ready to train."""
-        net = models.build(self.recipe.student.model, self.pipeline.num_classes)
-        placed = models.Normalised(net, self.pipeline.normalisation)
+        net = models.build(self.recipe.student.model, self.pipeline.images.num_classes)
+        placed = models.Normalised(net, self.pipeline.images.normalisation)
         runtime.to_device(placed).train()
         return placed
 
     def teacher(self, runtime: Runtime) -> nn.Module:
         """Build the teacher, compiled if the runtime says so."""
         net = models.float32_head(
-            models.build(self.teacher_model, self.pipeline.num_classes), self.pipeline.num_classes
+            models.build(self.teacher_model, self.pipeline.images.num_classes), self.pipeline.images.num_classes
         )
-        placed = runtime.to_device(models.Normalised(net, self.pipeline.normalisation).eval().requires_grad_(False))
+        placed = runtime.to_device(
+            models.Normalised(net, self.pipeline.images.normalisation).eval().requires_grad_(False)
+        )
         return runtime.compiled(placed)
 
     @property
@@ -91,21 +92,18 @@ class Workbench:
         assert teacher is not None
         return teacher.model or recipes.load(str(teacher.recipe), teacher.overrides).student.model
 
-    def job(self, runtime: Runtime, *, live: nn.Module | None = None) -> Job:
+    def job(self, runtime: Runtime, *, live: nn.Module | None = None) -> TrainingSetup:
         """Build a student with its loader, that learns from stored rows or from a live teacher."""
         if live is None:
-            read = partial(
-                stored_logits, num_classes=self.pipeline.num_classes, temperature=self.recipe.loss.temperature
-            )
-            teacher = TeacherSource(lambda view: self.rows, None, read)
+            teacher = TeacherSource(lambda view: self.rows, None, decoder(self.form))
         else:
             teacher = live_teacher_source(runtime, live)
-        job = build_training_setup(self.pipeline, runtime, self.ids, self.student(runtime), teacher)
+        job = build_training_setup(self.recipe, self.pipeline.images, runtime, self.ids, self.student(runtime), teacher)
         for group in job.state.optimizer.param_groups:
             group["lr"] = LR  # the batches are noise
         return job
 
-    def fed_job(self, runtime: Runtime, *, live: nn.Module | None = None) -> Job:
+    def fed_job(self, runtime: Runtime, *, live: nn.Module | None = None) -> TrainingSetup:
         """Build a student and divide the cores between its loader and its step, as training does."""
         job = self.job(runtime, live=live)
         tune_loader_threads(job, compile_sizes(job))
@@ -130,17 +128,17 @@ class Workbench:
 
     @cached_property
     def _scorer(self) -> Loader:
-        return self.pipeline.loader("train", self.recipe.score.batch_size, input_px=self.pipeline.teacher_px)
+        return self.pipeline.loader("train", self.recipe.score.batch_size, input_px=self.pipeline.images.teacher_px)
 
     def score(self, runtime: Runtime, teacher: nn.Module, seconds: float) -> float:
         """Run the teacher as it scores; return images/s."""
         return self.passes(runtime, teacher, self._scorer, seconds)
 
-    def resident(self, job: Job, batch_size: int, px: int | None = None) -> DeviceBatch:
+    def resident(self, job: TrainingSetup, batch_size: int, px: int | None = None) -> DeviceBatch:
         """Return a batch of noise on the device, with rows as they are stored, of a size or as the job ends with."""
         height, width = (px, px) if px else job.loader.image_hw
         images = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.arange(batch_size) % self.pipeline.num_classes
+        labels = torch.arange(batch_size) % self.pipeline.images.num_classes
         device = job.state.runtime.device
         rows = tuple(torch.from_numpy(np.zeros_like(b)).to(device) for b in self.rows.buffers(batch_size))
         if not job.state.runtime.channels_last:
@@ -166,7 +164,7 @@ class Epochs:
         What the last advance waited for data.
     """
 
-    def __init__(self, pipeline: Pipeline, job: Job) -> None:
+    def __init__(self, pipeline: Pipeline, job: TrainingSetup) -> None:
         self.job = job
         self.waited_s = 0.0
         self._parts = []
@@ -196,14 +194,14 @@ class Epochs:
             batches.close()
 
 
-def _endless(job: Job, px: int | None) -> Generator[Batch, None, None]:
+def _endless(job: TrainingSetup, px: int | None) -> Generator[Batch, None, None]:
     """Yield the batches of epochs whose images have a size."""
     epochs = [epoch for epoch in range(job.recipe.train.epochs) if job.recipe.px_of(epoch) == px]
     for number in itertools.count():
         yield from job.batches(job.epoch_ids(number), epochs[number % len(epochs)])
 
 
-def bare_steps(job: Job, batch: DeviceBatch, steps: int) -> float:
+def bare_steps(job: TrainingSetup, batch: DeviceBatch, steps: int) -> float:
     """Take steps on one batch that is on the device; return images/s."""
     start = job.state.runtime.clock()
     for _ in range(steps):
@@ -211,7 +209,7 @@ def bare_steps(job: Job, batch: DeviceBatch, steps: int) -> float:
     return steps * len(batch.labels) / (job.state.runtime.clock() - start)
 
 
-def some_steps(job: Job, batches: Iterator[Batch], steps: int) -> Epoch:
+def some_steps(job: TrainingSetup, batches: Iterator[Batch], steps: int) -> Epoch:
     """Take steps on batches as they come, by the very loop that trains; the epoch they come from stays alive."""
     return train_epoch(
         job.state,

@@ -476,6 +476,17 @@ class Recipe(Section):
         return Path(self.data.artifacts_dir or f"{self.data.path.rstrip(os.sep) or os.sep}.artifacts")
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether the teacher's scores are needed: not for plain KD on all data with a live teacher."""
+        needed = self.labels.mode == "stored" or self.labels.reshape or self.prune.leaves_out
+        return self.teacher is not None and needed
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether stored logits of numbered views are read."""
+        return self.teacher is not None and self.labels.mode == "stored" and self.num_views is not None
+
+    @property
     def num_views(self) -> int | None:
         """V, the number of views that training goes through; None: the plain view alone."""
         if self.labels.views == "plain" or not self.data.view.varies:

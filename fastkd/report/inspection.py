@@ -156,7 +156,7 @@ class Inspector:
 
     def _find(self, kind: Kind, key: str) -> Artifact:
         """Return what bears a key, though what it was made from may be gone."""
-        folder = self._unseen.artifacts_dir
+        folder = self._unseen.store.directory
         for path, manifest in artifacts.published(folder, kind):
             if manifest.key == key:
                 return artifacts.load(path, kind)
@@ -182,7 +182,7 @@ class Inspector:
                 )
             raise InputError("this student learned from all of its data set: nothing was selected")
         with suppress(FastkdError, OSError):  # also where the data are gone
-            export = self.pipeline.export
+            export = self.pipeline.images.export
         if export:
             raise InputError(f"{self.pipeline.dataset.path} is an export: what was left out is not in it")
         return self._find("SUBSET", run.artifact.manifest.parents["SUBSET"])
@@ -215,7 +215,7 @@ class Inspector:
     def samples(self) -> list[Samples]:
         """Return easy, medium and hard samples, kept and dropped: of each, some evenly spread over the classes."""
         selection, pipeline = self.selection, self.pipeline
-        names, ids = pipeline.dataset.facts["classes"], pipeline.train_ids
+        names, ids = pipeline.dataset.facts["classes"], pipeline.images.train_ids
         y_n = pipeline.loader("train", 1).labels()[ids]
         place_n = class_ranks(selection.difficulty, y_n, len(names)) / np.bincount(y_n, minlength=len(names))[y_n]
         guesses = self._scores.array("logits.npy") if self._scores else None
@@ -257,14 +257,14 @@ class Inspector:
     def accuracy_by_class(self) -> ClassAccuracy:
         """Run the student, and the teacher where it can be had, over val."""
         pipeline, run = self.pipeline, self.run
-        net = models.build(run.recipe.student.model, pipeline.num_classes)
+        net = models.build(run.recipe.student.model, pipeline.images.num_classes)
         models.load_weights(net, run.path, name=run.recipe.student.model)
-        student = pipeline.runtime.to_device(models.Normalised(net, pipeline.normalisation).eval())
+        student = pipeline.runtime.to_device(models.Normalised(net, pipeline.images.normalisation).eval())
         guess_N, label_N = self._predict(student, run.recipe.data.input_px, "student")
-        count_K = np.bincount(label_N, minlength=pipeline.num_classes)
+        count_K = np.bincount(label_N, minlength=pipeline.images.num_classes)
         teacher_K, why = None, ""
         try:
-            theirs_N, _ = self._predict(self._teacher(), pipeline.teacher_px, "teacher")
+            theirs_N, _ = self._predict(self._teacher(), pipeline.images.teacher_px, "teacher")
             teacher_K = _by_class(theirs_N == label_N, label_N, count_K)
         except (InputError, RuntimeError) as error:  # torch's: out of memory, a net that takes no such images
             why = str(error)

@@ -28,10 +28,12 @@ def draw(pipeline: "Pipeline", subset: Artifact, directory: Path) -> list[Path]:
     difficulty_N = np.asarray(subset.array("difficulty.npy"))
     kept = np.asarray(subset.array("indices.npy"))
     files = [directory / name for name in PICTURE_NAMES]
-    title = f"{subset.manifest.inputs['method']}, {len(kept):,} of {len(pipeline.train_ids):,} kept"
+    title = f"{subset.manifest.inputs['method']}, {len(kept):,} of {len(pipeline.images.train_ids):,} kept"
     score = subset.manifest.inputs.get("score", "cross_entropy")
     with mpl.rc_context({"font.family": families(pipeline.dataset.facts["classes"])}):
-        shown = histogram(difficulty_N[pipeline.train_ids], np.isin(pipeline.train_ids, kept), score, title)
+        shown = histogram(
+            difficulty_N[pipeline.images.train_ids], np.isin(pipeline.images.train_ids, kept), score, title
+        )
         shown.savefig(files[0], dpi=120)
         contact_sheet(pipeline, difficulty_N, kept).savefig(files[1], dpi=120)
     return files
@@ -61,7 +63,7 @@ def contact_sheet(pipeline: "Pipeline", difficulty_N: np.ndarray, kept: np.ndarr
     """Draw the easiest, the medium and the hardest samples of a few classes; those kept have a frame."""
     loader = pipeline.loader("train", 1)
     y_N, names = loader.labels(), class_names(pipeline.dataset.facts["classes"])
-    ids = pipeline.train_ids
+    ids = pipeline.images.train_ids
     rank_N = class_ranks(difficulty_N[ids], y_N[ids], len(names))
     classes = np.unique(np.linspace(0, len(names) - 1, min(CLASSES, len(names))).astype(int))
     chosen = []

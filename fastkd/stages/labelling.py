@@ -1,51 +1,83 @@
-"""label: the teacher over the kept samples, in every view that students will see → LABELS."""
+"""label: run the teacher on the kept samples, in every view that students will see → LABELS."""
 
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, FileStamp
-from fastkd.data.row_store import StoredRows
 from fastkd.distributed import current
 from fastkd.engine.loop import Predicted
-from fastkd.errors import ArtifactError, FastkdError, InputError
-from fastkd.kernels import reshape_rows, topk_rows
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import ArtifactError, InputError
+from fastkd.recipe import Labels
 from fastkd.stages.distributed_build import build_together, decided_by_leader, seen
-from fastkd.stages.resumable import (
-    Progress,
-    RowFile,
-    check_float16,
-    full_disk_explained,
-    need_space,
-    subset_key_fields,
-)
+from fastkd.stages.images import ImageSource
+from fastkd.stages.label_format import LabelFormat, centred_rows, row_bytes, view_files
+from fastkd.stages.resumable import Progress, RowFile, full_disk_explained, need_space, subset_key_fields
+from fastkd.stages.store import ArtifactStore
+from fastkd.stages.teacher import LoadedTeacher
 from fastkd.stages.teacher_pass import run_pass
 
-if TYPE_CHECKING:
-    from fastkd.pipeline import Pipeline
-
 VIEWS_PER_PASS = 8
-"""Views that are cut from one decoded image in a pass; every one is an open file and a part of the batch."""
+"""Views that are cut from one decoded image in a pass; each is an open file and a part of the batch."""
 
 
-def build_labels(pipeline: "Pipeline") -> tuple[Artifact, bool]:
-    """Build the LABELS of a pipeline, find them, or make them grow by the views that they lack."""
-    inputs = label_key_fields(pipeline)
-    path = pipeline.place("LABELS", inputs)
-    force = "label" in pipeline.force
-    views = pipeline.recipe.num_views or 0
-    parents = {"DATASET": pipeline.dataset.key, "SUBSET": pipeline.subset.key}
-    if not pipeline.build:
-        there = artifacts.find(path, "LABELS", inputs, parents)
-        assert there is not None  # the pipeline has looked
-        return there, False
+@dataclass(frozen=True)
+class Labeller:
+    """What the views of one LABELS artifact are made from.
+
+    Attributes
+    ----------
+    sample_ids : int64 [M]
+        The samples that the SUBSET keeps.
+    class_std : float64 [K]
+        Standard deviation of the logits of each class.
+    """
+
+    images: ImageSource
+    teacher: LoadedTeacher
+    runtime: Runtime
+    settings: Labels
+    form: LabelFormat
+    sample_ids: np.ndarray
+    class_std: np.ndarray
+
+
+def build_labels(
+    store: ArtifactStore,
+    images: ImageSource,
+    teacher: LoadedTeacher,
+    subset: Artifact,
+    settings: Labels,
+    form: LabelFormat,
+    views: int,
+    runtime: Runtime,
+) -> tuple[Artifact, bool]:
+    """Build or find LABELS, or add the views that they lack.
+
+    Parameters
+    ----------
+    settings
+        The recipe's section ``labels``.
+    views
+        Number of views that students will see.
+
+    Returns
+    -------
+    labels, built
+        `built` is False if they had all views already.
+    """
+    fields = label_key_fields(images, teacher.key_fields, subset, form)
+    path = store.artifact_path("LABELS", fields)
+    force = "label" in store.force
+    parents = {"DATASET": images.dataset.key, "SUBSET": subset.key}
 
     def views_to_make() -> int:
         if force and path.exists():  # views that other recipes use are made again too
@@ -56,43 +88,70 @@ def build_labels(pipeline: "Pipeline") -> tuple[Artifact, bool]:
     progress = artifacts.progress_file(path)
     if force:
         progress.unlink(missing_ok=True)
+    labeller = Labeller(
+        images,
+        teacher,
+        runtime,
+        settings,
+        form,
+        np.asarray(subset.array("indices.npy")),
+        np.asarray(subset.array("class_std.npy")),
+    )
+
+    def fill(directory: Path) -> Built:
+        existing = artifacts.find(path, "LABELS", fields) if current().is_main and not force else None
+        return _fill(labeller, directory, views, Progress.load(progress), existing)
+
     with full_disk_explained(path.parent, "the next run goes on from here"):
         labels, built = build_together(
             path,
             "LABELS",
-            inputs,
-            lambda directory: _fill(
-                pipeline,
-                directory,
-                views,
-                Progress.load(progress),
-                artifacts.find(path, "LABELS", inputs) if current().is_main and not force else None,
-            ),
+            fields,
+            fill,
             parents=parents,
-            settings={"precision": pipeline.runtime.precision, "batch_size": pipeline.recipe.labels.batch_size},
+            settings={"precision": runtime.precision, "batch_size": settings.batch_size},
             force=force,
             enough=lambda artifact: artifact.facts["views"] >= views,
             resumable=True,
-            sources=lambda: [pipeline.dataset, pipeline.subset],
+            sources=lambda: [images.dataset, subset],
         )
-    if built and current().is_main:  # else somebody's growth may have been broken off, and will go on
+    if built and current().is_main:  # otherwise another process may resume what was interrupted
         progress.unlink(missing_ok=True)
     return labels, built
 
 
-def exported_labels(pipeline: "Pipeline") -> Artifact:
-    """Open the LABELS within an exported DATASET, if they are of the views that the recipe asks for.
+def find_labels(
+    store: ArtifactStore, images: ImageSource, teacher_fields: Mapping[str, Any], subset: Artifact, form: LabelFormat
+) -> Artifact:
+    """Open LABELS, however many views they have.
+
+    Raises
+    ------
+    MissingError
+        There are none.
+    """
+    fields = label_key_fields(images, teacher_fields, subset, form)
+    path = store.artifact_path("LABELS", fields)
+    found = artifacts.find(path, "LABELS", fields, {"DATASET": images.dataset.key, "SUBSET": subset.key})
+    assert found is not None  # artifact_path has looked
+    return found
+
+
+def exported_labels(
+    images: ImageSource, teacher_fields: Mapping[str, Any], subset: Artifact, form: LabelFormat, views: int
+) -> Artifact:
+    """Open the LABELS inside an exported DATASET, if they are of the views that the recipe asks for.
 
     Raises
     ------
     InputError
-        There are none, or of too few views.
+        There are none, or they have too few views.
     ArtifactError
         They are of other views; names what differs.
     """
-    path, views, inputs = pipeline.dataset.path, pipeline.recipe.num_views or 0, label_key_fields(pipeline)
+    path, fields = images.dataset.path, label_key_fields(images, teacher_fields, subset, form)
     labels = artifacts.load(path / "labels", "LABELS") if (path / "labels").exists() else None
-    if labels and (phrases := artifacts.differences(inputs, labels.manifest.inputs)):
+    if labels and (phrases := artifacts.differences(fields, labels.manifest.inputs)):
         raise ArtifactError(
             f"{path}: was exported with labels of other views than the recipe asks for: {'; '.join(phrases)}. "
             "Change the recipe, or export again"
@@ -106,157 +165,97 @@ def exported_labels(pipeline: "Pipeline") -> Artifact:
     return labels
 
 
-def label_key_fields(pipeline: "Pipeline") -> dict[str, Any]:
-    """Return what determines every stored row, in words that tell what differs."""
-    recipe, subset = pipeline.recipe, pipeline.subset
-    topk = {"topk": recipe.labels.topk, "temperature": recipe.loss.temperature} if recipe.labels.topk else {}
+def label_key_fields(
+    images: ImageSource, teacher_fields: Mapping[str, Any], subset: Artifact, form: LabelFormat
+) -> dict[str, Any]:
+    """Return the key fields of LABELS: everything that determines a stored row."""
     return {
-        "data": pipeline.original_key,
-        "teacher": pipeline.teacher_key_fields,
+        "data": images.original_key,
+        "teacher": dict(teacher_fields),
         **subset_key_fields(subset),
-        "view": pipeline.view_key_fields(pipeline.teacher_px, varied=True),
-        **topk,
+        "view": images.view_key_fields(images.teacher_px, varied=True),
+        **form.key_fields,
     }
 
 
 def share_of(labels: Artifact, views: int) -> float:
-    """Return the share of what LABELS cost that the first views did: those beyond are not a recipe's to pay for."""
+    """Return the first views' share of the cost of LABELS: a recipe pays only for the views that it uses."""
     costs = [view["cost_s"] for view in labels.facts["each"]]
     return sum(costs[:views]) / sum(costs)
 
 
-def open_view(labels: Artifact, sample_ids: np.ndarray, view: int) -> StoredRows:
-    """Open the rows of one view, to be found by sample_id."""
-    return StoredRows(sample_ids, [labels.array(name) for name in view_names(labels, view)])
-
-
-def view_names(labels: Artifact, view: int) -> list[str]:
-    """Return the names of the files that hold a view."""
-    return [f"views/{name}" for name, _, _ in view_files(view, labels.facts["classes"], labels.facts["topk"])]
-
-
-def row_bytes(num_classes: int, topk: int | None) -> int:
-    """Return what the row of one image and view takes on disk."""
-    return sum(np.dtype(dtype).itemsize * width for _, dtype, width in view_files(0, num_classes, topk))
-
-
-def view_files(view: int, num_classes: int, topk: int | None) -> list[tuple[str, str, int]]:
-    """Return name, type and width of the arrays that hold a view, all numbers or the k largest of each row."""
-    if topk is None:
-        return [(f"v{view:04}.npy", "<f2", num_classes)]
-    return [
-        (f"v{view:04}.indices.npy", "<u2", topk),
-        (f"v{view:04}.logits.npy", "<f2", topk),
-        (f"v{view:04}.tail.npy", "<f4", 1),
-    ]
-
-
-def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, reshape: bool) -> np.ndarray:
-    """Return what is stored of logits (float32 [M, K]): mean-centred, with the std of their class where `reshape`.
-
-    Raises
-    ------
-    FastkdError
-        Logits that are not finite.
-    InputError
-        Rows beyond float16.
-    """
-    if not np.isfinite(z_MK).all():
-        raise FastkdError("the teacher's logits are not finite: check its weights, or label in train.precision=fp32")
-    out_MK = reshape_rows(z_MK, sigma_K[y_M])[0] if reshape else z_MK - z_MK.mean(axis=1, keepdims=True)
-    check_float16(out_MK)
-    return out_MK
-
-
-def refuse_topk(topk: int | None, num_classes: int) -> None:
-    """Refuse to store as many logits as there are classes, or of more classes than 16 bits number."""
-    if topk is not None and (topk >= num_classes or num_classes > 1 << 16):
-        raise InputError(
-            f"labels.topk={topk}: expected fewer than the {num_classes} classes, of which there may be 65,536"
-        )
-
-
-def _fill(pipeline: "Pipeline", directory: Path, views: int, progress: Progress, grown: Artifact | None) -> Built:
-    """Label the views that are not there yet."""
-    kept, K, topk = np.asarray(pipeline.subset.array("indices.npy")), pipeline.num_classes, pipeline.recipe.labels.topk
-    refuse_topk(topk, K)
-    folder, world = directory / "views", current()
+def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, existing: Artifact | None) -> Built:
+    """Label the views that do not exist yet."""
+    world, kept, per_row = current(), labeller.sample_ids, row_bytes(labeller.form)
+    folder = directory / "views"
     if world.is_main:
         folder.mkdir(exist_ok=True)
-    first = world.broadcast(grown.facts["views"] if grown else 0)
-    stamps = _adopt(directory, grown) if grown and world.is_main else {}
+    first = world.broadcast(existing.facts["views"] if existing else 0)
+    stamps = _adopt(directory, existing) if existing and world.is_main else {}
     wanted = range(first, views)
-    for v in wanted if world.is_main else ():
-        if v in progress.views and not _as_left(pipeline, folder, progress, kept, v):
-            del progress.views[v]
-    progress.views = dict(world.broadcast(list(progress.views.items())))
-
-    missing = [v for v in wanted if progress.rows(v) < len(kept)]
+    _drop_damaged(labeller, folder, progress, wanted)
     total, left = len(wanted) * len(kept), sum(len(kept) - progress.rows(v) for v in wanted)
     earlier_s = sum(progress.views[v]["cost_s"] for v in wanted if v in progress.views)
-    per_row = row_bytes(K, topk)
     console.heading(
-        f"label: {pipeline.teacher_key_fields['model']} over {len(kept):,} samples in {len(wanted)} views: "
+        f"label: {labeller.teacher.key_fields['model']} over {len(kept):,} samples in {len(wanted)} views: "
         f"{total * per_row / 1e6:,.1f} MB ({per_row} bytes an image and view)"
     )
     if left < total:
         console.say(f"label: going on with what was begun: {total - left:,} of {total:,} rows are there")
-    if world.is_main:  # before others write
+    if world.is_main:  # before other processes write
         need_space(directory, left * per_row, f"labelling {left:,} rows")
-    with console.progress("label", left) as update:
-        while missing:
-            group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]
-            done = left - sum(len(kept) - progress.rows(v) for v in wanted)
-            _label(pipeline, folder, progress, kept, group, partial(_move, update, done))
-            missing = [v for v in missing if v not in group]
+    _label_all(labeller, folder, progress, wanted)
     if not world.is_main:
         return Built()
-    expected = {name for v in range(views) for name, _, _ in view_files(v, K, topk)}
+    expected = {name for v in range(views) for name, _, _ in view_files(labeller.form, v)}
     for file in folder.iterdir():
         if file.name not in expected:  # begun when more views were asked for
             file.unlink()
-    each = grown.facts["each"] if grown else []
-    each = each + [{name: progress.views[v][name] for name in ("precision", "cost_s")} for v in wanted]
+    each = existing.facts["each"] if existing else []
     facts = {
-        "model": pipeline.teacher_key_fields["model"],
+        "model": labeller.teacher.key_fields["model"],
         "views": views,
         "count": len(kept),
-        "classes": K,
-        "topk": topk,
+        "classes": labeller.form.num_classes,
+        "topk": labeller.settings.topk,
         "row_bytes": per_row,
         "bytes": views * len(kept) * per_row,
-        "each": each,
+        "each": each + [{name: progress.views[v][name] for name in ("precision", "cost_s")} for v in wanted],
     }
-    return Built(facts=facts, earlier_s=earlier_s + (grown.cost_s if grown else 0.0), stamps=stamps)
+    return Built(facts=facts, earlier_s=earlier_s + (existing.cost_s if existing else 0.0), stamps=stamps)
 
 
-def _adopt(directory: Path, grown: Artifact) -> Mapping[str, FileStamp]:
-    """Give the views that are there a second name in the new directory, or a copy where the disk has no links."""
-    for name in grown.manifest.files:
+def _adopt(directory: Path, existing: Artifact) -> Mapping[str, FileStamp]:
+    """Hard-link the existing views into the new directory, or copy them if the file system has no links."""
+    for name in existing.manifest.files:
         target = directory / name
         target.unlink(missing_ok=True)
         try:
-            os.link(grown.file(name), target)
+            os.link(existing.file(name), target)
         except OSError:
-            shutil.copyfile(grown.file(name), target)
-    return grown.manifest.files
+            shutil.copyfile(existing.file(name), target)
+    return existing.manifest.files
 
 
-def _move(update: console.Update, before: int, rows: int) -> None:
-    update(before + rows, "")
+def _drop_damaged(labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]) -> None:
+    """Forget the progress of views that cannot be resumed; the main process decides for all."""
+    world = current()
+    for v in wanted if world.is_main else ():
+        if v in progress.views and not _can_resume(labeller, folder, progress, v):
+            del progress.views[v]
+    progress.views = dict(world.broadcast(list(progress.views.items())))
 
 
-def _as_left(pipeline: "Pipeline", folder: Path, progress: Progress, kept: np.ndarray, view: int) -> bool:
-    """Tell whether what was begun of a view can be gone on with: its rows are as they were left, in this precision."""
-    state = progress.views[view]
-    half = state["rows"] < len(kept)
-    if half and state["precision"] != pipeline.runtime.precision:
+def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int) -> bool:
+    """Return whether the rows of a view are as they were left, and in this precision."""
+    state, count = progress.views[view], len(labeller.sample_ids)
+    if state["rows"] < count and state["precision"] != labeller.runtime.precision:
         console.say(f"label: view {view} was begun in {state['precision']}; labelling it anew")
         return False
     digests = []
-    for name, dtype, width in view_files(view, pipeline.num_classes, pipeline.recipe.labels.topk):
+    for name, dtype, width in view_files(labeller.form, view):
         try:
-            with RowFile(folder / name, dtype, len(kept), width, done=state["rows"]) as file:
+            with RowFile(folder / name, dtype, count, width, done=state["rows"]) as file:
                 digests.append(file.digest)
         except FileNotFoundError:
             digests.append("")
@@ -266,42 +265,45 @@ def _as_left(pipeline: "Pipeline", folder: Path, progress: Progress, kept: np.nd
     return True
 
 
+def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]) -> None:
+    """Run the teacher over the views that are not complete, several in one pass."""
+    count = len(labeller.sample_ids)
+    missing = [v for v in wanted if progress.rows(v) < count]
+    left = sum(count - progress.rows(v) for v in wanted)
+    with console.progress("label", left) as update:
+        while missing:
+            group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]
+            done = left - sum(count - progress.rows(v) for v in wanted)
+            _label(labeller, folder, progress, group, lambda rows, done=done: update(done + rows, ""))  # type: ignore[misc]
+            missing = [v for v in missing if v not in group]
+
+
 def _label(
-    pipeline: "Pipeline",
-    folder: Path,
-    progress: Progress,
-    kept: np.ndarray,
-    group: list[int],
-    moved: Callable[[int], None],
+    labeller: Labeller, folder: Path, progress: Progress, group: list[int], moved: Callable[[int], None]
 ) -> None:
-    """Run the teacher over some views at once, from the row to which all of them have come."""
-    labels, runtime = pipeline.recipe.labels, pipeline.runtime
-    sigma_K = np.asarray(pipeline.subset.array("class_std.npy"))
+    """Run the teacher over several views at once, from the row up to which all of them are complete."""
+    kept, settings, form = labeller.sample_ids, labeller.settings, labeller.form
     world, start = current(), progress.rows(group[0])
 
     def columns(predicted: Predicted) -> Iterator[Sequence[np.ndarray]]:
         y_R = np.repeat(predicted.labels, len(group))
-        rows_RK = centred_rows(predicted.logits, y_R, sigma_K, reshape=labels.reshape)
-        whole: Sequence[np.ndarray] = (rows_RK,)
-        if labels.topk is not None:
-            whole = topk_rows(rows_RK, labels.topk, pipeline.recipe.loss.temperature)
-        return ([column[number :: len(group)] for column in whole] for number in range(len(group)))
+        rows_RK = centred_rows(predicted.logits, y_R, labeller.class_std, reshape=settings.reshape)
+        encoded = form.encode(rows_RK)
+        return ([column[number :: len(group)] for column in encoded] for number in range(len(group)))
 
     def opened(name: str, dtype: str, width: int) -> RowFile:
         path = folder / name if world.is_main else seen(folder / name)
         return stack.enter_context(RowFile(path, dtype, len(kept), width, done=start, begun=not world.is_main))
 
     def open_files() -> list[list[RowFile]]:
-        return [
-            [opened(name, dtype, width) for name, dtype, width in view_files(v, pipeline.num_classes, labels.topk)]
-            for v in group
-        ]
+        return [[opened(*column) for column in view_files(form, v)] for v in group]
 
-    loader = pipeline.loader("train", max(1, labels.batch_size // len(group)), input_px=pipeline.teacher_px)
+    batch_size = max(1, settings.batch_size // len(group))
+    loader = labeller.images.loader("train", batch_size, input_px=labeller.images.teacher_px)
     with ExitStack() as stack:
         run_pass(
-            runtime,
-            pipeline.teacher.net,
+            labeller.runtime,
+            labeller.teacher.net,
             loader,
             kept,
             world.main_first(open_files),

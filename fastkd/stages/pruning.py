@@ -1,5 +1,6 @@
 """prune: logits → the samples to keep and their reshaped logits → SUBSET."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, file_digest, open_array
-from fastkd.errors import ArtifactError, InputError
+from fastkd.errors import InputError
 from fastkd.kernels import (
     Scores,
     beta_draw,
@@ -24,92 +25,140 @@ from fastkd.kernels import (
     uniform_quotas,
     window_ranks,
 )
-from fastkd.recipe import Prune
+from fastkd.recipe import Prune, Recipe
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.resumable import RowFile, check_float16, full_disk_explained
 from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
+from fastkd.stages.store import ArtifactStore
 
-if TYPE_CHECKING:
-    from fastkd.pipeline import Pipeline
+if TYPE_CHECKING:  # importing torch takes seconds; selecting from logits does not need it
+    from fastkd.stages.images import ImageSource
 
 MANY_CLASSES, UNUSUAL, MANY_NAMES = 20, 10, 10
 _BEGINS_ANEW = "the next run begins anew"
 
 
-def build_subset(pipeline: "Pipeline") -> tuple[Artifact, bool]:
-    """Build or find the SUBSET of a pipeline."""
-    scores, settings = pipeline.scores, pipeline.recipe.prune.static
-    precision = scores.manifest.settings["precision"]
-    inputs = {
+def subset_fields(scores: Artifact, images: "ImageSource", settings: Prune, *, reshape: bool) -> dict[str, Any]:
+    """Return the key fields of a SUBSET."""
+    return {
         "scores": scores.key,
-        "holdout_ratio": pipeline.recipe.data.holdout_ratio,
-        "reshape": pipeline.recipe.labels.reshape,
+        "holdout_ratio": images.data.holdout_ratio,
+        "reshape": reshape,
         **_selection_key_fields(settings),
     }
-    path = pipeline.place("SUBSET", inputs)
+
+
+def build_subset(
+    store: ArtifactStore, images: "ImageSource", scores: Artifact, settings: Prune, *, reshape: bool
+) -> tuple[Artifact, bool]:
+    """Build or find a SUBSET: the samples to keep, with the logits of their evaluation view.
+
+    Parameters
+    ----------
+    settings
+        The recipe's section ``prune``, of a method that selects before training.
+    reshape
+        Whether to give each row the σ of its class (``labels.reshape``).
+
+    Returns
+    -------
+    subset, built
+        `built` is False if it existed.
+    """
+    fields = subset_fields(scores, images, settings, reshape=reshape)
+    path = store.artifact_path("SUBSET", fields)
+    made_from = scores.manifest
+
+    def fill(directory: Path) -> Built:
+        candidates = Candidates(
+            scores.array("logits.npy"), np.asarray(scores.array("labels.npy")), images.train_ids, images.classes
+        )
+        return _fill(directory, candidates, settings, reshape=reshape)
+
     with full_disk_explained(path.parent, _BEGINS_ANEW):
         return artifacts.build(
             path,
             "SUBSET",
-            inputs,
-            lambda directory: _fill(
-                directory,
-                scores.array("logits.npy"),
-                np.asarray(scores.array("labels.npy")),
-                settings,
-                train_ids=pipeline.train_ids,
-                reshape=pipeline.recipe.labels.reshape,
-                class_names=pipeline.dataset.facts["classes"],
-            ),
-            parents={"DATASET": pipeline.dataset.key, "SCORES": scores.key},
+            fields,
+            fill,
+            parents={"DATASET": images.dataset.key, "SCORES": scores.key},
             settings={
-                "data": str(pipeline.dataset.path.absolute()),
-                "teacher": pipeline.teacher_key_fields,
-                "view": pipeline.view_key_fields(pipeline.teacher_px),
-                "precision": precision,
+                "data": str(images.dataset.path.absolute()),
+                "teacher": made_from.inputs["teacher"],
+                "view": made_from.inputs["view"],
+                "precision": made_from.settings["precision"],
             },
-            force="prune" in pipeline.force,
+            force="prune" in store.force,
             sources=lambda: [scores],
         )
 
 
-def exported_subset(pipeline: "Pipeline") -> Artifact:
-    """Open the SUBSET within an exported DATASET, if it was made as a recipe with a teacher says.
+def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
+    """Open the SUBSET inside an exported DATASET, if it was selected as a recipe with a teacher says.
 
     Raises
     ------
     InputError
-        The recipe would keep other samples, or have other logits for them; names what differs.
+        The recipe would keep other samples, or store other logits; names what differs.
     ArtifactError
-        It is not the SUBSET that was exported, or of another DATASET.
+        It is not the SUBSET that was exported, or it belongs to another DATASET.
     """
-    subset = artifacts.load(pipeline.dataset.path / "subset", "SUBSET")
-    origin = pipeline.dataset.facts["export"]
-    if subset.key != origin["subset"] or subset.manifest.parents.get("DATASET", origin["dataset"]) != origin["dataset"]:
-        raise ArtifactError(
-            f"{subset.path}: is not the SUBSET that {pipeline.dataset.path} was made from; export again"
-        )
-    recipe, told = pipeline.recipe, subset.manifest.settings
+    subset = images.exported_subset
+    stored = subset.manifest.settings
     if recipe.teacher is None:
         return subset
     asked = {
         "holdout_ratio": recipe.data.holdout_ratio,
         "reshape": recipe.labels.reshape,
-        "view": pipeline.view_key_fields(pipeline.teacher_px),
+        "view": images.view_key_fields(images.teacher_px),
         "teacher": recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json"),
         **_selection_key_fields(recipe.prune.static),
     }
-    teacher = {name: told.get("teacher", {}).get(name) for name in asked["teacher"]}
-    made = {**subset.manifest.inputs, "view": told.get("view"), "teacher": teacher if "teacher" in told else None}
+    teacher = {name: stored.get("teacher", {}).get(name) for name in asked["teacher"]}
+    made = {**subset.manifest.inputs, "view": stored.get("view"), "teacher": teacher if "teacher" in stored else None}
     asked["min_per_class"] = recipe.prune.static.min_per_class
     made["min_per_class"] = subset.manifest.inputs.get("min_per_class", 0)
-    known = {name: value for name, value in asked.items() if made.get(name) is not None}  # not all, of one's own logits
+    known = {name: value for name, value in asked.items() if made.get(name) is not None}  # user logits lack some
     if phrases := artifacts.differences(known, {name: made[name] for name in known}):
         raise InputError(
-            f"{pipeline.dataset.path}: was exported from samples chosen otherwise than the recipe says: "
+            f"{images.dataset.path}: was exported from samples chosen otherwise than the recipe says: "
             f"{'; '.join(phrases)}. Change the recipe, or export again"
         )
     return subset
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The samples that a selection chooses from.
+
+    Attributes
+    ----------
+    logits : floating point [N, K]
+        Of all samples; may be a memory map.
+    labels : int64 [N]
+    train_ids : int64 [T]
+        Ids of the samples that may be kept.
+    class_names
+        None: numbers stand for them.
+    file
+        Name of the user's file that the logits are from; None: SCORES, which have been checked.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    train_ids: np.ndarray
+    class_names: list[str] | None = None
+    file: str | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, K."""
+        return self.logits.shape[1]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the K classes."""
+        return self.class_names or [str(c) for c in range(self.num_classes)]
 
 
 def prune_arrays(
@@ -141,6 +190,7 @@ def prune_arrays(
             f"{logits.name} has {z_NK.shape[1]} classes; {len(wrong)} such rows"
         )
     y_N = y_N.astype(np.int64)
+    candidates = Candidates(z_NK, y_N, np.arange(len(y_N)), file=logits.name)
     inputs = {
         "logits": file_digest(logits),
         "labels": file_digest(labels),
@@ -154,9 +204,7 @@ def prune_arrays(
             out,
             "SUBSET",
             inputs,
-            lambda directory: _fill(
-                directory, z_NK, y_N, settings, train_ids=np.arange(len(y_N)), reshape=reshape, own=logits.name
-            ),
+            lambda directory: _fill(directory, candidates, settings, reshape=reshape),
             settings={"logits": str(logits), "labels": str(labels)},
             force=force,
         )
@@ -168,86 +216,86 @@ def _selection_key_fields(settings: Prune) -> dict[str, Any]:
     return settings.key_fields() | listed
 
 
-def _fill(
-    directory: Path,
-    logits_NK: np.ndarray,
-    labels_N: np.ndarray,
-    settings: Prune,
-    *,
-    train_ids: np.ndarray,
-    reshape: bool,
-    class_names: list[str] | None = None,
-    own: str | None = None,
-) -> Built:
-    """Select among `train_ids` and write the arrays of a SUBSET.
-
-    Parameters
-    ----------
-    own
-        The file that anybody's logits are from: those of SCORES have been looked at.
-    """
-    K = logits_NK.shape[1]
-    scores = score_chunks(logits_NK, labels_N, own)
-    if own is not None:
-        judge_logits(logits_NK, labels_N, float(scores.correct.mean()), "prune", own, class_names)
-    std_N, right_N = scores.std, scores.correct
-    difficulty_N = _difficulty(scores, settings)
-    y_T = labels_N[train_ids]
+def _fill(directory: Path, candidates: Candidates, settings: Prune, *, reshape: bool) -> Built:
+    """Select among the candidates and write the arrays of a SUBSET."""
+    z_NK, y_N, train_ids, K = candidates.logits, candidates.labels, candidates.train_ids, candidates.num_classes
+    scores = score_chunks(z_NK, y_N, candidates.file)
+    if candidates.file is not None:
+        top1 = float(scores.correct.mean())
+        judge_logits(z_NK, y_N, top1, "prune", candidates.file, candidates.class_names)
+    y_T = y_N[train_ids]
     count_K = np.bincount(y_T, minlength=K)
     if not count_K.all():
-        empty = [class_names[c] if class_names else str(c) for c in np.flatnonzero(count_K == 0)]
+        empty = [candidates.names[c] for c in np.flatnonzero(count_K == 0)]
         raise InputError(f"{len(empty)} of {K} classes have no samples to train on: {', '.join(empty[:10])}")
-    sigma_K = class_std(std_N[train_ids], y_T, K)
+    sigma_K = class_std(scores.std[train_ids], y_T, K)
+    difficulty_N = _difficulty(scores, settings)
     kept = train_ids[select(difficulty_N[train_ids], y_T, train_ids, settings, K)]
     if not len(kept):
         raise _keeps_none(settings, len(train_ids))
-
-    flat = 0
-    with RowFile(directory / "logits.npy", "<f2", len(kept), K) as stored:
-        for start in range(0, len(kept), CHUNK_ROWS):
-            ids = kept[start : start + CHUNK_ROWS]
-            z = np.ascontiguousarray(logits_NK[ids], np.float32)
-            # σ of a row's own std leaves the row as it is, but for its mean.
-            out, flat_rows = reshape_rows(z, sigma_K[labels_N[ids]] if reshape else std_N[ids])
-            flat += flat_rows
-            check_float16(out)
-            stored.append(out)
+    # With σ of the row itself, reshaping only removes its mean.
+    sigma_N = sigma_K[y_N] if reshape else scores.std
+    flat = _write_logits(directory / "logits.npy", z_NK, kept, sigma_N)
     np.save(directory / "indices.npy", kept)
     np.save(directory / "class_std.npy", sigma_K)
     np.save(directory / "difficulty.npy", difficulty_N)
-
-    actual = len(kept) / len(train_ids)
-    if settings.min_per_class and len(kept) > (asked_count := round(settings.keep_ratio * len(train_ids))):
-        console.warn(
-            f"prune: prune.min_per_class={settings.min_per_class} alone keeps {len(kept):,} samples, more than the "
-            f"{asked_count:,} of prune.keep_ratio={settings.keep_ratio:g}"
-        )
-    asked = "" if settings.method == "list" else f"; asked {settings.keep_ratio:.2%}"
     facts = {
         "count": len(kept),
         "of": len(train_ids),
-        "scored": len(labels_N),
+        "scored": len(y_N),
         "classes": K,
-        "keep_ratio": actual,
-        "class_counts": np.bincount(labels_N[kept], minlength=K).tolist(),
+        "keep_ratio": len(kept) / len(train_ids),
+        "class_counts": np.bincount(y_N[kept], minlength=K).tolist(),
         "flat_rows": flat,
-        "teacher_top1_kept": float(right_N[kept].mean()),
-        "teacher_top1_all": float(right_N[train_ids].mean()),
+        "teacher_top1_kept": float(scores.correct[kept].mean()),
+        "teacher_top1_all": float(scores.correct[train_ids].mean()),
     }
-    what = f"{settings.method} keeps {len(kept):,} of {len(train_ids):,} samples ({actual:.2%}{asked})"
-    if len(kept) == len(train_ids):
-        what = f"all {len(kept):,} samples are kept"
+    correct_K = np.bincount(y_T, weights=scores.correct[train_ids], minlength=K)
+    _print_selection(candidates, settings, facts, sigma_K, count_K, correct_K / count_K)
+    return Built(facts=facts)
+
+
+def _write_logits(file: Path, logits_NK: np.ndarray, kept: np.ndarray, sigma_N: np.ndarray) -> int:
+    """Write the reshaped logits of the kept samples; return how many rows have no spread."""
+    flat = 0
+    with RowFile(file, "<f2", len(kept), logits_NK.shape[1]) as stored:
+        for start in range(0, len(kept), CHUNK_ROWS):
+            ids = kept[start : start + CHUNK_ROWS]
+            out, flat_rows = reshape_rows(np.ascontiguousarray(logits_NK[ids], np.float32), sigma_N[ids])
+            flat += flat_rows
+            check_float16(out)
+            stored.append(out)
+    return flat
+
+
+def _print_selection(
+    candidates: Candidates,
+    settings: Prune,
+    facts: dict[str, Any],
+    sigma_K: np.ndarray,
+    count_K: np.ndarray,
+    accuracy_K: np.ndarray,
+) -> None:
+    """Print what was kept, in all and by class, and warn of what a student would suffer from."""
+    count, total, actual = facts["count"], facts["of"], facts["keep_ratio"]
+    if settings.min_per_class and count > (asked_count := round(settings.keep_ratio * total)):
+        console.warn(
+            f"prune: prune.min_per_class={settings.min_per_class} alone keeps {count:,} samples, more than the "
+            f"{asked_count:,} of prune.keep_ratio={settings.keep_ratio:g}"
+        )
+    asked = "" if settings.method == "list" else f"; asked {settings.keep_ratio:.2%}"
+    what = f"{settings.method} keeps {count:,} of {total:,} samples ({actual:.2%}{asked})"
+    if count == total:
+        what = f"all {count:,} samples are kept"
     console.say(
         f"prune: {what}; the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
         f"(of all: {facts['teacher_top1_all']:.2%}); σ {sigma_K.min():.3g} … {sigma_K.max():.3g}"
     )
-    right_K = np.bincount(y_T, weights=right_N[train_ids], minlength=K)
-    names = class_names or [str(c) for c in range(K)]
-    _warn_of_empty(names, np.array(facts["class_counts"]), settings)
-    console.show(class_table(names, np.array(facts["class_counts"]), count_K, sigma_K, right_K / count_K))
-    if flat:
-        console.warn(f"prune: {flat} rows of logits have no spread: their labels say nothing")
-    return Built(facts=facts)
+    kept_K = np.array(facts["class_counts"])
+    _warn_of_empty(candidates.names, kept_K, settings)
+    console.show(class_table(candidates.names, kept_K, count_K, sigma_K, accuracy_K))
+    if facts["flat_rows"]:
+        console.warn(f"prune: {facts['flat_rows']} rows of logits have no spread: their labels say nothing")
 
 
 def _warn_of_empty(names: list[str], kept_K: np.ndarray, settings: Prune) -> None:

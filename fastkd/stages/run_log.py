@@ -7,12 +7,20 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from fastkd.engine.loop import Epoch
 from fastkd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Wall seconds that a stage took, in this run or when its artifact was built."""
+
+    seconds: float
+    reused: bool
 
 
 class Stopwatch:

@@ -1,4 +1,4 @@
-"""What a training works with: the student, its loader, its teacher's word, compiled and ready for the first step."""
+"""Everything training needs: student, loader, teacher signal, compiled step."""
 
 import math
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,23 +14,25 @@ from torch import Tensor, nn
 
 from fastkd import console, models
 from fastkd import recipe as recipes
+from fastkd.artifacts import Artifact
 from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader, full_batches
 from fastkd.data.order import epoch_order, rank_slices
 from fastkd.data.row_store import StoredRows
 from fastkd.distributed import current
 from fastkd.engine.ema import ModelEma
 from fastkd.engine.loop import DecodeFn, LiveTeacher, LossModule, TrainState, predict, warm_up
-from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, stored_logits, supervised_loss
+from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, supervised_loss
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.prefetch import feed
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.kernels import hash64
-from fastkd.stages import labelling, pruning
+from fastkd.stages import pruning
+from fastkd.stages.images import ImageSource
+from fastkd.stages.label_format import decoder, format_of, open_view
 from fastkd.stages.logit_checks import judge_logits
-
-if TYPE_CHECKING:
-    from fastkd.pipeline import Pipeline
+from fastkd.stages.run_log import Stopwatch
+from fastkd.stages.teacher import LoadedTeacher
 
 LOADING_HELP = (
     "more data.workers, images stored raw or smart instead of jpg, a lower max_resolution when writing, or a smaller "
@@ -42,36 +44,75 @@ STALE_AVERAGE = 0.1  # share of the first weights in the averaged ones, from whi
 LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
 
 
-def needs_scores(recipe: recipes.Recipe) -> bool:
-    """Tell whether a recipe needs the teacher's scores: not for plain KD on all data with a live teacher."""
-    needed = recipe.labels.mode == "stored" or recipe.labels.reshape or recipe.prune.leaves_out
-    return recipe.teacher is not None and needed
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a student is trained from.
 
+    Attributes
+    ----------
+    subset
+        None: the recipe trains on all samples, and needs no scores.
+    labels
+        None: the recipe reads no stored logits of numbered views.
+    teacher
+        None: there is none, or an export takes its place.
+    teacher_key_fields
+        The teacher's part of the key. None: the recipe has no teacher.
+    stopwatch
+        Wall time of the student, by what it was spent on.
+    """
 
-def uses_subset(pipeline: "Pipeline") -> bool:
-    """Tell whether a recipe trains on a SUBSET: where it needs scores, and on what was exported with one."""
-    return needs_scores(pipeline.recipe) or (pipeline.recipe.teacher is not None and pipeline.export is not None)
+    recipe: recipes.Recipe
+    images: ImageSource
+    runtime: Runtime
+    subset: Artifact | None
+    labels: Artifact | None
+    teacher: LoadedTeacher | None
+    teacher_key_fields: dict[str, Any] | None
+    stopwatch: Stopwatch
 
+    @property
+    def sources(self) -> list[Artifact]:
+        """The artifacts that training reads."""
+        return [one for one in (self.images.dataset, self.subset, self.labels) if one is not None]
 
-def uses_labels(recipe: recipes.Recipe) -> bool:
-    """Tell whether a recipe reads stored logits of numbered views."""
-    return recipe.teacher is not None and recipe.labels.mode == "stored" and recipe.num_views is not None
+    @property
+    def sample_ids(self) -> np.ndarray:
+        """Ids of the samples to train on, ascending (int64 [M])."""
+        return self.images.train_ids if self.subset is None else np.asarray(self.subset.array("indices.npy"))
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size of the stored logits that the student learns from."""
+        if self.recipe.teacher is None or self.recipe.labels.mode == "online":
+            return 0
+        if self.labels is not None:
+            return self.labels.facts["row_bytes"] * self.labels.facts["count"] * (self.recipe.num_views or 0)
+        assert self.subset is not None
+        return self.subset.manifest.files["logits.npy"].size
 
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where the teacher's logits of each batch come from."""
+    """Where the teacher's logits of a batch come from.
+
+    Attributes
+    ----------
+    stored
+        Returns the rows that the loader reads along with a view, given its number (None: the evaluation view).
+    live
+        The teacher itself, if nothing is stored.
+    decode
+        Turns stored rows, or the live teacher's output, into logits; part of the compiled step.
+    """
 
     stored: Callable[[int | None], StoredRows | None]
-    """For a view's number (None: the plain view), the rows that the loader brings along."""
     live: LiveTeacher | None
-    """The teacher itself, where nothing is stored."""
-    read: DecodeFn
-    """Logits from rows, or from what the live teacher said; part of what is compiled."""
+    decode: DecodeFn
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingSetup:
     """All that training needs, compiled and ready for the first step.
 
     Attributes
@@ -131,38 +172,34 @@ class Job:
         return self.loader.batches(ids, last="drop", view=view, stored=self.teacher.stored(view), input_px=px)
 
 
-def check_student(pipeline: "Pipeline", kept: int | None = None) -> None:
+def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None = None) -> None:
     """Refuse, before anything is built for it, a student that cannot be trained as the recipe says.
 
     Parameters
     ----------
     kept
-        Samples that are trained on; default: as many as the recipe keeps at most.
+        Number of samples to train on. Default: the largest number that the recipe can keep.
 
     Raises
     ------
     InputError
-        It does not take images of its size, its weights do not fit, or there are fewer samples than a batch has.
+        Its weights do not fit, the hold-out is empty, or there are fewer samples than a batch needs.
     """
-    recipe, train = pipeline.recipe, pipeline.recipe.train
-    for told in recipe.without_effect():
-        console.warn(f"recipe: {told}")
-    pipeline.try_nets()
-    model, weights = recipe.student.model, recipe.student.weights
+    train, model, weights = recipe.train, recipe.student.model, recipe.student.weights
     if weights is not None and models.is_cached(weights, model):
-        models.load_weights(models.build(model, pipeline.num_classes), weights, name=model)
-    if not pipeline.export:
-        aside, others = len(pipeline.holdout_ids), len(pipeline.train_ids)
-        if recipe.data.holdout_ratio and not (aside and others):
+        models.load_weights(models.build(model, images.num_classes), weights, name=model)
+    if not images.export:
+        held_out, others = len(images.holdout_ids), len(images.train_ids)
+        if recipe.data.holdout_ratio and not (held_out and others):
             raise InputError(
-                f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {aside + others} samples that keeps {aside} "
-                f"aside, and leaves {others} to train on; of both there must be some"
+                f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {held_out + others} samples that keeps "
+                f"{held_out} aside, and leaves {others} to train on; of both there must be some"
             )
-        if recipe.labels.topk is not None and recipe.teacher is not None:
-            labelling.refuse_topk(recipe.labels.topk, pipeline.num_classes)
+        if recipe.teacher is not None:
+            format_of(recipe, images.num_classes)
         if kept is None:
-            kept = pruning.most_kept(recipe.prune.static, pipeline.train_ids, pipeline.num_classes)
-    if kept is None:  # of an export, which is opened later
+            kept = pruning.most_kept(recipe.prune.static, images.train_ids, images.num_classes)
+    if kept is None:  # an export, which is opened later
         return
     steps = train.epochs * full_batches(kept, train.batch_size)
     if train.ema_decay is not None and (left := train.ema_decay**steps) > STALE_AVERAGE:
@@ -172,63 +209,67 @@ def check_student(pipeline: "Pipeline", kept: int | None = None) -> None:
         )
 
 
-def prepare(pipeline: "Pipeline") -> Job:
-    """Build all that the first step needs, compile it, and divide the cores."""
-    runtime, watch = pipeline.runtime, pipeline.watch
-    with watch.on("setup"):
-        ids_M = np.asarray(pipeline.subset.array("indices.npy")) if uses_subset(pipeline) else pipeline.train_ids
-        job = build_training_setup(pipeline, runtime, ids_M, _new_student(pipeline), teacher_source(pipeline))
-        if job.teacher.live is not None and not needs_scores(pipeline.recipe) and current().is_main:
-            _judge_live_teacher(pipeline)
-    with watch.on("compile"):
+def prepare(inputs: TrainingInputs) -> TrainingSetup:
+    """Build everything that the first step needs, compile it, and choose the number of loader threads."""
+    recipe, images, runtime, stopwatch = inputs.recipe, inputs.images, inputs.runtime, inputs.stopwatch
+    with stopwatch.on("setup"):
+        student = _new_student(recipe, images, runtime)
+        setup = build_training_setup(recipe, images, runtime, inputs.sample_ids, student, teacher_source(inputs))
+        if inputs.teacher is not None and setup.teacher.live and not recipe.needs_scores and current().is_main:
+            _judge_live_teacher(images, inputs.teacher, runtime)
+    with stopwatch.on("compile"):
         if runtime.compile:
             console.say("train: compiling; the first time on a machine this takes up to a minute")
-        step_s = compile_sizes(job)
-    console.say(f"train: ready for the first step after {watch.seconds['compile']:.1f} s of compiling and warming up")
-    with watch.on("setup"):
-        tune_loader_threads(job, step_s)
-    return job
+        step_s = compile_sizes(setup)
+    compile_s = stopwatch.seconds["compile"]
+    console.say(f"train: ready for the first step after {compile_s:.1f} s of compiling and warming up")
+    with stopwatch.on("setup"):
+        tune_loader_threads(setup, step_s)
+    return setup
 
 
-def _judge_live_teacher(pipeline: "Pipeline") -> None:
-    """Warn of a teacher that is no use, where there are no SCORES to tell: by as many images as a step has or so."""
-    ids = pipeline.train_ids[:: -(-len(pipeline.train_ids) // JUDGED_IMAGES)]
-    net = getattr(pipeline.teacher.net, "_orig_mod", pipeline.teacher.net)  # not to compile it for these few
-    batches = pipeline.loader("train", min(len(ids), 64)).batches(ids, last="pad")
-    told = [(one.logits.copy(), one.labels.copy()) for one in predict(pipeline.runtime, net, batches)]
-    z_RK, y_R = (np.concatenate(column) for column in zip(*told, strict=True))
-    if np.isfinite(z_RK).all():  # else the loss tells, or a class is masked
+def _judge_live_teacher(images: ImageSource, teacher: LoadedTeacher, runtime: Runtime) -> None:
+    """Warn of an unusable teacher on a few images, since there are no SCORES that would tell."""
+    ids = images.train_ids[:: -(-len(images.train_ids) // JUDGED_IMAGES)]
+    net = getattr(teacher.net, "_orig_mod", teacher.net)  # compiling it for these few would not pay
+    batches = images.loader("train", min(len(ids), 64)).batches(ids, last="pad")
+    found = [(one.logits.copy(), one.labels.copy()) for one in predict(runtime, net, batches)]
+    z_RK, y_R = (np.concatenate(column) for column in zip(*found, strict=True))
+    if np.isfinite(z_RK).all():  # otherwise the loss will be reported, or a class is masked
         top1 = float((z_RK.argmax(axis=1) == y_R).mean())
-        judge_logits(z_RK, y_R, top1, "train", "the live teacher", pipeline.dataset.facts["classes"])
+        judge_logits(z_RK, y_R, top1, "train", "the live teacher", images.classes)
 
 
 def build_training_setup(
-    pipeline: "Pipeline", runtime: Runtime, ids_M: np.ndarray, student: models.Normalised, teacher: TeacherSource
-) -> Job:
-    """Put a student together with its samples (int64 [M]), its teacher's word and its optimizer, not yet compiled.
+    recipe: recipes.Recipe,
+    images: ImageSource,
+    runtime: Runtime,
+    ids_M: np.ndarray,
+    student: models.Normalised,
+    teacher: TeacherSource,
+) -> TrainingSetup:
+    """Combine a student with its samples (int64 [M]), its teacher signal and its optimizer, not yet compiled.
 
     Raises
     ------
     InputError
-        There are fewer samples than a batch has, or a dynamic method may leave fewer; the processes do not divide a
-        batch.
+        There are fewer samples than a batch needs, or a dynamic method may leave fewer; the batch size is not a
+        multiple of the number of processes and microbatches.
     """
-    recipe, train, world = pipeline.recipe, pipeline.recipe.train, current()
+    train, world = recipe.train, current()
     if train.batch_size % (world.size * train.accumulate):
         parts = f"{world.size} processes" + (f" × {train.accumulate} parts" if train.accumulate > 1 else "")
         raise InputError(f"train.batch_size={train.batch_size}: {parts} do not divide it; give a multiple")
-    loader = pipeline.loader("train", train.batch_size // world.size)
+    loader = images.loader("train", train.batch_size // world.size)
     least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if recipe.prune.dynamic else 0)
     full_batches(least, train.batch_size)
     if train.sync_batchnorm and world.size > 1:
         runtime.synchronise(student)
     student.train()
-    objective = runtime.distributed(
-        LossModule(student, loss_of(recipe), teacher.read), accumulates=train.accumulate > 1
-    )
+    module = LossModule(student, loss_of(recipe), teacher.decode)
     state = TrainState(
         runtime,
-        runtime.compiled(objective),
+        runtime.compiled(runtime.distributed(module, accumulates=train.accumulate > 1)),
         runtime.optimizer(recipe.optim, student.parameters()),
         runtime.scaler(),
         parts=train.accumulate,
@@ -236,28 +277,28 @@ def build_training_setup(
         average=ModelEma(student, train.ema_decay) if train.ema_decay else None,
     )
     running = PerSampleLoss(ids_M, runtime.device) if recipe.prune.dynamic else None
-    return Job(recipe, loader, student, state, ids_M, teacher, running)
+    return TrainingSetup(recipe, loader, student, state, ids_M, teacher, running)
 
 
-def compile_sizes(job: Job) -> float:
+def compile_sizes(setup: TrainingSetup) -> float:
     """Compile a step at each size of images that training goes through; return the seconds of one at the last."""
-    sizes = {job.recipe.px_of(epoch): epoch for epoch in reversed(range(job.recipe.train.epochs))}
-    return [compile_step(job, epoch) for epoch in sorted(sizes.values())][-1]
+    sizes = {setup.recipe.px_of(epoch): epoch for epoch in reversed(range(setup.recipe.train.epochs))}
+    return [compile_step(setup, epoch) for epoch in sorted(sizes.values())][-1]
 
 
-def compile_step(job: Job, epoch: int) -> float:
+def compile_step(setup: TrainingSetup, epoch: int) -> float:
     """Compile a step as an epoch takes it; return the seconds of another one, without its update."""
-    state, size = job.state, job.recipe.train.batch_size
-    with closing(feed(job.batches(job.ids[:size], epoch), state.runtime)) as batches:
+    state, size = setup.state, setup.recipe.train.batch_size
+    with closing(feed(setup.batches(setup.ids[:size], epoch), state.runtime)) as batches:
         batch = next(batches)
-        weight_B = None if job.running is None else job.running.weight_N[batch.sample_ids]
+        weight_B = None if setup.running is None else setup.running.weight_N[batch.sample_ids]
         for _ in range(2):
             start = state.runtime.clock()
-            warm_up(state, batch, job.teacher.live, weight_B)
+            warm_up(state, batch, setup.teacher.live, weight_B)
         return state.runtime.clock() - start
 
 
-def tune_loader_threads(job: Job, step_s: float) -> None:
+def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
     """Give the loader as many threads as keep it well ahead of the step, by measurement, and the others to the step.
 
     Parameters
@@ -266,12 +307,12 @@ def tune_loader_threads(job: Job, step_s: float) -> None:
         What a step takes at the size of images that training ends with. Nothing is measured where the recipe says how
         many threads the loader has.
     """
-    loader, size = job.loader, job.recipe.train.batch_size
-    if job.recipe.data.workers or loader.workers == 1:
+    loader, size = setup.loader, setup.recipe.train.batch_size
+    if setup.recipe.data.workers or loader.workers == 1:
         return
     most, loader.workers = loader.workers, 1
-    ids = job.ids[: MEASURED_BATCHES * size]
-    with closing(job.batches(ids, job.recipe.train.epochs - 1)) as batches:
+    ids = setup.ids[: MEASURED_BATCHES * size]
+    with closing(setup.batches(ids, setup.recipe.train.epochs - 1)) as batches:
         for _ in zip(range(BATCHES_AHEAD + 1), batches, strict=False):
             pass  # loaded while nobody waited
         start, count = time.perf_counter(), 0
@@ -287,21 +328,21 @@ def tune_loader_threads(job: Job, step_s: float) -> None:
     )
 
 
-def _new_student(pipeline: "Pipeline") -> models.Normalised:
+def _new_student(recipe: recipes.Recipe, images: ImageSource, runtime: Runtime) -> models.Normalised:
     """Build the student on the device, initialised from the recipe's seed alone."""
-    student = pipeline.recipe.student
+    student = recipe.student
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(pipeline.recipe.seed, "init"))
-        net = models.build(student.model, pipeline.num_classes)
+        torch.manual_seed(derive_seed(recipe.seed, "init"))
+        net = models.build(student.model, images.num_classes)
     if student.weights is not None:
         models.load_weights(net, student.weights, name=student.model)
-    normalised = models.Normalised(net, pipeline.normalisation)
-    pipeline.runtime.to_device(normalised)
+    normalised = models.Normalised(net, images.normalisation)
+    runtime.to_device(normalised)
     return normalised
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """Return a seed of its own for a purpose."""
+    """Return an independent seed for a purpose."""
     return int(hash64(np.array([0]), seed, purpose)[0] >> np.uint64(1))
 
 
@@ -319,35 +360,37 @@ def loss_of(recipe: recipes.Recipe) -> LossFn:
     )
 
 
-def teacher_source(pipeline: "Pipeline") -> TeacherSource:
+def teacher_source(inputs: TrainingInputs) -> TeacherSource:
     """Return where the teacher's logits come from, as the recipe says."""
-    recipe, runtime = pipeline.recipe, pipeline.runtime
+    recipe, subset, labels = inputs.recipe, inputs.subset, inputs.labels
     if recipe.teacher is None:
-        return TeacherSource(lambda view: None, None, lambda told: None)
-
+        return TeacherSource(lambda view: None, None, lambda rows: None)
     if recipe.labels.mode == "stored":
-        ids_M = np.asarray(pipeline.subset.array("indices.npy"))
-        plain = StoredRows(ids_M, [pipeline.subset.array("logits.npy")])
-        return TeacherSource(
-            lambda view: plain if view is None else labelling.open_view(pipeline.labels, ids_M, view),
-            None,
-            partial(stored_logits, num_classes=pipeline.num_classes, temperature=recipe.loss.temperature),
-        )
+        assert subset is not None
+        ids_M = inputs.sample_ids
+        plain = StoredRows(ids_M, [subset.array("logits.npy")])
 
-    net = pipeline.teacher.net
+        def stored(view: int | None) -> StoredRows:
+            if view is None:
+                return plain
+            assert labels is not None
+            return open_view(labels, ids_M, view)
+
+        return TeacherSource(stored, None, decoder(format_of(recipe, inputs.images.num_classes)))
+    assert inputs.teacher is not None
     sigma_K = None
     if recipe.labels.reshape:
-        sigma_K = torch.tensor(pipeline.subset.array("class_std.npy"), dtype=torch.float32, device=runtime.device)
-
-    return live_teacher_source(runtime, net, sigma_K)
+        assert subset is not None
+        sigma_K = torch.tensor(subset.array("class_std.npy"), dtype=torch.float32, device=inputs.runtime.device)
+    return live_teacher_source(inputs.runtime, inputs.teacher.net, sigma_K)
 
 
 def live_teacher_source(runtime: Runtime, net: nn.Module, sigma_K: Tensor | None = None) -> TeacherSource:
-    """Return the word of a teacher that looks at every batch, reshaped where σ is given."""
+    """Return the logits of a teacher that runs on every batch, reshaped if σ is given."""
 
     def live(images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), runtime.autocast():
-            logits_BK = net(images).float().clone()  # CUDA graphs use their outputs again
+            logits_BK = net(images).float().clone()  # CUDA graphs reuse their outputs
             return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K)
 
-    return TeacherSource(lambda view: None, live, lambda told: told[0])
+    return TeacherSource(lambda view: None, live, lambda rows: rows[0])

@@ -46,7 +46,7 @@ def test_a_step_is_the_formula_and_one_sgd_update():
 
 def test_a_step_does_what_fastkd_does_in_fp32(tiny_recipe):
     pipe = reference_chain(tiny_recipe())
-    job, theirs = prepare(pipe), prepare(pipe).student
+    job, theirs = prepare(pipe.training_inputs), prepare(pipe.training_inputs).student
     optim = pipe.recipe.optim
     optimizer = torch.optim.SGD(
         theirs.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
@@ -85,7 +85,7 @@ def test_it_reads_the_data_sets_images_and_looks_at_val_as_fastkd_does(tiny_reci
     before = [p.clone() for p in reference.student.parameters()]
     assert reference.advance(4) > 0
     assert all((a != b).any() for a, b in zip(before, reference.student.parameters(), strict=True))
-    student = prepare(pipe).student
+    student = prepare(pipe.training_inputs).student
     student.net.load_state_dict(reference.student.state_dict())
     val = pipe.loader("val", 20).batches(np.arange(60), last="pad")
     assert reference.evaluate() == pytest.approx(evaluate(pipe.runtime, student.eval(), val, 3))

@@ -244,12 +244,12 @@ def test_processes_with_different_inputs_are_refused(given, tiny_npz, tmp_path, 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused(given, monkeypatch):
     pipe = pipeline.Pipeline(given("train.batch_size=32", "train.accumulate=4"))
-    ids = pipe.train_ids
+    ids = pipe.images.train_ids
     monkeypatch.setattr(distributed, "_world", distributed.ProcessGroup(rank=1, size=3))
     with pytest.raises(
         InputError, match=r"train\.batch_size=32: 3 processes × 4 parts do not divide it; give a multiple"
     ):
-        build_training_setup(pipe, pipe.runtime, ids, None, None)
+        build_training_setup(pipe.recipe, pipe.images, pipe.runtime, ids, None, None)
 
 
 @pytest.mark.soak

@@ -10,7 +10,7 @@ from fastkd import artifacts, pipeline
 from fastkd.errors import ArtifactError, InputError
 from fastkd.export.dataset import export_dataset
 from fastkd.pipeline import Pipeline
-from fastkd.stages import checking
+from fastkd.verification import check_recipe
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.views=2", "train.epochs=3", "train.precision=fp32")
 
@@ -105,10 +105,10 @@ def test_an_export_is_checked_against_the_teacher_where_there_is_one(tiny_recipe
         given = ("teacher.recipe=null", f"teacher.model={run.facts['model']}", f"teacher.weights={run.path}")
         return (*VIEWS, f"data.path={exported}", *given)
 
-    found = checking.check(tiny_recipe(*with_teacher()), pairs=50)
+    found = check_recipe(tiny_recipe(*with_teacher()), pairs=50)
     assert [f.wrong for f in found] == [0, 0]
     other = with_teacher("teacher.overrides=[seed=5]")
-    for use in (lambda: checking.check(tiny_recipe(*other)), Pipeline(tiny_recipe(*other, "labels.mode=online")).train):
+    for use in (lambda: check_recipe(tiny_recipe(*other)), Pipeline(tiny_recipe(*other, "labels.mode=online")).train):
         with pytest.raises(ArtifactError, match="was labelled by another teacher than the recipe's: weights is"):
             use()
 
@@ -116,7 +116,7 @@ def test_an_export_is_checked_against_the_teacher_where_there_is_one(tiny_recipe
 def test_an_export_needs_no_teacher_and_will_not_train_one(tiny_recipe, exported, tmp_path):
     on_it = tiny_recipe(*VIEWS, f"data.path={exported}")
     shutil.rmtree(tmp_path / "runs")
-    assert checking.check(on_it) == []
+    assert check_recipe(on_it) == []
     for use in (
         lambda: pipeline.score(on_it),
         Pipeline(tiny_recipe(*VIEWS, "labels.mode=online", f"data.path={exported}")).train,

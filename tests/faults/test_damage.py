@@ -14,7 +14,7 @@ from fastkd.artifacts import MANIFEST
 from fastkd.errors import ArtifactError
 from fastkd.export.dataset import export_dataset
 from fastkd.pipeline import Pipeline
-from fastkd.stages import checking
+from fastkd.verification import check_recipe
 
 KINDS = ("DATASET", "SCORES", "SUBSET", "LABELS", "RUN", "export")
 FLIPS = 12  # of each file
@@ -200,7 +200,7 @@ def test_an_artifact_made_from_other_parents__is_not_used_where_another_should_b
     ):
         with restored(path / MANIFEST):
             reseal(path, **values)
-            for use in (pipeline.train, checking.check) if kind != "RUN" else (pipeline.train,):
+            for use in (pipeline.train, check_recipe) if kind != "RUN" else (pipeline.train,):
                 with pytest.raises(ArtifactError, match=why) as error:
                     use(loaded)
                 assert str(path) in str(error.value)

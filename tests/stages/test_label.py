@@ -19,8 +19,9 @@ from fastkd import artifacts, check, label, pipeline, recipe
 from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.pipeline import Pipeline
-from fastkd.stages import checking, labelling, resumable, teacher_pass
+from fastkd.stages import labelling, resumable, teacher_pass
 from fastkd.stages.training_setup import prepare
+from fastkd.verification import check_recipe
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.batch_size=32")
 
@@ -77,7 +78,7 @@ def test_views_made_in_one_pass_are_those_made_one_by_one(labelled, tiny_recipe,
 def test_each_step_reads_the_rows_of_the_views_it_sees(labelled):
     loaded, labels = labelled
     pipe = Pipeline(loaded)
-    job = prepare(pipe)
+    job = prepare(pipe.training_inputs)
     for epoch in range(5):
         view = loaded.view_of(epoch)
         assert view == epoch % 3
@@ -262,7 +263,9 @@ def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, s
     overrides = (*VIEWS, "labels.views=2")
     pipe = Pipeline(tiny_recipe(*overrides))
     _ = pipe.subset
-    place = pipe.place("LABELS", labelling.label_key_fields(pipe))
+    place = pipe.store.artifact_path(
+        "LABELS", labelling.label_key_fields(pipe.images, pipe.teacher_key_fields, pipe.subset, pipe.label_format)
+    )
     partial = place.with_name(place.name + artifacts.PARTIAL)
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, str(tiny_recipe.path), *overrides],
@@ -453,7 +456,7 @@ def test_check_takes_each_view_at_the_precision_it_was_made_in(tiny_recipe):
     loaded = tiny_recipe(*VIEWS, "labels.views=2", "train.precision=fp32")
     labels, _ = pipeline.label(loaded)
     assert [one["precision"] for one in labels.facts["each"]] == ["bf16", "fp32"]
-    assert [found.wrong for found in checking.check(loaded, pairs=999)] == [0, 0]
+    assert [found.wrong for found in check_recipe(loaded, pairs=999)] == [0, 0]
 
 
 def test_labels_of_other_samples_are_not_used_though_all_settings_are_the_same(labelled, tiny_recipe, reseal, capfd):
@@ -540,7 +543,7 @@ def test_a_damaged_label_file_is_refused(labelled, tiny_recipe, command):
 
 
 def test_check_finds_all_well(labelled, tiny_recipe, command):
-    found = checking.check(labelled[0], pairs=60, seed=1)
+    found = check_recipe(labelled[0], pairs=60, seed=1)
     assert [f.wrong for f in found] == [0, 0]
     assert all(0 < f.worst_error <= 2.0**-10 for f in found)
     code, said = command(check.main, tiny_recipe.path, *VIEWS, "labels.views=3", "--pairs", "40", "--seed", "5")
@@ -571,16 +574,16 @@ def test_rows_of_nan_are_not_the_teachers(tiny_recipe, reseal):
     np.save(labels.path / "views/v0000.npy", rows)
     reseal(labels.path)
     with pytest.raises(ArtifactError, match="1 of 75 rows drawn are not what the teacher says"):
-        checking.check(loaded, pairs=75)
+        check_recipe(loaded, pairs=75)
 
 
 def test_check_asks_for_nothing_that_the_recipe_does_not_use(tiny_recipe):
     online = tiny_recipe(*VIEWS, "labels.mode=online", "train.epochs=1")
     pipeline.train(online)
-    assert len(checking.check(online, pairs=20)) == 1
+    assert len(check_recipe(online, pairs=20)) == 1
     plain = tiny_recipe("labels.mode=online", "labels.reshape=false", "prune.keep_ratio=1.0", "train.epochs=1")
     pipeline.train(plain)
-    assert checking.check(plain) == []
+    assert check_recipe(plain) == []
 
 
 def test_check_builds_nothing(tiny_recipe, command, tmp_path):

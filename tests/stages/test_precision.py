@@ -12,6 +12,7 @@ from fastkd.engine.losses import kd_loss
 from fastkd.errors import ArtifactError
 from fastkd.pipeline import Pipeline
 from fastkd.stages import checking
+from fastkd.verification import check_recipe
 
 VIEWS = ("data.view.family=pad_crop_flip", "labels.views=2", "labels.batch_size=32", "train.epochs=2")
 
@@ -42,7 +43,7 @@ def test_check_allows_what_the_precision_of_the_rows_makes_and_names_it(tiny_rec
     other = "fp32" if answer == "bf16" else "bf16"
     for now in ("auto", other):
         capfd.readouterr()
-        found = checking.check(tiny_recipe(*VIEWS, f"train.precision={now}"), pairs=999)
+        found = check_recipe(tiny_recipe(*VIEWS, f"train.precision={now}"), pairs=999)
         allowed = checking.TOLERANCE["fp32" if now == "auto" and answer == "fp32" else "bf16"]
         assert [one.wrong for one in found] == [0, 0]
         assert [one.allowed for one in found] == [allowed, allowed]
@@ -62,7 +63,7 @@ def test_rows_beyond_the_bound_of_their_precision_are_found(tiny_recipe, answer,
     reseal(labels.path)
     console.forget_warnings()
     with pytest.raises(ArtifactError, match=rf"1 of 150 rows drawn are not what the teacher says.*made in {answer}"):
-        checking.check(loaded, pairs=999)
+        check_recipe(loaded, pairs=999)
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,8 @@ def test_a_list_is_a_choice_with_a_live_teacher_too(tiny_recipe, tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(0, 150, 2))
     listed = ("labels={mode: online, reshape: false}", "prune.method=list", f"prune.ids={tmp_path / 'ids.npy'}")
     pipe = Pipeline(tiny_recipe(*listed))
-    assert np.array_equal(prepare(pipe).ids, np.arange(0, 150, 2))
-    assert run_key_fields(pipe)["subset"] == pipe.subset.key
+    assert np.array_equal(prepare(pipe.training_inputs).ids, np.arange(0, 150, 2))
+    assert run_key_fields(pipe.training_inputs)["subset"] == pipe.subset.key
     with pytest.raises(InputError, match="needs a `teacher`"):
         tiny_recipe("teacher=null", *listed[1:])
 

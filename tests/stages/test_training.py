@@ -36,7 +36,7 @@ def test_all_options_together_train_and_are_told(tiny_recipe):
 
 
 def test_an_epoch_sees_the_size_that_the_recipe_says(tiny_recipe):
-    job = prepare(Pipeline(tiny_recipe("train.progressive_px={0: 8, 1: 12}")))
+    job = prepare(Pipeline(tiny_recipe("train.progressive_px={0: 8, 1: 12}")).training_inputs)
     for epoch, px in ((0, 8), (1, 12), (5, 12)):
         batch = next(job.batches(job.ids, epoch))
         assert batch.images.shape == (25, 3, px, px)
@@ -52,7 +52,7 @@ def test_the_averaged_weights_are_what_is_saved_and_evaluated(tiny_recipe):
     assert averaged.facts["top1"]["val"] > 0.5
     weights = models.build("cifar/resnet8", 3)
     models.load_weights(weights, still.path)
-    first = prepare(Pipeline(tiny_recipe())).student.net.state_dict()
+    first = prepare(Pipeline(tiny_recipe()).training_inputs).student.net.state_dict()
     for name, tensor in weights.state_dict().items():
         if tensor.is_floating_point():
             torch.testing.assert_close(tensor, first[name], atol=1e-3, rtol=1e-3)
@@ -66,15 +66,15 @@ def test_parts_of_a_batch_sum_to_it(tiny_recipe):
 
 
 def test_the_loader_gets_the_threads_that_it_needs(tiny_recipe, monkeypatch):
-    job = prepare(Pipeline(tiny_recipe()))
+    job = prepare(Pipeline(tiny_recipe()).training_inputs)
     assert job.loader.workers == 1  # 25 images of 16 px are loaded in less time than a step takes
     monkeypatch.setattr("fastkd.stages.training_setup.LOADER_AHEAD", 1e9)
-    assert prepare(Pipeline(tiny_recipe())).loader.workers == usable_cores()
-    assert prepare(Pipeline(tiny_recipe("data.workers=1"))).loader.workers == 1
+    assert prepare(Pipeline(tiny_recipe()).training_inputs).loader.workers == usable_cores()
+    assert prepare(Pipeline(tiny_recipe("data.workers=1")).training_inputs).loader.workers == 1
 
 
 def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
-    job = prepare(Pipeline(tiny_recipe("data.workers=1", "data.view.family=flip")))
+    job = prepare(Pipeline(tiny_recipe("data.workers=1", "data.view.family=flip")).training_inputs)
     job.loader.workers = usable_cores()
     many = [(b.images.clone(), b.stored[0].clone()) for b in job.batches(job.ids, 1)]
     job.loader.workers = 1
@@ -86,7 +86,7 @@ def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
 
 def test_smoothed_labels_make_another_run(tiny_recipe):
     plain, smooth = (
-        run_key_fields(Pipeline(recipe.load(tiny_recipe.path.with_name("teacher.yaml"), overrides)))
+        run_key_fields(Pipeline(recipe.load(tiny_recipe.path.with_name("teacher.yaml"), overrides)).training_inputs)
         for overrides in ([], ["loss.label_smoothing=0.1"])
     )
     assert plain != smooth
@@ -94,6 +94,8 @@ def test_smoothed_labels_make_another_run(tiny_recipe):
 
 def test_all_of_the_kd_loss_is_in_the_key_of_a_live_teacher_too(tiny_recipe):
     live = ("labels.mode=online", "labels.reshape=false", "prune.keep_ratio=1.0", "loss.label_smoothing=0.1")
-    warm, cold = (run_key_fields(Pipeline(tiny_recipe(*live, f"loss.temperature={t}"))) for t in (2.0, 4.0))
+    warm, cold = (
+        run_key_fields(Pipeline(tiny_recipe(*live, f"loss.temperature={t}")).training_inputs) for t in (2.0, 4.0)
+    )
     assert warm["loss"]["label_smoothing"] == cold["loss"]["label_smoothing"] == 0.1
     assert (warm["loss"]["temperature"], cold["loss"]["temperature"]) == (2.0, 4.0)

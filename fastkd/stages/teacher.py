@@ -1,0 +1,221 @@
+"""The teacher: its weights, its normalisation, and whether it fits the data set and the recipe."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastkd import console, models
+from fastkd import recipe as recipes
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import InputError
+from fastkd.recipe import Data, Recipe, Teacher
+from fastkd.stages.images import ImageSource, teacher_px
+
+
+@dataclass(frozen=True)
+class LoadedTeacher:
+    """A frozen network, ready to use.
+
+    Attributes
+    ----------
+    net
+        uint8 images → float32 logits, in eval mode on the device.
+    key_fields
+        Model, digest of the weights, and normalisation: the teacher's part of artifact keys.
+    warnings
+        Warnings about its weights. They also belong to SCORES that are built later.
+    """
+
+    net: nn.Module
+    key_fields: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+def load_teacher(teacher: Teacher, name: str, weights: str, images: ImageSource, runtime: Runtime) -> LoadedTeacher:
+    """Build a teacher, load its weights, and compare what is known about them with the data set.
+
+    The last layer computes in float32: bf16 logits have ties, and blur σ.
+
+    Parameters
+    ----------
+    teacher
+        The recipe's section.
+    name, weights
+        The model and its weights; of a teacher that is given by a recipe, those of its RUN.
+
+    Raises
+    ------
+    InputError
+        The weights do not fit the model or the image size, or were trained on the same classes in another order.
+    """
+    mark = console.warning_mark()
+    refuse_image_size("teacher.model", name, images.image_hw(images.teacher_px), "teacher.input_px")
+    net = models.build(name, images.num_classes)
+    models.load_weights(net, weights, name=name)
+    normalisation = _normalisation(teacher, name, weights, images)
+    described = models.description(weights) or {}
+    _compare_classes(weights, described.get("classes"), images.classes)
+    _warn_of_other_size(weights, described.get("input_hw"), images)
+    _warn_of_other_holdout(weights, images)
+    key_fields = {
+        "model": name,
+        "weights": models.weights_digest(net),
+        "mean": list(normalisation.mean),
+        "std": list(normalisation.std),
+    }
+    net = models.Normalised(models.float32_head(net, images.num_classes), normalisation)
+    placed = runtime.compiled(runtime.to_device(net.eval().requires_grad_(False)))
+    return LoadedTeacher(placed, key_fields, tuple(console.warnings_since(mark)))
+
+
+def teacher_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe that trains the teacher of a recipe, on the same DATASET, device and precision.
+
+    Raises
+    ------
+    InputError
+        It has a teacher itself, or would train on samples that `recipe` holds out.
+    """
+    teacher, student_train = recipe.teacher, recipe.train
+    assert teacher is not None
+    assert teacher.recipe is not None
+    own = recipes.load(teacher.recipe, teacher.overrides)
+    if own.teacher is not None:
+        raise InputError(f"teacher.recipe={teacher.recipe}: it has a teacher itself; a teacher is trained without one")
+    shared = ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
+    train = own.train.model_copy(update={name: getattr(student_train, name) for name in shared})
+    return own.model_copy(update={"data": _teacher_data(own.data, recipe), "train": train})
+
+
+def refuse_image_size(
+    key: str, name: str, image_hw: Sequence[int] | None, size_key: str, *, batch_size: int = 0
+) -> None:
+    """Refuse a network that cannot process images of a size.
+
+    Parameters
+    ----------
+    key, size_key
+        The recipe keys to name in the error.
+    image_hw
+        None: images vary in size; nothing is checked, since no loader opens them without a side.
+    batch_size
+        If given, a training step is tried too.
+
+    Raises
+    ------
+    InputError
+        Names the model and the size, and what to change.
+    """
+    if image_hw is None:
+        return
+    height, width = image_hw
+    problem = models.refusal(name, 10, height, width)
+    where = ""
+    if not problem and batch_size:
+        problem = models.refusal(name, 10, height, width, batch_size=min(batch_size, 2), training=True)
+        where = f", in training on {batch_size} at once" if batch_size < 2 else ", in training"
+    if problem:
+        raise InputError(
+            f"{key}={name} does not take images of {height} x {width} pixels{where}: {problem}. Set {size_key} to a "
+            f"side that it takes{', or a larger train.batch_size' if where else ''}, or choose another net"
+        )
+
+
+def _teacher_data(own: Data, recipe: Recipe) -> Data:
+    """Return the section ``data`` that the teacher's recipe trains on.
+
+    Location and loading options are those of `recipe`. The teacher's recipe decides on hold-out, size and crop; what it
+    does not set is as in `recipe`.
+    """
+    student = recipe.data
+    shared = ("path", "writer", "options", "artifacts_dir", "workers", "os_cache")
+    taken: dict[str, Any] = {name: getattr(student, name) for name in shared}
+    if "holdout_ratio" not in own.model_fields_set:
+        taken["holdout_ratio"] = student.holdout_ratio
+    elif own.holdout_ratio < student.holdout_ratio:
+        raise InputError(
+            f"data.holdout_ratio={student.holdout_ratio:g}, and in teacher.recipe it is {own.holdout_ratio:g}: the "
+            "teacher would learn from samples that the student is judged by. Give the same ratio in both, or none "
+            "in the teacher's"
+        )
+    elif own.holdout_ratio > student.holdout_ratio:
+        console.warn(
+            f"teacher: its recipe keeps {own.holdout_ratio:.2%} of train aside, this one {student.holdout_ratio:.2%}: "
+            "the teacher does not learn from all that the student does. Give the same data.holdout_ratio in both"
+        )
+    if "input_px" not in own.model_fields_set:
+        taken["input_px"] = teacher_px(recipe)
+    if "crop_ratio" not in own.model_fields_set:
+        taken["crop_ratio"] = student.crop_ratio
+    return own.model_copy(update=taken)
+
+
+def _normalisation(teacher: Teacher, name: str, weights: str, images: ImageSource) -> models.Normalisation:
+    """Return the recipe's mean and std, else those of the weights, else those of the data set, with a warning."""
+    if teacher.mean and teacher.std:
+        return models.Normalisation(teacher.mean, teacher.std)
+    native = models.native_normalisation(name, weights)
+    chosen = native or images.normalisation
+    if native is None or native.guessed:
+        whose = "of the data set" if native is None else f"of the weights that are published for {name}"
+        console.warn(
+            f"teacher: nothing beside {weights} says which mean and std it was trained with; taken are those "
+            f"{whose}: mean {_figures(chosen.mean)}, std {_figures(chosen.std)}. If it was trained "
+            "with others, its logits are worse than they could be: set teacher.mean and teacher.std (to these, to "
+            "silence this)"
+        )
+    return chosen
+
+
+def _compare_classes(weights: str, trained: Any, classes: list[str]) -> None:
+    """Compare the class names stored beside a teacher's weights with those of the data set.
+
+    Raises
+    ------
+    InputError
+        They are the same in another order: every logit would belong to another class.
+    """
+    if not isinstance(trained, list) or len(trained) != len(classes) or trained == classes:
+        return
+    other = [k for k in range(len(classes)) if trained[k] != classes[k]]
+    shown = ", ".join(f"{k} is {trained[k]!r} there and {classes[k]!r} here" for k in other[:5])
+    if sorted(map(str, trained)) == sorted(map(str, classes)):
+        raise InputError(
+            f"teacher.weights={weights}: was trained on the same classes in another order: class {shown}. Write "
+            "the data set with its classes in that order, or train a teacher on this one"
+        )
+    console.warn(
+        f"teacher: {weights} was trained on classes of other names, {len(other)} of {len(classes)}: class {shown}. If "
+        "these are other classes, its logits are wrong"
+    )
+
+
+def _warn_of_other_size(weights: str, trained: Any, images: ImageSource) -> None:
+    """Warn if a teacher was trained on images of another size than those that it scores and labels."""
+    asked = images.image_hw(images.teacher_px)
+    if isinstance(trained, list) and asked is not None and trained != asked:
+        sizes = [" x ".join(map(str, size)) for size in (trained, asked)]
+        console.warn(
+            f"teacher: {weights} was trained on images of {sizes[0]} pixels, and scores and labels at {sizes[1]}, "
+            f"where it knows less: set teacher.input_px={trained[-1]}, or train it at that size"
+        )
+
+
+def _warn_of_other_holdout(weights: str, images: ImageSource) -> None:
+    """Warn if the teacher is a RUN that was trained on samples that the recipe holds out."""
+    run = models.student_artifact(weights)
+    ratio = run.manifest.inputs.get("holdout_ratio") if run and run.manifest.kind == "RUN" else None
+    if ratio is None or run is None or run.manifest.inputs.get("data") != images.original_key:
+        return
+    if ratio < images.data.holdout_ratio:
+        console.warn(
+            f"teacher: {weights} kept {ratio:.2%} of train aside, and this recipe keeps "
+            f"{images.data.holdout_ratio:.2%}: it has learned from samples that the student is judged by. "
+            "Train one with the same data.holdout_ratio"
+        )
+
+
+def _figures(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
