@@ -171,7 +171,7 @@ class Pipeline:
             return self.note("write", artifacts.load(path, "DATASET"), built=False)
         with console.bars() as progress:
             force = "write" in self.store.force
-            written = write(data.writer, path, dict(data.options), force=force, progress=progress, mend="--force write")
+            written = write(data.writer, path, dict(data.options), force=force, progress=progress, fix="--force write")
         return self.note("write", *written)
 
     @property

@@ -1,4 +1,4 @@
-"""Whether logits can be what they are taken for: warnings of what a person would want to know before training."""
+"""Checks of logits before anything is trained on them: at chance, in another class order, or not logits at all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from fastkd import console
 from fastkd.kernels import agreement, chance_limits
 
 LOOKED_AT = 1 << 17
-"""Rows, evenly spread, of which predicted classes are compared with labels."""
+"""Number of evenly spread rows whose predicted classes are compared with the labels."""
 GLANCED_AT = 2048
-"""Rows, evenly spread, of which the form of the values is looked at."""
+"""Number of evenly spread rows whose values are examined."""
 SHOWN = 5
 NEAR_ONE = 1e-2  # of a row's sum: float16 keeps three digits
 
@@ -24,7 +24,7 @@ def judge_logits(
     whose: str,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Warn of logits that are at chance, of other classes, or no logits; return the facts for a manifest.
+    """Warn of logits that are at chance, in another class order, or not logits; return the facts for a manifest.
 
     Parameters
     ----------
@@ -34,15 +34,15 @@ def judge_logits(
     top1 : float
         Share of all rows whose largest value is the label's.
     stage
-        Where it is noticed, for warnings.
+        Name of the stage, for warnings.
     whose
-        What the logits are, for warnings: "the teacher".
+        Where the logits are from, for warnings: "the teacher".
 
     Returns
     -------
     dict
-        `chance`, the top-1 of who knows nothing but how frequent classes are; `at_chance`, whether `top1` is not
-        significantly more; `moved_classes`, how many are predicted as another one.
+        `chance`, the top-1 of always predicting the most frequent class; `at_chance`, whether `top1` is not
+        significantly higher; `moved_classes`, how many classes are predicted as another one.
     """
     N, K = logits_NK.shape
     warn_of_form(_rows(logits_NK, GLANCED_AT), stage, whose)
@@ -54,10 +54,19 @@ def judge_logits(
             f"{chance:.2%} ({limit:.2%} would be significant for {N:,} samples of {K:,} classes). A student learns "
             "nothing from it. Are these its weights, its normalisation (teacher.mean, teacher.std) and its classes?"
         )
+    moved = _warn_of_other_order(logits_NK, labels_N, stage, whose, class_names)
+    return {"chance": chance, "at_chance": at_chance, "moved_classes": moved}
+
+
+def _warn_of_other_order(
+    logits_NK: np.ndarray, labels_N: np.ndarray, stage: str, whose: str, class_names: Sequence[str] | None
+) -> int:
+    """Warn if the classes of the logits are in another order than the labels; return how many are."""
+    N, K = logits_NK.shape
     rows = slice(None, None, max(1, -(-N // LOOKED_AT)))
     predicted_R, y_R = _top_classes(logits_NK[rows]), labels_N[rows]
     found = agreement(predicted_R, y_R, K)
-    moved = found.moved if len(found.moved) > 1 else found.moved[:0]  # in another order there are two at least
+    moved = found.moved if len(found.moved) > 1 else found.moved[:0]  # an exchange involves at least two
     if len(moved):
         names = class_names or [str(c) for c in range(K)]
         shown = ", ".join(f"{names[y]!r} is predicted as {names[p]!r}" for p, y in moved[:SHOWN])
@@ -67,11 +76,11 @@ def judge_logits(
             f"Its top-1 is {found.top1:.2%}; with these classes exchanged it would be {found.moved_top1:.2%}. Put its "
             "classes, or the data set's, into the order of the other"
         )
-    return {"chance": chance, "at_chance": at_chance, "moved_classes": len(moved)}
+    return len(moved)
 
 
 def warn_of_form(z_RK: np.ndarray, stage: str, whose: str) -> None:
-    """Warn of values that are no logits by their form: probabilities, whole numbers, the same for all samples."""
+    """Warn of values that do not look like logits: probabilities, integers, or the same row for all samples."""
     z_RK = z_RK.astype(np.float64)
     sums_R = z_RK.sum(axis=1)
     if z_RK.min() >= 0 and z_RK.max() <= 1 + NEAR_ONE and np.abs(sums_R - 1).max() <= NEAR_ONE:

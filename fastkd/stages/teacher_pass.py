@@ -1,4 +1,4 @@
-"""A pass of the teacher over samples, which writes what is made of its logits: scoring, or labelling some views."""
+"""One pass of the teacher over samples, which writes rows computed from its logits: scoring, or labelling views."""
 
 import itertools
 import time
@@ -16,6 +16,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.stages.resumable import Progress, RowFile
 
 SAVE_EVERY_S = 15.0
+"""Seconds between two records of how far a pass has come."""
 
 
 def run_pass(
@@ -30,56 +31,27 @@ def run_pass(
     progress: Progress,
     moved: Callable[[int], None],
 ) -> None:
-    """Run a net over samples, from the row to which all files have come, and write what is made of its logits.
+    """Run a network over samples, starting at the first row that is missing, and write rows made from its logits.
 
-    Where several processes work together, they deal out whole batches in turn: rows are the same, bit by bit, as one
-    process alone would make them. `progress` tells of rows up to the first that is not safe on the disk.
+    Several processes take whole batches in turn. The rows are bit-identical to those of a single process. `progress`
+    counts the rows before the first one that is not on disk.
 
     Parameters
     ----------
     sample_ids : int64 [M]
-        Of all rows.
+        The sample of each row.
     files
-        For each view the files that hold it.
+        For each view, the files that store it.
     columns
-        Makes of a batch, for each view, what each of its files gets.
+        Makes the columns of each view from the output for a batch.
     views
-        The numbers of the views; None: the plain one, which is number 0 in `progress`.
+        Numbers of the views. None stands for the evaluation view, which is number 0 in `progress`.
     moved
-        Called with the count of rows that have been written since the beginning.
+        Called with the number of rows written by this pass.
     """
     world, size, start = current(), loader.batch_size, files[0][0].done
     numbers = [view or 0 for view in views]
-    earlier_s = [progress.views[v]["cost_s"] if v in progress.views else 0.0 for v in numbers]
-    name = f"pass {world.calls}"
-    began = saved = time.perf_counter()
-
-    def save(batches: int) -> None:
-        """Make what this process has written safe; where it leads, tell how far all have come.
-
-        Rows of images that were changed meanwhile are not among them.
-        """
-        loader.dataset.refuse_changed()
-        for file in itertools.chain(*files):
-            file.sync()
-        world.post(name, batches)
-        if not world.is_main:
-            return
-        counts = [batches] if world.size == 1 else world.posted(name)
-        first_missing = min(rank + count * world.size for rank, count in enumerate(counts))
-        done = min(len(sample_ids), start + first_missing * size)
-        now = time.perf_counter()
-        for v, own, earlier in zip(numbers, files, earlier_s, strict=True):
-            for file in own:
-                file.done = done
-            progress.views[v] = {
-                "rows": done,
-                "digests": [file.digest for file in own],
-                "precision": runtime.precision,
-                "cost_s": earlier + (now - began) / len(views),
-            }
-        progress.save()
-
+    saver = _Saver(runtime, loader, len(sample_ids), files, numbers, progress)
     mine = dealt_batches(sample_ids[start:], size, world.rank, world.size)
     batch = -1
     if len(mine):
@@ -91,12 +63,62 @@ def run_pass(
                     for file, part in zip(own, parts, strict=True):
                         file.put(first, part)
                 moved(min(len(sample_ids) - start, (batch + 1) * world.size * size))
-                if (now := time.perf_counter()) - saved > SAVE_EVERY_S:
-                    save(batch + 1)
-                    saved = now
+                if saver.is_due():
+                    saver.save(batch + 1)
     if not world.is_main:
-        save(batch + 1)
+        saver.save(batch + 1)
     world.barrier()
     if world.is_main:
-        save(batch + 1)
+        saver.save(batch + 1)
     world.barrier()
+
+
+class _Saver:
+    """Flushes the rows of this process; in the main process, also records how far all processes have come."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        loader: Loader,
+        count: int,
+        files: Sequence[Sequence[RowFile]],
+        views: Sequence[int],
+        progress: Progress,
+    ) -> None:
+        self._runtime, self._loader, self._count = runtime, loader, count
+        self._files, self._views, self._progress = files, views, progress
+        self._start = files[0][0].done
+        self._earlier_s = [progress.views[v]["cost_s"] if v in progress.views else 0.0 for v in views]
+        self._name = f"pass {current().calls}"
+        self._began = self._saved = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Return whether `SAVE_EVERY_S` have passed since the last record."""
+        return time.perf_counter() - self._saved > SAVE_EVERY_S
+
+    def save(self, batches: int) -> None:
+        """Flush the rows of the first batches of this process, unless the images have changed meanwhile."""
+        world = current()
+        self._loader.dataset.refuse_changed()
+        for file in itertools.chain(*self._files):
+            file.sync()
+        world.post(self._name, batches)
+        self._saved = time.perf_counter()
+        if world.is_main:
+            self._record([batches] if world.size == 1 else world.posted(self._name))
+
+    def _record(self, counts: Sequence[int]) -> None:
+        """Record the rows before the first missing one; `counts` are the batches of each process."""
+        first_missing = min(rank + count * current().size for rank, count in enumerate(counts))
+        done = min(self._count, self._start + first_missing * self._loader.batch_size)
+        elapsed = time.perf_counter() - self._began
+        for v, own, earlier in zip(self._views, self._files, self._earlier_s, strict=True):
+            for file in own:
+                file.done = done
+            self._progress.views[v] = {
+                "rows": done,
+                "digests": [file.digest for file in own],
+                "precision": self._runtime.precision,
+                "cost_s": earlier + elapsed / len(self._views),
+            }
+        self._progress.save()

@@ -1,4 +1,4 @@
-"""source ──write──▶ DATASET: read a source through its writer and publish it as .beton files."""
+"""write: read a source through its writer, and publish it as .beton files → DATASET."""
 
 import os
 from pathlib import Path
@@ -19,92 +19,104 @@ def write(
     *,
     force: bool = False,
     progress: Progress | None = None,
-    mend: str = "--force",
+    fix: str = "--force",
 ) -> tuple[Artifact, bool]:
-    """Publish a DATASET: ``train.beton`` and ``val.beton``, and in the manifest all that was found out about them.
+    """Publish a DATASET: ``train.beton``, ``val.beton``, and a manifest with their statistics.
 
     Parameters
     ----------
     writer
-        Name of a shipped writer (``fashion_mnist``) or path of a file (``my/writer.py``; see `fastkd.data.writer_api`).
+        Name of a writer that fastkd includes (``fashion_mnist``), or path of a file (``my/writer.py``; see
+        `fastkd.data.writer_api`).
     out_dir
-        Where the data set is published. A directory that holds something else is refused, `force` or not.
+        Where the data set goes. A directory that contains anything else is refused, even with `force`.
     options
         The writer's options.
     force
-        Write again where the same or another data set was written before.
+        Write again, even if the same or another data set was written there.
     progress
         Called with (split, done, total).
-    mend
-        What a message tells to add to the command, to write again.
+    fix
+        The option that messages recommend for writing again.
 
     Returns
     -------
     artifact, written
-        `written` is False where `out_dir` held the data set already: same writer, same options, same source.
+        `written` is False if `out_dir` held the data set already: same writer, same options, same source.
 
     Raises
     ------
     InputError
-        Unknown writer or option, a source that is missing, damaged or changed since it was written,
-        `out_dir` taken by something else, or one of `out_dir` and the source lies in the other.
+        Unknown writer or option; a source that is missing, damaged or changed since it was written; `out_dir` holds
+        something else, or one of `out_dir` and the source contains the other.
     FastkdError
         The disk is full, or a process was killed.
     """
     out_dir = Path(os.path.abspath(Path(out_dir).expanduser()))
     loaded = load_writer(writer)
     resolved = loaded.options(options)
-    recorded = resolved.model_dump(mode="json")
-    settings = {**_identity(loaded), "options": recorded}
-
-    def builder(directory: Path) -> Built:
-        # From before it is read: what changes meanwhile is noticed at the next write.
-        source = before or loaded.snapshot(resolved)
-        written = write_betons(loaded, resolved, directory, progress)
-        if source is not None and source.files == 0:  # the writer has just downloaded it
-            source = loaded.snapshot(resolved)
-        train, val = written.splits["train"], written.splits["val"]
-        for text in written.warnings:
-            console.warn(f"write: {text}")
-        facts = {
-            "classes": written.classes,
-            "counts": {"train": train.count, "val": val.count},
-            "class_counts": {"train": train.class_counts, "val": val.class_counts},
-            "mean": train.mean,
-            "std": written.std,
-            "image": {
-                "max_height": max(train.max_height, val.max_height),
-                "max_width": max(train.max_width, val.max_width),
-                "fixed_size": train.fixed_size if train.fixed_size == val.fixed_size else None,
-            },
-            "skipped": train.skipped + val.skipped,
-            "found": {one.kind: one.counts for one in written.found},
-            "writer": writer,
-            "options": recorded,
-        }
-        if source is not None and source.files:
-            facts["source"] = source.recorded()
-        inputs = {"train": train.content_hash, "val": val.content_hash, "classes": written.classes}
-        return Built(facts=facts, inputs=inputs)
-
+    settings = {**_identity(loaded), "options": resolved.model_dump(mode="json")}
     refuse_foreign(out_dir)
     before = loaded.snapshot(resolved) if force or not out_dir.exists() else None
     _refuse_overlap(out_dir, resolved, before)
-    # Of sealing and publishing; what writers and workers meet is told by write_betons.
+
+    def builder(directory: Path) -> Built:
+        return _fill(directory, writer, loaded, resolved, before, progress)
+
+    # For errors while sealing and publishing; write_betons explains those of writers and workers.
     with full_disk_explained(out_dir, "the next run begins anew", setting="another OUT_DIR"):
         artifact, built = build(out_dir, "DATASET", None, builder, settings=settings, force=force)
     if not built and (phrases := differences(_content(settings), _content(artifact.manifest.settings))):
         raise InputError(
             f"{out_dir}: holds a data set that was written otherwise: {'; '.join(phrases)}. "
-            f"Choose another directory, or replace it with {mend}"
+            f"Choose another directory, or replace it with {fix}"
         )
     if not built:
-        _refuse_changed(artifact, loaded, resolved, mend)
+        _refuse_changed(artifact, loaded, resolved, fix)
     return artifact, built
 
 
-def _refuse_changed(artifact: Artifact, writer: Writer, options: WriterOptions, mend: str) -> None:
-    """Refuse to use a data set whose source changed; one whose source is gone or was never recorded may be used."""
+def _fill(
+    directory: Path,
+    name: str,
+    writer: Writer,
+    options: WriterOptions,
+    before: Snapshot | None,
+    progress: Progress | None,
+) -> Built:
+    """Write the .beton files, and return key fields and facts of the DATASET."""
+    # Taken before reading: a change during writing is noticed by the next write.
+    source = before or writer.snapshot(options)
+    written = write_betons(writer, options, directory, progress)
+    if source is not None and source.files == 0:  # the writer has just downloaded it
+        source = writer.snapshot(options)
+    for text in written.warnings:
+        console.warn(f"write: {text}")
+    train, val = written.splits["train"], written.splits["val"]
+    facts = {
+        "classes": written.classes,
+        "counts": {"train": train.count, "val": val.count},
+        "class_counts": {"train": train.class_counts, "val": val.class_counts},
+        "mean": train.mean,
+        "std": written.std,
+        "image": {
+            "max_height": max(train.max_height, val.max_height),
+            "max_width": max(train.max_width, val.max_width),
+            "fixed_size": train.fixed_size if train.fixed_size == val.fixed_size else None,
+        },
+        "skipped": train.skipped + val.skipped,
+        "found": {one.kind: one.counts for one in written.found},
+        "writer": name,
+        "options": options.model_dump(mode="json"),
+    }
+    if source is not None and source.files:
+        facts["source"] = source.recorded()
+    key_fields = {"train": train.content_hash, "val": val.content_hash, "classes": written.classes}
+    return Built(facts=facts, inputs=key_fields)
+
+
+def _refuse_changed(artifact: Artifact, writer: Writer, options: WriterOptions, fix: str) -> None:
+    """Refuse a data set whose source has changed; accept one whose source is gone or was not recorded."""
     recorded = artifact.facts.get("source")
     if recorded is None:
         return
@@ -113,14 +125,14 @@ def _refuse_changed(artifact: Artifact, writer: Writer, options: WriterOptions, 
         console.warn(f"{artifact.path}: used as it is: its source is gone, so that nothing tells whether it changed")
     elif what := found.difference(recorded):
         raise InputError(
-            f"{artifact.path}: its source changed since it was written: {what}. Write it again with {mend} (images, "
+            f"{artifact.path}: its source changed since it was written: {what}. Write it again with {fix} (images, "
             "labels and classes that are the same give the same key, so that scores stay valid), or choose another "
             "directory"
         )
 
 
 def _refuse_overlap(out_dir: Path, options: WriterOptions, source: Snapshot | None) -> None:
-    """Refuse a data set that would be published over its source, or among the images of it."""
+    """Refuse an output directory that contains the source, or lies in it."""
     place = out_dir.resolve()
     for name, value in options:
         if isinstance(value, Path) and place in (value.resolve(), *value.resolve().parents):
@@ -131,20 +143,20 @@ def _refuse_overlap(out_dir: Path, options: WriterOptions, source: Snapshot | No
 
 
 def _identity(writer: Writer) -> dict[str, str]:
-    """Name a writer; one of the user's own also by its text, which may change from one write to the next."""
+    """Return what identifies a writer: its name, and for a user's file also the digest of its text."""
     if writer.path.parent == shipped("writers"):
         return {"writer": writer.name}
     return {"writer": str(writer.path), "writer_xxh3_128": file_digest(writer.path)}
 
 
 def _content(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that bear on what is written: the number of workers does not."""
+    """Return the settings that determine what is written, which the number of workers does not."""
     options = {key: value for key, value in settings.get("options", {}).items() if key != "workers"}
     return settings | {"options": options}
 
 
 def refuse_foreign(out_dir: Path, kind: Kind = "DATASET") -> None:
-    """Let pass: nothing, an empty directory (removed, to be published over), or an artifact of the kind."""
+    """Accept a path that does not exist, an empty directory (which is removed), or an artifact of the kind."""
     if not os.path.lexists(out_dir):
         return
     elsewhere = "choose another directory; nothing was touched"
