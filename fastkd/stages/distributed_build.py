@@ -1,8 +1,8 @@
-"""What the processes of a job do together on storage that they share.
+"""Building artifacts with several processes on shared storage.
 
-The leading process decides by what it sees on the disk, and tells the others. They never look first: a network file
-system may remember for a minute that a file was not there, or what it was. They wait until they see what they were told
-of, which an artifact's digest, or a checkpoint's name, tells exactly.
+The main process decides by what it sees on disk, and sends its decision to the others. The others never look first: a
+network file system may cache for a minute that a file did not exist. They wait until they see exactly the file that the
+main process named, by an artifact's digest or a checkpoint's name.
 """
 
 import contextlib
@@ -20,29 +20,29 @@ from fastkd.errors import ArtifactError, InputError
 
 T = TypeVar("T")
 SEEN_WITHIN_S = 150.0
-"""How long a process waits until it sees what another has written; NFS remembers for up to 60 s."""
+"""Seconds that a process waits for a file that another has written; NFS caches for up to 60 s."""
 _LOOK_EVERY_S = 0.1
 
 
 def build_together(
     path: Path, kind: Kind, inputs: Mapping[str, Any], builder: Callable[[Path], Built], **options: Any
 ) -> tuple[Artifact, bool]:
-    """Do as `fastkd.artifacts.build` does, by a builder that all processes run at once.
+    """Build an artifact like `fastkd.artifacts.build`, with a builder that all processes run at once.
 
-    The leading process locks, seals and publishes; what the others return as `Built` is not looked at. All must see
-    the same directory.
+    The main process locks, seals and publishes; the other processes' `Built` is ignored. All must see the same
+    directory.
 
     Raises
     ------
     InputError
-        A process would build something else, or does not see what the leading one does.
+        A process would build something else, or does not see the directory of the main process.
     ArtifactError
-        What was read was changed meanwhile, as one of the processes sees it.
+        A source was changed meanwhile, as seen by one of the processes.
     """
     world = current()
     if world.size == 1:
         return artifacts.build(path, kind, inputs, builder, **options)
-    world.check_equal(f"way to a {kind}", inputs)
+    world.check_equal(f"set of key fields of a {kind}", inputs)
     if not world.is_main:
         begun = world.broadcast(False)
         if begun:
@@ -55,7 +55,7 @@ def build_together(
     def lead(directory: Path) -> Built:
         world.broadcast(True)
         result = builder(directory)
-        world.barrier()  # nobody writes there any more
+        world.barrier()  # no process writes there any more
         return result
 
     artifact, built = artifacts.build(path, kind, inputs, lead, may_publish=world.raise_failure, **options)
@@ -66,32 +66,32 @@ def build_together(
 
 
 def built_by_leader(build: Callable[[], tuple[Artifact, bool]]) -> tuple[Artifact, bool]:
-    """Let the leading process find or build an artifact on shared storage, and the others open what it found."""
+    """Let the main process find or build an artifact on shared storage; the others then open it."""
     world = current()
     if world.is_main:
         artifact, built = build()
         world.broadcast([str(artifact.path), artifact.manifest.kind, artifact.manifest.digest, built])
         return artifact, built
-    told: list[Any] = world.broadcast([])
-    path, kind, digest, built = told
+    received: list[Any] = world.broadcast([])
+    path, kind, digest, built = received
     return found(Path(path), kind, digest), built
 
 
 def decided_by_leader(decide: Callable[[], T]) -> T:
-    """Return, in all processes, what the leading one finds."""
+    """Return, in all processes, what `decide` returns in the main one."""
     world = current()
     return world.broadcast(decide() if world.is_main else None)  # type: ignore[return-value]
 
 
 def found(path: Path, kind: Kind, digest: str) -> Artifact:
-    """Open the artifact at a path once it is the one whose manifest has a digest, whole and undamaged.
+    """Wait for the artifact with a manifest digest at a path, and open it.
 
     Raises
     ------
     ArtifactError
-        It stays damaged.
+        It is damaged, and stays so.
     InputError
-        It does not come.
+        It does not appear.
     """
 
     def look() -> Artifact | None:
@@ -101,31 +101,31 @@ def found(path: Path, kind: Kind, digest: str) -> Artifact:
 
 
 def seen(path: Path) -> Path:
-    """Return a path once it is there.
+    """Wait until a path exists, and return it.
 
     Raises
     ------
     InputError
-        It does not come.
+        It does not appear.
     """
     return _waited_for(path, lambda: path if path.exists() else None)
 
 
 def read_once_seen(path: Path, read: Callable[[Path], T | None]) -> T:
-    """Return what is read of a file once it is there, whole; `read` returns None where it is not yet what it should be.
+    """Wait until `read` returns a value for a path, and return that. It returns None while the file is incomplete.
 
     Raises
     ------
     InputError
-        It does not come.
+        It does not appear.
     """
     return _waited_for(path, lambda: read(path) if path.exists() else None)
 
 
 def is_shared(folder: Path) -> bool:
-    """Tell whether this process sees in a folder what the leading one writes there; all must ask.
+    """Return whether this process sees what the main one writes into a folder. All processes must call it.
 
-    By a file of a new name: no file system remembers that it was not there.
+    The test file has a new name: no file system has cached that it did not exist.
     """
     world = current()
     mark = folder / decided_by_leader(lambda: f".fastkd-{uuid.uuid4().hex}")
@@ -142,7 +142,7 @@ def is_shared(folder: Path) -> bool:
 
 
 def _waited_for(path: Path, look: Callable[[], T | None]) -> T:
-    """Return what a look gives once it gives something; errors of what is half visible count as nothing."""
+    """Call `look` until it returns a value. Errors of artifacts that are only partly visible are ignored."""
     give_up = time.monotonic() + SEEN_WITHIN_S
     while True:
         problem: Exception | None = None

@@ -1,4 +1,4 @@
-"""predict: a trained student on images from anywhere, which it sees as it saw those that it was evaluated on."""
+"""predict: run a trained student on image files, preprocessed as in evaluation."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +15,16 @@ from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.stages.trained_student import Student
 
-BATCH_SIZE, MAX_BATCH_PIXELS = 64, 1 << 24  # as many images at once, of large ones fewer
+BATCH_SIZE, MAX_BATCH_PIXELS = 64, 1 << 24  # images per batch; fewer if they are large
 
 
 class Prediction(NamedTuple):
-    """What a student says of an image.
+    """The output of a student for an image.
 
     Attributes
     ----------
     logits : float32 array [K], or None
-        None: it could not be read, and `error` says why.
+        None: the image could not be read; `error` says why.
     """
 
     path: Path
@@ -40,9 +40,9 @@ class Prediction(NamedTuple):
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the files, and those images that lie anywhere in the folders (see `fastkd.data.image_files`).
+    """Return the given files, and all images in the given folders (see `fastkd.data.image_files`).
 
-    A file that is named is taken whatever its name. What is left out of a folder is warned of.
+    Given files are used regardless of their extension. Files in folders that are skipped cause a warning.
 
     Raises
     ------
@@ -64,10 +64,10 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def predict(student: Student, paths: Sequence[Path]) -> Iterator[Prediction]:
-    """Yield what a student says of image files, in their order; in float32, on a GPU where there is one.
+    """Yield the student's output for image files, in their order; in float32, on a GPU if there is one.
 
-    The pixels that it sees are those of evaluation: decoded, shrunk, stored, cut and resized as the images of its data
-    set were.
+    Preprocessing is that of evaluation: images are decoded, shrunk, stored, cropped and resized as those of the
+    student's data set were.
     """
     runtime = Runtime.choose("auto", "fp32", channels_last=True, compile=False)
     net = runtime.to_device(student.net)
@@ -87,7 +87,7 @@ def predict(student: Student, paths: Sequence[Path]) -> Iterator[Prediction]:
 
 
 def _view(student: Student, path: Path) -> np.ndarray | str:
-    """Return the pixels that the net is to see, or why there are none."""
+    """Return the network's input for an image, or why there is none."""
     try:
         return student.view(path.read_bytes())
     except OSError as error:

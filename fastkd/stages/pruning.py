@@ -1,4 +1,4 @@
-"""prune: logits → the samples to keep and their reshaped logits → SUBSET."""
+"""prune: select the samples to keep, and reshape their logits → SUBSET."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +164,7 @@ class Candidates:
 def prune_arrays(
     logits: Path, labels: Path, out: Path, settings: Prune, *, reshape: bool = True, force: bool = False
 ) -> tuple[Artifact, bool]:
-    """Publish at `out` the SUBSET of anybody's logits.
+    """Build a SUBSET at `out` from a user's logits.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def prune_arrays(
 
 
 def _selection_key_fields(settings: Prune) -> dict[str, Any]:
-    """Return what determines a selection; of a list, what stands in it."""
+    """Return the key fields of a selection; of a list, the digest of its ids."""
     listed = {"ids": file_digest(Path(settings.ids))} if settings.ids and Path(settings.ids).is_file() else {}
     return settings.key_fields() | listed
 
@@ -321,7 +321,7 @@ def _difficulty(scores: Scores, settings: Prune) -> np.ndarray:
 def class_table(
     names: list[str], kept_K: np.ndarray, count_K: np.ndarray, sigma_K: np.ndarray, accuracy_K: np.ndarray
 ) -> Table:
-    """Lay out what was kept of each class; of many, those that keep nothing, then the most unusual in any column."""
+    """Return a table of the kept samples by class; of many classes, only the empty and the most unusual ones."""
     share_K = kept_K / count_K
     shown = np.arange(len(names))
     title = "per class"

@@ -1,4 +1,4 @@
-"""Arrays that are written row by row, and can be gone on with."""
+"""Arrays that are written row by row, so that an interrupted stage can resume."""
 
 import contextlib
 import json
@@ -22,9 +22,9 @@ _READ_BYTES = 4 << 20
 
 
 class RowFile:
-    """An .npy file [count, width] that rows are written to, by one process or by several at once.
+    """An .npy file [count, width] that one or several processes write rows to.
 
-    By plain writes: on a full disk they raise, where writing through a memory map kills the process.
+    Uses plain writes: on a full disk they raise, whereas writing through a memory map kills the process.
 
     Parameters
     ----------
@@ -32,14 +32,14 @@ class RowFile:
     dtype, count, width
         Of the whole array.
     done : int
-        Rows that are there already and stay; what follows them is written over.
+        Number of rows to keep; the rows after them are overwritten.
     begun : bool
-        The file is there, header and all: another process has made it.
+        Whether another process has created the file, including its header.
 
     Attributes
     ----------
     done : int
-        Up to which row all of them are written.
+        Number of rows before the first one that is missing.
     """
 
     def __init__(
@@ -50,15 +50,14 @@ class RowFile:
         self._row_bytes = self.dtype.itemsize * width
         self._digest, self._digested = xxhash.xxh3_128(), 0
         if not done and not begun:
-            path.unlink(missing_ok=True)  # it may be a second name of a file that is not to be changed
+            path.unlink(missing_ok=True)  # it may be a hard link to a file that must not change
         self._stream = path.open("r+b" if done or begun else "w+b")
         header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (count, width)}
         np.lib.format.write_array_header_1_0(self._stream, header)
         self._first = self._stream.tell()
         self._stream.flush()
-        if (
-            not done and not begun
-        ):  # at once as long as it will be: of a size that changes, other machines may know an old one
+        # At full size from the start: other machines may cache the size.
+        if not done and not begun:
             self._stream.truncate(self._first + count * self._row_bytes)
         self._path = path
 
@@ -67,10 +66,10 @@ class RowFile:
         """The xxh3-128 (hex) of the rows that are done, read back from the file."""
         self._stream.flush()
         left = self.done * self._row_bytes - self._digested
-        with self._path.open("rb") as rows:  # opened anew, NFS gives what other machines have written
+        with self._path.open("rb") as rows:  # reopening makes NFS return what other machines have written
             while left:
                 block = os.pread(rows.fileno(), min(left, _READ_BYTES), self._first + self._digested)
-                if not block:  # shorter than it should be: the digest will tell
+                if not block:  # too short: the digest will differ
                     break
                 self._digest.update(block)
                 self._digested += len(block)
@@ -78,19 +77,19 @@ class RowFile:
         return self._digest.hexdigest()
 
     def put(self, first: int, rows: np.ndarray) -> None:
-        """Write rows [n, width] from a row on, converted to the file's type."""
+        """Write rows [n, width] starting at row `first`, converted to the dtype of the file."""
         at = self._first + first * self._row_bytes
         if self._stream.tell() != at:
             self._stream.seek(at)
         self._stream.write(np.ascontiguousarray(rows, self.dtype).data)
 
     def append(self, rows: np.ndarray) -> None:
-        """Write rows behind those that are done."""
+        """Write rows after the last one."""
         self.put(self.done, rows)
         self.done += len(rows)
 
     def sync(self) -> None:
-        """Return once all rows, and the file's name, are on the disk."""
+        """Flush the rows and the directory entry to disk."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
         fsync(self._path.parent)
@@ -103,20 +102,20 @@ class RowFile:
     ) -> None:
         try:
             self._stream.close()
-        except OSError:  # what is buffered does not fit on the disk
+        except OSError:  # the buffered rows do not fit on the disk
             if error is None:
                 raise
 
 
 @dataclass
 class Progress:
-    """How far a pass of the teacher has come, for going on when it is broken off: kept beside the artifact until then.
+    """How far a pass of the teacher has come. Stored beside the artifact until it is complete, to resume from.
 
     Attributes
     ----------
     views
-        Of each view that was begun (scoring has one, 0): its `rows` that are safe on the disk, the xxh3-128 of each
-        of its files so far (`digests`), the `precision` it was made in, and the seconds that it took (`cost_s`).
+        For each view that was begun (scoring has one, 0): the number of its `rows` on disk, the xxh3-128 of each of its
+        files up to there (`digests`), the `precision` it is made in, and the seconds spent on it (`cost_s`).
     """
 
     file: Path
@@ -124,7 +123,7 @@ class Progress:
 
     @classmethod
     def load(cls, file: Path) -> "Progress":
-        """Read it, or begin anew where there is none."""
+        """Read the file. If it does not exist or is damaged, return an empty progress."""
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             views = {}
             for v, state in json.loads(file.read_bytes()).items():
@@ -138,24 +137,24 @@ class Progress:
         return cls(file)
 
     def rows(self, view: int) -> int:
-        """Return how many rows of a view are safe."""
+        """Return the number of rows of a view that are on disk."""
         return self.views[view]["rows"] if view in self.views else 0
 
     def save(self) -> None:
-        """Write it whole or not at all."""
+        """Write the file atomically."""
         write_whole(self.file, json.dumps(self.views).encode(), self.file.with_suffix(".tmp"))
 
 
 def check_float16(rows: np.ndarray) -> None:
-    """Refuse reshaped logits that float16 cannot hold."""
+    """Refuse reshaped logits that exceed float16."""
     if (largest := np.abs(rows).max()) > _FLOAT16_MAX:
         raise InputError(f"reshaped logits reach {largest:.3g}: beyond float16; the teacher's logits are too large")
 
 
 def subset_key_fields(subset: Artifact) -> dict[str, str]:
-    """Return what tells for which samples, and reshaped to which σ, rows are stored.
+    """Return the key fields that say for which samples rows are stored, and with which σ.
 
-    A SUBSET that is built again under its key, on another machine or in another precision, may hold others.
+    A SUBSET that is rebuilt under the same key, on another machine or in another precision, may differ in them.
     """
     files = subset.manifest.files
     return {
@@ -166,12 +165,12 @@ def subset_key_fields(subset: Artifact) -> dict[str, str]:
 
 
 def need_space(directory: Path, needed: int, what: str) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Refuse to start what does not fit on the disk.
 
     Raises
     ------
     FastkdError
-        Names both figures.
+        Names the required and the free space.
     """
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -183,12 +182,14 @@ def need_space(directory: Path, needed: int, what: str) -> None:
 
 @contextlib.contextmanager
 def full_disk_explained(directory: Path, then: str, *, setting: str = "data.artifacts_dir") -> Iterator[None]:
-    """Turn a full disk into an error that says what to do, and what `then` happens.
+    """Turn a full disk into an error that says what to do.
 
     Parameters
     ----------
+    then
+        What happens when the command is run again, for the message.
     setting
-        Which setting puts what is written elsewhere.
+        The setting that changes where files are written.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Scores of memory-mapped logits, which need neither torch nor FFCV."""
+"""Scores of memory-mapped logits. Needs neither torch nor FFCV."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from fastkd.errors import InputError
 from fastkd.kernels import Scores, score_logits
 
 CHUNK_ROWS = 65536
-"""Rows of logits that are processed at once, which bounds memory."""
+"""Number of rows processed at once, to bound memory."""
 
 
 def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray, own: str | None = None) -> Scores:
@@ -15,7 +15,7 @@ def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray, own: str | None = 
     Parameters
     ----------
     own
-        The name of the file, where they are not those of a teacher that fastkd ran.
+        Name of the file, if the logits are a user's.
 
     Raises
     ------

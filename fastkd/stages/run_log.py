@@ -1,4 +1,4 @@
-"""What a training leaves behind while it goes on: its metrics, its times, and how far it has come."""
+"""The log of a training while it runs: metrics, times, and how far it has come."""
 
 import contextlib
 import importlib.util
@@ -24,7 +24,7 @@ class Cost:
 
 
 class Stopwatch:
-    """Wall seconds by what they were spent on."""
+    """Wall time, by what it was spent on."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -46,7 +46,7 @@ class Stopwatch:
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
     def so_far(self) -> dict[str, float]:
-        """Return the seconds up to this moment."""
+        """Return the seconds so far, including the current block."""
         seconds = dict(self.seconds)
         if self._open is not None:
             what, start = self._open
@@ -55,30 +55,30 @@ class Stopwatch:
 
 
 class History:
-    """What has happened in a training: metrics.jsonl, one JSON object a line as it happens, and how far it has come.
+    """Writes metrics.jsonl, one JSON object per line, and counts epochs and steps.
 
     Parameters
     ----------
     directory : Path
-        Of the RUN.
+        The RUN's.
     key : str
-        Its key: what a checkpoint must be of to be gone on with.
+        The RUN's key. Only checkpoints with this key are resumed from.
     before : dict, optional
-        What `state` returned when the checkpoint was written that is gone on with: metrics.jsonl is cut back to that,
-        and what was done since then, and is lost, is charged to training.
+        The value of `state` in the checkpoint to resume from. metrics.jsonl is truncated to that point; the time of
+        the work that was lost since then is charged to training.
     tensorboard : bool
-        Write the same for TensorBoard, in a folder of that name.
+        Also write for TensorBoard, into the folder ``tensorboard``.
     writes : bool
-        Whether this process writes at all: of several that train together, one does.
+        Whether this process writes files. Of several processes, only the main one does.
 
     Attributes
     ----------
     epochs
-        A summary of each that has ended.
+        A summary of each finished epoch.
     epoch
-        The one that is going on.
+        The current epoch.
     earlier_s : float
-        Seconds that were spent before this process.
+        Seconds spent before this process started.
     """
 
     def __init__(
@@ -120,16 +120,16 @@ class History:
             self._board = Board(directory / "tensorboard", steps)
         if before is not None:
             self.write("resumed", epoch=len(self.epochs), step=steps, lost_s=lost_s)
-            worked_until = before["saved_at"] + lost_s  # if this process dies at once, the time till now was idle
+            worked_until = before["saved_at"] + lost_s  # so that idle time is never charged
             os.utime(self._file, (worked_until, worked_until))
 
     @property
     def steps_before(self) -> int:
-        """Steps of the epochs that have ended."""
+        """Number of steps of the finished epochs."""
         return int(sum(epoch["steps"] for epoch in self.epochs))
 
     def write(self, event: str, **values: Any) -> None:
-        """Append an event, with the seconds that the student has taken up to it."""
+        """Append an event, with the seconds spent on the student so far."""
         if self._stream is None:
             return
         at_s = round(sum(self._watch.so_far().values()), 3)
@@ -138,7 +138,7 @@ class History:
             self._board.write(event, values)
 
     def end_epoch(self) -> None:
-        """Sum the epoch up, and begin the next."""
+        """Log a summary of the epoch, and start the next."""
         done = self.epoch
         summary = {
             "loss": done.loss,
@@ -153,11 +153,11 @@ class History:
         self.epoch = Epoch()
 
     def is_due(self, every_s: float) -> bool:
-        """Tell whether it is time for a checkpoint."""
+        """Return whether a checkpoint is due."""
         return time.monotonic() - self._saved >= every_s
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint remembers of it."""
+        """Return the state to store in a checkpoint."""
         self._saved = time.monotonic()
         if self._board is not None:
             self._board.flush()
@@ -179,19 +179,19 @@ class History:
 
 
 def require_tensorboard() -> None:
-    """Refuse what `log.tensorboard` asks for where its package is not installed."""
+    """Raise an error if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise InputError("log.tensorboard needs a package that is not installed: pip install 'fastkd[tensorboard]'")
 
 
 class Board:
-    """The numbers of metrics.jsonl as TensorBoard has them, over the steps.
+    """Writes the numbers of metrics.jsonl for TensorBoard, over steps.
 
     Parameters
     ----------
     folder : Path
     steps : int
-        How many were done before: 0 begins anew, else what was written of later ones is taken back.
+        Number of steps done before. 0 starts a new log; otherwise entries of later steps are purged.
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
@@ -203,7 +203,7 @@ class Board:
         self._writer = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
 
     def write(self, event: str, values: dict[str, Any]) -> None:
-        """Add an event's numbers: loss, lr and data_wait_share of steps, top-1 of looks and so on."""
+        """Add the numbers of an event, such as loss, lr, data_wait_share, and top-1."""
         self._step = values.get("step", self._step)
         prefix = "/".join([event, *([values["split"]] if "split" in values else [])])
         for name, value in values.items():
@@ -211,7 +211,7 @@ class Board:
                 self._writer.add_scalar(f"{prefix}/{name}", value, self._step)
 
     def flush(self) -> None:
-        """Return once all is in the file."""
+        """Flush the file."""
         self._writer.flush()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""What the files of a RUN and of an exported student may say: types and bounds of all that is read from them.
+"""Schema of the files of a RUN and of an exported student: types and bounds of everything that is read from them.
 
-A RUN may come from anybody, and its checksums are right whoever made it. So nothing that a file claims is used, or
-allocated for, before it was compared with these models; a file that is not as they say is one error that names the file
-and the field. Keys that are not listed are kept and not looked at: a later fastkd may write more.
+A RUN may come from an untrusted source, and correct checksums do not change that. Files are validated before their
+contents are used or memory is allocated for them; a violation is one error that names the file and the field. Unknown
+keys are accepted, since later versions may write more.
 """
 
 import json
@@ -16,10 +16,10 @@ from fastkd.errors import ArtifactError
 from fastkd.validation import explain
 
 MAX_BYTES = 64 << 20
-"""Of a JSON file."""
+"""Largest JSON file that is read."""
 MAX_METRICS_BYTES = 1 << 30
 MAX_PX = 8192
-"""Side of the images that a net takes."""
+"""Largest side of a network's input."""
 
 Text = Annotated[str, Field(max_length=10_000)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
@@ -32,13 +32,13 @@ Side = Annotated[int, Field(ge=1, le=MAX_PX)]
 
 
 class Record(BaseModel):
-    """What is read: its types are not guessed, and keys beside the listed ones are let pass."""
+    """Base model: types are strict, unknown keys are accepted."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
 class Described(Record):
-    """``model.json``: a trained student, and the images that it takes."""
+    """``model.json``: a trained student and its input."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
     num_classes: Annotated[int, Field(ge=1, le=10_000_000)]
@@ -59,7 +59,7 @@ class Described(Record):
 
 
 class StageTime(Record):
-    """What a stage took."""
+    """The time of a stage."""
 
     stage: Literal["write", "score", "prune", "label", "setup", "compile", "train", "evaluate"]
     seconds: Seconds
@@ -67,7 +67,7 @@ class StageTime(Record):
 
 
 class EpochTime(Record):
-    """An epoch that has ended."""
+    """A finished epoch."""
 
     steps: Count
     images: Count
@@ -89,7 +89,7 @@ class Timing(Record):
 
 
 class Machine(Record):
-    """What a RUN was made on."""
+    """The machine that made a RUN."""
 
     os: Text
     python: Text
@@ -112,7 +112,7 @@ class Environment(Record):
 
 
 class Evaluated(Record):
-    """A line of ``metrics.jsonl``: a look at a split."""
+    """A line of ``metrics.jsonl``: an evaluation."""
 
     event: Literal["evaluate"]
     split: Text
@@ -123,7 +123,7 @@ class Evaluated(Record):
 
 
 class Resumed(Record):
-    """Where a training went on from a checkpoint."""
+    """A line of ``metrics.jsonl``: training resumed from a checkpoint."""
 
     event: Literal["resumed"]
     step: Count
@@ -131,7 +131,7 @@ class Resumed(Record):
 
 
 class Steps(Record):
-    """What was logged of some steps."""
+    """A line of ``metrics.jsonl``: the mean over some steps."""
 
     event: Literal["steps"]
     step: Count
@@ -140,7 +140,7 @@ class Steps(Record):
 
 
 class Event(Record):
-    """Any other line."""
+    """Any other line of ``metrics.jsonl``."""
 
     event: Text
 
@@ -149,40 +149,40 @@ _EVENTS: dict[str, type[Record]] = {"evaluate": Evaluated, "resumed": Resumed, "
 
 
 class ResolvedTeacher(Record):
-    """The teacher of a recipe."""
+    """Section ``teacher`` of a recipe."""
 
     model: Text | None
     recipe: Text | None
 
 
 class ResolvedPrune(Record):
-    """What was kept."""
+    """Section ``prune``."""
 
     method: Text
     keep_ratio: Share
 
 
 class ResolvedLabels(Record):
-    """What the student learned from."""
+    """Section ``labels``."""
 
     mode: Text
     reshape: bool
 
 
 class ResolvedStudent(Record):
-    """The net."""
+    """Section ``student``."""
 
     model: Text
 
 
 class ResolvedTrain(Record):
-    """The loop."""
+    """Section ``train``."""
 
     epochs: Annotated[int, Field(ge=1, le=1_000_000)]
 
 
 class Resolved(Record):
-    """``resolved.yaml``, as far as a report needs it: an earlier fastkd may have known other keys."""
+    """``resolved.yaml``: the keys that a report needs. Earlier versions may have had other keys."""
 
     name: Text
     seed: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -194,14 +194,14 @@ class Resolved(Record):
 
 
 class RunTeacher(Record):
-    """The teacher, in what a RUN was made from."""
+    """The teacher in the key fields of a RUN."""
 
     model: Text | None = None
     weights: Text | None = None
 
 
 class RunInputs(Record):
-    """The inputs in the manifest of a RUN."""
+    """The key fields in the manifest of a RUN."""
 
     teacher: RunTeacher | None = None
 
@@ -233,12 +233,12 @@ R = TypeVar("R", bound=Record)
 
 
 def validated(value: Any, model: type[R], where: Path | str) -> R:
-    """Return a value as the model that it has to be of.
+    """Validate a value.
 
     Raises
     ------
     ArtifactError
-        It is not; names the place and every field that is wrong.
+        It does not match the model; names the file and every wrong field.
     """
     try:
         return model.model_validate(value)
@@ -249,12 +249,12 @@ def validated(value: Any, model: type[R], where: Path | str) -> R:
 
 
 def read_json(file: Path, max_bytes: int = MAX_BYTES) -> Any:
-    """Return what a JSON file of an artifact holds.
+    """Read a JSON file of an artifact.
 
     Raises
     ------
     ArtifactError
-        It cannot be read, is larger than any that fastkd writes, or is no JSON.
+        It cannot be read, is larger than any that fastkd writes, or is not JSON.
     """
     try:
         if (size := file.stat().st_size) > max_bytes:
@@ -267,7 +267,7 @@ def read_json(file: Path, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def read_record(file: Path, model: type[R]) -> R:
-    """Return what a JSON file of an artifact says, compared with what it may say."""
+    """Read a JSON file of an artifact, and validate it."""
     return validated(read_json(file), model, file)
 
 
@@ -277,7 +277,7 @@ def read_events(file: Path) -> list[dict[str, Any]]:
     Raises
     ------
     ArtifactError
-        The file is no such list; names the first line that is wrong.
+        The file is not such a list; names the first wrong line.
     """
     if (size := file.stat().st_size) > MAX_METRICS_BYTES:
         raise ArtifactError(f"{file}: {size} bytes; expected at most {MAX_METRICS_BYTES}")

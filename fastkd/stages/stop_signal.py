@@ -1,4 +1,4 @@
-"""Stopping where nothing is lost: Ctrl-C, SIGTERM and SIGHUP (a closed terminal) are heeded between two steps."""
+"""Stopping without losing work: Ctrl-C, SIGTERM and SIGHUP (a closed terminal) take effect between two steps."""
 
 import contextlib
 import os
@@ -16,19 +16,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
-    """While it is entered, the first Ctrl-C, SIGTERM or SIGHUP sets `requested`; a second one stops at once.
+    """Context manager in which the first Ctrl-C, SIGTERM or SIGHUP sets `requested`; a second one stops at once.
 
-    Under torchrun a second one does not count.
-
-    A signal that the process was started to ignore stays ignored. In a thread other than the main one, which gets no
-    signals, nothing is ever requested.
+    Under torchrun, a second signal is ignored. Signals that the process ignored when it started stay ignored. Only the
+    main thread receives signals; in another thread, `requested` stays False.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self._signal: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
-        # torchrun hands on what the terminal has sent to all already, and kills who is not done within 30 s.
+        # torchrun forwards a signal that the terminal has already sent to all, and kills processes after 30 s.
         self._counts = not dist.is_torchelastic_launched()
 
     def __enter__(self) -> "StopRequest":
@@ -37,14 +35,14 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._ask) for number in heeded}
         return self
 
-    def __exit__(self, *told: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def reason(self) -> KeyboardInterrupt:
-        """Return what is to be raised once it is safe; all processes must call it.
+        """Return the exception to raise once it is safe. All processes must call it.
 
-        Where a signal came to another process than the leading one, its text tells to which.
+        If a signal reached a process other than the main one, the text names that process.
         """
         world = current()
         numbers = world.gather(int(self._signal or 0))
@@ -61,6 +59,6 @@ class StopRequest:
         if self.requested and self._counts:
             raise self.reason()
         if not self.requested and current().is_main:
-            with contextlib.suppress(OSError):  # print may hold a lock just now
+            with contextlib.suppress(OSError):  # print may hold a lock
                 os.write(2, b"\nstopping after this step" + self._counts * b"; once more stops at once" + b"\n")
         self.requested = True

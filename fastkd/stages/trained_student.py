@@ -1,4 +1,4 @@
-"""A trained student, ready for use: its net, and what ``model.json`` says of the images that it takes."""
+"""A trained student, ready to use: its network, and the preprocessing that ``model.json`` describes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import run_schema
 
 STORED = ("mode", "max_resolution", "jpeg_quality", "smart_threshold_bytes")
-"""The writer's options that bear on pixels."""
+"""The writer's options that affect pixels."""
 
 
 @dataclass(frozen=True)
 class Student:
-    """A net with what one must know to use it.
+    """A network with the description of its input.
 
     Attributes
     ----------
@@ -43,17 +43,17 @@ class Student:
 
     @property
     def input_hw(self) -> tuple[int, int]:
-        """Height and width of the images that it was evaluated on."""
+        """Height and width of its input in evaluation."""
         height, width = self.described["input_hw"]
         return height, width
 
     def view(self, image: Any) -> np.ndarray:
-        """Return what the net is to see of an image: what evaluation sees of it (uint8 [H, W, 3]).
+        """Return the network's input for an image, as in evaluation (uint8 [H, W, 3]).
 
         Raises
         ------
         ValueError
-            It is no whole image.
+            The image is damaged.
         """
         options = WriterOptions(**self.described["stored"])
         return plain_view(image, options, self.input_hw, self.described["crop_ratio"])
@@ -65,7 +65,7 @@ def open_student(path: Path) -> Student:
     Raises
     ------
     ArtifactError
-        Missing, damaged, written by a fastkd that did not say how images were cut, or saying what no student says.
+        It is missing or damaged, model.json is invalid, or an earlier version did not record the preprocessing.
     """
     artifact = artifacts.load(path)
     if artifact.manifest.kind not in ("RUN", "STUDENT"):
@@ -90,7 +90,7 @@ def open_student(path: Path) -> Student:
 
 
 def _compare_head(weights: Path, num_classes: int, said_by: Path) -> None:
-    """See that some weights are of so many classes before a net of that size is made."""
+    """Check the number of classes of the weights before a network of that size is built."""
     try:
         with safe_open(weights, "pt") as stream:
             shapes = [stream.get_slice(name).get_shape() for name in stream.keys()]  # noqa: SIM118 (no mapping)

@@ -40,8 +40,8 @@ LOADING_HELP = (
 )
 MEASURED_BATCHES, MEASURED_S = 64, 0.5
 JUDGED_IMAGES = 256
-STALE_AVERAGE = 0.1  # share of the first weights in the averaged ones, from which on a person should hear of it
-LOADER_AHEAD = 1.5  # how much faster than the step the loader should be
+STALE_AVERAGE = 0.1  # warn if the initial weights have a larger share in the average
+LOADER_AHEAD = 1.5  # the loader should be this much faster than the step
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ class TeacherSource:
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """All that training needs, compiled and ready for the first step.
+    """Student, loader and teacher signal, compiled and ready for the first step.
 
     Attributes
     ----------
     ids : int64 [M]
         Samples to train on, ascending.
     running
-        The samples' losses, where a dynamic method goes by them.
+        The loss of each sample, if a dynamic method selects by it.
     """
 
     recipe: recipes.Recipe
@@ -133,26 +133,26 @@ class TrainingSetup:
 
     @property
     def images_per_epoch(self) -> int:
-        """Images of an epoch that leaves nothing out but the last batch, if that is not full."""
+        """Images of a full epoch: all samples without an incomplete last batch."""
         return self.steps_of(len(self.ids)) * self.recipe.train.batch_size
 
     def steps_of(self, count: int) -> int:
-        """Return how many steps an epoch of `count` samples has."""
+        """Return the number of steps of an epoch of `count` samples."""
         return full_batches(count, self.recipe.train.batch_size)
 
     @property
     def result(self) -> models.Normalised:
-        """The net that is evaluated and saved: the student, or the average of its weights."""
+        """The network that is evaluated and saved: the student, or the average of its weights."""
         average = self.state.average
         return cast(models.Normalised, average.net) if average else self.student
 
     def epoch_ids(self, epoch: int, *, begun: bool = False) -> np.ndarray:
-        """Return the samples of an epoch in its order: all, or those that a dynamic method leaves (int64 [n]).
+        """Return the samples of an epoch in order: all, or those that a dynamic method selects (int64 [n]).
 
         Parameters
         ----------
         begun
-            A dynamic method has chosen for this epoch already.
+            Whether the dynamic method has already selected for this epoch.
         """
         order = epoch_order(len(self.ids), self.recipe.seed, epoch)
         if self.running is not None:
@@ -166,7 +166,7 @@ class TrainingSetup:
         return self.ids[order]
 
     def batches(self, ids: np.ndarray, epoch: int) -> Generator[Batch, None, None]:
-        """Load samples in the order given, as an epoch sees them: of each batch, the part that is this process's."""
+        """Load samples in the given order, in the view of an epoch. Each process loads its part of each batch."""
         view, px = self.recipe.view_of(epoch), self.recipe.px_of(epoch)
         ids = rank_slices(ids, self.recipe.train.batch_size, current().rank, current().size)
         return self.loader.batches(ids, last="drop", view=view, stored=self.teacher.stored(view), input_px=px)
@@ -281,13 +281,13 @@ def build_training_setup(
 
 
 def compile_sizes(setup: TrainingSetup) -> float:
-    """Compile a step at each size of images that training goes through; return the seconds of one at the last."""
+    """Compile a step for each image size of the training; return the seconds of a step at the last size."""
     sizes = {setup.recipe.px_of(epoch): epoch for epoch in reversed(range(setup.recipe.train.epochs))}
     return [compile_step(setup, epoch) for epoch in sorted(sizes.values())][-1]
 
 
 def compile_step(setup: TrainingSetup, epoch: int) -> float:
-    """Compile a step as an epoch takes it; return the seconds of another one, without its update."""
+    """Compile the step of an epoch; return the seconds of one more step, without the update."""
     state, size = setup.state, setup.recipe.train.batch_size
     with closing(feed(setup.batches(setup.ids[:size], epoch), state.runtime)) as batches:
         batch = next(batches)
@@ -299,13 +299,12 @@ def compile_step(setup: TrainingSetup, epoch: int) -> float:
 
 
 def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
-    """Give the loader as many threads as keep it well ahead of the step, by measurement, and the others to the step.
+    """Measure loading, and give the loader as many threads as keep it ahead of the step.
 
     Parameters
     ----------
     step_s : float
-        What a step takes at the size of images that training ends with. Nothing is measured where the recipe says how
-        many threads the loader has.
+        Of a step at the last image size. Nothing is measured if the recipe sets the number of threads.
     """
     loader, size = setup.loader, setup.recipe.train.batch_size
     if setup.recipe.data.workers or loader.workers == 1:
@@ -314,7 +313,7 @@ def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
     ids = setup.ids[: MEASURED_BATCHES * size]
     with closing(setup.batches(ids, setup.recipe.train.epochs - 1)) as batches:
         for _ in zip(range(BATCHES_AHEAD + 1), batches, strict=False):
-            pass  # loaded while nobody waited
+            pass  # loaded before the measurement
         start, count = time.perf_counter(), 0
         for _ in batches:
             count += 1
@@ -347,7 +346,7 @@ def derive_seed(seed: int, purpose: str) -> int:
 
 
 def loss_of(recipe: recipes.Recipe) -> LossFn:
-    """Return the loss that a recipe says: of KD, or without a teacher of the labels alone."""
+    """Return the recipe's loss: the KD loss, or cross-entropy if there is no teacher."""
     loss = recipe.loss
     if recipe.teacher is None:
         return partial(supervised_loss, label_smoothing=loss.label_smoothing)
