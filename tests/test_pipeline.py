@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastkd import artifacts, models, pipeline, recipe
+from fastkd import artifacts, models, pipeline, recipe, stages
 from fastkd.data.order import epoch_order, split_holdout
 from fastkd.errors import ArtifactError, InputError
+from fastkd.export.dataset import export_dataset
 from fastkd.pipeline import Pipeline
 from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare, teacher_source
@@ -148,7 +149,7 @@ def test_each_step_reads_the_logits_of_the_samples_it_sees(tiny_recipe):
     count = 0
     for batch in job.batches(job.ids[order], 0):
         position = np.searchsorted(pipe.subset.array("indices.npy"), batch.sample_ids.numpy())
-        found = job.teacher.read(batch.stored)
+        found = job.teacher.decode(batch.stored)
         assert found.dtype == torch.float32
         assert np.array_equal(found.numpy(), stored[position].astype(np.float32))
         count += len(position)
@@ -206,7 +207,7 @@ def test_supervised_training_needs_no_teacher(tiny, tmp_path):
     assert timing["teacher_training_s"] is None
     with pytest.raises(InputError, match="this recipe has no `teacher`"):
         _ = pipe.scores
-    assert teacher_source(pipe.training_inputs).read(()) is None
+    assert teacher_source(pipe.training_inputs).decode(()) is None
 
 
 def test_a_student_may_start_from_weights(tiny_recipe, tmp_path):
@@ -223,7 +224,9 @@ def test_a_student_that_starts_from_an_average_is_another_than_one_from_the_raw_
     torch.save({"model": first}, tmp_path / "raw.pth")
     keys = [
         run_key_fields(
-            Pipeline(tiny_recipe("teacher=null", "prune.keep_ratio=1", f"student.weights={tmp_path / name}.pth"))
+            Pipeline(
+                tiny_recipe("teacher=null", "prune.keep_ratio=1", f"student.weights={tmp_path / name}.pth")
+            ).training_inputs
         )
         for name in ("both", "raw")
     ]
@@ -521,3 +524,12 @@ def test_a_live_teacher_without_scores_is_judged_as_well(tiny_recipe, tiny_teach
     assert any("the classes of the live teacher are in another order" in one for one in told)
     right, _ = pipeline.train(tiny_recipe(*live))
     assert not any("live teacher" in one for one in right.facts.get(artifacts.WARNINGS, []))
+
+
+def test_functions_of_the_stages_are_still_found_at_their_old_place():
+    """For one release, with a warning that names the new one."""
+    for name, new in (("train", pipeline.train), ("write", pipeline.write), ("export", export_dataset)):
+        with pytest.warns(FutureWarning, match=rf"fastkd\.stages\.{name} is now {new.__module__}\.{new.__name__}"):
+            assert getattr(stages, name) is new
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = stages.nonsense

@@ -283,7 +283,7 @@ def test_reproducing_finds_the_very_run(runs):
     from fastkd.stages.training import run_key_fields
 
     again = Pipeline(recipe.load(path, overrides), build=False)
-    assert artifacts.key_of("RUN", run_key_fields(again)) == run.artifact.key
+    assert artifacts.key_of("RUN", run_key_fields(again.training_inputs)) == run.artifact.key
 
 
 # --- what is not there ------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_each_step_reads_the_rows_of_the_views_it_sees(labelled):
         order = np.random.default_rng(epoch).permutation(len(job.ids))
         for batch in job.batches(job.ids[order], epoch):
             position = np.searchsorted(job.ids, batch.sample_ids.numpy())
-            found = job.teacher.read(batch.stored)
+            found = job.teacher.decode(batch.stored)
             assert np.array_equal(found.numpy(), stored[position].astype(np.float32))
 
 
@@ -632,12 +632,12 @@ def test_on_fashion_mnist_stored_labels_are_the_live_teachers(tmp_path):
         rows = stored.labels.array(f"views/v{view:04}.npy").astype(np.float32)
         assert (np.abs(rows - live) <= allowed(live)).all()
 
-    job, live = prepare(stored), prepare(online).teacher.live
+    job, live = prepare(stored.training_inputs), prepare(online.training_inputs).teacher.live
     job.student.eval()
     for batch in job.batches(job.ids, 1):
         with torch.no_grad():
             z = job.student(batch.images).float()
-            teachers = job.teacher.read(batch.stored), live(batch.images, batch.labels)
+            teachers = job.teacher.decode(batch.stored), live(batch.images, batch.labels)
             a, b = (job.state.objective.loss(z, batch.labels, teacher).mean().item() for teacher in teachers)
         assert a == pytest.approx(b, abs=1e-3)
 
