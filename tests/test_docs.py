@@ -36,7 +36,8 @@ PARSED_ONLY = {
     "doctor": "tells of the machine that it runs on, and so does its exit code; tests/test_doctor.py",
     "export runs/quickstart": "takes 4 s, and the first page's command that makes the same of another RUN is run",
     "report runs/quickstart": "takes 6 s; likewise",
-    "report runs/savings": "takes 6 s; likewise, and tests/stages/test_reporting.py compares RUNs",
+    "report runs/savings": "takes 6 s; likewise, and tests/report compares RUNs",
+    "write image_folder data/imagenet": "nobody has the images at hand; the same with others is run",
     "write fashion_mnist": "reads files that not every machine has, or downloads 30 MB; tests/writers",
 }
 """Beginnings of commands that are not run here, and why; their arguments, options and recipes are parsed."""
@@ -271,7 +272,9 @@ def test_every_command_of_a_page_works(page, reader):
         run(command)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if "torchrun --" in p.read_text()], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [p for p in [*PAGES, ROOT / "README.md"] if "torchrun --" in p.read_text()], ids=lambda page: page.name
+)
 def test_every_torchrun_line_of_a_page_is_one(page, reader):
     """By torchrun's own parser; what it is to start is parsed too. tests/distributed starts some."""
     lines = [line for text in blocks_of(page) for line in text.splitlines() if re.match(r"(srun )?torchrun ", line)]
