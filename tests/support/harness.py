@@ -17,5 +17,7 @@ def command_file(name: str) -> str:
 
     `runpy.run_path` runs it whether or not the module was imported before; `runpy.run_module` would warn.
     """
-    module = "fastkd.artifacts.__main__" if name == "artifacts" else f"fastkd.{name}"
-    return str(importlib.util.find_spec(module).origin)
+    spec = importlib.util.find_spec(f"fastkd.{name}")
+    if spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"fastkd.{name}.__main__")
+    return str(spec.origin)
