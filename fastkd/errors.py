@@ -39,6 +39,10 @@ class LoaderError(FastkdError):
     """A loader thread failed; raised in the thread that consumes its batches (exit code 1)."""
 
 
+_MODULES = {"scikit-learn": "sklearn"}
+"""Packages whose module has another name."""
+
+
 def require(purpose: str, *packages: str) -> None:
     """Refuse what needs packages that are not installed: optional dependencies of fastkd.
 
@@ -50,7 +54,3 @@ def require(purpose: str, *packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(_MODULES.get(name, name)) is None]
     if missing:
         raise InputError(f"{purpose} needs {', '.join(missing)}, not installed: pip install {' '.join(missing)}")
-
-
-_MODULES = {"scikit-learn": "sklearn"}
-"""Packages whose module has another name."""

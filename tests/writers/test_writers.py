@@ -185,9 +185,7 @@ def test_digits_options():
 
 def test_digits_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(
-        InputError, match=r"digits needs scikit-learn, not installed: pip install scikit-learn$"
-    ):
+    with pytest.raises(InputError, match=r"digits needs scikit-learn, not installed: pip install scikit-learn$"):
         read("digits")
 
 
