@@ -3,7 +3,8 @@
 #
 # `./setup.sh tests` also installs what some tests need and are skipped without; `make test` runs it so.
 # Safe to run again: a finished set-up is recognised by its stamp and costs nothing, and only what is missing is installed.
-# PYTHON=/path/to/python3.12 chooses the interpreter (>= 3.11).
+# PYTHON=/path/to/python3.12 chooses the interpreter (>= 3.11); otherwise it is that of the active conda or virtual
+# environment, or else the newest on PATH.
 set -eu
 cd "$(dirname "$0")"
 
@@ -109,6 +110,13 @@ find_python() { # prints the interpreter to use; each is run, since a name on PA
         echo "$PYTHON"
         return
     fi
+    for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
+        if [ -n "$active" ] && is_new_enough "$active/bin/python"; then
+            # The interpreter that it was made from: the active environment may be $VENV, which is about to be removed.
+            "$active/bin/python" -c 'import sys; print(sys._base_executable)'
+            return
+        fi
+    done
     for candidate in python3.13 python3.12 python3.11 python3; do
         if is_new_enough "$candidate"; then
             echo "$candidate"
@@ -147,14 +155,16 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Pyth
 
 install_packages() {
     say "installing the packages of constraints.txt (torch with CUDA is a download of some GB; ffcv is compiled)"
-    # First pip itself: those that come with Python differ in how they build an sdist.
+    # First pip itself: those that come with Python differ in how they build an sdist. Builds are constrained too: ffcv's
+    # setup.py imports distutils, which Python 3.12 and later have from setuptools alone, and not from every release of it.
     { $VENV/bin/python -m pip install -c constraints.txt --upgrade pip &&
-        $VENV/bin/python -m pip install -c constraints.txt -e '.[dev,docs,export,tensorboard,timm]'; } ||
+        $VENV/bin/python -m pip install -c constraints.txt --build-constraint constraints.txt \
+            -e '.[bench,dev,digits,docs,export,tensorboard,timm]'; } ||
         die "pip failed (see above). If $VENV may be damaged:  rm -rf $VENV && make setup"
 }
 
 packages_import() {
-    $VENV/bin/python -c 'import fastkd, ffcv, numba, numpy, sklearn, timm, torch, torchmetrics, torchvision
+    $VENV/bin/python -c 'import fastkd, fastkd.data.ffcv_import, numba, numpy, scipy, sklearn, timm, torch, torchmetrics, torchvision
 import onnx, onnxruntime, onnxscript, tensorboard
 import hypothesis, material, mkdocs, mypy, pytest, xdist'
 }
@@ -177,4 +187,4 @@ if ! packages_import; then # pip believes its records; an interrupted install ma
     packages_import || die "the packages are installed but do not import; 'python3 fastkd/doctor.py' may say why"
 fi
 fingerprint >$STAMP
-say "done. Next:  make demo, or  $VENV/bin/python -m fastkd.doctor"
+say "done. Next:  . $VENV/bin/activate, then  fastkd doctor  or  make demo"

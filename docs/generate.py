@@ -17,15 +17,13 @@ import typer
 from pydantic import BaseModel
 
 from fastkd import cli
+from fastkd.__main__ import COMMANDS
 from fastkd.data.writer_api import WriterOptions, load_writer, writer_names
 from fastkd.recipe import Recipe
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-COMMANDS = ("write", "score", "prune", "label", "train", "check", "export", "predict", "report", "artifacts", "recipes")
-"""In the order in which one meets them; others follow."""
 
 
 # Recipes and writers' options, from pydantic's JSON schema ------------------------------------------------------------
@@ -105,15 +103,6 @@ def _cell(text: str) -> str:
 # Commands, from their functions ---------------------------------------------------------------------------------------
 
 
-def command_modules() -> list[str]:
-    """Return the names of what ``python -m fastkd.NAME`` runs."""
-    package = ROOT / "fastkd"
-    texts = {file.stem: file.read_text(encoding="utf-8") for file in package.glob("*.py")}
-    modules = [name for name, text in texts.items() if '__name__ == "__main__"' in text]
-    found = modules + [file.parent.name for file in package.glob("*/__main__.py")]
-    return sorted(found, key=lambda name: (COMMANDS.index(name) if name in COMMANDS else len(COMMANDS), name))
-
-
 def command_file(name: str) -> Path:
     """Return the file that ``python -m fastkd.NAME`` runs."""
     package = ROOT / "fastkd"
@@ -122,7 +111,7 @@ def command_file(name: str) -> Path:
 
 def command_reference() -> str:
     """Return what each command is for, with its arguments and an example."""
-    return "\n".join(line for name in command_modules() if name != "doctor" for line in _command(name))
+    return "\n".join(line for name in COMMANDS if name != "doctor" for line in _command(name))
 
 
 def _command(name: str) -> Iterator[str]:

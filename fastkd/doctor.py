@@ -29,6 +29,8 @@ PROBE_TIMEOUT_S = 180  # importing torch and ffcv on a cold disk takes a while
 OK, MISSING, NOTE, FACT = "ok", "missing", "note", ""
 KEY_PACKAGES = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "pydantic", "timm", "torch", "torchvision")
 EXTRAS = {
+    "bench": "bench savings with several seeds",
+    "digits": "the writer digits",
     "export": "exporting a student as ONNX",
     "tensorboard": "log.tensorboard",
     "timm": "models named timm/…",
@@ -188,6 +190,10 @@ print(json.dumps({"gpus": gpus, "bf16": bf16}))
 """
 
 
+FFCV_PROBE = f"import runpy; runpy.run_path({str(ROOT / 'fastkd' / 'data' / 'ffcv_import.py')!r})"
+"""Imports ffcv as fastkd does, but without fastkd."""
+
+
 def import_error(module: str, code: str = "") -> tuple[str | None, str]:
     """Import a module in a fresh process; return (its last error line or None, what `code` printed).
 
@@ -290,13 +296,10 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def parse_requirement(line: str) -> Requirement | None:
-    """Parse one dependency (PEP 508, as far as this project uses it); None where it is for another Python."""
+    """Parse one dependency (PEP 508, as far as this project uses it)."""
     spec, _, marker = line.partition(";")
     found = re.match(r"\s*([A-Za-z0-9._-]+)", spec)
     if not found:
-        return None
-    least_python = re.search(r"python_version\s*>=\s*['\"]([\d.]+)", marker)
-    if least_python and sys.version_info[:2] < version_tuple(least_python.group(1)):
         return None
     least = re.search(r">=\s*([\d.]+)", spec)
     extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", marker)
@@ -453,7 +456,7 @@ def examine() -> dict[str, Any]:
     """Examine the machine; return the report that ``--json`` prints."""
     facts = machine()
     torch_error, answer = import_error("torch", TORCH_PROBE)
-    ffcv_error, _ = import_error("ffcv")
+    ffcv_error, _ = import_error("ffcv", FFCV_PROBE)
     if torch_error is None:
         probe = json.loads(last_line(answer))
         facts["gpus"] = probe["gpus"]

@@ -5,6 +5,7 @@ traceback, and exit with the class's ``exit_code``. This module is a leaf: any o
 """
 
 import errno
+import importlib.util
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """The numbers of the OSErrors that a full disk raises."""
@@ -36,3 +37,20 @@ class HungUp(Terminated):
 
 class LoaderError(FastkdError):
     """A loader thread failed; raised in the thread that consumes its batches (exit code 1)."""
+
+
+_MODULES = {"scikit-learn": "sklearn"}
+"""Packages whose module has another name."""
+
+
+def require(purpose: str, *packages: str) -> None:
+    """Refuse what needs packages that are not installed: optional dependencies of fastkd.
+
+    Raises
+    ------
+    InputError
+        One of them is missing; it says how to install them.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(_MODULES.get(name, name)) is None]
+    if missing:
+        raise InputError(f"{purpose} needs {', '.join(missing)}, not installed: pip install {' '.join(missing)}")

@@ -16,7 +16,7 @@ from fastkd.artifacts import Artifact
 from fastkd.data.loader import Loader
 from fastkd.distributed import current
 from fastkd.engine.runtime import Runtime
-from fastkd.errors import ArtifactError, InputError
+from fastkd.errors import ArtifactError, InputError, require
 from fastkd.recipe import Recipe
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.distributed_build import built_by_leader, decided_by_leader, is_shared, read_once_seen
@@ -24,7 +24,7 @@ from fastkd.stages.images import ImageSource, teacher_px
 from fastkd.stages.label_format import LabelFormat, format_of, view_names
 from fastkd.stages.pruning import prune_arrays
 from fastkd.stages.resumable import subset_key_fields
-from fastkd.stages.run_log import Cost, Stopwatch, require_tensorboard
+from fastkd.stages.run_log import Cost, Stopwatch
 from fastkd.stages.store import ArtifactStore
 from fastkd.stages.teacher import LoadedTeacher, load_teacher, refuse_image_size, teacher_recipe
 from fastkd.stages.training_setup import TrainingInputs, check_student
@@ -333,7 +333,7 @@ class Pipeline:
         """Train the student, or find its RUN, without charging it to this pipeline."""
         if self.store.build:
             if self.recipe.log.tensorboard:
-                require_tensorboard()
+                require("log.tensorboard", "tensorboard")
             self.check()
             for stage in TABLE[:-1]:
                 if stage.needed(self):

@@ -31,6 +31,7 @@ from fastkd import (
     train,
     write,
 )
+from fastkd.__main__ import COMMANDS
 from fastkd.artifacts import __main__ as artifacts_command
 from fastkd.bench import __main__ as bench
 from fastkd.errors import FastkdError
@@ -38,13 +39,8 @@ from fastkd.export import __main__ as export
 from fastkd.report import __main__ as report
 from fastkd.stages import training
 
+HEAVY = {"torch", "torchvision", "numba", "ffcv", "scipy", "sklearn", "matplotlib"}
 PARITY = Path(__file__).parent / "data" / "mdslr_parity.npz"
-
-
-COMMANDS = (
-    *("write", "score", "prune", "label", "train", "bench", "check", "export", "report", "predict", "recipes"),
-    *("artifacts", "doctor"),
-)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -61,7 +57,68 @@ def test_help_has_an_example_and_imports_nothing_that_takes_seconds(name):
     assert f"python -m fastkd.{name}" in " ".join(done.stdout.split())
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert {"fastkd", "json"} <= imported
-    assert imported.isdisjoint({"torch", "torchvision", "numba", "ffcv", "scipy", "sklearn", "matplotlib"})
+    assert imported.isdisjoint(HEAVY)
+
+
+# The script -----------------------------------------------------------------------------------------------------------
+
+SCRIPT = "import sys; from fastkd.__main__ import main; sys.argv[0] = '/usr/bin/fastkd'; sys.exit(main())"
+"""What pip writes into the console script ``fastkd``."""
+
+
+def as_script(*arguments, options=()):
+    return subprocess.run(
+        [sys.executable, *options, "-c", SCRIPT, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=seconds(120),
+    )
+
+
+def as_module(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True, timeout=seconds(120)
+    )
+
+
+def said(done):
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_script_knows_every_command():
+    package = Path(cli.__file__).parent
+    modules = {path.stem for path in package.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert set(COMMANDS) == modules - {"__main__"} | {path.parent.name for path in package.glob("*/__main__.py")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_of_the_script_is_that_of_the_module(name):
+    assert said(as_script(name, "--help")) == said(as_module(f"fastkd.{name}", "--help"))
+
+
+def test_the_scripts_help_lists_the_commands_and_imports_none():
+    done = as_script("--help", options=("-X", "importtime"))
+    assert done.returncode == 0
+    assert re.findall(r"^  (\w+)", done.stdout, re.MULTILINE) == list(COMMANDS)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"fastkd", "fastkd.__main__"} <= imported
+    assert imported.isdisjoint({*HEAVY, "typer", "pydantic", *(f"fastkd.{name}" for name in COMMANDS)})
+    assert said(as_module("fastkd", "--help")) == (0, done.stdout, "")
+    assert said(as_script()) == (2, done.stdout, "")
+
+
+def test_an_unknown_command_is_one_error():
+    assert said(as_script("trian", "x.yaml")) == (2, "", "error: trian: no such command; fastkd --help lists them\n")
+
+
+def test_the_script_gives_exit_codes_messages_and_json_on(tmp_path, tiny_npz):
+    """Also where the command starts processes, which import its module again."""
+    missing = as_script("train", tmp_path / "none.yaml")
+    assert missing.returncode == 2
+    assert said(missing) == said(as_module("fastkd.train", tmp_path / "none.yaml"))
+    done = as_script("write", "arrays", tmp_path / "data", f"file={tiny_npz}", "workers=2", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["kind"] == "DATASET"
 
 
 def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_recipe):

@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "caches": set(),  # doctor loads it where nothing is installed
     "doctor": set(),  # runs where nothing is installed
+    "__main__": {"console"},  # runs the commands by their names
     "validation": {"errors"},
     "console": {"errors"},
     "peer_watch": {"errors"},

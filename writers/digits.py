@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from fastkd.data.writer_api import ArrayDataset, Source, WriterOptions, stratified_split
+from fastkd.errors import require
 
 
 class Options(WriterOptions):
@@ -22,6 +23,7 @@ class Options(WriterOptions):
 
 def read(options: Options) -> Source:
     """Read and divide it."""
+    require("the writer digits", "scikit-learn")
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
-from scipy.special import stdtrit
 
 from fastkd import console
 from fastkd.artifacts import Artifact
@@ -17,7 +16,7 @@ from fastkd.bench import breakdown as parts
 from fastkd.bench import charts
 from fastkd.bench.breakdown import Way, changed, reference_recipe
 from fastkd.bench.reference import Reference
-from fastkd.errors import InputError
+from fastkd.errors import InputError, require
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune, Recipe
 from fastkd.report.runs import Stat, noise_of
@@ -95,6 +94,8 @@ def measure(
     breakdown : bool
         Whether the speed-up is broken into its parts (`fastkd.bench.breakdown`).
     """
+    if seeds > 1:
+        require("bench savings with several seeds", "scipy")  # before hours of training
     columns = ways(recipe)
     vanilla_recipe = columns[0].recipe
     pipeline = Pipeline(recipe)
@@ -244,6 +245,8 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[st
     ci95 : float
         How far off it may be: half the width of the 95 % confidence interval by Student's t.
     """
+    from scipy.special import stdtrit  # of an optional dependency
+
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     t = float(stdtrit(len(gaps) - 1, 0.975))
     return {"mean": statistics.mean(gaps), "ci95": t * statistics.stdev(gaps) / math.sqrt(len(gaps))}

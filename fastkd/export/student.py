@@ -1,6 +1,5 @@
 """deploy: the student of a RUN → a STUDENT, for use without fastkd: ONNX, torch.export, weights and what they take."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from fastkd import artifacts
 from fastkd.artifacts import Artifact, Built
-from fastkd.errors import FastkdError, InputError
+from fastkd.errors import FastkdError, InputError, require
 from fastkd.stages.trained_student import Student, open_student
 from fastkd.stages.writing import refuse_foreign
 
@@ -52,8 +51,7 @@ def export_student(
         The net cannot be exported, or what was written says something else than the net.
     """
     source, target = Path(run), Path(os.path.abspath(Path(out).expanduser()))
-    if missing := [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]:
-        raise InputError(f"exporting a student needs {', '.join(missing)}: pip install 'fastkd[export]'")
+    require("exporting a student", *ONNX_PACKAGES)
     if target.is_relative_to(source.resolve()):
         raise InputError(f"{target}: lies within the RUN; choose another place")
     loaded = artifacts.load(source, "RUN")

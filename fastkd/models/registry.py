@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.errors import InputError
+from fastkd.errors import InputError, require
 from fastkd.models import mobilenet, resnet, shufflenet, vgg, wrn
 
 CIFAR = {**resnet.NETS, **wrn.NETS, **vgg.NETS, **mobilenet.NETS, **shufflenet.NETS}
@@ -76,10 +76,9 @@ def torchvision_weights(net: str) -> Mapping[str, Any]:
 
 def import_timm() -> Any:
     """Return the module timm, an optional dependency."""
-    try:
-        import timm
-    except ImportError:
-        raise InputError("models named timm/… need timm, which is not installed: pip install fastkd[timm]") from None
+    require("a model named timm/…", "timm")
+    import timm
+
     return timm
 
 

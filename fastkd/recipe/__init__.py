@@ -392,7 +392,7 @@ class Log(Section):
     every_steps: int = Field(50, ge=1)
     """A line of metrics.jsonl every so many steps."""
     tensorboard: bool = False
-    """Write the same metrics for TensorBoard (tensorboard --logdir runs), into the RUN; needs fastkd[tensorboard]."""
+    """Write the same metrics for TensorBoard (tensorboard --logdir runs), into the RUN; needs tensorboard."""
 
 
 class Recipe(Section):

@@ -1,7 +1,6 @@
 """The log of a training while it runs: metrics, times, and how far it has come."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastkd.engine.loop import Epoch
-from fastkd.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -176,12 +174,6 @@ class History:
             self._stream.close()
         if self._board is not None:
             self._board.close()
-
-
-def require_tensorboard() -> None:
-    """Raise an error if TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise InputError("log.tensorboard needs a package that is not installed: pip install 'fastkd[tensorboard]'")
 
 
 class Board:

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 from PIL import Image
 
@@ -9,6 +11,7 @@ from fastkd.bench.savings import (
     break_even,
     conclusion,
     differences,
+    measure,
     noise_points,
     paired_difference,
     reference_column,
@@ -218,6 +221,13 @@ def test_the_references_way_can_be_trained_to_its_end(tiny_recipe, tmp_path):
     assert stage["stage"] == "train"
     assert run["images_per_s"] == pytest.approx(4 * 150 / stage["seconds"])
     assert not list(tmp_path.glob("images-*"))
+
+
+def test_several_seeds_need_scipy_before_anything_is_trained(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(InputError, match=r"several seeds needs scipy, not installed: pip install scipy$"):
+        measure(tiny_recipe(), tmp_path / "out", seeds=2)
+    assert not (tmp_path / "artifacts").exists()
 
 
 def test_no_teacher_no_savings(tiny_recipe):

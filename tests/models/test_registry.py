@@ -39,7 +39,7 @@ def test_timm_nets():
 
 def test_timm_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"pip install fastkd\[timm\]"):
+    with pytest.raises(InputError, match=r"needs timm, not installed: pip install timm$"):
         models.build("timm/resnet18", 7)
 
 

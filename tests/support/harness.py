@@ -18,6 +18,6 @@ def command_file(name: str) -> str:
     `runpy.run_path` runs it whether or not the module was imported before; `runpy.run_module` would warn.
     """
     spec = importlib.util.find_spec(f"fastkd.{name}")
-    if spec.submodule_search_locations:  # a package
+    if spec.submodule_search_locations:
         spec = importlib.util.find_spec(f"fastkd.{name}.__main__")
     return str(spec.origin)

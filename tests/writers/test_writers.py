@@ -183,6 +183,12 @@ def test_digits_options():
     assert (small.images != other.images).any()
 
 
+def test_digits_without_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(InputError, match=r"digits needs scikit-learn, not installed: pip install scikit-learn$"):
+        read("digits")
+
+
 # Image folder
 
 
