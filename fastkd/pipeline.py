@@ -160,7 +160,7 @@ class Pipeline:
     def _dataset(self) -> Artifact:
         data, path = self.recipe.data, Path(self.recipe.data.path)
         if self.is_known_export:
-            console.say(f"{path} is an export: which samples are kept, and what the teacher says, come with it")
+            console.say(f"{path} is an export: it includes the kept samples and their labels")
             return self.note("write", artifacts.load(path, "DATASET"), built=False)
         if data.writer is None or not self.store.build:
             if not path.exists():
@@ -199,7 +199,7 @@ class Pipeline:
             return None
         if self.images.export:
             raise InputError(
-                f"{self.dataset.path} is an export, and its teacher learned from the whole data: where one is needed, "
+                f"{self.dataset.path} is an export, and its teacher was trained on the whole data set: if one is needed, "
                 "give teacher.recipe=null, teacher.model and teacher.weights"
             )
         force = {"train"} if "teacher" in self.store.force else set()
@@ -236,7 +236,7 @@ class Pipeline:
         """The SCORES: the teacher's logits of all training samples."""
         if self.images.export:
             raise InputError(
-                f"{self.dataset.path} is an export: samples were scored and chosen before; score the whole data set"
+                f"{self.dataset.path} is an export: its samples were selected before; score the whole data set"
             )
         built = scoring.build_scores(self.store, self.images, self.teacher, self.recipe.score, self.runtime)
         return self.note("score", *built)

@@ -194,10 +194,10 @@ def _load(path: str | Path, overrides: Sequence[str]) -> Recipe:
 def _open_train(recipe: Recipe) -> _Source:
     if recipe.prune.dynamic:
         raise InputError(
-            f"prune.method={recipe.prune.method}: goes by the losses of fastkd's own loop: python -m fastkd.train"
+            f"prune.method={recipe.prune.method}: needs the losses of fastkd's own loop: python -m fastkd.train"
         )
     if recipe.teacher is not None and recipe.labels.mode == "online":
-        raise InputError("labels.mode=online: a live teacher is your loop's own matter; give labels.mode=stored")
+        raise InputError("labels.mode=online: run a live teacher in your own loop; give labels.mode=stored")
     pipeline = Pipeline(recipe, reset_compiler=False)
     loader = pipeline.loader("train", recipe.train.batch_size)
     inputs = pipeline.training_inputs  # builds what is missing

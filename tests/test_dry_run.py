@@ -118,7 +118,7 @@ def test_a_run_begun_with_another_recipe_is_refused_as_training_would_and_told_w
     other = tiny_recipe("optim.lr=0.01")
     before = tree(tmp_path)
     for refused in (lambda: dry_run(other, out=out), lambda: pipeline.train(other, out=out)):
-        with pytest.raises(InputError, match=r"was begun for another recipe.*optim\.lr is 0\.05, not 0\.01"):
+        with pytest.raises(InputError, match=r"was started with another recipe.*optim\.lr is 0\.05, not 0\.01"):
             refused()
         assert tree(out.with_name("mine.fastkd-partial") / "checkpoints").items() <= before.items()
     assert states(other, out=out, force={"train"})["train"] == "build"

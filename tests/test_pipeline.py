@@ -411,7 +411,7 @@ def test_a_teacher_that_was_trained_at_another_side_is_told(tiny_recipe, tiny, t
     teacher.write_text(teacher.read_text().replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, input_px: 12}}"))
     pipe = Pipeline(tiny_recipe())
     assert pipe.teacher_run.manifest.inputs["view"]["input_px"] == 12
-    told = "was trained on images of 12 x 12 pixels, and scores and labels at 16 x 16, where it knows less"
+    told = "was trained on images of 12 x 12 pixels, and scores and labels at 16 x 16, where it is less accurate"
     assert any(told in one for one in pipe.scores.facts[artifacts.WARNINGS])
     assert artifacts.WARNINGS not in Pipeline(tiny_recipe("teacher.input_px=12")).scores.facts
 

@@ -77,7 +77,7 @@ def export_dataset(
     if target.exists() and "export" not in read_manifest(target).facts:
         raise InputError(f"{target}: holds a data set that is no export; choose another directory; nothing was touched")
     # Of copies, of sealing and publishing; of images `extract` tells.
-    with full_disk_explained(target, "the next run begins anew", setting="another OUT"):
+    with full_disk_explained(target, "the next run starts over", setting="another OUT"):
         artifact, built = artifacts.build(
             target,
             "DATASET",

@@ -137,10 +137,10 @@ def _report(artifact: Artifact, result: Comparison, made_in: list[str], now: str
     )
     if result.wrong:
         raise ArtifactError(
-            f"{artifact.path}: {result.wrong} of {result.pairs} rows drawn are not what the teacher says: {worst}. "
+            f"{artifact.path}: {result.wrong} of {result.pairs} rows drawn differ from the teacher's: {worst}. "
             f"Delete {artifact.path} and build it again."
         )
-    console.say(f"{artifact.manifest.kind} {artifact.path}: {result.pairs} rows are the teacher's: {worst}")
+    console.say(f"{artifact.manifest.kind} {artifact.path}: {result.pairs} rows match the teacher: {worst}")
 
 
 def _draw(total: int, count: int, seed: int, name: str) -> np.ndarray:

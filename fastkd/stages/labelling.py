@@ -102,7 +102,7 @@ def build_labels(
         existing = artifacts.find(path, "LABELS", fields) if current().is_main and not force else None
         return _fill(labeller, directory, views, Progress.load(progress), existing)
 
-    with full_disk_explained(path.parent, "the next run goes on from here"):
+    with full_disk_explained(path.parent, "the next run resumes from here"):
         labels, built = build_together(
             path,
             "LABELS",
@@ -159,7 +159,7 @@ def exported_labels(
     if labels is None or labels.facts["views"] < views:
         held = f"labels of {labels.facts['views']} views" if labels else "no labels but those of the plain view"
         raise InputError(
-            f"{path}: was exported with {held}, and the recipe asks for {views}: label them where the teacher is "
+            f"{path}: was exported with {held}, and the recipe asks for {views}: label them on the machine that has the teacher "
             "(python -m fastkd.label RECIPE) and export again, or set labels.views"
         )
     return labels
@@ -201,7 +201,7 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
         f"{total * per_row / 1e6:,.1f} MB ({per_row} bytes an image and view)"
     )
     if left < total:
-        console.say(f"label: going on with what was begun: {total - left:,} of {total:,} rows are there")
+        console.say(f"label: resuming: {total - left:,} of {total:,} rows exist")
     if world.is_main:  # before other processes write
         need_space(directory, left * per_row, f"labelling {left:,} rows")
     _label_all(labeller, folder, progress, wanted)
@@ -250,7 +250,7 @@ def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int)
     """Return whether the rows of a view are as they were left, and in this precision."""
     state, count = progress.views[view], len(labeller.sample_ids)
     if state["rows"] < count and state["precision"] != labeller.runtime.precision:
-        console.say(f"label: view {view} was begun in {state['precision']}; labelling it anew")
+        console.say(f"label: view {view} was begun in {state['precision']}; labelling it again")
         return False
     digests = []
     for name, dtype, width in view_files(labeller.form, view):
@@ -260,7 +260,7 @@ def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int)
         except FileNotFoundError:
             digests.append("")
     if digests != state["digests"]:
-        console.warn(f"label: what was begun of view {view} is damaged; labelling it anew")
+        console.warn(f"label: the labels begun of view {view} is damaged; labelling it again")
         return False
     return True
 

@@ -50,7 +50,7 @@ def judge_logits(
     at_chance = top1 <= limit
     if at_chance:
         console.warn(
-            f"{stage}: {whose} is at chance: its top-1 is {top1:.2%}, and naming the largest class alone gives "
+            f"{stage}: {whose} is at chance: its top-1 is {top1:.2%}, and always predicting the largest class gives "
             f"{chance:.2%} ({limit:.2%} would be significant for {N:,} samples of {K:,} classes). A student learns "
             "nothing from it. Are these its weights, its normalisation (teacher.mean, teacher.std) and its classes?"
         )
@@ -85,8 +85,8 @@ def warn_of_form(z_RK: np.ndarray, stage: str, whose: str) -> None:
     sums_R = z_RK.sum(axis=1)
     if z_RK.min() >= 0 and z_RK.max() <= 1 + NEAR_ONE and np.abs(sums_R - 1).max() <= NEAR_ONE:
         console.warn(
-            f"{stage}: the values of {whose} are probabilities: none is negative and every row sums to 1. Losses take "
-            "them for logits, of a teacher that is nearly indifferent. Give logits, or np.log(np.maximum(p, 1e-8))"
+            f"{stage}: the values of {whose} are probabilities: none is negative and every row sums to 1. Losses would "
+            "treat them as logits, of a nearly uniform teacher. Give logits, or np.log(np.maximum(p, 1e-8))"
         )
     elif (np.mod(z_RK, 1) == 0).all() and z_RK.any():
         console.warn(

@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # importing torch takes seconds; selecting from logits does n
     from fastkd.stages.images import ImageSource
 
 MANY_CLASSES, UNUSUAL, MANY_NAMES = 20, 10, 10
-_BEGINS_ANEW = "the next run begins anew"
+_BEGINS_ANEW = "the next run starts over"
 
 
 def subset_fields(scores: Artifact, images: "ImageSource", settings: Prune, *, reshape: bool) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
     known = {name: value for name, value in asked.items() if made.get(name) is not None}  # user logits lack some
     if phrases := artifacts.differences(known, {name: made[name] for name in known}):
         raise InputError(
-            f"{images.dataset.path}: was exported from samples chosen otherwise than the recipe says: "
+            f"{images.dataset.path}: was exported from other samples than the recipe selects: "
             f"{'; '.join(phrases)}. Change the recipe, or export again"
         )
     return subset
@@ -172,7 +172,7 @@ def prune_arrays(
         `.npy` files: floating point [N, K], K ≥ 2, and integers [N] in 0 … K−1.
     """
     if settings.dynamic:
-        raise InputError(f"--method {settings.method}: chooses while it trains; there is nothing to choose from logits")
+        raise InputError(f"--method {settings.method}: selects during training, not from logits")
     z_NK, y_N = open_array(logits), open_array(labels)
     if z_NK.ndim != 2 or z_NK.shape[1] < 2 or z_NK.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(
@@ -180,7 +180,7 @@ def prune_arrays(
             f"got {z_NK.dtype} {list(z_NK.shape)}"
         )
     if not len(z_NK):
-        raise InputError(f"{logits}: holds no rows: there is nothing to choose from")
+        raise InputError(f"{logits}: holds no rows to select from")
     if y_N.ndim != 1 or y_N.dtype.kind not in "iu" or len(y_N) != len(z_NK):
         raise InputError(f"{labels}: expected {len(z_NK)} integer labels [N], got {y_N.dtype} {list(y_N.shape)}")
     wrong = np.flatnonzero((y_N < 0) | (y_N >= z_NK.shape[1]))
@@ -288,14 +288,14 @@ def _print_selection(
     if count == total:
         what = f"all {count:,} samples are kept"
     console.say(
-        f"prune: {what}; the teacher is right on {facts['teacher_top1_kept']:.2%} of them "
+        f"prune: {what}; the teacher is correct on {facts['teacher_top1_kept']:.2%} of them "
         f"(of all: {facts['teacher_top1_all']:.2%}); σ {sigma_K.min():.3g} … {sigma_K.max():.3g}"
     )
     kept_K = np.array(facts["class_counts"])
     _warn_of_empty(candidates.names, kept_K, settings)
     console.show(class_table(candidates.names, kept_K, count_K, sigma_K, accuracy_K))
     if facts["flat_rows"]:
-        console.warn(f"prune: {facts['flat_rows']} rows of logits have no spread: their labels say nothing")
+        console.warn(f"prune: {facts['flat_rows']} rows of logits have no spread: their labels carry no information")
 
 
 def _warn_of_empty(names: list[str], kept_K: np.ndarray, settings: Prune) -> None:
@@ -421,11 +421,11 @@ def listed_rows(ids_N: np.ndarray, settings: Prune) -> np.ndarray:
         raise InputError(f"prune.ids={path}: expected integer sample ids [M], got {listed.dtype} {list(listed.shape)}")
     listed = np.sort(listed.astype(np.int64))
     if (repeated := listed[1:][np.diff(listed) == 0]).size:
-        raise InputError(f"prune.ids={path}: sample id {repeated[0]} stands there more than once")
+        raise InputError(f"prune.ids={path}: sample id {repeated[0]} occurs more than once")
     at = np.minimum(np.searchsorted(ids_N, listed), len(ids_N) - 1)
     if (strangers := listed[ids_N[at] != listed]).size:
         raise InputError(
-            f"prune.ids={path}: {len(strangers)} ids are no samples to train on, the first {strangers[0]}: there are "
-            f"{len(ids_N):,} of {ids_N[0]} … {ids_N[-1]}, the hold-out left out"
+            f"prune.ids={path}: {len(strangers)} ids are not training samples, the first {strangers[0]}: there are "
+            f"{len(ids_N):,} of {ids_N[0]} … {ids_N[-1]}, without the hold-out"
         )
     return at

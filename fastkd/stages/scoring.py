@@ -59,7 +59,7 @@ def build_scores(
         loader = images.loader("train", settings.batch_size, input_px=images.teacher_px)
         return _fill(directory, Progress.load(progress), loader, teacher, settings, runtime)
 
-    with full_disk_explained(path.parent, "the next run goes on from here"):
+    with full_disk_explained(path.parent, "the next run resumes from here"):
         scores, built = build_together(
             path,
             "SCORES",
@@ -90,7 +90,7 @@ def _fill(
     done = decided_by_leader(lambda: _rows_to_keep(file, dtype, count, K, progress, runtime.precision))
     earlier_s = begun["cost_s"] if begun and done else 0.0
     if done:
-        console.say(f"score: going on with what was begun: {done:,} of {count:,} rows are there")
+        console.say(f"score: resuming: {done:,} of {count:,} rows exist")
     else:
         progress.views.clear()
     if world.is_main:  # before other processes write
@@ -123,7 +123,7 @@ def _rows_to_keep(file: Path, dtype: np.dtype, count: int, K: int, progress: Pro
         with RowFile(file, dtype, count, K, done=rows) as stored:
             if stored.digest == begun["digests"][0]:
                 return rows
-        console.warn("score: what was begun is damaged; scoring anew")
+        console.warn("score: the SCORES begun are damaged; scoring again")
     return 0
 
 

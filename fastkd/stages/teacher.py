@@ -137,13 +137,13 @@ def _teacher_data(own: Data, recipe: Recipe) -> Data:
     elif own.holdout_ratio < student.holdout_ratio:
         raise InputError(
             f"data.holdout_ratio={student.holdout_ratio:g}, and in teacher.recipe it is {own.holdout_ratio:g}: the "
-            "teacher would learn from samples that the student is judged by. Give the same ratio in both, or none "
+            "teacher would train on samples that the student is evaluated on. Give the same ratio in both, or none "
             "in the teacher's"
         )
     elif own.holdout_ratio > student.holdout_ratio:
         console.warn(
             f"teacher: its recipe keeps {own.holdout_ratio:.2%} of train aside, this one {student.holdout_ratio:.2%}: "
-            "the teacher does not learn from all that the student does. Give the same data.holdout_ratio in both"
+            "the teacher is trained on fewer samples than the student. Give the same data.holdout_ratio in both"
         )
     if "input_px" not in own.model_fields_set:
         taken["input_px"] = teacher_px(recipe)
@@ -199,7 +199,7 @@ def _warn_of_other_size(weights: str, trained: Any, images: ImageSource) -> None
         sizes = [" x ".join(map(str, size)) for size in (trained, asked)]
         console.warn(
             f"teacher: {weights} was trained on images of {sizes[0]} pixels, and scores and labels at {sizes[1]}, "
-            f"where it knows less: set teacher.input_px={trained[-1]}, or train it at that size"
+            f"where it is less accurate: set teacher.input_px={trained[-1]}, or train it at that size"
         )
 
 
@@ -212,7 +212,7 @@ def _warn_of_other_holdout(weights: str, images: ImageSource) -> None:
     if ratio < images.data.holdout_ratio:
         console.warn(
             f"teacher: {weights} kept {ratio:.2%} of train aside, and this recipe keeps "
-            f"{images.data.holdout_ratio:.2%}: it has learned from samples that the student is judged by. "
+            f"{images.data.holdout_ratio:.2%}: it was trained on samples that the student is evaluated on. "
             "Train one with the same data.holdout_ratio"
         )
 

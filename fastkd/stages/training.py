@@ -75,7 +75,7 @@ def build_run(
     path = run_path(recipe, fields, out)
     if not store.build and not path.exists():
         raise MissingError("RUN", path)
-    with full_disk_explained(path.parent, "the next run goes on from the last checkpoint", setting="train.runs_dir"):
+    with full_disk_explained(path.parent, "the next run resumes from the last checkpoint", setting="train.runs_dir"):
         return build_together(
             path,
             "RUN",
@@ -158,8 +158,8 @@ def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
         phrases = artifacts.differences(recipe.model_dump(mode="json"), recipes.read_yaml(directory / "resolved.yaml"))
     differs = f" ({'; '.join(phrases[:5])})" if phrases else ""
     return InputError(
-        f"{directory}: was begun for another recipe, or with other settings{differs}; give those again to go on, "
-        "choose another place, or begin anew with --force train"
+        f"{directory}: was started with another recipe, or with other settings{differs}; use those to resume, "
+        "choose another path, or start over with --force train"
     )
 
 
@@ -240,8 +240,8 @@ class _Training:
         if found:
             checkpoint.restore(found, setup.student, setup.state, setup.running)
             console.say(
-                f"train: going on with epoch {len(history.epochs) + 1}, step {history.epoch.steps + 1}, from the last "
-                f"checkpoint; {history.earlier_s:.1f} s went into it before"
+                f"train: resuming at epoch {len(history.epochs) + 1}, step {history.epoch.steps + 1}, from the last "
+                f"checkpoint; {history.earlier_s:.1f} s were spent before"
             )
             self.history = history
             self._save()  # charges the lost work once
@@ -274,7 +274,7 @@ class _Training:
         except StoppedError:
             if math.isfinite(self.history.epoch.unlogged):
                 self._save()
-            console.say("train: stopped; the same command goes on from the last checkpoint")
+            console.say("train: stopped; the same command resumes from the last checkpoint")
             raise stop.reason() from None
         if current().any_of(stop.requested):
             raise stop.reason()
@@ -383,11 +383,11 @@ class _Training:
         console.say(
             f"train: top-1 {accuracy['val']:.2%} on val; {times['images_per_s']:,.0f} images/s, "
             f"data wait {times['data_wait_share']:.1%}; this student took {times['further_student_s']:.1f} s, "
-            f"with all before it {times['first_student_s']:.1f} s"
+            f"with all stages before it {times['first_student_s']:.1f} s"
         )
         if times["data_wait_share"] > LOADER_LIMITS:
             console.warn(
-                f"train: the step waited for data; {LOADING_HELP}; python -m fastkd.bench step RECIPE tells what each "
+                f"train: the step waited for data; {LOADING_HELP}; python -m fastkd.bench step RECIPE measures what each "
                 "step could reach"
             )
         if warnings := self.origin.warnings():

@@ -193,7 +193,7 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
         if recipe.data.holdout_ratio and not (held_out and others):
             raise InputError(
                 f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {held_out + others} samples that keeps "
-                f"{held_out} aside, and leaves {others} to train on; of both there must be some"
+                f"{held_out} aside, and leaves {others} to train on; neither may be empty"
             )
         if recipe.teacher is not None:
             format_of(recipe, images.num_classes)

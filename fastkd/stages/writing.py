@@ -64,11 +64,11 @@ def write(
         return _fill(directory, writer, loaded, resolved, before, progress)
 
     # For errors while sealing and publishing; write_betons explains those of writers and workers.
-    with full_disk_explained(out_dir, "the next run begins anew", setting="another OUT_DIR"):
+    with full_disk_explained(out_dir, "the next run starts over", setting="another OUT_DIR"):
         artifact, built = build(out_dir, "DATASET", None, builder, settings=settings, force=force)
     if not built and (phrases := differences(_content(settings), _content(artifact.manifest.settings))):
         raise InputError(
-            f"{out_dir}: holds a data set that was written otherwise: {'; '.join(phrases)}. "
+            f"{out_dir}: holds a data set that was written with other settings: {'; '.join(phrases)}. "
             f"Choose another directory, or replace it with {fix}"
         )
     if not built:
@@ -122,7 +122,7 @@ def _refuse_changed(artifact: Artifact, writer: Writer, options: WriterOptions, 
         return
     found = writer.snapshot(options, recorded["newest_ns"])
     if found is None or found.files == 0:
-        console.warn(f"{artifact.path}: used as it is: its source is gone, so that nothing tells whether it changed")
+        console.warn(f"{artifact.path}: used unchanged: its source is gone, so changes to it cannot be detected")
     elif what := found.difference(recorded):
         raise InputError(
             f"{artifact.path}: its source changed since it was written: {what}. Write it again with {fix} (images, "

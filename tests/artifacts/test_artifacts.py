@@ -373,7 +373,7 @@ def test_what_was_refused_or_failed_at_the_very_end_stays_known_for_what_it_is(t
         artifacts.build(tmp_path / "run", "RUN", inputs, builder, resumable=True)
 
     def refuses(directory: Path) -> Built:
-        raise InputError("was begun for another recipe")
+        raise InputError("was started with another recipe")
 
     def killed(path: Path) -> str:
         raise KeyboardInterrupt

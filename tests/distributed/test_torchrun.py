@@ -259,7 +259,7 @@ def test_a_job_that_is_terminated_leaves_a_checkpoint_and_goes_on(given, runs, r
     job.wait_for(6, tmp_path / "runs")
     os.kill(job.process.pid, signal.SIGTERM)
     _, said = job.end(60)
-    assert said.count("train: stopped; the same command goes on from the last checkpoint") == 1
+    assert said.count("train: stopped; the same command resumes from the last checkpoint") == 1
     said = run(2, task(given, "train", *options))
     assert re.search(r"going on with epoch \d, step \d, from the last checkpoint", said)
     assert trace(tmp_path / "runs") == trace(runs / "two")

@@ -195,7 +195,7 @@ def test_a_beginning_whose_recipe_claims_anything__is_not_gone_on_with(
     (tmp_path / f"run{artifacts.PARTIAL}" / "resolved.yaml").write_text(text, encoding="utf-8")
     code, said = command(train.main, tiny_recipe.path, "optim.lr=0.01", "--resume", tmp_path / "run")
     assert code == 2, said
-    assert "was begun for another recipe" in said
+    assert "was started with another recipe" in said
 
 
 def test_unfinished_builds_that_claim_anything__are_listed_and_kept(command, tmp_path):

@@ -41,10 +41,10 @@ def refused(code: int, said: str, advice: str) -> None:
 
 
 CASES = {
-    "score": (score.main, loop, "_later", 3, ("score.batch_size=10",), "the next run goes on from here"),
-    "score, publishing": (score.main, artifacts, "file_digest", 0, (), "the next run goes on from here"),
-    "prune": (prune.main, pruning, "class_std", 0, (), "the next run begins anew"),
-    "label": (label.main, loop, "_later", 3, (*VIEWS, "labels.batch_size=10"), "the next run goes on from here"),
+    "score": (score.main, loop, "_later", 3, ("score.batch_size=10",), "the next run resumes from here"),
+    "score, publishing": (score.main, artifacts, "file_digest", 0, (), "the next run resumes from here"),
+    "prune": (prune.main, pruning, "class_std", 0, (), "the next run starts over"),
+    "label": (label.main, loop, "_later", 3, (*VIEWS, "labels.batch_size=10"), "the next run resumes from here"),
 }
 
 
@@ -99,7 +99,7 @@ def test_a_full_disk_while_training__is_one_error_and_training_goes_on_when_ther
     overrides = (*overrides, f"teacher.weights={weights}")
     fill_at(monkeypatch, disk, module, name, call)
     code, said = command(train.main, tiny_recipe.path, *overrides)
-    refused(code, said, "train.runs_dir; the next run goes on from the last checkpoint")
+    refused(code, said, "train.runs_dir; the next run resumes from the last checkpoint")
     assert not list(disk.path.rglob("unfinished"))
     assert [path.name for path in disk.path.glob("student-*") if artifacts.PARTIAL not in path.name] == []
     assert artifacts.load(old.path).manifest == old.manifest

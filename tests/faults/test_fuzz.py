@@ -383,7 +383,7 @@ NAN = np.where(np.arange(27).reshape(9, 3) == 13, np.nan, Z)
         (Z.astype(object), Y, "z.npy: not a plain .npy array"),
         (Z[:, :1], Y, "z.npy: expected floating-point logits"),
         (Z[0], Y, "z.npy: expected floating-point logits"),
-        (Z[:0], Y[:0], "z.npy: holds no rows: there is nothing to choose from"),
+        (Z[:0], Y[:0], "z.npy: holds no rows to select from"),
         (NAN.astype(np.float32), Y, "1 rows of the teacher's logits are not finite, first row 4"),
         (np.where(np.isnan(NAN), np.inf, NAN), Y, "1 rows of the teacher's logits are not finite, first row 4"),
         (Z.astype(np.float64) * 1e300, Y, "rows of the teacher's logits are not finite"),

@@ -192,7 +192,7 @@ def test_a_beginning_of_another_recipe__is_neither_gone_on_with_nor_lost(tiny_re
         pipeline.train(tiny_recipe(), out=tmp_path / "run")
     # A batch of 1,000 is refused before anybody looks at what was begun; that must stay, too.
     for override, words in (
-        ("optim.lr=0.01", "was begun for another recipe"),
+        ("optim.lr=0.01", "was started with another recipe"),
         ("train.batch_size=1000", "larger than"),
     ):
         with pytest.raises(InputError, match=words):
@@ -279,7 +279,7 @@ def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_p
     capfd.readouterr()
     scores, built = pipeline.score(tiny_recipe(*overrides))
     assert built
-    assert f"going on with what was begun: {safe} of 150 rows are there" in capfd.readouterr().out
+    assert f"resuming: {safe} of 150 rows exist" in capfd.readouterr().out
     whole, _ = pipeline.score(tiny_recipe(*overrides, f"data.artifacts_dir={tmp_path / 'whole'}"))
     assert scores.manifest.files == whole.manifest.files
     assert not list(folder.glob("*progress*"))
@@ -304,5 +304,5 @@ def test_a_damaged_beginning_of_scores__is_scored_anew_and_says_so(tiny_recipe, 
     file.write_bytes(data)
     monkeypatch.setattr(teacher_pass, "predict", real)
     scores, _ = pipeline.score(loaded)
-    assert "what was begun is damaged; scoring anew" in capfd.readouterr().err
+    assert "the SCORES begun are damaged; scoring again" in capfd.readouterr().err
     assert scores.manifest.files == whole.manifest.files

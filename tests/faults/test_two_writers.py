@@ -122,7 +122,7 @@ def test_a_process_that_waits_with_other_options_for_the_same_data_set__is_refus
     first.wait_for("begun")
     second = slowed(*given, "n=30", where="fastkd.data.isolated_process:_receive")
     said = refused_after(first, second, tmp_path)
-    assert "holds a data set that was written otherwise: options.n is 60, not 30" in said
+    assert "holds a data set that was written with other settings: options.n is 60, not 30" in said
     assert artifacts.load(tmp_path / "out").facts["counts"]["train"] == 60
 
 

@@ -291,7 +291,7 @@ def test_a_killed_labelling_goes_on_where_it_was(tiny_recipe, tmp_path, capfd, s
 
     labels, built = pipeline.label(tiny_recipe(*overrides))
     assert built
-    assert "going on with what was begun: " in capfd.readouterr().out
+    assert "resuming: " in capfd.readouterr().out
     assert labels.cost_s > spent
     assert not progress.exists()
     assert set(labels.manifest.files) == {"views/v0000.npy", "views/v0001.npy"}
@@ -323,7 +323,7 @@ def test_a_full_disk_says_so_and_the_next_run_goes_on(tiny_recipe, monkeypatch, 
     assert artifacts.load(subset.path, "SUBSET").key == subset.key
     capfd.readouterr()
     labels, _ = pipeline.label(loaded)
-    assert "96 of 150 rows are there" in capfd.readouterr().out
+    assert "96 of 150 rows exist" in capfd.readouterr().out
     live = live_rows(Pipeline(loaded), 1)
     assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
 
@@ -351,7 +351,7 @@ def test_a_damaged_half_is_labelled_anew(tiny_recipe, monkeypatch, capfd, tmp_pa
         (partial / "views" / "v0001.npy").unlink()
     capfd.readouterr()
     labels, _ = pipeline.label(loaded)
-    assert "what was begun of view 1 is damaged; labelling it anew" in capfd.readouterr().err
+    assert "the labels begun of view 1 is damaged; labelling it again" in capfd.readouterr().err
     live = live_rows(Pipeline(loaded), 1)
     assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
 
@@ -369,7 +369,7 @@ def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(
     assert not pipeline.label(labelled[0])[1]  # in use meanwhile
     capfd.readouterr()
     grown, _ = pipeline.label(more)
-    assert "96 of 150 rows are there" in capfd.readouterr().out
+    assert "96 of 150 rows exist" in capfd.readouterr().out
     assert grown.facts["views"] == 5
     for v in range(3):
         assert grown.manifest.files[f"views/v{v:04}.npy"] == old.manifest.files[f"views/v{v:04}.npy"]
@@ -377,7 +377,7 @@ def test_growing_is_gone_on_with_too_and_the_old_labels_stay_until_it_is_done(
 
 @pytest.mark.parametrize("damage", ["none", "flip", "delete"])
 def test_a_kill_between_the_last_row_and_publishing_loses_nothing(tiny_recipe, monkeypatch, capfd, tmp_path, damage):
-    """All rows are there; the manifest was written, or was about to be."""
+    """All rows exist; the manifest was written, or was about to be."""
     loaded = tiny_recipe(*VIEWS, "labels.views=2")
     _ = Pipeline(loaded).subset
 
@@ -438,7 +438,7 @@ def test_an_error_that_the_user_mends_leaves_what_was_labelled(tiny_recipe, monk
         pipeline.label(tiny_recipe(*VIEWS, "labels.views=2", "data.workers=99"))
     capfd.readouterr()
     pipeline.label(loaded)
-    assert "96 of 150 rows are there" in capfd.readouterr().out
+    assert "96 of 150 rows exist" in capfd.readouterr().out
 
 
 def test_a_view_begun_in_another_precision_is_made_in_one(tiny_recipe, monkeypatch, capfd):
@@ -447,7 +447,7 @@ def test_a_view_begun_in_another_precision_is_made_in_one(tiny_recipe, monkeypat
         with pytest.raises(KeyboardInterrupt):
             pipeline.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=bf16"))
     labels, _ = pipeline.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=fp32"))
-    assert "was begun in bf16; labelling it anew" in capfd.readouterr().out
+    assert "was begun in bf16; labelling it again" in capfd.readouterr().out
     assert [one["precision"] for one in labels.facts["each"]] == ["fp32", "fp32"]
 
 
@@ -562,7 +562,7 @@ def test_check_names_the_worst_row_that_is_not_the_teachers(tiny_recipe, reseal,
     reseal(labels.path)
     code, said = command(check.main, tiny_recipe.path, *overrides, "--pairs", "500", "--seed", "0")
     assert code == 2
-    assert "are not what the teacher says: the worst, sample_id " in said
+    assert "differ from the teacher's: the worst, sample_id " in said
     assert " in view 2, is off by " in said
 
 
@@ -573,7 +573,7 @@ def test_rows_of_nan_are_not_the_teachers(tiny_recipe, reseal):
     rows[7] = np.nan
     np.save(labels.path / "views/v0000.npy", rows)
     reseal(labels.path)
-    with pytest.raises(ArtifactError, match="1 of 75 rows drawn are not what the teacher says"):
+    with pytest.raises(ArtifactError, match="1 of 75 rows drawn differ from the teacher's"):
         check_recipe(loaded, pairs=75)
 
 

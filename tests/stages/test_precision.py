@@ -62,7 +62,7 @@ def test_rows_beyond_the_bound_of_their_precision_are_found(tiny_recipe, answer,
     np.save(file, rows)
     reseal(labels.path)
     console.forget_warnings()
-    with pytest.raises(ArtifactError, match=rf"1 of 150 rows drawn are not what the teacher says.*made in {answer}"):
+    with pytest.raises(ArtifactError, match=rf"1 of 150 rows drawn differ from the teacher's.*made in {answer}"):
         check_recipe(loaded, pairs=999)
 
 

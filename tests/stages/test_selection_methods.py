@@ -120,8 +120,8 @@ def test_a_list_of_ones_own(tiny_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([1, 2, 1], "sample id 1 stands there more than once"),
-        ([1, 150], "1 ids are no samples to train on, the first 150: there are 150 of 0 … 149"),
+        ([1, 2, 1], "sample id 1 occurs more than once"),
+        ([1, 150], "1 ids are not training samples, the first 150: there are 150 of 0 … 149"),
         ([-1, 3], "the first -1"),
         ([0.5], r"expected integer sample ids \[M\], got float64 \[1\]"),
         ([], "expected integer sample ids"),
