@@ -199,8 +199,8 @@ class Pipeline:
             return None
         if self.images.export:
             raise InputError(
-                f"{self.dataset.path} is an export, and its teacher was trained on the whole data set: if one is needed, "
-                "give teacher.recipe=null, teacher.model and teacher.weights"
+                f"{self.dataset.path} is an export, and its teacher was trained on the whole data set: if one is "
+                "needed, give teacher.recipe=null, teacher.model and teacher.weights"
             )
         force = {"train"} if "teacher" in self.store.force else set()
         own = Pipeline(teacher_recipe(self.recipe), force, build=self.store.build)

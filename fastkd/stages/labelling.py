@@ -159,8 +159,8 @@ def exported_labels(
     if labels is None or labels.facts["views"] < views:
         held = f"labels of {labels.facts['views']} views" if labels else "no labels but those of the plain view"
         raise InputError(
-            f"{path}: was exported with {held}, and the recipe asks for {views}: label them on the machine that has the teacher "
-            "(python -m fastkd.label RECIPE) and export again, or set labels.views"
+            f"{path}: was exported with {held}, and the recipe asks for {views}: label them on the machine that has "
+            "the teacher (python -m fastkd.label RECIPE) and export again, or set labels.views"
         )
     return labels
 

@@ -387,8 +387,8 @@ class _Training:
         )
         if times["data_wait_share"] > LOADER_LIMITS:
             console.warn(
-                f"train: the step waited for data; {LOADING_HELP}; python -m fastkd.bench step RECIPE measures what each "
-                "step could reach"
+                f"train: the step waited for data; {LOADING_HELP}; python -m fastkd.bench step RECIPE measures what "
+                "each step could reach"
             )
         if warnings := self.origin.warnings():
             facts[artifacts.WARNINGS] = warnings
