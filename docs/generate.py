@@ -170,7 +170,7 @@ def fault_table() -> str:
     return str(runpy.run_path(str(ROOT / "tests" / "faults" / "table.py"))["table"]())
 
 
-# Measured figures, from the JSON that a benchmark wrote ----------------------------------------------------------------
+# Measured figures, from the JSON that a benchmark wrote ---------------------------------------------------------------
 
 SAVINGS = DOCS / "figures" / "quickstart_savings.json"
 """What ``make demo`` wrote to runs/savings-quickstart/savings.json, with its command, date and machine."""

@@ -34,7 +34,7 @@ def everywhere():
 
 def test_all_get_what_the_leading_one_gives(everywhere):
     def work(one: ProcessGroup):
-        return one.share({"rank": one.rank, "π": 3.14}), one.share([one.rank]), one.share(None)
+        return one.broadcast({"rank": one.rank, "π": 3.14}), one.broadcast([one.rank]), one.broadcast(None)
 
     assert everywhere(3, work) == [({"rank": 0, "π": 3.14}, [0], None)] * 3
 
@@ -48,7 +48,7 @@ def test_the_leading_one_goes_first(everywhere):
 
     def work(one: ProcessGroup):
         time.sleep(0.05 * (3 - one.rank))
-        return one.first(lambda: order.append(one.rank))
+        return one.main_first(lambda: order.append(one.rank))
 
     everywhere(3, work)
     assert order[0] == 0
@@ -60,10 +60,10 @@ def test_counts_are_told_without_waiting(everywhere):
 
     def work(one: ProcessGroup):
         if one.rank == 1:
-            one.tell("rows", 7)
+            one.post("rows", 7)
             told.set()
         told.wait(10)
-        return one.told("rows") if one.is_main else None
+        return one.posted("rows") if one.is_main else None
 
     assert everywhere(3, work)[0] == [0, 7, 0]
 
@@ -71,7 +71,7 @@ def test_counts_are_told_without_waiting(everywhere):
 def test_what_differs_is_named(everywhere):
     def work(one: ProcessGroup):
         try:
-            one.agree("recipe", {"optim": {"lr": 0.1 + one.rank}, "seed": 1})
+            one.check_equal("recipe", {"optim": {"lr": 0.1 + one.rank}, "seed": 1})
         except InputError as error:
             with pytest.raises(InputError):
                 distributed._leave(one, error)
@@ -138,7 +138,7 @@ def test_one_that_takes_its_time_is_waited_for(watching):
     other, mine = watching(store, 1, 2), watching(store, 0, 2)
     time.sleep(2)
     assert (mine.problem, other.problem) == (None, None)
-    ProcessGroup(1, 2, store=store).tell("x", 1)
+    ProcessGroup(1, 2, store=store).post("x", 1)
     assert ProcessGroup(0, 2, store=store, watch=mine)._wait("x/1", 1) == b"1"
 
 
@@ -243,14 +243,14 @@ def test_who_did_not_come_is_named():
 def test_alone_everything_is_as_without():
     one = ProcessGroup()
     assert one.is_main
-    assert one.share("x") == "x"
+    assert one.broadcast("x") == "x"
     assert one.gather(1) == [1]
-    assert one.first(lambda: 5) == 5
+    assert one.main_first(lambda: 5) == 5
     assert one.mean(1.5) == 1.5
     assert one.mean(2.0) == 2.0
     assert one.any_of(True)
     assert not one.any_of(False)
-    one.agree("recipe", {"a": 1})
+    one.check_equal("recipe", {"a": 1})
     asked = iter([False, True])
     vote = distributed.Vote(lambda: next(asked))
     assert [vote(), vote()] == [False, True]
@@ -267,7 +267,7 @@ def test_all_processes_compute_in_the_same_precision_on_the_same_kind_of_device(
     """`auto` may give another on another machine: it is what came of it that they agree on."""
 
     class Told(ProcessGroup):
-        def agree(self, what, value, hint="") -> None:
+        def check_equal(self, what, value, hint="") -> None:
             told[what] = value, hint
 
     told: dict[str, tuple] = {}

@@ -24,7 +24,7 @@ def as_in_a_job(monkeypatch):
 @pytest.mark.parametrize("accumulates", [False, True])
 def test_gradients_lie_in_the_buckets_as_weights_do(as_in_a_job, accumulates):
     """Nothing is copied or laid out anew between backward pass, all-reduce and optimizer."""
-    net = CPU.place(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    net = CPU.to_device(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)))
     parallel = CPU.distributed(net, accumulates=accumulates)
     for _ in range(2):
         parallel(torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last)).sum().backward()

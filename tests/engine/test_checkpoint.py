@@ -48,7 +48,7 @@ class Net(nn.Module):
 
 def make(optim: Optim) -> tuple[nn.Module, TrainState, PerSampleLoss]:
     torch.manual_seed(1)
-    net = CPU.place(Net())
+    net = CPU.to_device(Net())
     state = TrainState(
         CPU,
         LossModule(net, supervised_loss, lambda told: None),
