@@ -16,7 +16,7 @@ from fastkd.artifacts import MANIFEST
 from fastkd.data.loader import Loader as SplitLoader
 from fastkd.data.order import epoch_order
 from fastkd.data.row_store import StoredRows
-from fastkd.engine.prefetch import feed
+from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
@@ -152,8 +152,9 @@ class Loader:
         view = None if source.views is None else number % source.views
         last: Literal["drop", "pad"] = "pad" if source.seed is None else "drop"
         batches = source.loader.batches(ids, last=last, view=view, stored=source.stored(view))
-        with closing(feed(batches, self._runtime)) as fed:  # no torch.no_grad: the caller's loop would be inside of it
-            for batch in fed:
+        # Not in torch.no_grad: the caller's loop would be inside of it.
+        with closing(prefetch_to_device(batches, self._runtime)) as on_device:
+            for batch in on_device:
                 images = batch.images[: batch.valid]
                 yield Batch(
                     self._normalised(images) if self._normalise else images.clone(),

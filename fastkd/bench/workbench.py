@@ -21,9 +21,11 @@ from fastkd import models
 from fastkd import recipe as recipes
 from fastkd.data.loader import Batch, Loader
 from fastkd.data.row_store import StoredRows
-from fastkd.engine.loop import Epoch, predict, told_of, train_epoch, train_step
+from fastkd.engine.epoch import Epoch, train_epoch
+from fastkd.engine.inference import predict
 from fastkd.engine.prefetch import DeviceBatch
 from fastkd.engine.runtime import Runtime
+from fastkd.engine.step import teacher_signal, train_step
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages.label_format import decoder, label_format, view_files
@@ -205,7 +207,7 @@ def bare_steps(job: TrainingSetup, batch: DeviceBatch, steps: int) -> float:
     """Take steps on one batch that is on the device; return images/s."""
     start = job.state.runtime.clock()
     for _ in range(steps):
-        train_step(job.state, batch.images, batch.labels, told_of(batch, job.teacher.live))
+        train_step(job.state, batch.images, batch.labels, teacher_signal(batch, job.teacher.live))
     return steps * len(batch.labels) / (job.state.runtime.clock() - start)
 
 
@@ -218,7 +220,7 @@ def some_steps(job: TrainingSetup, batches: Iterator[Batch], steps: int) -> Epoc
         np.full(steps, LR),
         log_every_steps=steps,
         on_log=lambda *told: None,
-        running=job.running,
+        per_sample_loss=job.per_sample_loss,
     )
 
 

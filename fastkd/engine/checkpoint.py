@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from fastkd import console
 from fastkd.artifacts import file_digest, fsync, write_whole
 from fastkd.distributed import current
-from fastkd.engine.loop import DIVERGED_HELP, TrainState
+from fastkd.engine.epoch import DIVERGED_HELP
 from fastkd.engine.per_sample_loss import PerSampleLoss
+from fastkd.engine.step import TrainState
 from fastkd.errors import FastkdError
 
 NAME = re.compile(r"step-(\d{9})-([0-9a-f]{32})\.safetensors")
@@ -158,8 +159,8 @@ def _tensors(student: nn.Module, train: TrainState, running: PerSampleLoss | Non
         for entry, value in entries.items():
             if isinstance(value, Tensor):
                 yield f"optimizer.{number}.{entry}", value
-    if train.average is not None:
-        for name, tensor in train.average.net.state_dict().items():
+    if train.ema.net is not None:
+        for name, tensor in train.ema.net.state_dict().items():
             yield f"average.{name}", tensor
     if running is not None:
         yield "running.loss", running.loss_N

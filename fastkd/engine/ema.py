@@ -6,10 +6,19 @@ import torch
 from torch import nn
 
 
-class ModelEma:
-    """A copy of a net whose weights follow the net's: average ← decay · average + (1 − decay) · weights, at each step.
+class NoEma:
+    """No average: the student's own weights are used."""
 
-    Buffers that are numbers with a fraction, such as batch norm's statistics, are averaged alike; counters are copied.
+    net = None
+
+    def update(self) -> None:
+        """Do nothing."""
+
+
+class ModelEma:
+    """A copy of a network whose weights are averaged: average ← decay · average + (1 − decay) · weights, at each step.
+
+    Floating-point buffers, such as batch norm statistics, are averaged too; integer buffers are copied.
 
     Attributes
     ----------
@@ -26,7 +35,7 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Follow the net after a step."""
+        """Update the average after a step."""
         own, theirs = zip(*self._followed, strict=True)
         torch._foreach_lerp_(own, theirs, 1 - self.decay)
         for counter, value in self._counted:

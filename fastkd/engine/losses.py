@@ -1,13 +1,17 @@
-"""Losses as pure functions of logits."""
+"""Losses as pure functions of logits, listed in `LOSSES`."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkd.errors import InputError
+from fastkd.recipe import Loss
+
 LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``loss(student_logits_BK, labels_B, teacher_logits_BK) -> loss_B``: of each sample; trained on is the mean."""
+"""``loss(student_logits_BK, labels_B, teacher_logits_BK) -> loss_B``: of each sample. Training minimises the mean."""
 
 
 def kd_loss(
@@ -27,8 +31,8 @@ def kd_loss(
     Parameters
     ----------
     student_BK, teacher_BK : float32 tensor [B, K]
-        Logits; the teacher's may lack a constant per row, which softmax does not see. A class that the teacher masks
-        with -inf has probability 0 and adds nothing.
+        Logits; the teacher's up to a constant per row, which softmax ignores. A class that the teacher masks with -inf
+        has probability 0 and contributes nothing.
     labels_B : int64 tensor [B]
     alpha, gamma : float
         Weights of the teacher's term and of the label's.
@@ -45,12 +49,35 @@ def kd_loss(
     tensor([1.9726, 0.0000])
     """
     hard_B = F.cross_entropy(student_BK, labels_B, reduction="none", label_smoothing=label_smoothing)
-    # 0 · -inf would be NaN; a quarter of the least number divides and sums without overflow.
+    # 0 · -inf would be NaN; a quarter of the smallest number can be divided and summed without overflow.
     teacher_BK = teacher_BK.clamp(min=torch.finfo(teacher_BK.dtype).min / 4)
     log_p = F.log_softmax(teacher_BK / temperature, dim=1)
     log_q = F.log_softmax(student_BK / temperature, dim=1)
     soft_B = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
     return gamma * hard_B + alpha * temperature**2 * soft_B
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"kd": kd_loss}
+"""Losses with a teacher, by their name in recipes (``loss.name``).
+
+Each is called as ``loss(student_BK, labels_B, teacher_BK, alpha=, gamma=, temperature=, label_smoothing=)``.
+"""
+
+
+def loss_function(loss: Loss, *, has_teacher: bool) -> LossFn:
+    """Return the loss of a recipe's section ``loss``; without a teacher, cross-entropy.
+
+    Raises
+    ------
+    InputError
+        `LOSSES` has no loss of this name.
+    """
+    if loss.name not in LOSSES:
+        raise InputError(f"loss.name={loss.name!r}: unknown loss; known: {', '.join(LOSSES)}")
+    if not has_teacher:
+        return partial(supervised_loss, label_smoothing=loss.label_smoothing)
+    settings = loss.model_dump(include={"alpha", "gamma", "temperature", "label_smoothing"})
+    return partial(LOSSES[loss.name], **settings)
 
 
 def supervised_loss(

@@ -1,4 +1,4 @@
-"""From the loader's buffers to the device, and back: on CUDA one batch ahead, on a stream of its own."""
+"""From the loader's buffers to the device; on CUDA one batch ahead, on a separate stream."""
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -11,7 +11,7 @@ from fastkd.engine.runtime import Runtime
 
 
 class Batch(Protocol):
-    """What the loops need of a loader's batch: padded to its full size, of which `valid` samples count."""
+    """A loader's batch, padded to full size, of which the first `valid` samples count."""
 
     @property
     def images(self) -> Tensor:
@@ -27,15 +27,15 @@ class Batch(Protocol):
 
     @property
     def valid(self) -> int:
-        """How many samples count."""
+        """Number of samples that are not padding."""
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
-        """Rows [B, k] stored for the samples, if any."""
+        """Stored rows [B, k] of the samples, if any."""
 
 
 class DeviceBatch(NamedTuple):
-    """A batch on the device, in the memory format of the nets; like the loader's, valid until the next is asked for."""
+    """A batch on the device, in the memory format of the networks. Valid until the next batch is requested."""
 
     images: Tensor
     labels: Tensor
@@ -48,22 +48,22 @@ class DeviceBatch(NamedTuple):
         return (self.images, self.labels, self.sample_ids, *self.stored)
 
 
-def feed(batches: Generator[Batch, None, None], runtime: Runtime) -> Generator[DeviceBatch, None, None]:
-    """Yield the batches on the device, and close them at the end."""
+def prefetch_to_device(batches: Generator[Batch, None, None], runtime: Runtime) -> Generator[DeviceBatch, None, None]:
+    """Yield the batches on the device, and close the generator at the end."""
     with closing(batches):
-        fed: Iterator[DeviceBatch] = map(_fed, batches)
+        on_device: Iterator[DeviceBatch] = map(_unmoved, batches)
         if runtime.device.type == "cuda":
-            fed = _one_ahead(fed, runtime.device)
-        for batch in fed:
+            on_device = _one_ahead(on_device, runtime.device)
+        for batch in on_device:
             yield batch if runtime.channels_last else batch._replace(images=batch.images.contiguous())
 
 
-def _fed(batch: Batch) -> DeviceBatch:
+def _unmoved(batch: Batch) -> DeviceBatch:
     return DeviceBatch(batch.images, batch.labels, batch.sample_ids, batch.stored, batch.valid)
 
 
 class _Slot:
-    """Pinned memory for one batch, and the event that tells when it has been copied from there."""
+    """Pinned memory for one batch, and the event that marks the end of its copy."""
 
     def __init__(self) -> None:
         self.pinned: tuple[Tensor, ...] = ()
@@ -71,7 +71,7 @@ class _Slot:
         self.sent: DeviceBatch
 
     def send(self, batch: DeviceBatch, device: torch.device, stream: torch.cuda.Stream) -> None:
-        """Begin to copy a batch to the device."""
+        """Start copying a batch to the device."""
         if not self.pinned:
             self.pinned = tuple(torch.empty_like(t, pin_memory=True) for t in batch.tensors())
         self.copied.synchronize()
@@ -83,7 +83,7 @@ class _Slot:
         self.sent = DeviceBatch(images, labels, sample_ids, tuple(stored), batch.valid)
 
     def arrived(self, device: torch.device) -> DeviceBatch:
-        """Return the batch, for which the device's own stream now waits; the host does not."""
+        """Return the batch. The current stream waits for its copy; the host does not."""
         current = torch.cuda.current_stream(device)
         current.wait_event(self.copied)
         for tensor in self.sent.tensors():
@@ -92,7 +92,7 @@ class _Slot:
 
 
 def _one_ahead(batches: Iterator[DeviceBatch], device: torch.device) -> Iterator[DeviceBatch]:
-    """Copy each batch while the device works on the one before (CUDA only)."""
+    """Copy each batch while the device processes the previous one (CUDA only)."""
     stream, slots = torch.cuda.Stream(device), (_Slot(), _Slot())
     number = -1
     for number, batch in enumerate(batches):

@@ -304,14 +304,20 @@ class Student(Section):
 class Loss(Section):
     """γ·CE(student, label) + α·T²·KL(teacher/T ‖ student/T); without a teacher, cross-entropy."""
 
+    name: str = "kd"
+    """Which loss is trained with a teacher, of the table `LOSSES` in fastkd/engine/losses.py."""
     alpha: float = Field(0.9, ge=0)
-    """Weight of the teacher's word."""
+    """Weight of the teacher's term."""
     gamma: float = Field(0.1, ge=0)
     """Weight of the labels."""
     temperature: float = Field(4.0, ge=0.01, le=1000)
     """T, by which the logits of both are divided. Beyond these bounds float32 has no digits left for the loss."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each label that is spread over all classes, in the cross-entropy."""
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the settings that determine the loss."""
+        return self.model_dump(mode="json", exclude={"name"} if self.name == "kd" else set())
 
 
 class Optim(Section):

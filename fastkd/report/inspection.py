@@ -19,7 +19,7 @@ from torch import nn
 from fastkd import artifacts, console, models
 from fastkd.artifacts import Artifact, Kind
 from fastkd.data.order import split_holdout
-from fastkd.engine.loop import predict
+from fastkd.engine.inference import predict
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import class_ranks
 from fastkd.pipeline import Pipeline

@@ -8,7 +8,7 @@ import numpy as np
 from fastkd import console
 from fastkd.artifacts import Artifact
 from fastkd.data.row_store import StoredRows
-from fastkd.engine.loop import predict
+from fastkd.engine.inference import predict
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError
 from fastkd.kernels import hash64

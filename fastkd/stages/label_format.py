@@ -9,8 +9,8 @@ import numpy as np
 
 from fastkd.artifacts import Artifact
 from fastkd.data.row_store import StoredRows
-from fastkd.engine.loop import DecodeFn
 from fastkd.engine.losses import stored_logits
+from fastkd.engine.step import DecodeFn
 from fastkd.errors import FastkdError, InputError
 from fastkd.kernels import reshape_rows, topk_rows
 from fastkd.recipe import Recipe

@@ -13,7 +13,7 @@ import numpy as np
 from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, FileStamp
 from fastkd.distributed import current
-from fastkd.engine.loop import Predicted
+from fastkd.engine.inference import Predicted
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError
 from fastkd.recipe import Labels

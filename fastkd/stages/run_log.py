@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastkd.engine.loop import Epoch
+from fastkd.engine.epoch import Epoch
 
 
 @dataclass(frozen=True)

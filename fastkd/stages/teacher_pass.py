@@ -11,7 +11,7 @@ from torch import nn
 from fastkd.data.loader import Loader
 from fastkd.data.order import dealt_batches
 from fastkd.distributed import current
-from fastkd.engine.loop import Predicted, predict
+from fastkd.engine.inference import Predicted, predict
 from fastkd.engine.runtime import Runtime
 from fastkd.stages.resumable import Progress, RowFile
 

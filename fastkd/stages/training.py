@@ -18,7 +18,8 @@ from fastkd.data.order import dealt_batches
 from fastkd.distributed import Vote, current
 from fastkd.engine import checkpoint
 from fastkd.engine.checkpoint import Checkpoint
-from fastkd.engine.loop import Epoch, StoppedError, train_epoch
+from fastkd.engine.epoch import Epoch, StoppedError, train_epoch
+from fastkd.engine.inference import evaluate
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages.distributed_build import build_together, decided_by_leader, read_once_seen
@@ -116,7 +117,7 @@ def run_key_fields(inputs: TrainingInputs) -> dict[str, Any]:
     if recipe.teacher is not None:
         fields |= {
             "teacher": inputs.teacher_key_fields,
-            "loss": recipe.loss.model_dump(mode="json"),
+            "loss": recipe.loss.key_fields(),
             "labels": recipe.labels.model_dump(mode="json", include={"mode", "reshape", "topk"}),
         }
     elif recipe.loss.label_smoothing:
@@ -238,7 +239,7 @@ class _Training:
             writes=world.is_main,
         )
         if found:
-            checkpoint.restore(found, setup.student, setup.state, setup.running)
+            checkpoint.restore(found, setup.student, setup.state, setup.per_sample_loss)
             console.say(
                 f"train: resuming at epoch {len(history.epochs) + 1}, step {history.epoch.steps + 1}, from the last "
                 f"checkpoint; {history.earlier_s:.1f} s were spent before"
@@ -252,7 +253,7 @@ class _Training:
         self._refuse_changed()
         setup, history = self.setup, self.history
         step = history.steps_before + history.epoch.steps
-        checkpoint.save(self.checkpoints, step, setup.student, setup.state, setup.running, history.state())
+        checkpoint.save(self.checkpoints, step, setup.student, setup.state, setup.per_sample_loss, history.state())
 
     def _refuse_changed(self, epoch: int | None = None) -> None:
         """Check that nothing that training reads has changed; of LABELS, given an epoch, only the view that it reads.
@@ -334,7 +335,7 @@ class _Training:
                 lr_S,
                 log_every_steps=self.recipe.log.every_steps,
                 on_log=on_log,
-                running=setup.running,
+                per_sample_loss=setup.per_sample_loss,
                 epoch=epoch,
                 stop=stop,
             )
@@ -353,8 +354,6 @@ class _Training:
 
         The processes share the batches. Batch norm statistics are those of the main process.
         """
-        from fastkd.engine.evaluation import evaluate
-
         world, net, images = current(), self.setup.result, self.inputs.images
         loader = images.loader(split, min(EVAL_BATCH_SIZE, len(ids)))
         was_training = net.training
@@ -362,7 +361,7 @@ class _Training:
         world.broadcast_tensors(net.buffers())
         mine = dealt_batches(ids, loader.batch_size, world.rank, world.size)
         batches = loader.batches(mine, last="pad") if len(mine) else None
-        top1 = evaluate(self.inputs.runtime, net, batches, images.num_classes)
+        top1 = evaluate(self.inputs.runtime, net, batches)
         net.train(was_training)
         self.history.write("evaluate", epoch=epoch, split=name, top1=top1, images=len(ids))
         if name == "holdout":

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,12 +18,13 @@ from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader, full_batches
 from fastkd.data.order import epoch_order, rank_slices
 from fastkd.data.row_store import StoredRows
 from fastkd.distributed import current
-from fastkd.engine.ema import ModelEma
-from fastkd.engine.loop import DecodeFn, LiveTeacher, LossModule, TrainState, predict, warm_up
-from fastkd.engine.losses import LossFn, kd_loss, reshape_logits, supervised_loss
+from fastkd.engine.ema import ModelEma, NoEma
+from fastkd.engine.inference import predict
+from fastkd.engine.losses import loss_function, reshape_logits
 from fastkd.engine.per_sample_loss import PerSampleLoss
-from fastkd.engine.prefetch import feed
+from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime
+from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, warm_up
 from fastkd.errors import InputError
 from fastkd.kernels import hash64
 from fastkd.stages import pruning
@@ -119,7 +119,7 @@ class TrainingSetup:
     ----------
     ids : int64 [M]
         Samples to train on, ascending.
-    running
+    per_sample_loss
         The loss of each sample, if a dynamic method selects by it.
     """
 
@@ -129,7 +129,7 @@ class TrainingSetup:
     state: TrainState
     ids: np.ndarray
     teacher: TeacherSource
-    running: PerSampleLoss | None
+    per_sample_loss: PerSampleLoss | None
 
     @property
     def images_per_epoch(self) -> int:
@@ -143,8 +143,7 @@ class TrainingSetup:
     @property
     def result(self) -> models.Normalised:
         """The network that is evaluated and saved: the student, or the average of its weights."""
-        average = self.state.average
-        return cast(models.Normalised, average.net) if average else self.student
+        return self.student if self.state.ema.net is None else cast(models.Normalised, self.state.ema.net)
 
     def epoch_ids(self, epoch: int, *, begun: bool = False) -> np.ndarray:
         """Return the samples of an epoch in order: all, or those that a dynamic method selects (int64 [n]).
@@ -155,14 +154,14 @@ class TrainingSetup:
             Whether the dynamic method has already selected for this epoch.
         """
         order = epoch_order(len(self.ids), self.recipe.seed, epoch)
-        if self.running is not None:
+        if self.per_sample_loss is not None:
             prune = self.recipe.prune
             epochs = self.recipe.train.epochs
             full = epoch >= epochs - round(epochs * prune.full_epochs_ratio, 9)
             if not begun:
-                self.running.merge()
-                self.running.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
-            order = order[self.running.kept()[order]]
+                self.per_sample_loss.merge()
+                self.per_sample_loss.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
+            order = order[self.per_sample_loss.kept()[order]]
         return self.ids[order]
 
     def batches(self, ids: np.ndarray, epoch: int) -> Generator[Batch, None, None]:
@@ -186,6 +185,7 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
         Its weights do not fit, the hold-out is empty, or there are fewer samples than a batch needs.
     """
     train, model, weights = recipe.train, recipe.student.model, recipe.student.weights
+    loss_function(recipe.loss, has_teacher=recipe.teacher is not None)
     if weights is not None and models.is_cached(weights, model):
         models.load_weights(models.build(model, images.num_classes), weights, name=model)
     if not images.export:
@@ -266,18 +266,18 @@ def build_training_setup(
     if train.sync_batchnorm and world.size > 1:
         runtime.synchronise(student)
     student.train()
-    module = LossModule(student, loss_of(recipe), teacher.decode)
+    module = LossModule(student, loss_function(recipe.loss, has_teacher=recipe.teacher is not None), teacher.decode)
     state = TrainState(
         runtime,
         runtime.compiled(runtime.distributed(module, accumulates=train.accumulate > 1)),
         runtime.optimizer(recipe.optim, student.parameters()),
         runtime.scaler(),
-        parts=train.accumulate,
-        clip_norm=recipe.optim.clip_norm,
-        average=ModelEma(student, train.ema_decay) if train.ema_decay else None,
+        accumulate=train.accumulate,
+        clip=ClipGradNorm(recipe.optim.clip_norm),
+        ema=ModelEma(student, train.ema_decay) if train.ema_decay else NoEma(),
     )
-    running = PerSampleLoss(ids_M, runtime.device) if recipe.prune.dynamic else None
-    return TrainingSetup(recipe, loader, student, state, ids_M, teacher, running)
+    per_sample_loss = PerSampleLoss(ids_M, runtime.device) if recipe.prune.dynamic else None
+    return TrainingSetup(recipe, loader, student, state, ids_M, teacher, per_sample_loss)
 
 
 def compile_sizes(setup: TrainingSetup) -> float:
@@ -289,9 +289,9 @@ def compile_sizes(setup: TrainingSetup) -> float:
 def compile_step(setup: TrainingSetup, epoch: int) -> float:
     """Compile the step of an epoch; return the seconds of one more step, without the update."""
     state, size = setup.state, setup.recipe.train.batch_size
-    with closing(feed(setup.batches(setup.ids[:size], epoch), state.runtime)) as batches:
+    with closing(prefetch_to_device(setup.batches(setup.ids[:size], epoch), state.runtime)) as batches:
         batch = next(batches)
-        weight_B = None if setup.running is None else setup.running.weight_N[batch.sample_ids]
+        weight_B = None if setup.per_sample_loss is None else setup.per_sample_loss.weight_N[batch.sample_ids]
         for _ in range(2):
             start = state.runtime.clock()
             warm_up(state, batch, setup.teacher.live, weight_B)
@@ -343,20 +343,6 @@ def _new_student(recipe: recipes.Recipe, images: ImageSource, runtime: Runtime) 
 def derive_seed(seed: int, purpose: str) -> int:
     """Return an independent seed for a purpose."""
     return int(hash64(np.array([0]), seed, purpose)[0] >> np.uint64(1))
-
-
-def loss_of(recipe: recipes.Recipe) -> LossFn:
-    """Return the recipe's loss: the KD loss, or cross-entropy if there is no teacher."""
-    loss = recipe.loss
-    if recipe.teacher is None:
-        return partial(supervised_loss, label_smoothing=loss.label_smoothing)
-    return partial(
-        kd_loss,
-        alpha=loss.alpha,
-        gamma=loss.gamma,
-        temperature=loss.temperature,
-        label_smoothing=loss.label_smoothing,
-    )
 
 
 def teacher_source(inputs: TrainingInputs) -> TeacherSource:

@@ -12,9 +12,9 @@ from fastkd.bench.breakdown import changed, reference_recipe
 from fastkd.bench.reference import Reference, augmentation, export_images, step
 from fastkd.bench.savings import ways
 from fastkd.data.loader import Loader
-from fastkd.engine.evaluation import evaluate
-from fastkd.engine.loop import train_step
-from fastkd.engine.prefetch import feed
+from fastkd.engine.inference import evaluate
+from fastkd.engine.prefetch import prefetch_to_device
+from fastkd.engine.step import train_step
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import View
 from fastkd.stages.training_setup import prepare
@@ -51,7 +51,7 @@ def test_a_step_does_what_fastkd_does_in_fp32(tiny_recipe):
     optimizer = torch.optim.SGD(
         theirs.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
     )
-    for batch in itertools.islice(feed(job.batches(job.ids, 0), pipe.runtime), 2):
+    for batch in itertools.islice(prefetch_to_device(job.batches(job.ids, 0), pipe.runtime), 2):
         images = batch.images
         _, loss_B = train_step(job.state, images, batch.labels, (job.teacher.live(images, batch.labels),))
         normalised = torch.addcmul(theirs.shift, images.float(), theirs.scale)
@@ -88,7 +88,7 @@ def test_it_reads_the_data_sets_images_and_looks_at_val_as_fastkd_does(tiny_reci
     student = prepare(pipe.training_inputs).student
     student.net.load_state_dict(reference.student.state_dict())
     val = pipe.loader("val", 20).batches(np.arange(60), last="pad")
-    assert reference.evaluate() == pytest.approx(evaluate(pipe.runtime, student.eval(), val, 3))
+    assert reference.evaluate() == pytest.approx(evaluate(pipe.runtime, student.eval(), val))
 
 
 def test_fewer_images_are_written_where_fewer_are_read(tiny_recipe, tmp_path):

@@ -10,7 +10,7 @@ import json
 import time
 
 from fastkd import cli, distributed, pipeline, recipe
-from fastkd.engine import loop
+from fastkd.engine import epoch
 from fastkd.stages import training
 
 
@@ -27,7 +27,7 @@ class StopsAfter(distributed.Vote):
 
 
 def main(jobs: str) -> None:
-    real_step, real_vote = loop.train_step, distributed.Vote
+    real_step, real_vote = epoch.train_step, distributed.Vote
     for one in json.loads(jobs):
         apart = one.get("apart", [[]] * distributed.current().size)[distributed.current().rank]
         pause_s, stop_after = one.get("pause_s", 0.0), one.get("stop_after")
@@ -36,7 +36,7 @@ def main(jobs: str) -> None:
             time.sleep(pause_s)
             return real_step(*given)
 
-        loop.train_step = step
+        epoch.train_step = step
         training.Vote = real_vote if stop_after is None else lambda wish, steps=stop_after: StopsAfter(steps)
         try:
             getattr(pipeline, one["stage"])(recipe.load(one["recipe"], [*one["overrides"], *apart]))

@@ -9,10 +9,11 @@ from torch import nn
 
 from fastkd.engine import checkpoint
 from fastkd.engine.ema import ModelEma
-from fastkd.engine.loop import LossModule, TrainState, train_epoch
+from fastkd.engine.epoch import train_epoch
 from fastkd.engine.losses import supervised_loss
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.runtime import Runtime
+from fastkd.engine.step import LossModule, TrainState
 from fastkd.recipe import Optim
 
 CPU = Runtime.choose("cpu", "fp32", channels_last=True, compile=False)
@@ -54,7 +55,7 @@ def make(optim: Optim) -> tuple[nn.Module, TrainState, PerSampleLoss]:
         LossModule(net, supervised_loss, lambda told: None),
         CPU.optimizer(optim, net.parameters()),
         CPU.scaler(),
-        average=ModelEma(net, 0.9),
+        ema=ModelEma(net, 0.9),
     )
     return net, state, PerSampleLoss(np.arange(40), CPU.device)
 
@@ -62,7 +63,7 @@ def make(optim: Optim) -> tuple[nn.Module, TrainState, PerSampleLoss]:
 def train(state: TrainState, running: PerSampleLoss, first: int, last: int) -> None:
     train_epoch(
         state, batches(first, last), None, np.full(last - first, 0.05), log_every_steps=99, on_log=lambda *a: None,
-        running=running,
+        per_sample_loss=running,
     )  # fmt: skip
 
 
@@ -84,8 +85,8 @@ def test_a_training_goes_on_bit_for_bit(tmp_path, optim):
     train(other_state, other_running, 4, 10)
     for name, value in net.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
-    for name, value in state.average.net.state_dict().items():
-        assert torch.equal(value, other_state.average.net.state_dict()[name]), name
+    for name, value in state.ema.net.state_dict().items():
+        assert torch.equal(value, other_state.ema.net.state_dict()[name]), name
     assert torch.equal(running.loss_N, other_running.loss_N)
 
 

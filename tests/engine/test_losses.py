@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastkd.engine import losses
 from fastkd.engine.losses import kd_loss, reshape_logits, stored_logits, supervised_loss
+from fastkd.errors import InputError
 from fastkd.kernels import reshape_rows
+from fastkd.recipe import Loss
 
 
 @pytest.fixture
@@ -113,3 +116,24 @@ def test_a_class_that_a_teacher_masks_with_minus_infinity_adds_nothing():
     assert torch.isfinite(loss).all()
     assert torch.isfinite(student.grad).all()
     assert torch.equal(loss[2:], kd_loss(student, labels, teacher, **weights)[2:])
+
+
+def test_a_loss_of_the_table_is_chosen_by_its_name(monkeypatch):
+    def soft_only(student_BK, labels_B, teacher_BK, *, temperature, **others):
+        return kd_loss(student_BK, labels_B, teacher_BK, alpha=1.0, gamma=0.0, temperature=temperature)
+
+    monkeypatch.setitem(losses.LOSSES, "soft", soft_only)
+    z, t, y = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 1, 2])
+    chosen = losses.loss_function(Loss(name="soft", temperature=2.0), has_teacher=True)
+    assert torch.equal(chosen(z, y, t), kd_loss(z, y, t, alpha=1.0, gamma=0.0, temperature=2.0))
+    usual = losses.loss_function(Loss(temperature=2.0), has_teacher=True)
+    assert torch.equal(usual(z, y, t), kd_loss(z, y, t, alpha=0.9, gamma=0.1, temperature=2.0))
+    alone = losses.loss_function(Loss(), has_teacher=False)
+    assert torch.equal(alone(z, y, None), supervised_loss(z, y, None))
+
+
+def test_an_unknown_loss_is_refused_and_the_usual_one_is_in_no_key():
+    with pytest.raises(InputError, match=r"loss\.name='hint': unknown loss; known: kd"):
+        losses.loss_function(Loss(name="hint"), has_teacher=True)
+    assert "name" not in Loss().key_fields()
+    assert Loss(name="hint").key_fields()["name"] == "hint"

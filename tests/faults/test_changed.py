@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastkd import artifacts, pipeline
-from fastkd.engine import loop
+from fastkd.engine import epoch
 from fastkd.errors import ArtifactError
 from fastkd.stages import teacher_pass
 
@@ -46,14 +46,14 @@ def overwrite(file: Path, *, keeps_times: bool = False) -> None:
 
 def at_step(monkeypatch, number: int, do) -> None:
     """Do something before a step of the next training."""
-    steps, real = iter(range(1_000_000)), loop.train_step
+    steps, real = iter(range(1_000_000)), epoch.train_step
 
     def step(*given):
         if next(steps) == number:
             do()
         return real(*given)
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(epoch, "train_step", step)
 
 
 def runs(recipe) -> list[Path]:

@@ -282,7 +282,7 @@ def test_a_terminal_that_is_closed__stops_a_training_where_it_can_go_on(slowed, 
         place.folder / "student.yaml",
         "seed=3",
         "train.epochs=50",
-        where="fastkd.engine.loop:train_step",
+        where="fastkd.engine.epoch:train_step",
         pause_s=0.2,
     )
     process.wait_for("begun")

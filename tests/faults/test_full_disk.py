@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastkd import artifacts, label, pipeline, prune, score, train, write
-from fastkd.engine import loop
+from fastkd.engine import epoch, inference
 from fastkd.stages import pruning, training
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
@@ -41,10 +41,10 @@ def refused(code: int, said: str, advice: str) -> None:
 
 
 CASES = {
-    "score": (score.main, loop, "_later", 3, ("score.batch_size=10",), "the next run resumes from here"),
+    "score": (score.main, inference, "_later", 3, ("score.batch_size=10",), "the next run resumes from here"),
     "score, publishing": (score.main, artifacts, "file_digest", 0, (), "the next run resumes from here"),
     "prune": (prune.main, pruning, "class_std", 0, (), "the next run starts over"),
-    "label": (label.main, loop, "_later", 3, (*VIEWS, "labels.batch_size=10"), "the next run resumes from here"),
+    "label": (label.main, inference, "_later", 3, (*VIEWS, "labels.batch_size=10"), "the next run resumes from here"),
 }
 
 
@@ -80,7 +80,7 @@ def test_a_full_disk_in_any_stage__is_one_error_and_the_stage_ends_when_there_is
 @pytest.mark.parametrize(
     ("module", "name", "call"),
     [
-        (loop, "train_step", 8),
+        (epoch, "train_step", 8),
         (training, "_save_student", 0),
         (training, "_timing", 0),
         (training, "environment", 0),
@@ -108,7 +108,7 @@ def test_a_full_disk_while_training__is_one_error_and_training_goes_on_when_ther
     code, said = command(train.main, tiny_recipe.path, *overrides)
     assert code == 0, said
     if name != "environment":
-        assert "going on with epoch" in said
+        assert "resuming at epoch" in said
     (found,) = (artifacts.load(path.parent) for path in disk.path.glob("student-*/manifest.json"))
     artifacts.verify(found)
     assert found.manifest.files["student.safetensors"] == whole.manifest.files["student.safetensors"]

@@ -86,7 +86,7 @@ def test_a_training_that_is_killed_dozens_of_times__ends_with_the_very_same_stud
     rng = random.Random(0)
     moments: list[float] = []
     while True:
-        running = slowed("train", tiny_recipe.path, *overrides, where="fastkd.engine.loop:train_step", pause_s=0.1)
+        running = slowed("train", tiny_recipe.path, *overrides, where="fastkd.engine.epoch:train_step", pause_s=0.1)
         moment = rng.uniform(0, 2.0)
         if rng.random() < 0.8:  # else anywhere on its way to the first step
             running.wait_for("begun")

@@ -48,9 +48,9 @@ class Case:
 
 
 CASES = {
-    "score": Case(score.main, "fastkd.engine.loop:_later", 2, ("score.batch_size=10",)),
+    "score": Case(score.main, "fastkd.engine.inference:_later", 2, ("score.batch_size=10",)),
     "prune": Case(prune.main, "fastkd.stages.pruning:class_std", 0),
-    "label": Case(label.main, "fastkd.engine.loop:_later", 2, (*VIEWS, "labels.batch_size=10")),
+    "label": Case(label.main, "fastkd.engine.inference:_later", 2, (*VIEWS, "labels.batch_size=10")),
 }
 ALWAYS = [("prune", "SIGTERM"), ("label", "Ctrl-C")]  # of score, SIGTERM is sent in test_resume.py
 
@@ -138,7 +138,7 @@ def test_an_export_that_is_stopped__leaves_the_one_before(tiny_recipe, tmp_path,
 def test_a_check_that_is_stopped__changes_nothing(tiny_recipe, slowed, command, traces, number):
     subset, _ = pipeline.prune(tiny_recipe())
     there = {p: p.stat().st_mtime_ns for p in subset.path.parent.rglob("*") if not p.name.startswith(".")}
-    stop(slowed("check", tiny_recipe.path, where="fastkd.engine.loop:_later", hold=NEVER), number)
+    stop(slowed("check", tiny_recipe.path, where="fastkd.engine.inference:_later", hold=NEVER), number)
     assert traces.gone()
     assert there == {p: p.stat().st_mtime_ns for p in there}
     code, said = command(check.main, tiny_recipe.path)

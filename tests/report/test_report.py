@@ -88,7 +88,7 @@ class Reader(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.text = ""
         self._inside = ""
-        self.feed(text)
+        self.prefetch_to_device(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))

@@ -10,7 +10,7 @@ from PIL import Image
 from fastkd import pipeline, recipe
 from fastkd import predict as command_module
 from fastkd.artifacts import Artifact
-from fastkd.engine.loop import predict as evaluated
+from fastkd.engine.inference import predict as evaluated
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline

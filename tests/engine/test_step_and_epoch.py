@@ -11,21 +11,13 @@ import torch
 from torch import nn
 
 from fastkd.engine.ema import ModelEma
-from fastkd.engine.evaluation import evaluate
-from fastkd.engine.loop import (
-    Epoch,
-    LossModule,
-    StoppedError,
-    TrainState,
-    predict,
-    train_epoch,
-    train_step,
-    warm_up,
-)
+from fastkd.engine.epoch import Epoch, StoppedError, train_epoch
+from fastkd.engine.inference import evaluate, predict
 from fastkd.engine.losses import kd_loss, supervised_loss
 from fastkd.engine.per_sample_loss import PerSampleLoss
-from fastkd.engine.prefetch import feed
+from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime, has_bf16
+from fastkd.engine.step import ClipGradNorm, LossModule, TrainState, train_step, warm_up
 from fastkd.errors import FastkdError, InputError
 from fastkd.recipe import Optim
 
@@ -89,7 +81,7 @@ def test_a_step_is_one_sgd_update_of_the_loss():
 
 
 def test_a_batch_in_parts_makes_the_same_update():
-    whole, parted = (make_state(parts=parts) for parts in (1, 2))
+    whole, parted = (make_state(accumulate=parts) for parts in (1, 2))
     for state in (whole, parted):
         state.objective.student.bn.eval()  # its statistics are of each part
     weight_B = torch.tensor([1.0, 0.5, 2.0, 0.0])
@@ -102,7 +94,7 @@ def test_a_batch_in_parts_makes_the_same_update():
 
 
 def test_a_gradient_is_clipped_to_its_norm():
-    state = make_state(lambda s, y, t: 100 * s.sum(1), lr=1.0, clip_norm=0.25)
+    state = make_state(lambda s, y, t: 100 * s.sum(1), lr=1.0, clip=ClipGradNorm(0.25))
     state.optimizer.param_groups[0]["momentum"] = 0.0
     before = [p.detach().clone() for p in state.objective.parameters()]
     batch = next(batches(1))
@@ -113,17 +105,17 @@ def test_a_gradient_is_clipped_to_its_norm():
 
 def test_the_average_follows_weights_and_statistics():
     state = make_state()
-    state.average = ModelEma(state.objective.student, 0.9)
+    state.ema = ModelEma(state.objective.student, 0.9)
     expected = {k: v.double() for k, v in state.objective.student.state_dict().items()}
     for batch in batches(4):
         train_step(state, batch.images, batch.labels, ())
         now = state.objective.student.state_dict()
         expected = {k: 0.9 * v + 0.1 * now[k].double() for k, v in expected.items()}
-    found = state.average.net.state_dict()
+    found = state.ema.net.state_dict()
     expected["bn.num_batches_tracked"] = torch.tensor(4)
     for name, value in found.items():
         torch.testing.assert_close(value.double(), expected[name].double(), msg=name)
-    assert not state.average.net.training
+    assert not state.ema.net.training
 
 
 @pytest.mark.parametrize(("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
@@ -211,7 +203,7 @@ def test_a_dynamic_epoch_weighs_each_sample_and_keeps_its_loss():
     running.weight_N[:] = torch.arange(14) / 4
     state, twin = make_state(), make_state()
     arguments = {"log_every_steps": 9, "on_log": lambda *a: None}
-    result = train_epoch(state, batches(3), None, np.full(3, 0.1), running=running, **arguments)
+    result = train_epoch(state, batches(3), None, np.full(3, 0.1), per_sample_loss=running, **arguments)
     found, weighted = [], []
     for batch in batches(3):
         loss_B = losses(twin, batch)
@@ -295,7 +287,7 @@ def test_evaluation_counts_valid_samples_only():
             logits[0, 0] = logits[1, 1] = logits[2, 0] = 1  # the third is wrong, the fourth is padding
             return logits
 
-    assert evaluate(CPU, Right(), batches(2, valid=3), 3) == pytest.approx(2 / 3)
+    assert evaluate(CPU, Right(), batches(2, valid=3)) == pytest.approx(2 / 3)
 
 
 def test_prediction_comes_in_order_without_padding():
@@ -319,7 +311,7 @@ def test_prediction_counts_all_views_of_a_sample_that_counts():
 def test_warming_up_leaves_the_student_as_it_was():
     state = make_state()
     before = {name: t.clone() for name, t in state.objective.state_dict().items()}
-    warm_up(state, next(feed(batches(1), CPU)), None)
+    warm_up(state, next(prefetch_to_device(batches(1), CPU)), None)
     for name, tensor in state.objective.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
     assert all(p.grad is None for p in state.objective.parameters())
@@ -372,9 +364,9 @@ def test_autocast_computes_in_the_chosen_precision():
 
 def test_memory_format_follows_the_choice():
     batch = next(batches(1))
-    assert next(feed(batches(1), CPU)).images.is_contiguous(memory_format=torch.channels_last)
+    assert next(prefetch_to_device(batches(1), CPU)).images.is_contiguous(memory_format=torch.channels_last)
     nchw = Runtime.choose("cpu", "fp32", channels_last=False, compile=False)
-    fed = next(feed(batches(1), nchw))
+    fed = next(prefetch_to_device(batches(1), nchw))
     assert fed.images.is_contiguous()
     torch.testing.assert_close(fed.images, batch.images)
 
@@ -388,7 +380,7 @@ def test_the_end_of_feeding_ends_the_loader():
         finally:
             ended.append(True)
 
-    fed = feed(loader(), CPU)
+    fed = prefetch_to_device(loader(), CPU)
     next(fed)
     fed.close()
     assert ended
@@ -399,7 +391,7 @@ def cuda_state(precision: str, compile: bool | str = False) -> TrainState:
     net = runtime.to_device(Net())
     objective = LossModule(net, partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0), lambda told: told[0].float())
     optimizer = runtime.optimizer(Optim(lr=0.1), net.parameters())
-    return TrainState(runtime, runtime.compiled(objective), optimizer, runtime.scaler(), clip_norm=1.0)
+    return TrainState(runtime, runtime.compiled(objective), optimizer, runtime.scaler(), clip=ClipGradNorm(1.0))
 
 
 @pytest.mark.gpu
@@ -407,10 +399,10 @@ def cuda_state(precision: str, compile: bool | str = False) -> TrainState:
 @pytest.mark.parametrize("compile", [False, True, "reduce-overhead"])
 def test_an_epoch_on_cuda_runs_in_every_precision(precision, compile):
     state = cuda_state(precision, compile)
-    state.average = ModelEma(state.objective.student, 0.9) if not compile else None
+    state.ema = ModelEma(state.objective.student, 0.9) if not compile else None
     running = PerSampleLoss(np.arange(48), state.runtime.device)
     result = train_epoch(
-        state, batches(12), None, np.full(12, 0.01), log_every_steps=4, on_log=lambda *a: None, running=running
+        state, batches(12), None, np.full(12, 0.01), log_every_steps=4, on_log=lambda *a: None, per_sample_loss=running
     )
     assert np.isfinite(result.loss)
     assert torch.isfinite(running.loss_N).all().item()
@@ -446,7 +438,7 @@ def test_batches_reach_cuda_whole_and_in_order_though_buffers_are_used_again():
                 buffer.copy_(tensor)
             yield Batch(*buffers, 4, batch.stored)
 
-    for fed, batch in zip(feed(reusing(), runtime), expected, strict=True):
+    for fed, batch in zip(prefetch_to_device(reusing(), runtime), expected, strict=True):
         torch.cuda._sleep(1_000_000)
         for ours, theirs in zip(fed.tensors(), (*batch[:3], *batch.stored), strict=True):
             torch.testing.assert_close(ours.cpu(), theirs)

@@ -1,0 +1,151 @@
+"""One epoch of training."""
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastkd.distributed import current
+from fastkd.engine.per_sample_loss import PerSampleLoss
+from fastkd.engine.prefetch import Batch, DeviceBatch, prefetch_to_device
+from fastkd.engine.step import LiveTeacher, TrainState, teacher_signal, train_step
+from fastkd.errors import FastkdError
+
+DIVERGED_HELP = "try a lower optim.lr, optim.warmup_epochs, optim.clip_norm or train.precision=fp32"
+LEAST_SCALE = 2.0**-14
+"""Below this loss scale, training is considered diverged."""
+
+
+@dataclass
+class Epoch:
+    """Progress of an epoch, and its results at the end. Losses, steps and images are those of all processes.
+
+    Attributes
+    ----------
+    logged : int
+        Steps up to the last log. Their losses are summed in `loss_sum`, those of later steps in `unlogged`.
+    wall_s, data_wait_s : float
+        Seconds in total, and seconds spent waiting for batches (measured from before each is requested).
+    """
+
+    steps: int = 0
+    images: int = 0
+    logged: int = 0
+    loss_sum: float = 0.0
+    unlogged: float = 0.0
+    wall_s: float = 0.0
+    data_wait_s: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the steps up to the last log."""
+        return self.loss_sum / max(self.logged, 1)
+
+    @property
+    def images_per_s(self) -> float:
+        """Throughput, including data wait."""
+        return self.images / self.wall_s
+
+
+class StoppedError(Exception):
+    """An epoch was asked to stop, and stopped between two steps."""
+
+
+def train_epoch(
+    state: TrainState,
+    batches: Generator[Batch, None, None],
+    live: LiveTeacher | None,
+    lr_S: np.ndarray,
+    *,
+    log_every_steps: int,
+    on_log: Callable[[Epoch, float], None],
+    per_sample_loss: PerSampleLoss | None = None,
+    epoch: Epoch | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Epoch:
+    """Train on every batch once.
+
+    Parameters
+    ----------
+    batches
+        The remaining batches of the epoch.
+    live
+        The teacher, if its logits are not stored.
+    lr_S : float64 [S]
+        Learning rate of each step of the whole epoch.
+    on_log
+        Called as ``on_log(epoch, mean_loss)`` every `log_every_steps` and at the end. Only then does the host wait for
+        the device.
+    per_sample_loss
+        Stores the loss of each sample, and gives their weights. None: all weights are 1.
+    epoch
+        Progress of an epoch to resume. It is updated at each log.
+    stop
+        Called after each step; returns whether to stop. Must return the same in all processes.
+
+    Raises
+    ------
+    FastkdError
+        The loss is not finite; names the range of steps.
+    StoppedError
+        After `epoch` was updated.
+    """
+    epoch = epoch or Epoch()
+    unlogged = torch.tensor(epoch.unlogged, device=state.runtime.device)
+    start = state.runtime.clock() - epoch.wall_s
+
+    def update_epoch() -> None:
+        epoch.unlogged = current().mean(float(unlogged))
+        epoch.wall_s = state.runtime.clock() - start
+
+    with closing(prefetch_to_device(batches, state.runtime)) as on_device:
+        while True:
+            asked = time.perf_counter()
+            batch = next(on_device, None)
+            if batch is None:
+                break
+            epoch.data_wait_s += time.perf_counter() - asked
+            for group in state.optimizer.param_groups:
+                group["lr"] = float(lr_S[epoch.steps])
+            unlogged += _step(state, batch, live, per_sample_loss)
+            epoch.images += len(batch.labels) * current().size
+            epoch.steps += 1
+            if epoch.steps - epoch.logged >= log_every_steps or epoch.steps == len(lr_S):
+                update_epoch()
+                loss = epoch.unlogged / (epoch.steps - epoch.logged)
+                _refuse_diverged(state, epoch, loss)
+                epoch.loss_sum += epoch.unlogged
+                epoch.logged, epoch.unlogged = epoch.steps, 0.0
+                unlogged.zero_()
+                on_log(epoch, loss)
+            if stop():
+                update_epoch()
+                raise StoppedError
+    update_epoch()
+    return epoch
+
+
+def _step(
+    state: TrainState, batch: DeviceBatch, live: LiveTeacher | None, per_sample_loss: PerSampleLoss | None
+) -> Tensor:
+    """Make one update, and store the samples' losses; return the mean loss, on the device."""
+    teacher = teacher_signal(batch, live)
+    if per_sample_loss is None:
+        return train_step(state, batch.images, batch.labels, teacher)[0]
+    weight_B = per_sample_loss.weight_N[batch.sample_ids]
+    mean, loss_B = train_step(state, batch.images, batch.labels, teacher, weight_B)
+    per_sample_loss.loss_N[batch.sample_ids] = loss_B
+    return mean
+
+
+def _refuse_diverged(state: TrainState, epoch: Epoch, loss: float) -> None:
+    """Raise an error if the steps since the last log diverged."""
+    steps = f"in steps {epoch.logged} … {epoch.steps - 1} of this epoch"
+    if not np.isfinite(loss):
+        raise FastkdError(f"the loss became {loss} {steps}: {DIVERGED_HELP}")
+    if state.scaler.is_enabled() and state.scaler.get_scale() < LEAST_SCALE:
+        raise FastkdError(f"the gradients were not finite again and again {steps}: {DIVERGED_HELP}")

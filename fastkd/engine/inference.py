@@ -1,0 +1,78 @@
+"""Forward passes without gradients: logits of batches, and top-1 accuracy."""
+
+from collections import deque
+from collections.abc import Callable, Generator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastkd.distributed import current
+from fastkd.engine.prefetch import Batch, DeviceBatch, prefetch_to_device
+from fastkd.engine.runtime import Runtime
+
+
+class Predicted(NamedTuple):
+    """The output of a network for the samples of a batch, without padding.
+
+    Attributes
+    ----------
+    logits : float32 array [n·V, K]
+        The V views of each of the n samples are adjacent.
+    labels : int64 array [n]
+    stored : tuple of array [n, k]
+        Rows that the loader read along with the samples.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    stored: tuple[np.ndarray, ...]
+
+
+@torch.inference_mode()
+def predict(
+    runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None]
+) -> Generator[Predicted, None, None]:
+    """Yield the output of a network in eval mode for each batch, in order.
+
+    On CUDA the results are one batch late, so that the device computes the next batch while the host uses this one.
+    """
+    waiting: deque[Callable[[], Predicted]] = deque()
+    for batch in prefetch_to_device(batches, runtime):
+        with runtime.autocast():
+            logits_BK = net(batch.images)
+        count = batch.valid * (len(batch.images) // len(batch.labels))
+        waiting.append(_later(runtime, logits_BK[:count].float(), batch))
+        if runtime.device.type == "cpu" or len(waiting) > 1:
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
+
+
+def _later(runtime: Runtime, logits: Tensor, batch: DeviceBatch) -> Callable[[], Predicted]:
+    """Start copying to the host, and return a function that waits for the copy."""
+    logits_of, labels, *stored = (
+        runtime.to_host(t) for t in (logits, *(t[: batch.valid] for t in (batch.labels, *batch.stored)))
+    )
+    return lambda: Predicted(logits_of(), labels(), tuple(rows() for rows in stored))
+
+
+@torch.inference_mode()
+def evaluate(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None] | None) -> float:
+    """Return the top-1 accuracy (0…1) of a network in eval mode on padded batches, over all processes.
+
+    Parameters
+    ----------
+    batches
+        Those of this process. None: it has none.
+    """
+    correct, count = torch.zeros((), dtype=torch.int64, device=runtime.device), 0
+    for batch in prefetch_to_device(batches, runtime) if batches is not None else ():
+        with runtime.autocast():
+            logits_BK = net(batch.images)
+        guess_B = logits_BK[: batch.valid].float().argmax(dim=1)
+        correct += (guess_B == batch.labels[: batch.valid]).sum()
+        count += batch.valid
+    counts = torch.stack(current().all_gather(torch.tensor([int(correct), count]))).sum(dim=0)
+    return int(counts[0]) / int(counts[1])
