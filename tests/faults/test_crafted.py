@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fastkd import artifacts, export, pipeline, predict, report, train
+from fastkd import artifacts, pipeline, predict, train
 from fastkd.artifacts import __main__ as artifacts_command
+from fastkd.export import __main__ as export
+from fastkd.report import __main__ as report
 
 DEEP = "[" * 100_000
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(

@@ -11,7 +11,7 @@ import pytest
 
 from fastkd import artifacts, label, pipeline, prune, score, train, write
 from fastkd.engine import epoch, inference
-from fastkd.stages import pruning, training
+from fastkd.stages import pruning, run_files, training
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -81,9 +81,9 @@ def test_a_full_disk_in_any_stage__is_one_error_and_the_stage_ends_when_there_is
     ("module", "name", "call"),
     [
         (epoch, "train_step", 8),
-        (training, "_save_student", 0),
-        (training, "_timing", 0),
-        (training, "environment", 0),
+        (training, "write_student", 0),
+        (training, "timing", 0),
+        (run_files, "environment", 0),
         (artifacts, "file_digest", 3),
     ],
     ids=["a checkpoint", "the student", "its times", "the beginning", "publishing"],

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from harness import seconds
 
-from fastkd import artifacts, check, export, label, pipeline, prune, score, write
+from fastkd import artifacts, check, label, pipeline, prune, score, write
+from fastkd.export import __main__ as export
 from fastkd.export.dataset import export_dataset
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
