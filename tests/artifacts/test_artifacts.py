@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fastkd import artifacts
-from fastkd.artifacts import Built
+from fastkd.artifacts import Built, building, verifying
 from fastkd.errors import ArtifactError, InputError
 
 INPUTS = {"data": "abc", "teacher": {"model": "cifar/resnet8", "weights": "123"}, "keep_ratio": 0.5}
@@ -108,7 +108,7 @@ def test_the_verdict_spares_checksums_until_a_file_changes(subset, monkeypatch):
     def never(path: Path) -> str:
         raise AssertionError("checksum computed")
 
-    monkeypatch.setattr(artifacts, "file_digest", never)
+    monkeypatch.setattr(verifying, "file_digest", never)
     artifacts.load(subset.path)
     os.utime(subset.path / "indices.npy")
     with pytest.raises(AssertionError, match="checksum computed"):
@@ -380,7 +380,7 @@ def test_what_was_refused_or_failed_at_the_very_end_stays_known_for_what_it_is(t
 
     begun = tmp_path / f"run{artifacts.PARTIAL}" / artifacts.BEGUN
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "file_digest", killed)
+        patch.setattr(building, "file_digest", killed)
         with pytest.raises(KeyboardInterrupt):
             ask({"a": 1}, fill)
     key = artifacts.key_of("RUN", {"a": 1})
@@ -432,7 +432,7 @@ def test_a_deletion_that_was_killed_is_finished_by_the_next_and_never_taken_for_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts.shutil, "rmtree", killed)
+        patch.setattr(building.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             artifacts.remove(subset.path)
     left = subset.path.with_name("subset.fastkd-removed")

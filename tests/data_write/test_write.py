@@ -11,6 +11,7 @@ from harness import command_file
 
 from fastkd import artifacts, console
 from fastkd import write as command
+from fastkd.artifacts import building
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.pipeline import Pipeline, write
 
@@ -185,7 +186,7 @@ def test_full_disk_while_publishing(noise, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifacts, "fsync", full)
+    monkeypatch.setattr(building, "fsync", full)
     with pytest.raises(FastkdError, match="out: no space left"):
         write(noise, tmp_path / "out", OPTIONS)
 

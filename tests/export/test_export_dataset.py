@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastkd import artifacts, pipeline, recipe
-from fastkd.artifacts import Artifact, Built
+from fastkd.artifacts import Artifact, Built, building
 from fastkd.data.extract import read_table
 from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
@@ -487,7 +487,7 @@ def test_too_little_room_is_told_beforehand(tiny, subset, tmp_path, monkeypatch)
     assert export_dataset(subset.path, tmp_path / "out")[1]
 
 
-@pytest.mark.parametrize(("module", "name"), [(os, "pwrite"), (shutil, "copyfile"), (artifacts, "fsync")])
+@pytest.mark.parametrize(("module", "name"), [(os, "pwrite"), (shutil, "copyfile"), (building, "fsync")])
 def test_a_disk_that_fills_up_leaves_nothing(subset, tmp_path, monkeypatch, module, name):
     monkeypatch.setattr(module, name, full)
     with pytest.raises(FastkdError, match=r"no space left"):

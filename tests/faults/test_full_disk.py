@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastkd import artifacts, label, pipeline, prune, score, train, write
+from fastkd.artifacts import building
 from fastkd.engine import epoch, inference
 from fastkd.stages import pruning, run_files, training
 
@@ -42,7 +43,7 @@ def refused(code: int, said: str, advice: str) -> None:
 
 CASES = {
     "score": (score.main, inference, "_later", 3, ("score.batch_size=10",), "the next run resumes from here"),
-    "score, publishing": (score.main, artifacts, "file_digest", 0, (), "the next run resumes from here"),
+    "score, publishing": (score.main, building, "file_digest", 0, (), "the next run resumes from here"),
     "prune": (prune.main, pruning, "class_std", 0, (), "the next run starts over"),
     "label": (label.main, inference, "_later", 3, (*VIEWS, "labels.batch_size=10"), "the next run resumes from here"),
 }
@@ -84,7 +85,7 @@ def test_a_full_disk_in_any_stage__is_one_error_and_the_stage_ends_when_there_is
         (training, "write_student", 0),
         (training, "timing", 0),
         (run_files, "environment", 0),
-        (artifacts, "file_digest", 3),
+        (building, "file_digest", 3),
     ],
     ids=["a checkpoint", "the student", "its times", "the beginning", "publishing"],
 )

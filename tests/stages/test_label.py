@@ -16,6 +16,7 @@ import torch
 from harness import seconds
 
 from fastkd import artifacts, check, label, pipeline, recipe
+from fastkd.artifacts import building
 from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.pipeline import Pipeline
@@ -385,7 +386,7 @@ def test_a_kill_between_the_last_row_and_publishing_loses_nothing(tiny_recipe, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "_publish", broken_off)
+        patch.setattr(building, "_publish", broken_off)
         with pytest.raises(KeyboardInterrupt):
             pipeline.label(loaded)
     (partial,) = (tmp_path / "artifacts").glob(f"labels-*{artifacts.PARTIAL}")
@@ -479,19 +480,19 @@ def test_two_that_want_different_views_make_each_view_once(tiny_recipe, monkeypa
     """The second waits for the first, and finds what it made."""
     loaded, more = tiny_recipe(*VIEWS, "labels.views=2"), tiny_recipe(*VIEWS, "labels.views=4")
     _ = Pipeline(loaded).subset
-    seen, real, lock = [], Loader.batches, artifacts._lock
+    seen, real, lock = [], Loader.batches, building._lock
     monkeypatch.setattr(
         Loader, "batches", lambda self, ids, **how: seen.append(how.get("view")) or real(self, ids, **how)
     )
 
     @contextlib.contextmanager
     def waits(path):
-        monkeypatch.setattr(artifacts, "_lock", lock)
+        monkeypatch.setattr(building, "_lock", lock)
         pipeline.label(loaded)  # the other process has the lock first
         with lock(path):
             yield
 
-    monkeypatch.setattr(artifacts, "_lock", waits)
+    monkeypatch.setattr(building, "_lock", waits)
     labels, _ = pipeline.label(more)
     assert labels.facts["views"] == 4
     assert seen == [[0, 1], [2, 3]]

@@ -1,0 +1,38 @@
+"""Writing files atomically, and hashing them."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import xxhash
+
+
+def file_digest(path: Path) -> str:
+    """Return the xxh3-128 of a file (32 hex digits), reading 4 MiB at a time."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(4 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes, temporary: Path, *, sync: bool = True) -> None:
+    """Write a file atomically. After an error, such as a full disk, the temporary file is removed."""
+    try:
+        temporary.write_bytes(data)
+        if sync:
+            fsync(temporary)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
