@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastkd.data import beton
+from fastkd.data import ffcv_format
 from fastkd.errors import ArtifactError, InputError
 
 _REPORT_EVERY_S = 0.1
@@ -20,7 +20,7 @@ class Table:
 
     Attributes
     ----------
-    metadata : beton.METADATA [N]
+    metadata : ffcv_format.METADATA [N]
     sizes : int64 [N]
         Bytes of each image.
     """
@@ -66,7 +66,9 @@ class Table:
     def bytes_needed(self, positions: np.ndarray) -> int:
         """Return the bytes on the disk of a file of some of these samples (int64 [M]); its holes take none."""
         count = len(positions)
-        return int(self.sizes[positions].sum()) + beton.data_start(count) + count * beton.ALLOCATION.itemsize
+        return (
+            int(self.sizes[positions].sum()) + ffcv_format.data_start(count) + count * ffcv_format.ALLOCATION.itemsize
+        )
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Extract:
     Attributes
     ----------
     content_hash : str
-        As of `fastkd.data.beton.Split`, over the samples that were copied.
+        As of `fastkd.data.ffcv_format.Split`, over the samples that were copied.
     image_bytes : int
     max_height, max_width : int
         Of the largest image, in pixels.
@@ -103,22 +105,26 @@ def read_table(file: Path) -> Table:
     try:
         with file.open("rb") as stream:
             total = os.fstat(stream.fileno()).st_size
-            if total < beton.data_start(0):
+            if total < ffcv_format.data_start(0):
                 raise wrong(f"is no .beton file: {total} bytes")
-            header = np.frombuffer(stream.read(beton.HEADER.itemsize), beton.HEADER)[0]
+            header = np.frombuffer(stream.read(ffcv_format.HEADER.itemsize), ffcv_format.HEADER)[0]
             count, end = int(header["num_samples"]), int(header["alloc_table_ptr"])
-            if int(header["version"]) != beton.VERSION or int(header["num_fields"]) != len(beton.FIELDS):
-                raise wrong(f"is no .beton file of format {beton.VERSION} with {len(beton.FIELDS)} fields")
-            fields = np.frombuffer(stream.read(len(beton.FIELDS) * beton.FIELD.itemsize), beton.FIELD)
+            if int(header["version"]) != ffcv_format.VERSION or int(header["num_fields"]) != len(ffcv_format.FIELDS):
+                raise wrong(f"is no .beton file of format {ffcv_format.VERSION} with 3 fields")
+            fields = np.frombuffer(stream.read(len(ffcv_format.FIELDS) * ffcv_format.FIELD.itemsize), ffcv_format.FIELD)
             found = tuple((bytes(row["name"]).rstrip(b"\0").decode("latin-1"), int(row["type_id"])) for row in fields)
-            if found != beton.FIELDS:
-                raise wrong(f"holds the fields {found}; expected {beton.FIELDS}")
+            if found != ffcv_format.FIELDS:
+                raise wrong(f"holds the fields {found}; expected {ffcv_format.FIELDS}")
             # Compared with the size before anything is allocated.
-            if not count or end < beton.data_start(count) or end + count * beton.ALLOCATION.itemsize != total:
+            if (
+                not count
+                or end < ffcv_format.data_start(count)
+                or end + count * ffcv_format.ALLOCATION.itemsize != total
+            ):
                 raise wrong(f"its tables of {count} samples do not fit its {total} bytes")
-            metadata = np.frombuffer(stream.read(count * beton.METADATA.itemsize), beton.METADATA)
+            metadata = np.frombuffer(stream.read(count * ffcv_format.METADATA.itemsize), ffcv_format.METADATA)
             stream.seek(end)
-            table = np.frombuffer(stream.read(), beton.ALLOCATION)
+            table = np.frombuffer(stream.read(), ffcv_format.ALLOCATION)
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
     order = np.argsort(table["ptr"], kind="stable")
@@ -159,39 +165,39 @@ def extract(
     """
     count = len(positions)
     metadata, sizes = table.metadata[positions], table.sizes[positions]
-    rows = np.zeros(count, beton.RECORD)
+    rows = np.zeros(count, ffcv_format.RECORD)
     for key in ("mode", "width", "height"):
         rows[key] = metadata["f0"][key]
     rows["size"], rows["label"] = sizes, metadata["f1"]
     starts = metadata["f0"]["data_ptr"]
-    end = beton.data_start(count)
+    end = ffcv_format.data_start(count)
 
     def book(size: int) -> int:
         nonlocal end
-        start = beton.aligned(end, size)
+        start = ffcv_format.aligned(end, size)
         end = start + size
         return start
 
     reported = 0.0
-    with table.file.open("rb") as source, beton.storage_errors(file, rows), file.open("xb") as target:
-        pages = beton.Pages(target.fileno(), book)
+    with table.file.open("rb") as source, ffcv_format.storage_errors(file, rows), file.open("xb") as target:
+        pages = ffcv_format.Pages(target.fileno(), book)
         for done, row in enumerate(np.argsort(starts, kind="stable").tolist()):
             data = _read(source.fileno(), table.file, int(starts[row]), int(sizes[row]))
             rows["ptr"][row] = pages.put(data)
-            rows["digest"][row] = beton.image_digest(
+            rows["digest"][row] = ffcv_format.image_digest(
                 int(rows["mode"][row]), int(rows["height"][row]), int(rows["width"][row]), data
             )
-            rows["state"][row] = beton.STORED
+            rows["state"][row] = ffcv_format.STORED
             if progress and time.monotonic() - reported > _REPORT_EVERY_S:
                 reported = time.monotonic()
                 progress(done, count)
         pages.flush()
-    with beton.storage_errors(file, rows):
-        beton.write_tables(file, rows, metadata["f2"], end)
+    with ffcv_format.storage_errors(file, rows):
+        ffcv_format.write_tables(file, rows, metadata["f2"], end)
     if progress:
         progress(count, count)
     return Extract(
-        content_hash=beton.content_hash(rows, metadata["f2"]),
+        content_hash=ffcv_format.content_hash(rows, metadata["f2"]),
         image_bytes=int(sizes.sum()),
         max_height=int(rows["height"].max()),
         max_width=int(rows["width"].max()),

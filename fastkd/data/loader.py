@@ -6,16 +6,11 @@ batch buffers are reused while one may still look at them; an image that cannot 
 read, is passed on as whatever lies in memory.
 """
 
-import mmap
-import os
-import sys
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property, partial
-from queue import Queue
 from typing import Any, Literal, NamedTuple
 
-import fastkd.data.ffcv_import  # noqa: F401
+import fastkd.data.ffcv_patches  # noqa: F401
 
 # isort: split
 import numba
@@ -23,95 +18,24 @@ import numpy as np
 import torch
 from ffcv.fields.decoders import IntDecoder
 from ffcv.loader import Loader as FfcvLoader
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
-from ffcv.memory_managers.process_cache import page_reader, schedule
-from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.graph import Node
 from ffcv.transforms import ToTensor
 
 from fastkd import doctor
 from fastkd.artifacts import Artifact
 from fastkd.data import readahead
+from fastkd.data.epoch_iterator import EpochThread
 from fastkd.data.readahead import ReadAhead
 from fastkd.data.row_store import StoredRows
 from fastkd.data.views import ViewDecoder, Views
 from fastkd.distributed import current
 from fastkd.doctor import usable_cores
-from fastkd.errors import ArtifactError, FastkdError, InputError, LoaderError
+from fastkd.errors import ArtifactError, InputError, LoaderError
 from fastkd.kernels.views import COLUMNS
 
 BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}
 """Code of the pipeline, with and without threads: some seconds to compile, the same for all files, sizes and views."""
-STUCK_AFTER_S = 300.0  # more than compiling any pipeline takes
-_LOOK_EVERY_S = 0.2
-STOP_WITHIN_S = 5.0  # more than any batch takes that is being loaded
-
-
-def _set_loader_threads(n: int) -> None:
-    """Set numba's threads; FFCV's own version sets torch's as well, which are the step's."""
-    Compiler.num_threads = n
-    numba.set_num_threads(n)
-
-
-Compiler.set_num_threads = _set_loader_threads
-
-
-def _compile_reader(manager: OSCacheManager, compile_one: Any = OSCacheManager.compile_reader) -> Any:
-    """Compile what reads through the system's cache once; FFCV does for each loader, and 1.3 MB of it stay for ever."""
-    if "reader" not in _compiled:
-        _compiled["reader"] = compile_one(manager)
-    return _compiled["reader"]
-
-
-OSCacheManager.compile_reader = _compile_reader
-
-
-def _read_page(descriptor: int, page: np.ndarray, offset: int) -> int:
-    """Read a page, or what the file has of its last one; FFCV's own version takes no notice of a failure."""
-    want = min(page.size, os.fstat(descriptor).st_size - int(offset))
-    done = 0
-    while done < want and (count := os.preadv(descriptor, [page.data[done:]], int(offset) + done)):
-        done += count
-    if want <= 0 or done < want:
-        raise OSError(f"the file ends before byte {int(offset) + max(want, 1)}")
-    return done
-
-
-class _PageReader(page_reader.PageReader):
-    """FFCV's thread that reads pages where the system's cache is not used; its failure reaches who waits for them."""
-
-    def run(self) -> None:
-        try:
-            super().run()
-        except BaseException as error:
-            self.loaded.put(error)
-
-
-class _Pages(Queue):
-    """The pages that were read, or the error on which whoever asks for one is not to wait."""
-
-    def get(self, *arguments: Any, **options: Any) -> Any:
-        page = super().get(*arguments, **options)
-        if isinstance(page, BaseException):
-            raise page
-        return page
-
-
-page_reader.read, schedule.PageReader, schedule.Queue = _read_page, _PageReader, _Pages
-
-
-def _hide_finalizer_noise(unraisable: "sys.UnraisableHookArgs", shown: Any = sys.unraisablehook) -> None:
-    """Keep numba's KeyErrors on discarding FFCV's compiled code (ffcv #167) from the user: nothing is lost by them."""
-    frame = unraisable.exc_traceback
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if not (unraisable.exc_type is KeyError and frame is not None and frame.tb_frame.f_code.co_name == "finalizer"):
-        shown(unraisable)
-
-
-sys.unraisablehook = _hide_finalizer_noise
 
 
 def full_batches(count: int, batch_size: int, split: str = "train") -> int:
@@ -237,7 +161,7 @@ class Loader:
         self._ids = None if np.array_equal(ids, np.arange(self.count)) else ids
         if self._ids is not None and not (np.diff(ids) > 0).all():
             raise ArtifactError(f"{path}: its sample ids do not ascend; write the data set again")
-        self._epoch: _Epoch | None = None
+        self._epoch: EpochThread | None = None
 
     def batches(
         self,
@@ -353,7 +277,7 @@ class Loader:
         self._decoder.hw, self._decoder.views = hw, len(views)  # for the buffers that the epoch is about to ask for
         positions = self._positions(ids)
         ahead = self._read_ahead(positions)
-        epoch = self._epoch = _Epoch(self._ffcv, positions, ids, draw, self._cover, stored, self.workers, ahead)
+        epoch = self._epoch = EpochThread(self._ffcv, positions, ids, draw, self._cover, stored, self.workers, ahead)
         done = 0
         try:
             for image, label, sample_id, *rows in epoch:
@@ -397,106 +321,3 @@ class Loader:
 
 def _repeat(rows_1VP: np.ndarray, positions_B: np.ndarray, ids_B: np.ndarray, rows_BVP: np.ndarray) -> None:
     rows_BVP[:] = rows_1VP
-
-
-def _what(error: BaseException) -> str:
-    """Return an error's text, with its kind where it is not our own and so tells little without."""
-    return str(error) if isinstance(error, FastkdError) else f"{type(error).__name__}: {error}"
-
-
-class _Epoch(EpochIterator):
-    """FFCV's epoch thread: draws views and gathers stored rows for each batch; its failures reach its consumer."""
-
-    def __init__(
-        self,
-        loader: FfcvLoader,
-        positions: np.ndarray,
-        sample_ids: np.ndarray,
-        draw: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
-        cover_C: np.ndarray,
-        stored: StoredRows | None,
-        workers: int,
-        ahead: ReadAhead | None,
-    ) -> None:
-        self.closed: bool
-        self.failure: BaseException | None = None
-        self.at: tuple[int, np.ndarray] = (0, sample_ids[: loader.batch_size])
-        self.sample_ids, self.draw, self.cover_C, self.stored = sample_ids, draw, cover_C, stored
-        self.ahead = ahead
-        slots = loader.batches_ahead + 2
-        self.rows = [stored.buffers(loader.batch_size) for _ in range(slots)] if stored else []
-        (self.decoder,) = (node.id for node in loader.graph.root_nodes if isinstance(node.decoder, ViewDecoder))
-        Compiler.set_num_threads(workers)
-        super().__init__(loader, positions)  # starts the thread
-
-    def run(self) -> None:
-        try:
-            if isinstance(self.memory_context, OSCacheContext):  # its map outlives the epoch
-                self.memory_context.mmap.base.madvise(mmap.MADV_RANDOM if self.ahead else mmap.MADV_NORMAL)
-            super().run()
-        except BaseException as error:
-            self.failure = error
-
-    def run_pipeline(self, batch: int, positions_B: Any, slot: int, event: Any) -> Any:
-        start = batch * self.loader.batch_size
-        ids_B = self.sample_ids[start : start + len(positions_B)]
-        self.at = batch, ids_B
-        buffers = self.memory_allocations["operation"][self.decoder]
-        _, rows_BVP, cover_BC, complaint_B1 = (buffer[slot] for buffer in buffers)
-        self.draw(positions_B, ids_B, rows_BVP)
-        cover_BC[:] = self.cover_C
-        if self.ahead is not None:
-            self.ahead.reach(batch)
-        result = super().run_pipeline(batch, positions_B, slot, event)
-        if len(damaged := np.flatnonzero(complaint_B1[: len(ids_B)])):
-            raise LoaderError(f"the image of sample_id {ids_B[damaged[0]]} is damaged; write the data set again")
-        if self.stored is None:
-            return result
-        self.stored.gather(ids_B, self.rows[slot])
-        return (*result, *(torch.from_numpy(buffer) for buffer in self.rows[slot]))
-
-    def __next__(self) -> tuple[torch.Tensor, ...]:
-        if self.terminate_event.is_set():  # to end here would look as if these were all samples
-            raise LoaderError(
-                f"{self.loader.fname}: this epoch was broken off, since another one of the same loader was begun, or "
-                "the loader closed: a loader gives one epoch at a time; make a second one to go through data twice"
-            )
-        waiting, looks = self.output_queue, 0
-        while not waiting.queue:  # a dead thread puts nothing: FFCV's own get() would wait for ever
-            if not self.is_alive() and not waiting.queue:
-                raise self._error(_what(self.failure) if self.failure else "it ended early")
-            if looks * _LOOK_EVERY_S > STUCK_AFTER_S:
-                raise self._error(f"it has given nothing for {STUCK_AFTER_S:.0f} s")
-            looks += 1  # rather than by the clock, which goes on while the process is stopped (Ctrl-Z)
-            with waiting.not_empty:
-                waiting.not_empty.wait_for(lambda: waiting.queue, timeout=_LOOK_EVERY_S)
-        return super().__next__()
-
-    def _error(self, what: str) -> LoaderError:
-        batch, ids = self.at
-        some = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
-        return LoaderError(
-            f"{self.loader.fname}: the loader thread failed at batch {batch} (sample_ids {some}): {what}"
-        )
-
-    def stop(self) -> None:
-        """End the thread and wait for it; one that is stuck, a daemon, is left behind with what it holds."""
-        self.terminate_event.set()
-        self.iter_ixes = iter(())  # FFCV looks at the event only while the queue is full, and it is emptied here
-        give_up = time.monotonic() + STOP_WITHIN_S
-        while self.is_alive() and time.monotonic() < give_up:
-            with self.output_queue.mutex:  # it may be waiting to put its end mark into a full queue
-                self.output_queue.queue.clear()
-                self.output_queue.not_full.notify_all()
-            self.join(0.05)
-        if not self.is_alive():
-            self.close()
-
-    def close(self) -> None:
-        """Leave the memory context once; FFCV's own version leaves it at every call."""
-        self.terminate_event.set()
-        if not self.closed:
-            self.closed = True
-            if self.ahead is not None:
-                self.ahead.close()
-            self.memory_context.__exit__(None, None, None)

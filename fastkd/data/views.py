@@ -174,7 +174,7 @@ class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own de
         self.views = 1
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        """Ask for the pixels, the rows that say where to cut, the colour of covers, and the decoder's complaints."""
+        """Ask for the pixels, the rows that say where to cut, the colour of covers, and the decoder's error flags."""
         shape = (self.views, *self.hw, 3)
         # No uint8 arrays of one or two dimensions: FFCV marks numba's types of those as read-only, process-wide.
         pixels, rows = np.dtype("u1"), np.dtype("i4")
@@ -196,16 +196,16 @@ class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own de
         jpg = IMAGE_MODES["jpg"]
 
         def decode(batch_indices, memory, metadata, storage_state):  # type: ignore[no-untyped-def]
-            out_BVHWC, rows_BVP, cover_BC, complaint_B1 = memory
+            out_BVHWC, rows_BVP, cover_BC, error_flag_B1 = memory
             for b in over_batch(len(batch_indices)):
                 field = metadata[batch_indices[b]]
                 data = mem_read(field["data_ptr"], storage_state)
                 height, width = np.uint32(field["height"]), np.uint32(field["width"])
-                complaint_B1[b, 0] = 0
+                error_flag_B1[b, 0] = 0
                 if field["mode"] == jpg:
                     image = np.empty((np.int64(height), np.int64(width), 3), np.uint8)
                     # To be looked at outside: compiled code cannot raise from within a parallel loop.
-                    complaint_B1[b, 0] = decode_jpeg(
+                    error_flag_B1[b, 0] = decode_jpeg(
                         data, image, height, width, height, width, 0, 0, 1, 1, False, False
                     )
                 else:

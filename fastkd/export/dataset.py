@@ -12,7 +12,7 @@ import xxhash
 
 from fastkd import artifacts
 from fastkd.artifacts import Artifact, Built, FileStamp, Manifest, file_digest, read_manifest
-from fastkd.data.beton import Progress
+from fastkd.data.beton_writer import Progress
 from fastkd.data.extract import Table, extract, read_table
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.stages.resumable import full_disk_explained, subset_key_fields

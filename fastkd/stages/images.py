@@ -8,7 +8,7 @@ import numpy as np
 
 from fastkd import artifacts, console, models
 from fastkd.artifacts import Artifact
-from fastkd.data.beton import usable_std
+from fastkd.data.beton_writer import usable_std
 from fastkd.data.loader import BATCHES_AHEAD, Loader
 from fastkd.data.order import split_holdout
 from fastkd.data.views import DECODE_PATH, Views

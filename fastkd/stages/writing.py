@@ -6,7 +6,7 @@ from typing import Any
 
 from fastkd import console, shipped
 from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, read_manifest
-from fastkd.data.beton import Progress, write_betons
+from fastkd.data.beton_writer import Progress, write_betons
 from fastkd.data.writer_api import Snapshot, Writer, WriterOptions, load_writer
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages.resumable import full_disk_explained

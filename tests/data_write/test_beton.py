@@ -16,7 +16,7 @@ import xxhash
 from harness import seconds
 from PIL import Image
 
-from fastkd.data import beton, encode
+from fastkd.data import beton_writer, encode, ffcv_format, split_writer
 from fastkd.data.writer_api import load_writer
 from fastkd.errors import FastkdError, InputError
 
@@ -25,12 +25,12 @@ pytestmark = pytest.mark.timeout(60)
 
 def write(noise, directory, **options):
     """Write in this process and workers forked from it."""
-    return beton.write_here((noise, options, str(directory)), lambda report: None)
+    return beton_writer.write_here((noise, options, str(directory)), lambda report: None)
 
 
 def write_watched(noise, directory, progress=None, **options):
     writer = load_writer(noise)
-    return beton.write_betons(writer, writer.options(options), directory, progress)
+    return beton_writer.write_betons(writer, writer.options(options), directory, progress)
 
 
 def source(noise, **options):
@@ -61,12 +61,12 @@ def test_the_format_is_ffcvs():
     from ffcv import types
     from ffcv.fields import IntField, RGBImageField
 
-    assert types.CURRENT_VERSION == beton.VERSION
-    assert types.HeaderType == beton.HEADER
-    assert types.FieldDescType == beton.FIELD
-    assert types.ALLOC_TABLE_TYPE == beton.ALLOCATION
-    assert types.get_metadata_type([RGBImageField(), IntField(), IntField()]) == beton.METADATA
-    assert [types.TYPE_ID_HANDLER[type_id] for _, type_id in beton.FIELDS] == [RGBImageField, IntField, IntField]
+    assert types.CURRENT_VERSION == ffcv_format.VERSION
+    assert types.HeaderType == ffcv_format.HEADER
+    assert types.FieldDescType == ffcv_format.FIELD
+    assert types.ALLOC_TABLE_TYPE == ffcv_format.ALLOCATION
+    assert types.get_metadata_type([RGBImageField(), IntField(), IntField()]) == ffcv_format.METADATA
+    assert [types.TYPE_ID_HANDLER[type_id] for _, type_id in ffcv_format.FIELDS] == [RGBImageField, IntField, IntField]
     from ffcv.fields.rgb_image import IMAGE_MODES
 
     assert (IMAGE_MODES["jpg"], IMAGE_MODES["raw"]) == (encode.JPG, encode.RAW)
@@ -173,12 +173,12 @@ def test_ffcv_loads_it(noise, tmp_path, mode):
 
 
 def test_images_larger_than_a_page(noise, tmp_path, monkeypatch):
-    monkeypatch.setattr(beton, "PAGE_BYTES", 1 << 10)  # images have 8×8×3 = 192 to 24×24×3 = 1728 bytes
+    monkeypatch.setattr(ffcv_format, "PAGE_BYTES", 1 << 10)  # images have 8×8×3 = 192 to 24×24×3 = 1728 bytes
     write(noise, tmp_path, workers=3)
     data = source(noise)["train"]
     images = stored_images(tmp_path / "train.beton")  # looks for images across a page's border
     assert all(images[i][2] == data.pixels(i).tobytes() for i in range(60))
-    header = np.fromfile(tmp_path / "train.beton", beton.HEADER, 1)
+    header = np.fromfile(tmp_path / "train.beton", ffcv_format.HEADER, 1)
     assert header["page_size"] == 2048
 
 
@@ -187,7 +187,7 @@ def test_image_larger_than_8_mib(noise, tmp_path):
     from ffcv.loader import Loader
 
     write(noise, tmp_path, n=4, sides=(1700, 1700), workers=1)
-    assert np.fromfile(tmp_path / "train.beton", beton.HEADER, 1)["page_size"] == 16 << 20
+    assert np.fromfile(tmp_path / "train.beton", ffcv_format.HEADER, 1)["page_size"] == 16 << 20
     data = source(noise, sides=(1700, 1700))["train"]
     pipelines = {"image": [SimpleRGBImageDecoder()], "label": None, "sample_id": None}
     loader = Loader(str(tmp_path / "train.beton"), 1, 1, os_cache=False, indices=np.arange(4), pipelines=pipelines)
@@ -196,7 +196,7 @@ def test_image_larger_than_8_mib(noise, tmp_path):
 
 
 def test_sample_too_large_for_ffcv(noise, tmp_path, monkeypatch):
-    monkeypatch.setattr(beton, "MAX_PAGE_BYTES", 500)
+    monkeypatch.setattr(split_writer, "MAX_PAGE_BYTES", 500)
     with pytest.raises(InputError, match=r"train sample \d+ .*takes \d+ bytes.* at most 500; set max_resolution"):
         write(noise, tmp_path)
 
@@ -343,7 +343,7 @@ PARENT = """
 import sys
 from pathlib import Path
 from fastkd.artifacts import Built, build
-from fastkd.data.beton import write_betons
+from fastkd.data.beton_writer import write_betons
 from fastkd.data.writer_api import load_writer
 
 def builder(directory):
@@ -417,7 +417,7 @@ def test_a_disk_that_forgets(noise, tmp_path, monkeypatch):
         data[len(data) // 2 :] = 0
         os.pwrite(descriptor, data, offset)
 
-    monkeypatch.setattr(beton, "_write_at", forgetful)
+    monkeypatch.setattr(ffcv_format, "_write_at", forgetful)
     with pytest.raises(FastkdError, match="reads back otherwise than it was written"):
         write(noise, tmp_path)
 
@@ -629,7 +629,7 @@ def test_a_constant_channel(tmp_path, change, constant, std):
     else:
         assert [text.startswith(constant) for text in told] == [True]
         assert std in written.std
-        assert min(written.std) >= beton.MIN_STD
+        assert min(written.std) >= beton_writer.MIN_STD
 
 
 @pytest.mark.parametrize(

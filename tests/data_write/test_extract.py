@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from fastkd.data import beton, extract
+from fastkd.data import beton_writer, extract, ffcv_format
 from fastkd.data.extract import Table, read_table
 from fastkd.errors import ArtifactError, FastkdError, InputError
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(60)
 
 def write(noise, directory, **options) -> Path:
     """Write noise; return its train.beton, of 60 samples unless `n` says otherwise."""
-    beton.write_here((noise, options, str(directory)), lambda report: None)
+    beton_writer.write_here((noise, options, str(directory)), lambda report: None)
     return directory / "train.beton"
 
 
@@ -69,7 +69,7 @@ def test_samples_are_copied_byte_for_byte(noise, tmp_path, some, mode, workers):
 
 
 def test_all_samples_have_the_hash_of_the_whole(noise, tmp_path):
-    written = beton.write_here((noise, {}, str(tmp_path)), lambda report: None)
+    written = beton_writer.write_here((noise, {}, str(tmp_path)), lambda report: None)
     table = read_table(tmp_path / "train.beton")
     done = extract.extract(table, np.arange(60), tmp_path / "out.beton")
     assert done.content_hash == written.splits["train"].content_hash
@@ -97,22 +97,22 @@ def test_ids_that_are_not_there(noise, tmp_path, ids):
 
 def test_images_larger_than_a_page(noise, tmp_path, some, monkeypatch):
     parent = write(noise, tmp_path)
-    monkeypatch.setattr(beton, "PAGE_BYTES", 1 << 10)  # images have 8×8×3 = 192 to 24×24×3 = 1728 bytes
+    monkeypatch.setattr(ffcv_format, "PAGE_BYTES", 1 << 10)  # images have 8×8×3 = 192 to 24×24×3 = 1728 bytes
     table = read_table(parent)
     extract.extract(table, table.positions(some), tmp_path / "out.beton")
     whole = samples(parent)
     assert samples(tmp_path / "out.beton") == {i: whole[i] for i in some.tolist()}  # looks at borders of pages
-    assert np.fromfile(tmp_path / "out.beton", beton.HEADER, 1)["page_size"] == 2048
+    assert np.fromfile(tmp_path / "out.beton", ffcv_format.HEADER, 1)["page_size"] == 2048
 
 
 def test_the_page_is_that_of_the_largest_kept(noise, tmp_path, monkeypatch):
-    monkeypatch.setattr(beton, "PAGE_BYTES", 1 << 10)
+    monkeypatch.setattr(ffcv_format, "PAGE_BYTES", 1 << 10)
     parent = write(noise, tmp_path, workers=2)
     table = read_table(parent)
     small = np.flatnonzero(table.sizes <= 1024)
     extract.extract(table, small, tmp_path / "out.beton")
-    assert np.fromfile(parent, beton.HEADER, 1)["page_size"] == 2048
-    assert np.fromfile(tmp_path / "out.beton", beton.HEADER, 1)["page_size"] == 1024
+    assert np.fromfile(parent, ffcv_format.HEADER, 1)["page_size"] == 2048
+    assert np.fromfile(tmp_path / "out.beton", ffcv_format.HEADER, 1)["page_size"] == 1024
     assert len(samples(tmp_path / "out.beton")) == len(small)
 
 
@@ -125,7 +125,7 @@ def test_ffcv_loads_images_larger_than_8_mib(noise, tmp_path, os_cache):
     table = read_table(write(noise, tmp_path, n=4, sides=(1700, 1700), workers=1))
     out = tmp_path / "out.beton"
     extract.extract(table, np.array([1, 3]), out)
-    assert np.fromfile(out, beton.HEADER, 1)["page_size"] == 16 << 20
+    assert np.fromfile(out, ffcv_format.HEADER, 1)["page_size"] == 16 << 20
     whole = samples(tmp_path / "train.beton")
     pipelines = {"image": [SimpleRGBImageDecoder()], "label": None, "sample_id": [IntDecoder()]}
     loader = Loader(str(out), 1, 1, os_cache=os_cache, indices=np.arange(2), pipelines=pipelines)
@@ -158,8 +158,8 @@ def test_bytes_needed_is_what_the_disk_gives(noise, tmp_path):
     table = read_table(write(noise, tmp_path))
     out = tmp_path / "out.beton"
     extract.extract(table, np.arange(60), out)
-    end = int(np.fromfile(out, beton.HEADER, 1)["alloc_table_ptr"][0])
-    holes = end - beton.data_start(60) - int(table.sizes.sum())
+    end = int(np.fromfile(out, ffcv_format.HEADER, 1)["alloc_table_ptr"][0])
+    holes = end - ffcv_format.data_start(60) - int(table.sizes.sum())
     assert table.bytes_needed(np.arange(60)) == out.stat().st_size - holes
 
 
@@ -208,7 +208,7 @@ def test_disk_that_forgets(noise, tmp_path, monkeypatch):
 
 
 def header(file: Path, **values) -> None:
-    found = np.fromfile(file, beton.HEADER, 1)
+    found = np.fromfile(file, ffcv_format.HEADER, 1)
     for key, value in values.items():
         found[key] = value
     with file.open("r+b") as stream:
@@ -221,7 +221,7 @@ def poke(file: Path, at: int, data: bytes) -> None:
         stream.write(data)
 
 
-FIRST_PTR = beton.data_start(0) + beton.IMAGE.fields["data_ptr"][1]
+FIRST_PTR = ffcv_format.data_start(0) + ffcv_format.IMAGE.fields["data_ptr"][1]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ FIRST_PTR = beton.data_start(0) + beton.IMAGE.fields["data_ptr"][1]
         (lambda f: header(f, num_samples=1 << 60), r"its tables of \d+ samples do not fit"),
         (lambda f: header(f, alloc_table_ptr=10), "its tables of 60 samples do not fit"),
         (lambda f: os.truncate(f, f.stat().st_size - 1), "its tables of 60 samples do not fit"),
-        (lambda f: poke(f, beton.HEADER.itemsize + 1, b"imagf"), r"holds the fields \(\('imagf', 2\)"),
+        (lambda f: poke(f, ffcv_format.HEADER.itemsize + 1, b"imagf"), r"holds the fields \(\('imagf', 2\)"),
         (lambda f: poke(f, FIRST_PTR, bytes(8)), "its tables point outside of it"),
         (lambda f: poke(f, FIRST_PTR, b"\xff" * 8), "its tables point outside of it"),
         (lambda f: poke(f, f.stat().st_size - 8, b"\xff" * 8), "its tables point outside of it"),

@@ -13,7 +13,8 @@ from fastkd import artifacts, console
 from fastkd import write as command
 from fastkd.artifacts import building
 from fastkd.errors import ArtifactError, FastkdError, InputError
-from fastkd.pipeline import Pipeline, write
+from fastkd.pipeline import write
+from fastkd.stages.images import ImageSource
 
 pytestmark = pytest.mark.timeout(60)
 OPTIONS = {"n": 40, "sides": (9, 9), "workers": 1}
@@ -94,7 +95,7 @@ def test_a_constant_channel_in_the_manifest(tmp_path):
     assert facts["std"] == [1.0] * 3
     assert any("constant or nearly so over all of train" in text for text in facts["warnings"])
     older = SimpleNamespace(path=tmp_path, facts=facts | {"std": [0.0, 0.2, 0.3]})
-    assert Pipeline.normalisation.fget(SimpleNamespace(dataset=older)).std == (1.0, 0.2, 0.3)
+    assert ImageSource.normalisation.fget(SimpleNamespace(dataset=older)).std == (1.0, 0.2, 0.3)
     assert any("is taken as 1" in text for text in console.warnings_since(0))
 
 

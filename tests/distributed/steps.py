@@ -23,7 +23,7 @@ def main(kind: str, steps: Annotated[int, typer.Argument()] = 10_000) -> None:
         if kind == "collective":
             dist.all_reduce(torch.ones(1))
         else:
-            mine.wait()
+            mine.barrier()
         if number % 10 == 0:
             print(f"process {mine.rank} at step {number}", flush=True)
         time.sleep(0.1)

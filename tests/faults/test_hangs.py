@@ -18,8 +18,7 @@ import pytest
 from harness import seconds
 
 from fastkd import artifacts, pipeline
-from fastkd.data import beton
-from fastkd.data import loader as loader_module
+from fastkd.data import beton_writer, epoch_iterator, split_writer
 from fastkd.data.extract import read_table
 from fastkd.data.loader import Loader
 from fastkd.data.row_store import StoredRows
@@ -47,7 +46,7 @@ def meets(tiny_recipe, monkeypatch):
         if name == "label":
             pipeline.prune(recipe)  # the fault is to hit the views, not the scores
         monkeypatch.setattr("fastkd.stages.training.EVAL_BATCH_SIZE", EVALUATE_BATCH)
-        real = loader_module.EpochIterator.run_pipeline
+        real = epoch_iterator.EpochIterator.run_pipeline
 
         def faulty(self, number, *arguments):
             if number == batch and Path(self.loader.fname).name == f"{split}.beton":
@@ -55,7 +54,7 @@ def meets(tiny_recipe, monkeypatch):
             return real(self, number, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loader_module.EpochIterator, "run_pipeline", faulty)
+            patch.setattr(epoch_iterator.EpochIterator, "run_pipeline", faulty)
             start = time.monotonic()
             with pytest.raises(FastkdError) as caught:
                 getattr(pipeline, function)(recipe)
@@ -86,8 +85,8 @@ def test_an_exception_in_a_loader_thread__ends_every_stage_with_its_message(meet
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_stuck_loader_thread__ends_every_stage_within_seconds(meets, name, monkeypatch):
-    monkeypatch.setattr(loader_module, "STUCK_AFTER_S", 3.0)
-    monkeypatch.setattr(loader_module, "STOP_WITHIN_S", 0.3)
+    monkeypatch.setattr(epoch_iterator, "STUCK_AFTER_S", 3.0)
+    monkeypatch.setattr(epoch_iterator, "STOP_WITHIN_S", 0.3)
     release = threading.Event()
     try:
         error = meets(name, lambda epoch: release.wait(60))
@@ -100,7 +99,7 @@ def test_a_stuck_loader_thread__ends_every_stage_within_seconds(meets, name, mon
 
 def test_a_loader_thread_that_just_ends__is_noticed(tiny, monkeypatch):
     loader = Loader(tiny, "train", 16)
-    monkeypatch.setattr(loader_module.EpochIterator, "run", lambda self: None)
+    monkeypatch.setattr(epoch_iterator.EpochIterator, "run", lambda self: None)
     with pytest.raises(LoaderError, match=r"at batch 0 \(sample_ids 0, 1, .*\): it ended early"):
         next(loader.batches(np.arange(150), last="pad"))
 
@@ -293,30 +292,30 @@ def test_a_hundred_broken_off_epochs__leave_no_thread_and_no_open_file(loaders, 
 
 
 def test_a_source_that_never_returns_a_sample__is_given_up(noise, tmp_path, monkeypatch, traces):
-    monkeypatch.setattr(beton, "STUCK_AFTER_S", 1.5)
-    monkeypatch.setattr(beton, "_LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(split_writer, "STUCK_AFTER_S", 1.5)
+    monkeypatch.setattr(split_writer, "_LOOK_EVERY_S", 0.2)
     start = time.monotonic()
     with pytest.raises(FastkdError, match=r"train sample 37 \(noise-37.png\): reading it has not come to an end with"):
-        beton.write_here((noise, {"fault": "hang", "workers": 2}, str(tmp_path)), lambda report: None)
+        beton_writer.write_here((noise, {"fault": "hang", "workers": 2}, str(tmp_path)), lambda report: None)
     assert time.monotonic() - start < seconds(15)
     assert traces.gone()
 
 
 def test_a_slow_source__is_not_given_up(noise, tmp_path, monkeypatch):
-    monkeypatch.setattr(beton, "STUCK_AFTER_S", 0.6)
-    monkeypatch.setattr(beton, "_LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(split_writer, "STUCK_AFTER_S", 0.6)
+    monkeypatch.setattr(split_writer, "_LOOK_EVERY_S", 0.1)
     options = {"n": 8, "sleep_s": 0.3, "workers": 2}
-    assert beton.write_here((noise, options, str(tmp_path)), lambda report: None).splits["train"].count == 8
+    assert beton_writer.write_here((noise, options, str(tmp_path)), lambda report: None).splits["train"].count == 8
 
 
 STOPPED = """
 import sys
-from fastkd.data import beton
-beton.STUCK_AFTER_S, beton._LOOK_EVERY_S = 1.0, 0.1
+from fastkd.data import beton_writer, split_writer
+split_writer.STUCK_AFTER_S, split_writer._LOOK_EVERY_S = 1.0, 0.1
 def report(told):
     if told[1]:
         print(*told, flush=True)
-beton.write_here((sys.argv[1], {"sleep_s": 0.2, "n": 20, "workers": 2}, sys.argv[2]), report)
+beton_writer.write_here((sys.argv[1], {"sleep_s": 0.2, "n": 20, "workers": 2}, sys.argv[2]), report)
 """
 
 

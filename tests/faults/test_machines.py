@@ -127,7 +127,7 @@ def test_machines_with_other_versions__are_refused_by_name(one_host, tmp_path):
 import os, runpy, sys
 from fastkd import distributed
 if os.environ["RANK"] == "1":
-    world.versions = lambda real=world.versions: real() | {{"torch": "2.5.0"}}
+    distributed.versions = lambda real=distributed.versions: real() | {{"torch": "2.5.0"}}
 sys.argv = sys.argv[1:]
 runpy.run_path({str(STEPS)!r}, run_name="__main__")
 """

@@ -125,7 +125,7 @@ def test_an_export_that_is_stopped__leaves_the_one_before(tiny_recipe, tmp_path,
     subset, _ = pipeline.prune(tiny_recipe())
     before, _ = export_dataset(subset.path, tmp_path / "out")
     arguments = (subset.path, tmp_path / "out", "--force")
-    stop(slowed("export", *arguments, where="fastkd.data.beton:image_digest", at=2, hold=NEVER), number)
+    stop(slowed("export", *arguments, where="fastkd.data.ffcv_format:image_digest", at=2, hold=NEVER), number)
     assert traces.gone()
     assert artifacts.load(before.path).manifest == before.manifest
     artifacts.verify(before)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import seconds
 
-from fastkd.data import loader as loader_module
+from fastkd.data import epoch_iterator
 from fastkd.data.loader import Loader
 from fastkd.doctor import usable_cores
 from fastkd.errors import ArtifactError, InputError, LoaderError
@@ -76,14 +76,14 @@ def test_a_batch_larger_than_the_data_is_refused_where_the_last_is_dropped(loade
 
 
 def test_an_exception_in_the_loader_thread_surfaces_with_its_samples(loader, monkeypatch):
-    real = loader_module._Epoch.run_pipeline
+    real = epoch_iterator.EpochThread.run_pipeline
 
     def throws(self, batch, ids, slot, event):
         if batch == 2:
             raise OSError("the disk is on fire")
         return real(self, batch, ids, slot, event)
 
-    monkeypatch.setattr(loader_module._Epoch, "run_pipeline", throws)
+    monkeypatch.setattr(epoch_iterator.EpochThread, "run_pipeline", throws)
     start = time.monotonic()
     with pytest.raises(LoaderError, match=r"the loader thread failed at batch .*OSError: the disk is on fire"):
         for _ in loader.batches(np.arange(150), last="pad"):
@@ -113,8 +113,8 @@ def test_the_failed_batch_is_named(loader):
 
 def test_a_stuck_thread_is_given_up(loader, monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(loader_module, "STUCK_AFTER_S", 0.5)
-    monkeypatch.setattr(loader_module._Epoch, "run_pipeline", lambda self, *a: release.wait(20))
+    monkeypatch.setattr(epoch_iterator, "STUCK_AFTER_S", 0.5)
+    monkeypatch.setattr(epoch_iterator.EpochThread, "run_pipeline", lambda self, *a: release.wait(20))
     epoch = loader.batches(np.arange(150), last="pad")
     threading.Timer(1.5, release.set).start()
     with pytest.raises(LoaderError, match="has given nothing for 0 s"):
@@ -123,9 +123,9 @@ def test_a_stuck_thread_is_given_up(loader, monkeypatch):
 
 def test_a_thread_that_never_comes_back_does_not_hold_its_consumer(loader, monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(loader_module, "STUCK_AFTER_S", 0.3)
-    monkeypatch.setattr(loader_module, "STOP_WITHIN_S", 0.3)
-    monkeypatch.setattr(loader_module._Epoch, "run_pipeline", lambda self, *a: release.wait(60))
+    monkeypatch.setattr(epoch_iterator, "STUCK_AFTER_S", 0.3)
+    monkeypatch.setattr(epoch_iterator, "STOP_WITHIN_S", 0.3)
+    monkeypatch.setattr(epoch_iterator.EpochThread, "run_pipeline", lambda self, *a: release.wait(60))
     start = time.monotonic()
     try:
         with pytest.raises(LoaderError, match="has given nothing"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastkd.data.beton import write_here
+from fastkd.data.beton_writer import write_here
 from fastkd.data.writer_api import load_writer
 from fastkd.errors import InputError
 
