@@ -16,7 +16,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.pipeline import TABLE, Pipeline, Stage, refuse_unknown
 from fastkd.recipe import Recipe
 from fastkd.stages.label_format import row_bytes
-from fastkd.stages.pruning import listed_rows
+from fastkd.stages.selection import listed_rows
 from fastkd.stages.store import MissingError
 from fastkd.stages.training import CHECKPOINTS, begun_otherwise, run_key_fields
 from fastkd.stages.writing import refuse_foreign, write

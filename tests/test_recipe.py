@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastkd import recipe
 from fastkd.errors import InputError
-from fastkd.recipe import plain_yaml
+from fastkd.recipe import plain_yaml, read
 from fastkd.write import _key_values
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -164,7 +164,7 @@ def test_a_missing_and_a_huge_file_are_refused(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         recipe.load(tmp_path / "none.yaml")
     big = tmp_path / "big.yaml"
-    big.write_bytes(b"#" * (recipe.MAX_BYTES + 1))
+    big.write_bytes(b"#" * (read.MAX_BYTES + 1))
     with pytest.raises(InputError, match="a recipe has at most"):
         recipe.load(big)
 

@@ -70,7 +70,7 @@ def test_the_schema_knows_every_key_its_meaning_and_what_is_wrong():
     assert "infobatch" in prune["properties"]["method"]["enum"]
     assert prune["properties"]["drop_ratio"] == {
         "default": 0.1,
-        "description": "Share of the hardest that `ccs` drops first.",
+        "description": "Share of the hardest samples that `ccs` drops first.",
         "exclusiveMaximum": 1,
         "minimum": 0,
         "title": "Drop Ratio",

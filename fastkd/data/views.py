@@ -9,7 +9,7 @@ cutting is parallel over the batch.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import fastkd.data.ffcv_import  # noqa: F401
 
@@ -46,7 +46,7 @@ DECODE_PATH = "turbojpeg, area"
 class Views:
     """A family of views; see `fastkd.kernels.draw_views`."""
 
-    family: Literal["none", "flip", "pad_crop_flip", "random_resized_crop_flip"] = "none"
+    family: str = "none"
     pad_ratio: float = 0.0
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)

@@ -1,7 +1,6 @@
 """Numba kernels: arrays in, arrays out. They know no files, recipes or torch."""
 
 from fastkd.kernels.agreement import Agreement, agreement, chance_limits
-from fastkd.kernels.classes import ClassStats, class_stats
 from fastkd.kernels.gather import gather_rows
 from fastkd.kernels.hashing import hash64
 from fastkd.kernels.reshape import class_std, reshape_rows
@@ -23,13 +22,11 @@ from fastkd.kernels.views import FAMILIES, draw_views
 __all__ = [
     "FAMILIES",
     "Agreement",
-    "ClassStats",
     "Scores",
     "agreement",
     "beta_draw",
     "chance_limits",
     "class_ranks",
-    "class_stats",
     "class_std",
     "coverage_strata",
     "draw_views",

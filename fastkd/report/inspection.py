@@ -23,6 +23,7 @@ from fastkd.engine.inference import predict
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import class_ranks
 from fastkd.pipeline import Pipeline
+from fastkd.recipe.tables import SCORES
 from fastkd.report import subset_plots
 from fastkd.report.runs import RunFacts
 
@@ -67,7 +68,7 @@ class Selection:
     @property
     def is_negated(self) -> bool:
         """Tell whether difficulty is minus the score: a large one is easy."""
-        return self.score in ("margin", "std")
+        return SCORES[self.score] < 0
 
 
 @dataclass(frozen=True)

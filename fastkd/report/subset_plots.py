@@ -11,6 +11,7 @@ from fastkd.artifacts import Artifact
 from fastkd.artifacts.inventory import PICTURE_NAMES
 from fastkd.console import printable
 from fastkd.kernels import class_ranks
+from fastkd.recipe.tables import SCORES
 from fastkd.report.fonts import class_names, families
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def histogram(
     edges = np.linspace(shown_N.min(), shown_N.max() + 1e-9, 61)
     axes.hist(shown_N, edges.tolist(), color=DROPPED, label=f"all {len(shown_N):,}")
     axes.hist(shown_N[kept_N], edges.tolist(), color=KEPT, label=f"kept {int(kept_N.sum()):,}")
-    turned = "−" if score in ("margin", "std") else ""
+    turned = "−" if SCORES[score] < 0 else ""
     axes.set_xlabel(f"difficulty: {'log₁₀ of ' if logarithmic else turned}{score}", color=INK)
     axes.set_ylabel("samples", color=INK)
     axes.set_title(printable(title), color=INK, loc="left")

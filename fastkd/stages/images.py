@@ -119,13 +119,7 @@ class ImageSource:
         if self.crop_ratio is not None and not (varied and view.family == "random_resized_crop_flip"):
             fields["crop_ratio"] = self.crop_ratio
         if varied:
-            fields |= {"family": view.family, "seed": self.view_seed}
-            if view.family == "pad_crop_flip":
-                fields["pad_ratio"] = view.pad_ratio
-            if view.family == "random_resized_crop_flip":
-                fields |= {"scale": list(view.scale), "ratio": list(view.ratio)}
-            if view.cutout_ratio:
-                fields["cutout_ratio"] = view.cutout_ratio
+            fields |= view.key_fields(self.view_seed)
         return fields
 
     def loader(self, split: str, batch_size: int, *, input_px: int | None = None) -> Loader:

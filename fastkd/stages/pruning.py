@@ -12,23 +12,14 @@ from fastkd import artifacts, console
 from fastkd.artifacts import Artifact, Built, file_digest, open_array
 from fastkd.errors import InputError
 from fastkd.kernels import (
-    Scores,
-    beta_draw,
-    class_ranks,
     class_std,
-    coverage_strata,
-    floored_quotas,
-    hash64,
-    proportional_quotas,
     reshape_rows,
-    select_ranks,
-    uniform_quotas,
-    window_ranks,
 )
 from fastkd.recipe import Prune, Recipe
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.resumable import RowFile, check_float16, full_disk_explained
 from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
+from fastkd.stages.selection import Pool, difficulty, keeps_none, select
 from fastkd.stages.store import ArtifactStore
 
 if TYPE_CHECKING:  # importing torch takes seconds; selecting from logits does not need it
@@ -229,10 +220,10 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, *, reshape: 
         empty = [candidates.names[c] for c in np.flatnonzero(count_K == 0)]
         raise InputError(f"{len(empty)} of {K} classes have no samples to train on: {', '.join(empty[:10])}")
     sigma_K = class_std(scores.std[train_ids], y_T, K)
-    difficulty_N = _difficulty(scores, settings)
-    kept = train_ids[select(difficulty_N[train_ids], y_T, train_ids, settings, K)]
+    difficulty_N = difficulty(scores, settings)
+    kept = train_ids[select(Pool(difficulty_N[train_ids], y_T, train_ids, K, settings))]
     if not len(kept):
-        raise _keeps_none(settings, len(train_ids))
+        raise keeps_none(settings, len(train_ids))
     # With σ of the row itself, reshaping only removes its mean.
     sigma_N = sigma_K[y_N] if reshape else scores.std
     flat = _write_logits(directory / "logits.npy", z_NK, kept, sigma_N)
@@ -311,13 +302,6 @@ def _warn_of_empty(names: list[str], kept_K: np.ndarray, settings: Prune) -> Non
     )
 
 
-def _difficulty(scores: Scores, settings: Prune) -> np.ndarray:
-    """Return the score that a selection goes by, turned so that the hardest has the largest (float32 [N])."""
-    name = settings.score if settings.scored else "cross_entropy"
-    value_N = getattr(scores, name).astype(np.float32)
-    return -value_N if name in ("margin", "std") else value_N
-
-
 def class_table(
     names: list[str], kept_K: np.ndarray, count_K: np.ndarray, sigma_K: np.ndarray, accuracy_K: np.ndarray
 ) -> Table:
@@ -343,89 +327,3 @@ def class_table(
             escape(names[c]), f"{kept_K[c]:,}", f"{share_K[c]:.1%}", f"{sigma_K[c]:.3g}", f"{accuracy_K[c]:.1%}"
         )
     return grid
-
-
-def select(score_N: np.ndarray, y_N: np.ndarray, ids_N: np.ndarray, settings: Prune, num_classes: int) -> np.ndarray:
-    """Return the positions to keep, ascending (int64 [M]).
-
-    Parameters
-    ----------
-    score_N : float32 [N]
-        Difficulty.
-    y_N, ids_N : int64 [N]
-        Labels and sample ids (which the random draw goes by).
-    """
-    method = settings.method
-    if method == "list":
-        return listed_rows(ids_N, settings)
-    draw_N = hash64(ids_N, settings.seed, "prune")
-    count_K = np.bincount(y_N, minlength=num_classes)
-    if method in ("random_unbalanced", "ccs"):
-        return _without_classes(score_N, draw_N, y_N, count_K, settings)
-    quotas = proportional_quotas if settings.quota == "proportional" else uniform_quotas
-    quota_K = floored_quotas(quotas(count_K, settings.keep_ratio), count_K, settings.min_per_class)
-    if method == "random":
-        return select_ranks(draw_N, y_N, np.zeros_like(quota_K), quota_K)
-    if method == "beta":
-        rank_N = class_ranks(score_N, y_N, num_classes)
-        key_N = beta_draw(rank_N, count_K[y_N], draw_N, settings.beta_mode, settings.beta_concentration)
-        return select_ranks(key_N, y_N, np.zeros_like(quota_K), quota_K)
-    centre = {"medium": settings.window_centre, "easy": 0.0, "hard": 1.0}[method]
-    return select_ranks(score_N, y_N, window_ranks(count_K, quota_K, centre), quota_K)
-
-
-def _without_classes(
-    score_N: np.ndarray, draw_N: np.ndarray, y_N: np.ndarray, count_K: np.ndarray, settings: Prune
-) -> np.ndarray:
-    """Select by a method that does not look at classes, and see to the least of each afterwards.
-
-    Where a class is to have more, its first in the order of the draw are added, the hardest that `ccs` drops only after
-    all others; where one is to have fewer, its last are taken away.
-    """
-    N = len(y_N)
-    keep, hardest_N = round(settings.keep_ratio * N), np.zeros(N, np.bool_)
-    if settings.method == "random_unbalanced":
-        kept = np.sort(np.argsort(draw_N)[:keep])
-    else:
-        kept = coverage_strata(score_N, draw_N, keep, drop_ratio=settings.drop_ratio, strata=settings.strata)
-        hardest_N[np.argsort(score_N, kind="stable")[N - round(settings.drop_ratio * N) :]] = True
-    if not settings.min_per_class:
-        return kept
-    is_left_out_N, place_N = np.ones(N, np.bool_), np.empty(N, np.int64)
-    is_left_out_N[kept] = False
-    place_N[np.lexsort((draw_N, hardest_N & is_left_out_N, is_left_out_N))] = np.arange(N)
-    quota_K = floored_quotas(np.bincount(y_N[kept], minlength=len(count_K)), count_K, settings.min_per_class)
-    return select_ranks(place_N, y_N, np.zeros_like(quota_K), quota_K)
-
-
-def most_kept(settings: Prune, train_ids: np.ndarray, num_classes: int) -> int:
-    """Return how many of the samples to train on (ids, int64 [N]) a method keeps at most, without knowing any score."""
-    if settings.method == "list":
-        return len(listed_rows(train_ids, settings))
-    N = len(train_ids)
-    most = max(round(settings.keep_ratio * N), min(N, settings.min_per_class * num_classes))
-    if not most:
-        raise _keeps_none(settings, N)
-    return most
-
-
-def _keeps_none(settings: Prune, count: int) -> InputError:
-    return InputError(f"prune.keep_ratio={settings.keep_ratio} of {count} samples keeps none; raise it")
-
-
-def listed_rows(ids_N: np.ndarray, settings: Prune) -> np.ndarray:
-    """Return where the samples of a user's list stand among those to choose from, ids ascending (int64 [M])."""
-    path = Path(str(settings.ids))
-    listed = open_array(path)
-    if listed.ndim != 1 or listed.dtype.kind not in "iu" or not len(listed):
-        raise InputError(f"prune.ids={path}: expected integer sample ids [M], got {listed.dtype} {list(listed.shape)}")
-    listed = np.sort(listed.astype(np.int64))
-    if (repeated := listed[1:][np.diff(listed) == 0]).size:
-        raise InputError(f"prune.ids={path}: sample id {repeated[0]} occurs more than once")
-    at = np.minimum(np.searchsorted(ids_N, listed), len(ids_N) - 1)
-    if (strangers := listed[ids_N[at] != listed]).size:
-        raise InputError(
-            f"prune.ids={path}: {len(strangers)} ids are not training samples, the first {strangers[0]}: there are "
-            f"{len(ids_N):,} of {ids_N[0]} … {ids_N[-1]}, without the hold-out"
-        )
-    return at

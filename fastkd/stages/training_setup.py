@@ -27,11 +27,11 @@ from fastkd.engine.runtime import Runtime
 from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, warm_up
 from fastkd.errors import InputError
 from fastkd.kernels import hash64
-from fastkd.stages import pruning
 from fastkd.stages.images import ImageSource
 from fastkd.stages.label_format import decoder, format_of, open_view
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.run_log import Stopwatch
+from fastkd.stages.selection import most_kept
 from fastkd.stages.teacher import LoadedTeacher
 
 LOADING_HELP = (
@@ -198,7 +198,7 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
         if recipe.teacher is not None:
             format_of(recipe, images.num_classes)
         if kept is None:
-            kept = pruning.most_kept(recipe.prune.static, images.train_ids, images.num_classes)
+            kept = most_kept(recipe.prune.static, images.train_ids, images.num_classes)
     if kept is None:  # an export, which is opened later
         return
     steps = train.epochs * full_batches(kept, train.batch_size)

@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fastkd.kernels import Scores, class_stats, score_logits, scores
+from fastkd.kernels import Scores, score_logits, scores
 
 SIX = ("cross_entropy", "entropy", "margin", "least_confidence", "el2n", "std")
 dtypes = st.sampled_from([np.float16, np.float32])
@@ -225,28 +225,3 @@ def test_the_kernel_without_jit_gives_the_same(dtype, monkeypatch):
 
 
 # --- classes --------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(2, 6), st.integers(1, 80), st.sampled_from(SIX), st.integers(0, 2**31))
-def test_class_stats_are_those_of_each_class_alone(K, N, score, seed):
-    rng = np.random.default_rng(seed)
-    z_NK, y_N = rng.standard_normal((N, K)).round(1).astype(np.float16), rng.integers(0, K, N)
-    found = score_logits(z_NK, y_N)
-    at = (0.0, 0.1, 0.5, 0.77, 1.0)
-    stats = class_stats(found, y_N, K + 1, score=score, at=at)
-    for c in range(K + 1):
-        members = y_N == c
-        assert stats.count[c] == members.sum()
-        if not members.any():
-            assert np.isnan([stats.sigma[c], stats.accuracy[c], *stats.quantiles[c]]).all()
-            continue
-        assert stats.sigma[c] == pytest.approx(found.std[members].mean())
-        assert stats.accuracy[c] == pytest.approx(found.correct[members].mean())
-        values = getattr(found, score)[members].astype(np.float64)
-        np.testing.assert_allclose(stats.quantiles[c], np.quantile(values, at), rtol=1e-12, atol=1e-12)
-
-
-def test_quantiles_beyond_one_are_refused():
-    found = score_logits(np.zeros((1, 2), np.float32), np.zeros(1, np.int64))
-    with pytest.raises(ValueError, match=r"quantiles lie in 0 … 1, got \[5\]"):
-        class_stats(found, np.zeros(1, np.int64), 2, at=[5])

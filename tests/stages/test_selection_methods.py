@@ -13,7 +13,8 @@ from fastkd import artifacts, pipeline, prune
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune
-from fastkd.stages.pruning import class_table, select
+from fastkd.stages.pruning import class_table
+from fastkd.stages.selection import Pool, select
 from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare
 
@@ -223,7 +224,7 @@ def test_infobatch_that_drops_nothing_is_training_on_all(tiny_recipe):
 
 
 def test_infobatch_has_nothing_to_choose_from_logits(tmp_path):
-    with pytest.raises(InputError, match="chooses while it trains"):
+    with pytest.raises(InputError, match="selects during training"):
         pipeline.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out", Prune(method="infobatch"))
 
 
@@ -277,8 +278,8 @@ def test_every_method_keeps_its_least_of_each_class(chosen, count_K, ratio, floo
     y_N = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(count_K)), count_K))
     score_N = np.random.default_rng(seed + 1).random(len(y_N)).astype(np.float32)
     ids_N, K = 3 * np.arange(len(y_N)), len(count_K)
-    without = select(score_N, y_N, ids_N, Prune(keep_ratio=ratio, seed=seed, **chosen), K)
-    found = select(score_N, y_N, ids_N, Prune(keep_ratio=ratio, seed=seed, min_per_class=floor, **chosen), K)
+    without = select(Pool(score_N, y_N, ids_N, K, Prune(keep_ratio=ratio, seed=seed, **chosen)))
+    found = select(Pool(score_N, y_N, ids_N, K, Prune(keep_ratio=ratio, seed=seed, min_per_class=floor, **chosen)))
     assert np.all(np.diff(found) > 0)
     least_K = np.minimum(floor, count_K)
     kept_K, without_K = (np.bincount(y_N[one], minlength=K) for one in (found, without))

@@ -1,0 +1,57 @@
+"""Paths in recipes, made absolute."""
+
+import os
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+MANIFEST = "manifest.json"
+"""The file that identifies an artifact."""
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
+
+
+def _absolute(text: str) -> str:
+    """Return a path in full, so that it means the same after the working directory was changed or deleted.
+
+    Raises
+    ------
+    ValueError
+        No file can have this path.
+    """
+    path = os.path.expanduser(text)
+    if not text:
+        raise ValueError("an empty path; write . for the working directory")
+    if "://" in path:
+        raise ValueError(f"{text}: is an address, and expected is a path; download it first")
+    if re.search(r"(^|/)\$\w", path):
+        raise ValueError(f"{text}: environment variables are not read in recipes; write {os.path.expandvars(path)}")
+    if path.startswith("~"):
+        raise ValueError(f"{text}: there is no home directory of that name; write ./{text} for a file named so")
+    if "\0" in path or (not path.isascii() and any("\ud800" <= one <= "\udfff" for one in path)):
+        raise ValueError(f"{text!r}: holds a zero byte, or is not UTF-8")
+    if any(len(os.fsencode(one)) > 255 for one in path.split(os.sep)) or len(os.fsencode(path)) > 4000:
+        raise ValueError(f"{text[:40]} …: longer than a path can be")
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise ValueError(f"{text}: the working directory has been deleted; give a path that begins with /") from None
+
+
+def _weights(text: str) -> str:
+    """Return a path in full where it is one, and else the name of published weights as it is."""
+    is_path = os.sep in text or text.startswith("~") or text.endswith(WEIGHT_FILES)
+    return _absolute(text) if is_path or os.path.isfile(os.path.join(text, MANIFEST)) else text
+
+
+def _writer(text: str) -> str:
+    """Return the path of a user's own writer in full, and the name of a shipped one as it is."""
+    return _absolute(text) if os.sep in text or text.startswith("~") or text.endswith(".py") else text
+
+
+LocalPath = Annotated[str, AfterValidator(_absolute)]
+"""A path of a recipe: `~` is expanded, and what is relative is so to the working directory."""
+Weights = Annotated[str, AfterValidator(_weights)]
+"""A path, or the name of published weights."""
+WriterName = Annotated[str, AfterValidator(_writer)]
+"""Name of an included writer, or path of a user's own."""

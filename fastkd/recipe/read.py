@@ -1,0 +1,126 @@
+"""Reading recipes: YAML files and ``a.b=c`` overrides."""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fastkd import shipped
+from fastkd.errors import InputError
+from fastkd.recipe import plain_yaml
+from fastkd.recipe.schema import Recipe
+from fastkd.validation import explain, refuse_code
+
+MAX_BYTES = 1 << 20
+"""Largest recipe file."""
+MAX_OVERRIDE = 4096
+"""Longest override."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``a.b=c`` overrides.
+
+    Parameters
+    ----------
+    path
+        A YAML file. ``recipes/NAME.yaml`` falls back to the recipe of that name that ships with fastkd. Relative paths
+        in it are relative to the working directory, `teacher.recipe` alone to this file; the recipe that is returned
+        has them in full.
+
+    Raises
+    ------
+    InputError
+        Missing or malformed file, unknown keys, wrong types, values out of range: all at once.
+    """
+    file = locate(path)
+    given, changes = _read(file), settings_of(overrides)
+    values = _merged(given, changes)
+    teacher = values.get("teacher")
+    if isinstance(teacher, dict) and isinstance(own := teacher.get("recipe"), str) and own and own[0] != "~":
+        values["teacher"] = teacher | {"recipe": os.path.join(file.parent, own)}
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"recipe {file} is wrong:\n{explain(error, Recipe)}") from None
+    refuse_code(recipe.data.writer, f"recipe {file}")
+    return recipe
+
+
+def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings, nested, that ``a.b=c`` texts give.
+
+    Raises
+    ------
+    InputError
+        A text that is none of that form, or whose value is not plain YAML.
+    """
+    settings: dict[str, Any] = {}
+    for text in overrides:
+        name, sign, value = text.partition("=")
+        names = name.split(".")
+        if not sign or not all(names):
+            raise InputError(f"override {text!r}: expected a.b=value")
+        if len(text) > MAX_OVERRIDE or len(names) > plain_yaml.MAX_DEPTH:
+            raise InputError(f"override {text[:40]!r} …: longer, or deeper, than any setting is")
+        change: Any = plain_yaml.parse(value, f"override {text!r}")
+        for one in reversed(names):
+            change = {one: change}
+        settings = _merged(settings, change)
+    return settings
+
+
+def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with changes: sections are merged, all else (lists too) is replaced."""
+    merged = {str(name): value for name, value in given.items()}
+    for key, value in changes.items():
+        before = merged.get(name := str(key))
+        merged[name] = _merged(before if isinstance(before, dict) else {}, value) if isinstance(value, dict) else value
+    return merged
+
+
+def locate(path: str | Path) -> Path:
+    """Return the file that a recipe's path means."""
+    path = Path(path)
+    with contextlib.suppress(OSError):  # a name that no file can have
+        for candidate in (path, shipped("recipes") / path.name):
+            if candidate.is_file():
+                return candidate
+    raise InputError(f"recipe {path}: no such file")
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of recipes, for editors: every key with its type, its default and what it means."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Parse a file: a mapping at the top, of a size that a person may have written."""
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise InputError(f"recipe {file}: {file.stat().st_size} bytes; a recipe has at most {MAX_BYTES}")
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {file}: cannot be read ({error})") from None
+    values = plain_yaml.parse(text, f"recipe {file}")
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {file}: expected a mapping of sections, found {type(values).__name__}")
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return what a YAML file of settings holds, read as recipes are: without aliases, tags, or more than a few levels.
+
+    Raises
+    ------
+    InputError
+        It cannot be read, or is no plain mapping.
+    """
+    return _read(path)
+
+
+def dump(recipe: Recipe) -> str:
+    """Return the whole recipe, defaults included, as YAML."""
+    return plain_yaml.dump(recipe.model_dump(mode="json"))

@@ -1,0 +1,354 @@
+"""The sections of a recipe, as frozen, validated models. The docstring of a key is its description."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fastkd.recipe.paths import LocalPath, Weights, WriterName
+from fastkd.recipe.tables import AUGMENTATIONS, METHODS, SCORES
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values are frozen, types are strict."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+Ratio = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+Range = Annotated[tuple[float, float], Field(strict=False)]
+
+
+if TYPE_CHECKING:  # the names are those of the tables
+    MethodName: TypeAlias = str
+    ScoreName: TypeAlias = str
+    AugmentationName: TypeAlias = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+    ScoreName = Literal[tuple(SCORES)]
+    AugmentationName = Literal[tuple(AUGMENTATIONS)]
+
+
+class View(Section):
+    """Augmentation of training images: a deterministic function of (labels.view_seed, sample id, view number)."""
+
+    family: AugmentationName = "none"
+    """`flip`; `pad_crop_flip`: a random shift and a flip; `random_resized_crop_flip`: a random crop and a flip."""
+    pad_ratio: float = Field(0.125, ge=0, le=0.5)
+    """Largest shift relative to the size (`pad_crop_flip`): 0.125 is 4 pixels of 32."""
+    scale: Range = (0.08, 1.0)
+    """Smallest and largest area of a crop relative to the image (`random_resized_crop_flip`)."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio (width / height) of a crop (`random_resized_crop_flip`)."""
+    cutout_ratio: float = Field(0.0, ge=0, le=1)
+    """Side of a square that is covered with the mean colour, relative to the size; 0: none. Combines with all."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether views differ from the evaluation view."""
+        return self.family != "none" or self.cutout_ratio > 0
+
+    def key_fields(self, seed: int) -> dict[str, Any]:
+        """Return the settings that determine the views: not those of other augmentations."""
+        fields = {"family": self.family, "seed": seed}
+        for name in AUGMENTATIONS[self.family]:
+            value = getattr(self, name)
+            fields[name] = list(value) if isinstance(value, tuple) else value
+        return fields | ({"cutout_ratio": self.cutout_ratio} if self.cutout_ratio else {})
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "View":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"`scale` {list(self.scale)}: expected 0 < least ≤ largest ≤ 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"`ratio` {list(self.ratio)}: expected 0 < least ≤ largest")
+        return self
+
+
+class Data(Section):
+    """The DATASET, and how images are loaded."""
+
+    path: LocalPath
+    """Directory of the DATASET. It is written there if it does not exist and `writer` is given."""
+    writer: WriterName | None = None
+    """Name or path of the writer of the DATASET; see python -m fastkd.write."""
+    options: dict[str, Any] = {}
+    """Options of the writer."""
+    artifacts_dir: LocalPath | None = None
+    """Directory of SCORES, SUBSETs and LABELS. Default: `<path>.artifacts`."""
+    holdout_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the training set that is held out for model selection; the same samples for every seed."""
+    input_px: int | None = Field(None, ge=1)
+    """Side of the square images that networks see, after a centre crop. Default: as stored, if all have one size."""
+    crop_ratio: Ratio = 224 / 256
+    """Side of the centre crop relative to the shorter side of the image; used with `input_px`."""
+    view: View = View()
+    workers: int = Field(0, ge=0)
+    """Loader threads. 0: measured, so that loading stays ahead of the training step."""
+    os_cache: bool = True
+    """Read only the needed images, through the page cache of the operating system. Off: pages of 8 MB."""
+
+
+class Teacher(Section):
+    """The teacher: a checkpoint, or a recipe that trains one."""
+
+    model: str | None = None
+    """Name of a network: cifar/…, torchvision/… or timm/…."""
+    weights: Weights | None = None
+    """A .safetensors or .pth file, a RUN, or the name of published weights (IMAGENET1K_V1; timm: pretrained)."""
+    recipe: LocalPath | None = None
+    """Path of a recipe without a teacher, relative to this file. It is trained first, or reused, on the DATASET, device
+    and precision of this recipe. Its own section `data` decides on hold-out, image size, crop and views; the first
+    three default to those of this recipe."""
+    input_px: int | None = Field(None, ge=1)
+    """Side of the images that are scored and labelled. Default: `data.input_px`. A student at another size sees the
+    same crops."""
+    overrides: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Changes (a.b=c) to that recipe."""
+    mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
+    """Channel means of the teacher's input, in 0…1. Default: those stored with its weights, else the data set's."""
+    std: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
+    """Channel standard deviations of the teacher's input; required with `mean`."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Teacher":
+        if (self.recipe is None) == (self.model is None):
+            raise ValueError("give either `recipe`, or `model` and `weights`")
+        if self.model is not None and self.weights is None:
+            raise ValueError(f"model {self.model!r} needs `weights`: a file, a RUN, or the name of public weights")
+        if self.recipe is not None and self.weights is not None:
+            raise ValueError("`weights` belongs to `model`; a `recipe` brings its own")
+        if self.model is not None and self.overrides:
+            raise ValueError("`overrides` are changes to a `recipe`; a `model` with `weights` has none")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("`mean` and `std` go together")
+        if self.mean and self.std and not (all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)):
+            raise ValueError(
+                f"`mean` {list(self.mean)} and `std` {list(self.std)}: are of pixels in 0 … 1, so that a mean lies in "
+                "0 … 1 and a std is above 0 and at most 1; divide what is of 0 … 255 by 255"
+            )
+        return self
+
+
+class Score(Section):
+    """The teacher's pass over the training set."""
+
+    batch_size: int = Field(256, ge=1)
+    """Images per forward pass."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Data type of the stored logits."""
+
+
+class Prune(Section):
+    """Selection of the samples to keep."""
+
+    method: MethodName = "medium"
+    """`medium`, `easy`, `hard`: a window of difficulty ranks in each class. `random`: at random in each class.
+    `random_unbalanced`: at random. `ccs`: coverage-centric strata. `beta`: ranks drawn from a Beta density. `list`:
+    your own list. `infobatch`: keeps all, and skips some in each epoch."""
+    score: ScoreName = "cross_entropy"
+    """The measure of difficulty. A small margin or std is difficult."""
+    keep_ratio: Ratio = 1.0
+    """Share of the samples to keep."""
+    quota: Literal["proportional", "uniform"] = "proportional"
+    """`proportional`: exactly round(keep_ratio·N) samples, by class size. `uniform`: int(N/K·keep_ratio) of each class,
+    like the reference code."""
+    min_per_class: int = Field(0, ge=0, le=1_000_000_000)
+    """Smallest number of samples to keep of each class (or all of a smaller class). They replace samples of the classes
+    that keep the largest share, so that the total stays as `keep_ratio` says, unless the minimums alone exceed it."""
+    seed: Seed = 0
+    """Seed of `random`, `random_unbalanced`, `ccs`, `beta` and `infobatch`."""
+    window_centre: float = Field(0.5, ge=0, le=1)
+    """Centre of the window of `medium` among the ranks: 0 the easiest, 1 the hardest."""
+    drop_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of the hardest samples that `ccs` drops first."""
+    strata: int = Field(50, ge=1, le=1_000_000)
+    """Number of strata of equal width of `ccs`."""
+    beta_mode: float = Field(0.5, ge=0, le=1)
+    """Mode of the density of `beta` among the ranks: 0 the easiest, 1 the hardest."""
+    beta_concentration: float = Field(6.0, ge=2)
+    """Concentration of the density of `beta`; at 2 it is uniform."""
+    ids: LocalPath | None = None
+    """A .npy file of int64 sample ids, for `list`."""
+    easy_drop_ratio: float = Field(0.5, ge=0, lt=1)
+    """Share of the samples with less than the mean loss that `infobatch` skips in an epoch, at random. The loss of the
+    others of them is weighted by 1 / (1 − share)."""
+    full_epochs_ratio: float = Field(0.125, ge=0, le=1)
+    """Share of the epochs, at the end, in which `infobatch` skips nothing."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Prune":
+        if (self.method == "list") != (self.ids is not None):
+            raise ValueError("`ids` goes with `method: list`, and that needs it")
+        if self.method == "ccs" and self.keep_ratio > 1 - self.drop_ratio:
+            raise ValueError(
+                f"`keep_ratio` {self.keep_ratio} is more than `ccs` leaves after dropping the hardest {self.drop_ratio}"
+            )
+        if self.min_per_class and self.method in ("list", "infobatch"):
+            raise ValueError(f"`min_per_class` {self.min_per_class}: is for methods that choose, not for {self.method}")
+        if self.dynamic and self.keep_ratio < 1:
+            raise ValueError(
+                f"`keep_ratio` {self.keep_ratio}: `infobatch` keeps all samples; `easy_drop_ratio` says how many "
+                "easy ones it leaves out of an epoch"
+            )
+        return self
+
+    @property
+    def scored(self) -> bool:
+        """Whether the method uses a score."""
+        return METHODS[self.method].scored
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether samples are excluded from all of training."""
+        return self.keep_ratio < 1 or self.method == "list"
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether samples are selected again in each epoch, during training."""
+        return METHODS[self.method].dynamic
+
+    @property
+    def static(self) -> "Prune":
+        """The selection before training: all samples, if the method is dynamic."""
+        return Prune() if self.dynamic else self
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the settings that determine the selection: not those of other methods."""
+        method = METHODS[self.method]
+        names = {"method", *method.settings}
+        names |= {"score"} if method.scored else set()
+        names |= {"keep_ratio"} if method.ratio else set()
+        names |= {"min_per_class"} if self.min_per_class else set()
+        return self.model_dump(include=names)
+
+
+class Labels(Section):
+    """The source of the teacher's logits."""
+
+    mode: Literal["stored", "online"] = "stored"
+    """`stored`: read from disk; `online`: computed by a live teacher at every step."""
+    reshape: bool = True
+    """Rescale each row of logits to σ of its class (MDSLR)."""
+    views: Literal["plain", "epochs"] | Annotated[int, Field(ge=1)] = "epochs"
+    """Number of views V of each sample: epoch e uses view e mod V. `epochs`: a new view in each epoch, as in online KD.
+    `plain`: only the evaluation view, regardless of `data.view`."""
+    view_seed: Seed = 0
+    """Seed of the views; part of the key of LABELS."""
+    topk: int | None = Field(None, ge=1)
+    """Store the k largest logits, and the probability of the others at `loss.temperature`. Default: all logits."""
+    batch_size: int = Field(256, ge=1)
+    """Images per forward pass while labelling."""
+
+
+class Student(Section):
+    """The student."""
+
+    model: str
+    """Name of a network: cifar/…, torchvision/… or timm/…."""
+    weights: Weights | None = None
+    """Initial weights. Default: random."""
+
+
+class Loss(Section):
+    """γ·CE(student, label) + α·T²·KL(teacher/T ‖ student/T); without a teacher, cross-entropy."""
+
+    name: str = "kd"
+    """Name of the loss, of the table `LOSSES` in fastkd/engine/losses.py."""
+    alpha: float = Field(0.9, ge=0)
+    """Weight of the teacher's term."""
+    gamma: float = Field(0.1, ge=0)
+    """Weight of the label's term."""
+    temperature: float = Field(4.0, ge=0.01, le=1000)
+    """T, which divides both logits. Outside of these bounds float32 cannot represent the loss."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Label smoothing of the cross-entropy."""
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the settings that determine the loss."""
+        return self.model_dump(mode="json", exclude={"name"} if self.name == "kd" else set())
+
+
+class Optim(Section):
+    """Optimizer and learning rate schedule."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """torch.optim.SGD or AdamW, fused."""
+    lr: float = Field(gt=0)
+    """Highest learning rate of the schedule. It is not scaled with the batch size."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of `sgd`."""
+    nesterov: bool = False
+    """Of `sgd`."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
+    """Of `adamw`."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Weight decay, as the optimizer defines it."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient of all weights. Default: no clipping."""
+    schedule: Literal["step", "cosine", "one_cycle", "constant"] = "cosine"
+    """`one_cycle`: half cosines from lr/25 to lr, over `warmup_epochs` or 0.3 of all epochs, then to almost 0."""
+    milestones_epochs: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    """Epochs at which `step` multiplies `lr` by `decay_factor`."""
+    decay_factor: float = Field(0.1, gt=0, le=1)
+    """Factor of `lr` at each milestone (`step`)."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Length of the linear warm-up to `lr`, in epochs; may be fractional."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Optim":
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("`nesterov` needs a momentum above 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` {list(self.betas)}: expected two numbers from 0 up to below 1")
+        if list(self.milestones_epochs) != sorted(self.milestones_epochs):
+            raise ValueError(f"`milestones_epochs` {list(self.milestones_epochs)}: expected in ascending order")
+        if (self.schedule == "step") != bool(self.milestones_epochs):
+            raise ValueError("`milestones_epochs` goes with `schedule: step`, and that needs them")
+        return self
+
+
+class Train(Section):
+    """The training loop."""
+
+    epochs: int = Field(ge=1)
+    """Number of epochs over the kept samples."""
+    batch_size: int = Field(ge=1)
+    """Images per update, over all processes."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """`auto`: bf16 if the hardware supports it, fp16 with gradient scaling on older GPUs, otherwise fp32."""
+    channels_last: bool = True
+    """Use the channels_last (NHWC) memory format."""
+    compile: bool = True
+    """Compile the training step and the teacher with torch.compile."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """Mode of torch.compile; reduce-overhead and max-autotune use CUDA graphs."""
+    accumulate: int = Field(1, ge=1)
+    """Number of microbatches per update, whose gradients are summed."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights, which is evaluated and saved. Default: none."""
+    sync_batchnorm: bool = False
+    """Compute batch norm statistics over all processes; on GPUs only."""
+    progressive_px: dict[Annotated[int, Field(ge=0, strict=False)], Annotated[int, Field(ge=1)]] = {}
+    """Side of the images from an epoch on, as {0: 128, 10: 160}. Default: `data.input_px`."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …; under torchrun each process uses its own GPU."""
+    checkpoint_every_s: float = Field(300.0, ge=0)
+    """Minimum seconds between checkpoints (written at log steps). A killed run resumes from the last one."""
+    eval_every_epochs: int = Field(0, ge=0)
+    """Epochs between evaluations on the hold-out; 0: none. The test set (val) is evaluated once, at the end."""
+    runs_dir: LocalPath = Field("runs", validate_default=True)
+    """Directory of RUNs, which are named NAME-KEY."""
+
+
+class Log(Section):
+    """Logging."""
+
+    every_steps: int = Field(50, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = False
+    """Write the same metrics for TensorBoard (tensorboard --logdir runs), into the RUN; needs tensorboard."""

@@ -1,0 +1,57 @@
+"""Tables of what a recipe can choose from by name: selection methods and augmentations."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """A selection method, implemented by the function ``select_NAME`` of `fastkd.stages.selection`.
+
+    Attributes
+    ----------
+    settings
+        Keys of the recipe's section ``prune`` that the method uses; they are part of artifact keys.
+    scored
+        Whether it selects by a score (``prune.score``).
+    ratio
+        Whether it keeps ``prune.keep_ratio`` of the samples.
+    dynamic
+        Whether it selects anew in each epoch, during training.
+    """
+
+    settings: tuple[str, ...] = ()
+    scored: bool = False
+    ratio: bool = True
+    dynamic: bool = False
+
+
+METHODS = {
+    "medium": Method(("quota", "window_centre"), scored=True),
+    "easy": Method(("quota",), scored=True),
+    "hard": Method(("quota",), scored=True),
+    "random": Method(("quota", "seed")),
+    "random_unbalanced": Method(("seed",)),
+    "ccs": Method(("seed", "drop_ratio", "strata"), scored=True),
+    "beta": Method(("quota", "seed", "beta_mode", "beta_concentration"), scored=True),
+    "list": Method(ratio=False),
+    "infobatch": Method(("seed", "easy_drop_ratio", "full_epochs_ratio"), ratio=False, dynamic=True),
+}
+"""Selection methods by name."""
+
+AUGMENTATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "flip": (),
+    "pad_crop_flip": ("pad_ratio",),
+    "random_resized_crop_flip": ("scale", "ratio"),
+}
+"""Augmentations (``data.view.family``) by name, with their settings. `fastkd.kernels.draw_views` draws them."""
+
+SCORES = {
+    "cross_entropy": 1,
+    "entropy": 1,
+    "margin": -1,
+    "least_confidence": 1,
+    "el2n": 1,
+    "std": -1,
+}
+"""Scores by name, with the sign that makes the hardest sample have the largest value."""
