@@ -395,23 +395,10 @@ def score(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
     return pipeline.scores, not pipeline.costs["score"].reused
 
 
-def prune(recipe: Recipe, *, force: bool = False, pictures: bool = False) -> tuple[Artifact, bool]:
-    """Select the samples to keep and reshape their logits → SUBSET.
-
-    Parameters
-    ----------
-    pictures
-        Draw the selection, in a folder beside the SUBSET named as it is, with ``.pictures``.
-    """
+def prune(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
+    """Select the samples to keep and reshape their logits → SUBSET."""
     pipeline = Pipeline(recipe, {"prune"} if force else frozenset())
-    subset = pipeline.subset
-    if pictures and current().is_main:
-        from fastkd.artifacts.inventory import PICTURES
-        from fastkd.report.subset_plots import draw  # matplotlib takes a second
-
-        for file in draw(pipeline, subset, subset.path.with_name(subset.path.name + PICTURES)):
-            console.say(f"picture: {file}")
-    return subset, not pipeline.costs["prune"].reused
+    return pipeline.subset, not pipeline.costs["prune"].reused
 
 
 def label(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from fastkd import cli, recipe
+from fastkd import cli, console, recipe
+from fastkd.artifacts import Artifact
 from fastkd.errors import InputError
 from fastkd.validation import explain
 
@@ -60,9 +61,7 @@ def main(
 
         artifact, built = prune_arrays(logits, labels, out, chosen, reshape=reshape, force=force)
     else:
-        from fastkd import pipeline
-
-        artifact, built = pipeline.prune(recipe.load(str(path), overrides or ()), force=force, pictures=True)
+        artifact, built = _of_recipe(recipe.load(str(path), overrides or ()), force)
     facts = artifact.facts
     return cli.CommandResult.of(
         f"SUBSET: {artifact.path} {'built' if built else 'was there'}: "
@@ -71,6 +70,22 @@ def main(
         built,
         **{name: facts[name] for name in ("count", "of", "keep_ratio", "class_counts")},
     )
+
+
+def _of_recipe(resolved: recipe.Recipe, force: bool) -> tuple[Artifact, bool]:
+    """Build the SUBSET of a recipe, and draw it in a folder beside it, named as it is, with ``.pictures``."""
+    from fastkd.artifacts.inventory import PICTURES
+    from fastkd.distributed import current
+    from fastkd.pipeline import Pipeline
+
+    pipeline = Pipeline(resolved, {"prune"} if force else frozenset())
+    subset = pipeline.subset
+    if current().is_main:
+        from fastkd.report.subset_plots import draw  # matplotlib takes a second
+
+        for file in draw(pipeline, subset, subset.path.with_name(subset.path.name + PICTURES)):
+            console.say(f"picture: {file}")
+    return subset, not pipeline.costs["prune"].reused
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ STATES = {
 
 def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> cli.CommandResult:
     """Tell what training would do."""
-    from fastkd.bench.plan import duration, expected, out_of
+    from fastkd.cost_estimate import duration, expected, plan_folder
     from fastkd.dry_run import dry_run
 
     console.out.print(recipe.dump(resolved), end="", markup=False)
@@ -136,7 +136,7 @@ def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -
         ahead = "how long it would take: python -m fastkd.bench plan RECIPE measures that for a minute, here"
     else:
         beside = f"; not in it: {', '.join(unknown)}" if unknown else ""
-        ahead = f"ahead: about {duration(ahead_s)} by {out_of(resolved) / 'plan.json'}{beside}"
+        ahead = f"ahead: about {duration(ahead_s)} by {plan_folder(resolved) / 'plan.json'}{beside}"
     steps = [
         {"stage": s.stage, "state": s.state, "path": s.path and str(s.path), "cost_s": s.seconds, "bytes": s.size}
         for s in told.steps

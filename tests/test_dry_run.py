@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastkd import artifacts, doctor, pipeline, train
+from fastkd import artifacts, cost_estimate, doctor, pipeline, train
 from fastkd.bench import __main__ as bench
-from fastkd.bench import plan
 from fastkd.dry_run import dry_run
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError
@@ -137,7 +136,7 @@ def test_a_list_keeps_what_stands_in_it(tiny_recipe, tmp_path):
     written = sum(stamp.size for stamp in artifacts.read_manifest(subset).files.values())
     assert 0 <= written - size < 200 * 4
     np.save(tmp_path / "ids.npy", np.array([1, 1000]))
-    with pytest.raises(InputError, match="1 ids are no samples to train on"):
+    with pytest.raises(InputError, match="1 ids are not training samples"):
         dry_run(loaded)
 
 
@@ -191,21 +190,21 @@ def test_the_command_prints_the_recipe_and_a_line_per_stage(command, tiny_recipe
 
 def test_seconds_come_from_the_plan_that_was_measured_for_this_here(command, tiny_recipe, tmp_path, monkeypatch):
     """Not from one of another net, batch or machine; other epochs and keep ratios are what it is for."""
-    monkeypatch.setattr(plan, "SEGMENT_S", 0.05)
+    monkeypatch.setattr("fastkd.bench.plan.SEGMENT_S", 0.05)
     code, _ = command(bench.plan, "plan", tiny_recipe.path, "--repeats", "1", named=True)
     assert code == 0
     runtime = Runtime.choose("auto", "fp32", channels_last=True, compile=False)
     report = json.loads((tmp_path / "runs" / "plan-student" / "plan.json").read_text())
     (own,) = [line for line in report["lines"] if line["recipe"]]
-    told = plan.expected(tiny_recipe(), runtime)
+    told = cost_estimate.expected(tiny_recipe(), runtime)
     assert told["train"] == pytest.approx(own["further_student_s"])
     assert told["score"] == pytest.approx(own["score"])
-    assert plan.expected(tiny_recipe("train.epochs=60"), runtime)["train"] > 2 * told["train"]
-    assert plan.expected(tiny_recipe("student.model=cifar/resnet14"), runtime) is None
-    assert plan.expected(tiny_recipe("train.batch_size=30"), runtime) is None
+    assert cost_estimate.expected(tiny_recipe("train.epochs=60"), runtime)["train"] > 2 * told["train"]
+    assert cost_estimate.expected(tiny_recipe("student.model=cifar/resnet14"), runtime) is None
+    assert cost_estimate.expected(tiny_recipe("train.batch_size=30"), runtime) is None
     code, text = command(train.main, tiny_recipe.path, "--dry-run")
     assert "ahead: about" in text
     assert "≈" in text
     here = doctor.machine()
     monkeypatch.setattr(doctor, "machine", lambda: here | {"cpu": "another"})
-    assert plan.expected(tiny_recipe(), runtime) is None
+    assert cost_estimate.expected(tiny_recipe(), runtime) is None

@@ -3,7 +3,7 @@
 import json
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastkd.bench.savings import break_even
 from fastkd.bench.scaling import Cluster
 from fastkd.bench.step import LOADER_LIMITS
 from fastkd.bench.workbench import Epochs, Workbench, bare_steps, fed_steps, in_turn, shares, steps_for
-from fastkd.engine.runtime import Runtime
+from fastkd.cost_estimate import Measured, Sizes, duration, plan_folder, predict, predict_vanilla, rates_of
 from fastkd.recipe import Recipe
 from fastkd.stages.label_format import format_of, row_bytes
 from fastkd.stages.labelling import VIEWS_PER_PASS
@@ -34,93 +34,9 @@ SCORED_ROWS = 20_000
 GRADIENT_BYTES = 4  # float32, whatever the step computes in
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What this machine does with a recipe.
-
-    Attributes
-    ----------
-    step, vanilla_step : float
-        Images/s that a student trains on, from stored rows and with a live teacher, fed by the loader.
-    bare_step : float
-        The same on a batch that is on the device already.
-    score, label, evaluate : float
-        Images/s of the teacher over plain views, over numbered ones, and of the student over val.
-    prune : float
-        Rows of logits a second.
-    write_s, setup_s, compile_s, vanilla_compile_s : float
-        Seconds; compiling with the compilers' caches filled.
-    score_start_s, label_start_s : float
-        Seconds until the teacher's first batch is done, beyond what its images take: compiling, which happens once.
-    """
-
-    step: float
-    vanilla_step: float
-    bare_step: float
-    score: float
-    label: float
-    evaluate: float
-    prune: float
-    write_s: float
-    setup_s: float
-    compile_s: float
-    vanilla_compile_s: float
-    score_start_s: float
-    label_start_s: float
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a recipe has: samples to train on (N), all of train, val, classes, epochs, batch, bytes a stored row."""
-
-    samples: int
-    train: int
-    val: int
-    classes: int
-    epochs: int
-    batch_size: int
-    row_bytes: int
-    score_bytes: int
-
-
-def predict(m: Measured, s: Sizes, keep_ratio: float, views: int | None) -> dict[str, float]:
-    """Return what students of one kind take: seconds of each stage, of the first, of each further, and bytes stored.
-
-    Parameters
-    ----------
-    views
-        V; None: the plain view, whose labels are by-products of scoring.
-    """
-    kept = round(keep_ratio * s.samples)
-    full = kept // s.batch_size * s.batch_size
-    further = m.setup_s + m.compile_s + s.epochs * full / m.step + s.val / m.evaluate
-    before = {
-        "write": m.write_s,
-        "score": m.score_start_s + s.train / m.score,
-        "prune": s.train / m.prune,
-        "label": m.label_start_s + views * kept / m.label if views else 0.0,
-    }
-    stored = s.train * s.classes * s.score_bytes + kept * (2 * s.classes + (views or 0) * s.row_bytes)
-    return {
-        **before,
-        "train": s.epochs * full / m.step,
-        "first_student_s": sum(before.values()) + further,
-        "further_student_s": further,
-        "stored_bytes": stored,
-    }
-
-
-def predict_vanilla(m: Measured, s: Sizes) -> dict[str, float]:
-    """Return the same of vanilla KD: all data, a live teacher at every step."""
-    train = s.epochs * (s.samples // s.batch_size * s.batch_size) / m.vanilla_step
-    further = m.setup_s + m.vanilla_compile_s + train + s.val / m.evaluate
-    return {
-        "write": m.write_s,
-        "train": train,
-        "first_student_s": m.write_s + further,
-        "further_student_s": further,
-        "stored_bytes": 0,
-    }
+def out_of(recipe: Recipe, cluster: Cluster | None = None) -> Path:
+    """Return the default folder of plan.json."""
+    return plan_folder(recipe, f"-{cluster.nodes}x{cluster.gpus}" if cluster else "")
 
 
 def on_cluster(m: Measured, cluster: Cluster, local_batch: int, gradient_bytes: int, loader_thread: float) -> Measured:
@@ -229,49 +145,6 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | N
     (out / "plan.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     draw(report, out / "plan.png")
     return report
-
-
-def rates_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the settings that measured rates depend on."""
-    return recipe.model_dump(
-        mode="json",
-        include={"data", "teacher", "score", "labels", "student", "train"},
-        exclude={
-            "data": {"artifacts_dir", "holdout_ratio"},
-            "labels": {"views", "view_seed", "reshape"},
-            "train": {"epochs", "runs_dir", "checkpoint_every_s", "eval_every_epochs"},
-        },
-    )
-
-
-def expected(recipe: Recipe, runtime: Runtime, keep_ratio: float | None = None) -> dict[str, float] | None:
-    """Return the seconds that each stage takes by what `measure` wrote, where it goes by default.
-
-    `keep_ratio` is what is kept where the recipe's does not say: of a list.
-
-    None where it was measured for other settings, on another machine, or never.
-    """
-    try:
-        report = json.loads((out_of(recipe) / "plan.json").read_bytes())
-        there = report["machine"], report["gpu"], report["precision"], report["rates_of"]
-        measured, sizes = Measured(**report["measured"]), Sizes(**report["sizes"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    here = doctor.machine(), runtime.gpu, runtime.precision, rates_of(recipe)
-    if [there[0].get(key) for key in ("cpu", "cores")] != [here[0][key] for key in ("cpu", "cores")]:
-        return None
-    if there[1:] != here[1:]:
-        return None
-    sizes = replace(sizes, epochs=recipe.train.epochs)
-    keep = recipe.prune.static.keep_ratio if keep_ratio is None else keep_ratio
-    told = predict(measured, sizes, keep, recipe.num_views)
-    return {name: told[name] for name in ("score", "prune", "label")} | {"train": told["further_student_s"]}
-
-
-def out_of(recipe: Recipe, cluster: Cluster | None = None) -> Path:
-    """Return where plan.json goes, unless another place is given."""
-    devices = f"-{cluster.nodes}x{cluster.gpus}" if cluster else ""
-    return Path(recipe.train.runs_dir) / f"plan-{recipe.name}{devices}"
 
 
 def _measure(bench: Workbench, repeats: int) -> Measured:
@@ -430,13 +303,6 @@ def table(report: dict[str, Any]) -> Table:
             _size(line["stored_bytes"]),
         )
     return grid
-
-
-def duration(seconds: float) -> str:
-    """Write seconds as a person would: 42.0 s, 12 min, 3.4 h."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _size(count: float) -> str:

@@ -5,9 +5,10 @@ import pytest
 
 from fastkd.bench import __main__ as bench
 from fastkd.bench import plan, workbench
-from fastkd.bench.plan import Measured, Sizes, duration, limit, on_cluster, predict, predict_vanilla, total
+from fastkd.bench.plan import limit, on_cluster, total
 from fastkd.bench.scaling import NODE_HOP_S, Cluster
 from fastkd.bench.workbench import shares
+from fastkd.cost_estimate import Measured, Sizes, duration, predict, predict_vanilla
 
 RATES = Measured(
     step=100, vanilla_step=40, bare_step=101, score=200, label=250, evaluate=500, prune=1e4, write_s=3, setup_s=1,

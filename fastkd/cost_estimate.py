@@ -1,0 +1,154 @@
+"""How long a recipe takes on a machine, computed from measured rates; `bench plan` measures them into plan.json."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastkd import doctor
+from fastkd.engine.runtime import Runtime
+from fastkd.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rates of a machine for a recipe.
+
+    Attributes
+    ----------
+    step, vanilla_step : float
+        Images/s of training from stored rows and with a live teacher, including the loader.
+    bare_step : float
+        Images/s of training on a batch that is already on the device.
+    score, label, evaluate : float
+        Images/s of the teacher on evaluation views and on numbered views, and of the student on val.
+    prune : float
+        Rows of logits per second.
+    write_s, setup_s, compile_s, vanilla_compile_s : float
+        Seconds; compiling with warm compiler caches.
+    score_start_s, label_start_s : float
+        Seconds of the teacher's first batch beyond its computation: compiling, which happens once.
+    """
+
+    step: float
+    vanilla_step: float
+    bare_step: float
+    score: float
+    label: float
+    evaluate: float
+    prune: float
+    write_s: float
+    setup_s: float
+    compile_s: float
+    vanilla_compile_s: float
+    score_start_s: float
+    label_start_s: float
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a recipe: training samples (N), all of train, val, classes, epochs, batch, bytes per stored row."""
+
+    samples: int
+    train: int
+    val: int
+    classes: int
+    epochs: int
+    batch_size: int
+    row_bytes: int
+    score_bytes: int
+
+
+def predict(m: Measured, s: Sizes, keep_ratio: float, views: int | None) -> dict[str, float]:
+    """Return the seconds of each stage, of the first and of each additional student, and the bytes stored.
+
+    Parameters
+    ----------
+    views
+        V. None: the evaluation view, whose labels come from scoring.
+    """
+    kept = round(keep_ratio * s.samples)
+    full = kept // s.batch_size * s.batch_size
+    further = m.setup_s + m.compile_s + s.epochs * full / m.step + s.val / m.evaluate
+    before = {
+        "write": m.write_s,
+        "score": m.score_start_s + s.train / m.score,
+        "prune": s.train / m.prune,
+        "label": m.label_start_s + views * kept / m.label if views else 0.0,
+    }
+    stored = s.train * s.classes * s.score_bytes + kept * (2 * s.classes + (views or 0) * s.row_bytes)
+    return {
+        **before,
+        "train": s.epochs * full / m.step,
+        "first_student_s": sum(before.values()) + further,
+        "further_student_s": further,
+        "stored_bytes": stored,
+    }
+
+
+def predict_vanilla(m: Measured, s: Sizes) -> dict[str, float]:
+    """Return the same of vanilla KD: all data, a live teacher at every step."""
+    train = s.epochs * (s.samples // s.batch_size * s.batch_size) / m.vanilla_step
+    further = m.setup_s + m.vanilla_compile_s + train + s.val / m.evaluate
+    return {
+        "write": m.write_s,
+        "train": train,
+        "first_student_s": m.write_s + further,
+        "further_student_s": further,
+        "stored_bytes": 0,
+    }
+
+
+def rates_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that measured rates depend on."""
+    return recipe.model_dump(
+        mode="json",
+        include={"data", "teacher", "score", "labels", "student", "train"},
+        exclude={
+            "data": {"artifacts_dir", "holdout_ratio"},
+            "labels": {"views", "view_seed", "reshape"},
+            "train": {"epochs", "runs_dir", "checkpoint_every_s", "eval_every_epochs"},
+        },
+    )
+
+
+def expected(recipe: Recipe, runtime: Runtime, keep_ratio: float | None = None) -> dict[str, float] | None:
+    """Return the predicted seconds of each stage, from the plan.json that `bench plan` has written.
+
+    Parameters
+    ----------
+    keep_ratio
+        Share of the samples that is kept, if the recipe does not say: of a list.
+
+    Returns
+    -------
+    dict or None
+        None: there is no plan.json for these settings and this machine.
+    """
+    try:
+        report = json.loads((plan_folder(recipe) / "plan.json").read_bytes())
+        there = report["machine"], report["gpu"], report["precision"], report["rates_of"]
+        measured, sizes = Measured(**report["measured"]), Sizes(**report["sizes"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    here = doctor.machine(), runtime.gpu, runtime.precision, rates_of(recipe)
+    if [there[0].get(key) for key in ("cpu", "cores")] != [here[0][key] for key in ("cpu", "cores")]:
+        return None
+    if there[1:] != here[1:]:
+        return None
+    sizes = replace(sizes, epochs=recipe.train.epochs)
+    keep = recipe.prune.static.keep_ratio if keep_ratio is None else keep_ratio
+    seconds = predict(measured, sizes, keep, recipe.num_views)
+    return {name: seconds[name] for name in ("score", "prune", "label")} | {"train": seconds["further_student_s"]}
+
+
+def plan_folder(recipe: Recipe, devices: str = "") -> Path:
+    """Return the default folder of plan.json, for one device or for several (`devices`: "-NODESxGPUS")."""
+    return Path(recipe.train.runs_dir) / f"plan-{recipe.name}{devices}"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds: 42.0 s, 12.0 min, 3.4 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
