@@ -86,7 +86,7 @@ def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
     for stage in timing["stages"]:
         table.add_row(stage["stage"], console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
     table.add_section()
-    table.add_row("further student", console.clock(timing["further_student_s"]), "what this one took by itself")
+    table.add_row("additional student", console.clock(timing["further_student_s"]), "what this one took by itself")
     table.add_row("first student", console.clock(timing["first_student_s"]), "with all that was made before it")
     if timing["teacher_training_s"] is not None:
         table.add_row("teacher", console.clock(timing["teacher_training_s"]), "its training, in neither")

@@ -267,7 +267,7 @@ def test_training_tells_how_it_goes_and_sums_up(command, tiny_recipe, monkeypatc
     stages_told = {name: remark for name, _, remark in cells}
     assert stages_told["write"] == "reused"
     assert stages_told["score"] == stages_told["train"] == ""
-    assert {"further student", "first student", "teacher"} <= set(stages_told)
+    assert {"additional student", "first student", "teacher"} <= set(stages_told)
     for words in (
         f"{run.path}/student.safetensors",
         f"{run.path}/metrics.jsonl",
@@ -554,14 +554,14 @@ def test_savings_compares_four_ways_and_writes_them_down(command, tiny_recipe, t
         assert picture.size[0] > 600
     assert not list(out.glob("images-*"))
     for words in (
-        "the reference's way",
+        "the reference implementation",
         "where the speed-up comes from",
         "the recipe's minus it",
         "vanilla KD",
         "medium",
         "random",
         "all data",
-        "speed-up, further",
+        "speed-up, additional",
         "test top-1",
         "2 seeds",
         "machine:",

@@ -1,4 +1,4 @@
-"""``python -m fastkd.bench NAME …``: benchmarks to run on one's own machine."""
+"""``python -m fastkd.bench NAME …``: benchmarks to run on your machine."""
 
 import shlex
 from enum import StrEnum
@@ -12,7 +12,7 @@ from fastkd.bench import machine_line
 
 
 class Reference(StrEnum):
-    """How far the reference's way is trained."""
+    """How far the reference implementation is trained."""
 
     NONE = "none"
     MEASURE = "measure"
@@ -22,21 +22,23 @@ class Reference(StrEnum):
 def savings(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds each way is trained with.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds per column.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Where runs, savings.json and savings.png go.")] = None,
     reference: Annotated[
         Reference,
         typer.Option(
-            help="The reference's way: left out, timed for some steps and extrapolated, or trained to the end."
+            help="The reference implementation: omitted, timed for some steps and extrapolated, or trained completely."
         ),
     ] = Reference.MEASURE,
-    breakdown: Annotated[bool, typer.Option(help="Time the ways between the reference's and the recipe.")] = True,
+    breakdown: Annotated[
+        bool, typer.Option(help="Also time one change at a time, from the reference to the recipe.")
+    ] = True,
 ) -> cli.CommandResult:
     """Train the recipe's student and, in the same loop, vanilla KD's and the baselines'; print what each cost.
 
     Beside them stands how the field's reference code does it: torch's loader, float32, a live teacher.
 
-    JSON: what savings.json holds.
+    JSON: the contents of savings.json.
 
     Example: python -m fastkd.bench savings recipes/quickstart.yaml --seeds 3
     """
@@ -69,22 +71,20 @@ def savings(
 def loader(
     out: Annotated[Path, typer.Option(help="Where loader.json and loader.png go.")] = Path("runs/bench-loader"),
     data: Annotated[
-        Path | None, typer.Option(help="Keep the data sets here, or find them; default: made anew.")
+        Path | None, typer.Option(help="Directory of the data sets, reused if they exist. Default: temporary.")
     ] = None,
-    small: Annotated[int, typer.Option(help="How many images of 32×32.")] = 20_000,
-    photos: Annotated[int, typer.Option(help="How many JPEGs, as large as ImageNet's.")] = 600,
-    repeats: Annotated[
-        int, typer.Option(min=1, help="How often each pipeline is timed, after an epoch that is not.")
-    ] = 5,
+    small: Annotated[int, typer.Option(help="Number of images of 32×32.")] = 20_000,
+    photos: Annotated[int, typer.Option(help="Number of JPEGs of ImageNet's sizes.")] = 600,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed epochs per pipeline, after one that is not.")] = 5,
     workers: Annotated[
-        list[int] | None, typer.Option(help="How many workers load; may be repeated. Default: 1 and one per core.")
+        list[int] | None, typer.Option(help="Number of loader threads; repeatable. Default: 1, and one per core.")
     ] = None,
 ) -> cli.CommandResult:
     """Load the same images by fastkd's pipeline, FFCV's own and torch's DataLoader, on files and on arrays.
 
     Prints images/s, with views and without. Takes some minutes: the slowest pipeline goes through all images as well.
 
-    JSON: what loader.json holds.
+    JSON: the contents of loader.json.
 
     Example: python -m fastkd.bench loader --data data/bench
     """
@@ -99,16 +99,17 @@ def loader(
 def cold(
     out: Annotated[Path, typer.Option(help="Where cold.json goes.")] = Path("runs/bench-cold"),
     data: Annotated[
-        Path | None, typer.Option(help="Keep the data sets here, or find them: on a disk; default: made anew.")
+        Path | None,
+        typer.Option(help="Directory of the data sets, on a disk, reused if there. Default: temporary."),
     ] = None,
-    small: Annotated[int, typer.Option(help="How many images of 32×32.")] = 60_000,
-    photos: Annotated[int, typer.Option(help="How many JPEGs, as large as ImageNet's.")] = 1000,
+    small: Annotated[int, typer.Option(help="Number of images of 32×32.")] = 60_000,
+    photos: Annotated[int, typer.Option(help="Number of JPEGs of ImageNet's sizes.")] = 1000,
 ) -> cli.CommandResult:
     """Tell what an epoch reads from the disk when nothing is in memory: all samples, half of them, an export of these.
 
     The page cache is emptied of the data before each epoch, as it is where data are larger than memory.
 
-    JSON: what cold.json holds.
+    JSON: the contents of cold.json.
 
     Example: python -m fastkd.bench cold --data data/bench
     """
@@ -297,7 +298,7 @@ def prune(
         f"{1 - report['kept_in_common']:.2%}"
     )
     console.say(
-        f"the reference's loop, without its scoring: measured {looped['seconds'][-1]:.2f} s for "
+        f"the reference loop, without its scoring: measured {looped['seconds'][-1]:.2f} s for "
         f"{looped['samples'][-1]:,} samples, time growing with their number to the power of {looped['growth']:.2f}; "
         f"extrapolated as linear to {report['samples']:,}"
     )

@@ -26,7 +26,7 @@ and those of the other come to rest."""
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One way to get a student.
 
     Attributes
@@ -61,7 +61,7 @@ def reference_recipe(vanilla: Recipe) -> Recipe:
     return changed(vanilla, train={"precision": "fp32", "channels_last": False, "compile": False})
 
 
-def ways(vanilla: Recipe, recipe: Recipe, precision: str) -> list[Way]:
+def ways(vanilla: Recipe, recipe: Recipe, precision: str) -> list[Variant]:
     """Return the ways from the reference's to a recipe; steps that change nothing here are left out.
 
     Parameters
@@ -75,11 +75,11 @@ def ways(vanilla: Recipe, recipe: Recipe, precision: str) -> list[Way]:
     plain = reference_recipe(vanilla)
     eager = changed(vanilla, train={"compile": False})
     memory_format = "channels_last, " if vanilla.train.channels_last else ""
-    found = [Way("reference", "the reference's way", plain), Way("loader", "+ fastkd's loader", plain)]
+    found = [Variant("reference", "the reference implementation", plain), Variant("loader", "+ fastkd's loader", plain)]
     if eager != plain:
-        found.append(Way("format", f"+ {memory_format}{precision}", eager))
+        found.append(Variant("format", f"+ {memory_format}{precision}", eager))
     if vanilla.train.compile:
-        found.append(Way("compile", "+ compile", vanilla))
+        found.append(Variant("compile", "+ compile", vanilla))
     prune = recipe.prune
     pruned = prune.leaves_out or prune.dynamic
     if recipe.labels.mode == "stored":
@@ -89,9 +89,9 @@ def ways(vanilla: Recipe, recipe: Recipe, precision: str) -> list[Way]:
         # One view tells how fast stored rows are fed; labelling all data in all views may take hours.
         labels = {} if recipe.num_views is None else {"views": 1}
         stored = changed(recipe, labels=labels).model_copy(update={"prune": everything}) if pruned else recipe
-        found.append(Way("stored", "+ stored labels", stored))
+        found.append(Variant("stored", "+ stored labels", stored))
     if pruned:
-        found.append(Way("recipe", "+ pruning: the recipe", recipe))
+        found.append(Variant("recipe", "+ pruning: the recipe", recipe))
     return found
 
 
@@ -105,7 +105,7 @@ class FastkdLoop:
 
 
 def measure(
-    compared: Sequence[Way], folder: Path, *, recipe_images: int | None = None, rounds: int = ROUNDS
+    compared: Sequence[Variant], folder: Path, *, recipe_images: int | None = None, rounds: int = ROUNDS
 ) -> dict[str, Any]:
     """Time ways in turn, a segment of each at a time, so that a slow spell of the machine hits all of them.
 
@@ -157,7 +157,7 @@ def measure(
     }
 
 
-def lines(compared: Sequence[Way], rates: Sequence[Sequence[float]], images: Sequence[int]) -> list[dict[str, Any]]:
+def lines(compared: Sequence[Variant], rates: Sequence[Sequence[float]], images: Sequence[int]) -> list[dict[str, Any]]:
     """Extrapolate what was measured to whole runs, and compare.
 
     Parameters

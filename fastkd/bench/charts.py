@@ -88,7 +88,7 @@ def figure_text(value: float) -> str:
 
 
 def savings(report: dict[str, Any]) -> Figure:
-    """Draw a bar per way, the reference's first: the seconds of a further student, stacked by stage."""
+    """Draw a bar per way, the reference's first: the seconds of an additional student, stacked by stage."""
     reference = report.get("reference")
     entries = [*([reference] if reference else []), *report["ways"].values()]
     figure = Figure(figsize=(8, 0.62 * len(entries) + 1.3), layout="constrained")
@@ -106,7 +106,7 @@ def savings(report: dict[str, Any]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * max(start))  # room for the words behind the longest bar
-    axes.set_xlabel("seconds for each further student; ×: faster than the topmost", color=INK)
+    axes.set_xlabel("seconds for each additional student; ×: faster than the topmost", color=INK)
     axes.set_title(f"savings: {report['recipe']}", color=INK, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

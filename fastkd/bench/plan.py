@@ -17,7 +17,7 @@ from fastkd.bench.breakdown import changed
 from fastkd.bench.savings import break_even
 from fastkd.bench.scaling import Cluster
 from fastkd.bench.step import LOADER_LIMITS
-from fastkd.bench.workbench import Epochs, Workbench, bare_steps, fed_steps, in_turn, shares, steps_for
+from fastkd.bench.workbench import Epochs, Workbench, bare_steps, fed_steps, interleaved, shares, steps_for
 from fastkd.cost_estimate import Measured, Sizes, duration, plan_folder, predict, predict_vanilla, rates_of
 from fastkd.recipe import Recipe
 from fastkd.stages.label_format import format_of, row_bytes
@@ -195,7 +195,7 @@ def _measure(bench: Workbench, repeats: int) -> Measured:
         "bare_step": lambda: 1 / sum(share / bare_steps(job, batch, steps) for share, batch in resident),
         "vanilla_step": lambda: fed_steps(vanilla_fed, vanilla_steps),
     }
-    rates = {name: float(np.median(values)) for name, values in in_turn(repeats, segments).items()}
+    rates = {name: float(np.median(values)) for name, values in interleaved(repeats, segments).items()}
     fed.close()
     vanilla_fed.close()
     return Measured(

@@ -1,4 +1,4 @@
-"""How fast samples are scored and chosen from stored logits, beside torch, the reference's loop and a bare sum."""
+"""How fast samples are scored and chosen from stored logits, beside torch, the reference loop and a bare sum."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ KEEP_RATIO = 0.5
 SEED = 0
 VERSIONS = ("fastkd", "numba", "numpy", "torch")
 CHUNK_LOGITS = 1 << 22  # that torch looks at in one go: 16 MB of float32
-REFERENCE_STEPS = 20_000_000  # of the reference's loop, a second or so
+REFERENCE_STEPS = 20_000_000  # of the reference loop, a second or so
 OURS, SCORING, TORCH, FLOOR = "fastkd", "fastkd, scoring alone", "torch", "floor: sum of the file"
 WATCH_EVERY_S = 0.002
 
@@ -327,7 +327,7 @@ def measure_growth(children: dict[str, Runner], samples: int, classes: int, repe
 
 
 def measure_reference(logits: Path, labels: Path) -> dict[str, Any]:
-    """Time the reference's loop, without its scoring, on up to `REFERENCE_STEPS` // K samples and fewer; extrapolate.
+    """Time the reference loop, without its scoring, on up to `REFERENCE_STEPS` // K samples and fewer; extrapolate.
 
     Returns
     -------
@@ -389,7 +389,7 @@ def table(report: dict[str, Any]) -> Table:
         )
     looped = report["reference"]
     grid.add_row(
-        "the reference's loop, extrapolated",
+        "the reference loop, extrapolated",
         f"≈ {looped['extrapolated_s'] * 1e3:,.0f}",
         f"≈ {report['samples'] / looped['extrapolated_s']:,.0f}",
         f"≈ {looped['over_floor']:,.0f}×",

@@ -14,7 +14,7 @@ from fastkd import console
 from fastkd.artifacts import Artifact
 from fastkd.bench import breakdown as parts
 from fastkd.bench import charts
-from fastkd.bench.breakdown import Way, changed, reference_recipe
+from fastkd.bench.breakdown import Variant, changed, reference_recipe
 from fastkd.bench.reference import Reference
 from fastkd.errors import InputError, require
 from fastkd.pipeline import Pipeline
@@ -25,7 +25,7 @@ from fastkd.stages.training_setup import prepare
 STAGE_LINES = ("write", "score", "prune", "label", "setup", "compile", "train", "evaluate")
 
 
-def ways(recipe: Recipe) -> list[Way]:
+def ways(recipe: Recipe) -> list[Variant]:
     """Return what is compared: vanilla KD, the recipe, random in place of its method, all data for as many steps.
 
     Vanilla KD sees a new view in each epoch, as it does where nothing is stored.
@@ -42,12 +42,12 @@ def ways(recipe: Recipe) -> list[Way]:
     # Prune() rather than a ratio of 1, at which a dynamic method leaves samples out as well.
     vanilla = changed(recipe, labels=live, train={"progressive_px": {}}).model_copy(update={"prune": Prune()})
     columns = [
-        Way("vanilla", "vanilla KD (all data)", vanilla),
-        Way("recipe", recipe.prune.method + ("" if recipe.prune.dynamic else f" (keep {ratio:g})"), recipe),
+        Variant("vanilla", "vanilla KD (all data)", vanilla),
+        Variant("recipe", recipe.prune.method + ("" if recipe.prune.dynamic else f" (keep {ratio:g})"), recipe),
     ]
     if recipe.prune.method != "random" and ratio < 1:
         random = changed(recipe, prune={"method": "random"})
-        columns.append(Way("random", f"random (keep {ratio:g})", random))
+        columns.append(Variant("random", f"random (keep {ratio:g})", random))
     if ratio < 1 and (fewer := round(epochs * ratio)) >= 1:
         title = f"all data ({fewer} of {epochs} epochs)"
         same = changed(
@@ -62,7 +62,7 @@ def ways(recipe: Recipe) -> list[Way]:
                 "warmup_epochs": recipe.optim.warmup_epochs * fewer / epochs,
             },
         )
-        columns.append(Way("same_compute", title, same))
+        columns.append(Variant("same_compute", title, same))
     return columns
 
 
@@ -89,8 +89,8 @@ def measure(
     seeds : int
         How many, from the recipe's on.
     reference
-        Whether the reference's way (`fastkd.bench.reference`) is trained some steps and extrapolated, or trained
-        to the end with each seed.
+        Whether the reference implementation (`fastkd.bench.reference`) is timed for some steps and extrapolated, or
+        trained completely with each seed.
     breakdown : bool
         Whether the speed-up is broken into its parts (`fastkd.bench.breakdown`).
     """
@@ -146,7 +146,7 @@ def measure(
         if reference == "measure":
             report["reference"] = reference_column(_extrapolated(timed), vanilla)
     if reference == "full":
-        trained_to_end = {"title": "the reference's way", "runs": reference_runs, **_summary(reference_runs)}
+        trained_to_end = {"title": "the reference implementation", "runs": reference_runs, **_summary(reference_runs)}
         report["reference"] = reference_column(trained_to_end, vanilla)
     for entry in [*results.values(), *filter(None, [report.get("reference")])]:
         _compare(entry, vanilla, report.get("reference"))
@@ -159,8 +159,8 @@ def measure(
 
 
 def train_reference(vanilla: Recipe, out: Path) -> dict[str, Any]:
-    """Train the reference's way to the end, and return what its steps took and its top-1."""
-    console.heading(f"train: the reference's way, seed {vanilla.seed}")
+    """Train the reference implementation to the end, and return what its steps took and its top-1."""
+    console.heading(f"train: the reference implementation, seed {vanilla.seed}")
     with tempfile.TemporaryDirectory(dir=out, prefix="images-") as folder:
         student = Reference(Pipeline(reference_recipe(vanilla)), Path(folder))
         epochs, images = vanilla.train.epochs, student.images_per_epoch
@@ -182,7 +182,7 @@ def train_reference(vanilla: Recipe, out: Path) -> dict[str, Any]:
 def _extrapolated(timed: dict[str, Any]) -> dict[str, Any]:
     line = timed["ways"][0]
     return {
-        "title": "the reference's way (extrapolated)",
+        "title": "the reference implementation (extrapolated)",
         "extrapolated_from_steps": timed["steps"],
         "stages": {"train": line["train_s"]},
         "images_per_s": line["images_per_s"],
@@ -190,7 +190,7 @@ def _extrapolated(timed: dict[str, Any]) -> dict[str, Any]:
 
 
 def reference_column(entry: dict[str, Any], vanilla: dict[str, Any]) -> dict[str, Any]:
-    """Charge the reference's way with its steps, and with vanilla KD's time to load the nets and to look at val.
+    """Charge the reference implementation with its steps, and with vanilla KD's set-up and evaluation.
 
     The nets and the images are the same, and every way pays for them. What is the reference's alone beside its steps,
     writing image files and starting workers, it is not charged with.
@@ -201,7 +201,7 @@ def reference_column(entry: dict[str, Any], vanilla: dict[str, Any]) -> dict[str
 
 
 def _compare(entry: dict[str, Any], vanilla: dict[str, Any], reference: dict[str, Any] | None) -> None:
-    """Add to a way how many times faster it is than vanilla KD, and than the reference's way."""
+    """Add to a way how many times faster it is than vanilla KD, and than the reference implementation."""
     for which in ("first_student_s", "further_student_s"):
         entry[f"speedup_{which}"] = vanilla[which] / entry[which]
         if reference is not None:
@@ -272,36 +272,38 @@ def conclusion(report: dict[str, Any]) -> str:
     """Say in a few sentences what the figures allow to conclude, and what not."""
     ways, noise, seeds = report["ways"], report["noise_points"], len(report["seeds"])
     vanilla, own = ways["vanilla"], ways["recipe"]
+    share = own["further_student_s"] / vanilla["further_student_s"]
+    first_share = own["first_student_s"] / vanilla["first_student_s"]
     sentences = [
-        f"A further student costs {own['further_student_s'] / vanilla['further_student_s']:.2f} of vanilla KD's time "
-        f"({own['speedup_further_student_s']:.1f}× faster); the first, with scoring, pruning and labelling charged "
-        f"to it, "
-        f"{own['first_student_s'] / vanilla['first_student_s']:.2f} ({own['speedup_first_student_s']:.1f}×)."
+        f"An additional student costs {share:.2f} of vanilla KD's time ({own['speedup_further_student_s']:.1f}× faster); "
+        f"the first, with scoring, pruning and labelling charged to it, {first_share:.2f} "
+        f"({own['speedup_first_student_s']:.1f}×)."
     ]
     if reference := report.get("reference"):
         steps = reference.get("extrapolated_from_steps")
         how = f", extrapolated from {steps} steps" if steps else ""
+        faster, first_faster = (own[f"reference_speedup_{n}_student_s"] for n in ("further", "first"))
         sentences.append(
-            f"Against the reference's way{how}, a further student is {own['reference_speedup_further_student_s']:.1f}× "
-            f"faster, the first {own['reference_speedup_first_student_s']:.1f}×."
+            f"Against the reference implementation{how}, an additional student is {faster:.1f}× faster, the first "
+            f"{first_faster:.1f}×."
         )
     gaps = {name: 100 * (own["top1"] - way["top1"]) for name, way in ways.items() if name != "recipe"}
     compared = ", ".join(f"{points:+.2f} points against {ways[name]['title']}" for name, points in gaps.items())
-    sentences.append(f"Its top-1 is {compared}; less than {noise:.1f} points means nothing.")
+    sentences.append(f"Its top-1 is {compared}; differences below {noise:.1f} points are noise.")
     peers = {name: points for name, points in gaps.items() if name != "vanilla"}
     if peers:
         rival = min(peers, key=lambda name: peers[name])
         title = ways[rival]["title"]
         if peers[rival] > noise:
-            sentences.append("So which samples are kept paid off here.")
+            sentences.append("The selection pays off here.")
         elif peers[rival] < -noise:
-            sentences.append(f"So which samples are kept cost accuracy here: '{title}' took as long and got further.")
+            sentences.append(f"The selection costs accuracy here: '{title}' is better at the same cost.")
         else:
             sentences.append(
-                f"So the selection is not told apart from '{title}' here: stored labels and fewer steps save the time, "
-                "not which samples are kept."
+                f"The selection does not differ from '{title}' here: stored labels and fewer steps save the time, "
+                "not the selection."
             )
-    sentences.append("One seed; --seeds 3 tells more." if seeds == 1 else f"{seeds} seeds.")
+    sentences.append("One seed; --seeds 3 gives the spread." if seeds == 1 else f"{seeds} seeds.")
     return " ".join(sentences)
 
 
@@ -324,12 +326,12 @@ def table(report: dict[str, Any]) -> Table:
         grid.add_row(f"{stage} (s)", *(f"{e['stages'][stage]:.1f}" if stage in e["stages"] else "–" for e in columns))
     grid.add_section()
     add("first student (s)", "first_student_s", "{:.1f}")
-    add("each further student (s)", "further_student_s", "{:.1f}")
+    add("each additional student (s)", "further_student_s", "{:.1f}")
     add("speed-up, first", "speedup_first_student_s", "{:.2f}×")
-    add("speed-up, further", "speedup_further_student_s", "{:.2f}×", "bold")
+    add("speed-up, additional", "speedup_further_student_s", "{:.2f}×", "bold")
     if reference:
         add("on the reference, first", "reference_speedup_first_student_s", "{:.2f}×")
-        add("on the reference, further", "reference_speedup_further_student_s", "{:.2f}×", "bold")
+        add("on the reference, additional", "reference_speedup_further_student_s", "{:.2f}×", "bold")
     grid.add_row(
         "pays from student no.",
         *("–" if e in (vanilla, reference) else str(e["break_even_students"] or "never") for e in columns),

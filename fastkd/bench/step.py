@@ -20,7 +20,7 @@ from fastkd.bench.workbench import (
     bare_forward,
     bare_steps,
     fed_steps,
-    in_turn,
+    interleaved,
     steps_for,
     summary,
 )
@@ -35,7 +35,7 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Way:
+class Variant:
     """One way to compute."""
 
     precision: str
@@ -47,10 +47,10 @@ class Way:
         return f"{self.precision}, {layout}, {'compiled' if self.compile else 'eager'}"
 
 
-def ways(device: str) -> list[Way]:
+def ways(device: str) -> list[Variant]:
     """Return all ways that a device has."""
     precisions = ["fp32", "bf16"] + (["fp16"] if device.startswith("cuda") else [])
-    return [Way(p, layout, compiled) for compiled in (False, True) for p in precisions for layout in (False, True)]
+    return [Variant(p, layout, compiled) for compiled in (False, True) for p in precisions for layout in (False, True)]
 
 
 def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repeats: int = 5) -> dict[str, Any]:
@@ -67,12 +67,12 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
     bench = Workbench(changed(recipe, train={"progressive_px": {}}))
     size = recipe.train.batch_size
     own = bench.pipeline.runtime
-    own_way = Way(own.precision, own.channels_last, bool(own.compile))
+    own_way = Variant(own.precision, own.channels_last, bool(own.compile))
     try:
         with torch._dynamo.config.patch(recompile_limit=1000):  # each way is a variant of the same code
             lines = _grid(bench, own, list(dict.fromkeys([*ways(own.device.type), own_way])), [size], repeats)
             best = {kind: max(lines, key=lambda line: line[kind]["median"])["way"] for kind in ("student", "teacher")}
-            chosen = Way(**best["student"])
+            chosen = Variant(**best["student"])
             sizes = sorted({*(batch_sizes or (size // 2, 2 * size, 4 * size))} - {0, size})
             lines += _grid(bench, own, list(dict.fromkeys([chosen, own_way])), sizes, repeats)
             stall = _stall(bench, own, repeats)
@@ -100,7 +100,7 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
         f"step: {recipe.name}, batch of {size}",
         [f"{report['student']}: step", f"{report['teacher']}: forward"],
         {
-            str(Way(**line["way"])): [
+            str(Variant(**line["way"])): [
                 charts.Spread(*(line[kind][n] for n in SPREAD)) for kind in ("student", "teacher")
             ]
             for line in lines
@@ -109,12 +109,12 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
         out / "step.png",
         f"images/s, median (least … most) of {repeats}",
         note=machine_line(report["machine"], report["gpu"]),
-        highlight=[str(Way(**report["recipe_way"]))],
+        highlight=[str(Variant(**report["recipe_way"]))],
     )
     return report
 
 
-def _grid(bench: Workbench, own: Runtime, chosen: Sequence[Way], sizes: Sequence[int], repeats: int) -> list[Line]:
+def _grid(bench: Workbench, own: Runtime, chosen: Sequence[Variant], sizes: Sequence[int], repeats: int) -> list[Line]:
     """Time some ways at some batch sizes, in turn."""
     segments: dict[str, Callable[[], float]] = {}
     lines: list[Line] = []
@@ -131,7 +131,7 @@ def _grid(bench: Workbench, own: Runtime, chosen: Sequence[Way], sizes: Sequence
                     segments[f"{len(lines)} {kind}"] = partial(once, steps_for(SEGMENT_S, once, size))
                 lines.append({"way": asdict(way), "batch_size": size})
                 update(len(lines), str(way))
-    found = in_turn(repeats, segments)
+    found = interleaved(repeats, segments)
     for number, line in enumerate(lines):
         line |= {kind: summary(found[f"{number} {kind}"]) for kind in ("student", "teacher")}
     return lines
@@ -149,7 +149,7 @@ def _stall(bench: Workbench, own: Runtime, repeats: int) -> dict[str, Any]:
     teacher, scored = bench.teacher(own), bench.resident(job, bench.recipe.score.batch_size)
     forwards = steps_for(2 * SEGMENT_S, lambda n: bare_forward(own, teacher, scored.images, n), len(scored.labels))
     bench.score(own, teacher, 0.0)
-    found = in_turn(
+    found = interleaved(
         2 * repeats,
         {
             "bare": lambda: bare_steps(job, batch, count),
@@ -171,16 +171,17 @@ def advice(report: dict[str, Any]) -> list[str]:
     """Say which way to use here, and whether the loader is the limit."""
     lines = [line for line in report["lines"] if line["batch_size"] == report["batch_size"]]
     own, best = report["recipe_way"], report["best"]["student"]
-    rate = {str(Way(**line["way"])): line["student"]["median"] for line in lines}
+    rate = {str(Variant(**line["way"])): line["student"]["median"] for line in lines}
     said = []
-    if rate[str(Way(**best))] > 1.03 * rate[str(Way(**own))]:
-        gain = rate[str(Way(**best))] / rate[str(Way(**own))]
+    if rate[str(Variant(**best))] > 1.03 * rate[str(Variant(**own))]:
+        gain = rate[str(Variant(**best))] / rate[str(Variant(**own))]
         said.append(
-            f"{Way(**best)} is {gain:.2f}× as fast as the recipe's {Way(**own)}: train.precision={best['precision']} "
+            f"{Variant(**best)} is {gain:.2f}× as fast as the recipe's {Variant(**own)}: "
+            f"train.precision={best['precision']} "
             f"train.channels_last={str(best['channels_last']).lower()} train.compile={str(best['compile']).lower()}"
         )
     else:
-        said.append(f"the recipe's way, {Way(**own)}, is the fastest here or as good")
+        said.append(f"the recipe's way, {Variant(**own)}, is the fastest here or as good")
     sizes = {line["batch_size"]: line["student"]["median"] for line in report["lines"] if line["way"] == best}
     largest = max(sizes, key=lambda size: sizes[size])
     if sizes[largest] > 1.1 * sizes[report["batch_size"]]:
@@ -215,5 +216,5 @@ def table(report: dict[str, Any]) -> Table:
             rate = line[kind]
             text = f"{rate['median']:,.0f} ({rate['least']:,.0f} … {rate['most']:,.0f})"
             rates.append(f"[bold]{text}[/bold]" if rate["median"] == best[kind] else text)
-        grid.add_row(str(Way(**line["way"])), str(line["batch_size"]), *rates)
+        grid.add_row(str(Variant(**line["way"])), str(line["batch_size"]), *rates)
     return grid

@@ -259,7 +259,7 @@ def steps_for(seconds: float, once: Callable[[int], float], batch_size: int) -> 
     return max(2, round(seconds * once(2) / batch_size))
 
 
-def in_turn(repeats: int, segments: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+def interleaved(repeats: int, segments: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
     """Call each of the segments in turn, so that a slow spell of the machine hits all; return what they returned."""
     found: dict[str, list[float]] = {name: [] for name in segments}
     for _ in range(repeats):

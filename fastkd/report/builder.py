@@ -296,12 +296,15 @@ def conclusion(lead: Group, vanilla: Group | None, noise: float) -> str:
         return ""
     gap = 100 * (lead.top1.mean - vanilla.top1.mean)
     points = f"{gap:+.2f}".replace("-", "−")
-    accuracy = f"Its top-1 is {points} points against vanilla KD’s; less than {noise:.1f} points means nothing here."
+    accuracy = (
+        f"Its top-1 is {points} points against vanilla KD’s; differences below {noise:.1f} points are noise here."
+    )
     if lead.lead.machine != vanilla.lead.machine:
         return f"Times are not compared with vanilla KD’s: it ran on another machine or in other precision. {accuracy}"
     further, first = (getattr(lead, n).mean / getattr(vanilla, n).mean for n in ("further_s", "first_s"))
     return (
-        f"A further student takes {further:.2f} of vanilla KD’s time ({1 / further:.1f}×), the first, with all before "
+        f"An additional student takes {further:.2f} of vanilla KD’s time ({1 / further:.1f}×), the first, with all "
+        f"before "
         f"it charged, {first:.2f} ({1 / first:.1f}×). {accuracy}"
     )
 
@@ -316,7 +319,10 @@ def commands(group: Group) -> list[tuple[str, str]]:
         train.append(f"teacher.recipe={Path(teacher['recipe']).absolute()}")
     return [
         ("The same student, from whatever is there", shlex.join(train)),
-        ("Another seed: a further student", shlex.join([*train, f"seed={max(one.seed for one in group.runs) + 1}"])),
+        (
+            "Another seed: an additional student",
+            shlex.join([*train, f"seed={max(one.seed for one in group.runs) + 1}"]),
+        ),
         ("Are its files whole?", shlex.join(["python", "-m", "fastkd.check", str(run.path)])),
     ]
 

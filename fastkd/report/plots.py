@@ -207,7 +207,7 @@ def data_wait_over_epochs(groups: Sequence[Group]) -> Figure:
 
 
 def time_by_stage(groups: Sequence[Group]) -> Figure:
-    """Draw two bars per way: what a further student takes, and what the first takes with all stages before it."""
+    """Draw two bars per way: what an additional student takes, and what the first takes with all stages before it."""
     slots = 3 * len(groups)
     figure, axes = _chart("What a student takes", 0.75 + 0.33 * slots)
     longest = max(group.first_s.mean for group in groups)

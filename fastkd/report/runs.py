@@ -20,7 +20,7 @@ from fastkd.stages import run_schema
 from fastkd.validation import explain
 
 BEFORE = ("write", "score", "prune", "label")
-"""Stages that come before a student, and that further students do not pay for again."""
+"""Stages that come before a student, and that additional students do not pay for again."""
 STAGES = (*BEFORE, "setup", "compile", "train", "evaluate")
 SEED_NOISE_POINTS = 0.3
 """Differences of top-1 that the seed alone is known to make."""
@@ -52,7 +52,7 @@ class Stage(NamedTuple):
 
     @property
     def before(self) -> bool:
-        """Tell whether further students do without it."""
+        """Tell whether additional students do without it."""
         return self.name in BEFORE
 
 
@@ -215,7 +215,7 @@ class Group:
 
     @property
     def further_s(self) -> Stat:
-        """Wall seconds of a further student."""
+        """Wall seconds of an additional student."""
         return self.stat(lambda run: run.further_s)
 
     @property

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastkd.bench import savings, workbench
-from fastkd.bench.breakdown import FastkdLoop, Way, lines, measure, table, ways
+from fastkd.bench.breakdown import FastkdLoop, Variant, lines, measure, table, ways
 from fastkd.pipeline import Pipeline
 
 
@@ -43,7 +43,7 @@ def test_what_changes_nothing_is_left_out(tiny_recipe, overrides, names):
 
 
 def test_factors_multiply_to_the_whole(tiny_recipe):
-    some = [Way(name, name, tiny_recipe()) for name in "abc"]
+    some = [Variant(name, name, tiny_recipe()) for name in "abc"]
     found = lines(some, [[10.0, 30.0, 20.0], [50.0, 40.0, 60.0], [40.0, 40.0, 41.0]], [1000, 1000, 500])
     assert [line["images_per_s"] for line in found] == [20.0, 50.0, 40.0]
     assert [line["train_s"] for line in found] == [50.0, 20.0, 12.5]

@@ -140,7 +140,7 @@ def full_report(seeds: int, reference: dict | None) -> dict:
 
 
 EXTRAPOLATED = {
-    "title": "the reference's way (extrapolated)",
+    "title": "the reference implementation (extrapolated)",
     "extrapolated_from_steps": 300,
     "stages": {"train": 400.0},
     "first_student_s": 400.0,
@@ -160,21 +160,24 @@ def cells(grid, column: int) -> dict[str, str]:
 def test_the_references_way_stands_first_where_it_was_measured():
     grid = table(full_report(1, EXTRAPOLATED))
     assert [str(column.header) for column in grid.columns[1:]] == [
-        "the reference's way\n(extrapolated)", "vanilla KD", "medium", "random",
+        "the reference implementation\n(extrapolated)", "vanilla KD", "medium", "random",
     ]  # fmt: skip
     first, own = cells(grid, 1), cells(grid, 3)
-    assert first["train (s)"] == first["each further student (s)"] == "400.0"
+    assert first["train (s)"] == first["each additional student (s)"] == "400.0"
     assert first["setup (s)"] == first["test top-1 (%)"] == first["pays from student no."] == first["data wait"] == "–"
-    assert first["speed-up, further"] == "0.25×"
-    assert own["speed-up, further"] == "2.50×"
-    assert own["on the reference, further"] == "10.00×"
+    assert first["speed-up, additional"] == "0.25×"
+    assert own["speed-up, additional"] == "2.50×"
+    assert own["on the reference, additional"] == "10.00×"
     assert "the recipe's minus it" not in own
     text = conclusion(full_report(1, EXTRAPOLATED))
-    assert "the reference's way, extrapolated from 300 steps, a further student is 10.0× faster, the first 8.0×" in text
+    assert (
+        "the reference implementation, extrapolated from 300 steps, an additional student is 10.0× faster, "
+        "the first 8.0×" in text
+    )
 
     alone = table(full_report(1, None))
     assert [str(column.header) for column in alone.columns[1:]] == ["vanilla KD", "medium", "random"]
-    assert "on the reference, further" not in cells(alone, 1)
+    assert "on the reference, additional" not in cells(alone, 1)
 
 
 def test_the_reference_pays_for_what_every_way_pays_for():
@@ -205,7 +208,7 @@ def test_the_chart_is_a_picture_of_the_bars(tmp_path):
         assert {(31, 119, 180), (34, 48, 60), (255, 255, 255)} <= {c[:3] for _, c in picture.getcolors(1 << 20)}
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [
-        "the reference's way\n(extrapolated)", "vanilla KD", "medium", "random",
+        "the reference implementation\n(extrapolated)", "vanilla KD", "medium", "random",
     ]  # fmt: skip
     widths = {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
     assert list(widths) == list(STAGE_COLOURS)

@@ -4,14 +4,14 @@ import pytest
 
 from fastkd.bench import __main__ as bench
 from fastkd.bench import step
-from fastkd.bench.step import Way, advice
+from fastkd.bench.step import Variant, advice
 from fastkd.errors import InputError
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     monkeypatch.setattr(step, "SEGMENT_S", 0.01)
-    monkeypatch.setattr(step, "ways", lambda device: [Way("fp32", True, False), Way("fp32", False, False)])
+    monkeypatch.setattr(step, "ways", lambda device: [Variant("fp32", True, False), Variant("fp32", False, False)])
 
 
 def test_each_way_is_timed_at_each_size_and_the_command_shows_them(tiny_recipe, tmp_path, command, json_in):
