@@ -275,8 +275,8 @@ def conclusion(report: dict[str, Any]) -> str:
     share = own["further_student_s"] / vanilla["further_student_s"]
     first_share = own["first_student_s"] / vanilla["first_student_s"]
     sentences = [
-        f"An additional student costs {share:.2f} of vanilla KD's time ({own['speedup_further_student_s']:.1f}× faster); "
-        f"the first, with scoring, pruning and labelling charged to it, {first_share:.2f} "
+        f"An additional student costs {share:.2f} of vanilla KD's time ({own['speedup_further_student_s']:.1f}× "
+        f"faster); the first, with scoring, pruning and labelling charged to it, {first_share:.2f} "
         f"({own['speedup_first_student_s']:.1f}×)."
     ]
     if reference := report.get("reference"):

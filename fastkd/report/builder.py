@@ -304,8 +304,7 @@ def conclusion(lead: Group, vanilla: Group | None, noise: float) -> str:
     further, first = (getattr(lead, n).mean / getattr(vanilla, n).mean for n in ("further_s", "first_s"))
     return (
         f"An additional student takes {further:.2f} of vanilla KD’s time ({1 / further:.1f}×), the first, with all "
-        f"before "
-        f"it charged, {first:.2f} ({1 / first:.1f}×). {accuracy}"
+        f"before it charged, {first:.2f} ({1 / first:.1f}×). {accuracy}"
     )
 
 
