@@ -50,8 +50,8 @@ def report(own: float, random: float, seeds: int = 1) -> dict:
     ("own", "random", "verdict"),
     [
         (0.90, 0.88, "pays off here"),
-        (0.88, 0.90, "cost accuracy here: 'random'"),
-        (0.89, 0.892, "not told apart from 'random'"),
+        (0.88, 0.90, "costs accuracy here: 'random'"),
+        (0.89, 0.892, "does not differ from 'random'"),
     ],
 )
 def test_the_conclusion_says_what_the_figures_allow(own, random, verdict):
