@@ -135,7 +135,7 @@ def test_an_export_is_read_with_the_recipe(tiny_recipe, tmp_path):
     ("overrides", "message"),
     [
         (("prune={method: infobatch, keep_ratio: 1.0}",), "needs the losses of fastkd's own loop"),
-        (("labels.mode=online",), "a live teacher is your loop's own"),
+        (("labels.mode=online",), "run a live teacher in your own loop"),
         (("train.batch_size=1000",), "larger than the 75 samples"),
     ],
 )

@@ -146,7 +146,7 @@ def test_a_training_of_two_that_was_stopped_goes_on_alone_from_the_same_sample(g
     (left,) = (runs / "stopped").glob(f"*{artifacts.PARTIAL}")
     capfd.readouterr()
     pipeline.train(given(*GROUPNORM, f"train.runs_dir={runs / 'stopped'}"))
-    assert f"going on with epoch 4, step {(STOPPED_AT + 1) % 3 + 1}, from" in capfd.readouterr().out
+    assert f"resuming at epoch 4, step {(STOPPED_AT + 1) % 3 + 1}, from" in capfd.readouterr().out
     assert not left.exists()
     np.testing.assert_allclose(trace(runs / "stopped"), trace(runs / "alone"), rtol=2e-4)
 
@@ -215,7 +215,7 @@ def test_a_killed_process_ends_the_job_and_the_next_one_goes_on_to_the_same_stud
     assert re.search(rf"error: ({told}); the same command goes on from what is safe", said), said
     assert said.count("error: ") == 1
     said = run(2, task(given, "train", *options))
-    assert re.search(r"going on with epoch \d, step \d, from the last checkpoint", said)
+    assert re.search(r"resuming at epoch \d, step \d, from the last checkpoint", said)
     assert trace(tmp_path / "runs") == trace(runs / "two")
     for name, expected in weights(runs / "two").items():
         np.testing.assert_array_equal(weights(tmp_path / "runs")[name], expected)
@@ -261,7 +261,7 @@ def test_a_job_that_is_terminated_leaves_a_checkpoint_and_goes_on(given, runs, r
     _, said = job.end(60)
     assert said.count("train: stopped; the same command resumes from the last checkpoint") == 1
     said = run(2, task(given, "train", *options))
-    assert re.search(r"going on with epoch \d, step \d, from the last checkpoint", said)
+    assert re.search(r"resuming at epoch \d, step \d, from the last checkpoint", said)
     assert trace(tmp_path / "runs") == trace(runs / "two")
 
 
@@ -274,7 +274,7 @@ def test_a_job_that_torchrun_restarts_goes_on_by_itself(given, runs, runs_in, tm
     os.kill(job.pid_of(1), signal.SIGKILL)
     code, said = job.end()
     assert code == 0, said
-    assert re.search(r"going on with epoch \d, step \d, from the last checkpoint", said)
+    assert re.search(r"resuming at epoch \d, step \d, from the last checkpoint", said)
     assert trace(tmp_path / "runs") == trace(runs / "two")
 
 

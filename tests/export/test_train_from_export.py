@@ -65,12 +65,12 @@ def test_a_student_without_a_teacher_trains_on_the_kept_samples_too(tiny_recipe,
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("prune.keep_ratio=0.4", r"chosen otherwise than the recipe says: keep_ratio is 0\.5, not 0\.4"),
+        ("prune.keep_ratio=0.4", r"other samples than the recipe selects: keep_ratio is 0\.5, not 0\.4"),
         ("prune.method=random", "method is 'medium', not 'random'"),
         ("data.holdout_ratio=0.2", r"holdout_ratio is 0\.0, not 0\.2"),
         ("labels.reshape=false", "reshape is True, not False"),
         ("data.input_px=10", r"view\.input_px is None, not 10"),
-        ("labels.views=3", r"was exported with labels of 2 views, and the recipe asks for 3: label them where"),
+        ("labels.views=3", r"was exported with labels of 2 views, and the recipe asks for 3: label them on"),
     ],
 )
 def test_what_the_export_does_not_hold_is_refused(tiny_recipe, exported, override, message):

@@ -210,7 +210,7 @@ def test_a_broken_off_run_at_a_path_of_ones_own__goes_on_with_resume(tiny_recipe
     stop_after(10**9)
     code, said = command(train.main, tiny_recipe.path, "--resume", tmp_path / "mine")
     assert code == 0, said
-    assert "going on with epoch 2, step 4, from the last checkpoint" in said
+    assert "resuming at epoch 2, step 4, from the last checkpoint" in said
     assert artifacts.load(tmp_path / "mine").facts["top1"]["val"] > 0.4
     code, said = command(train.main, tiny_recipe.path, "--resume", tmp_path / "elsewhere")
     assert code == 2

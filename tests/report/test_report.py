@@ -88,7 +88,7 @@ class Reader(HTMLParser):
         self.tags: list[tuple[str, dict]] = []
         self.text = ""
         self._inside = ""
-        self.prefetch_to_device(text)
+        self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))

@@ -319,7 +319,7 @@ def test_a_full_disk_says_so_and_the_next_run_goes_on(tiny_recipe, monkeypatch, 
     subset = Pipeline(loaded).subset
     with monkeypatch.context() as patch:
         stop_after(patch, 48, OSError(28, "No space left on device"))
-        with pytest.raises(FastkdError, match=r"no space left .* MB free\): free some.*goes on from here"):
+        with pytest.raises(FastkdError, match=r"no space left .* MB free\): free some.*resumes from here"):
             pipeline.label(loaded)
     assert artifacts.load(subset.path, "SUBSET").key == subset.key
     capfd.readouterr()
