@@ -1,4 +1,4 @@
-"""Batches for a training loop of one's own: images in views, with what the teacher says of those very views."""
+"""Batches for your own training loop: augmented images with the teacher's logits of exactly these views."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -27,15 +27,15 @@ EVAL_BATCH_SIZE = 256
 
 
 class Batch(NamedTuple):
-    """What a step needs; the tensors are the receiver's to keep.
+    """A batch for a training step. The tensors are not reused.
 
     Attributes
     ----------
     images : float32 tensor [B, 3, H, W]
-        Normalised by the data set's mean and std; uint8, 0…255, where the loader was asked for that.
+        Normalised by the data set's mean and std; uint8, 0…255, with ``normalise=False``.
     labels : int64 tensor [B]
     teacher_logits : float32 tensor [B, K], or None
-        Of these views, up to a constant per row, which softmax does not see; None: there is no teacher.
+        Of these views, up to a constant per row, which softmax ignores. None: there is no teacher.
     sample_ids : int64 tensor [B]
     """
 
@@ -48,38 +48,38 @@ class Batch(NamedTuple):
 class Loader:
     """The kept samples of a recipe in its views, with the teacher's stored logits, for any training loop.
 
-    Each ``for`` over it is one epoch, in an order and view of its own: ``epoch`` counts them, and may be set, to go on
-    with a training; one that is still going on is broken off. What the recipe needs and is missing (data set, scores,
-    labels) is built first.
+    Each ``for`` over it is one epoch, with its own order and view. ``epoch`` counts them; set it to resume a training.
+    Starting an epoch ends the previous one. Missing artifacts that the recipe needs (data set, scores, labels) are
+    built first.
 
     Parameters
     ----------
     recipe
-        A recipe's file, or a `fastkd.recipe.Recipe`. Of it the sections data, teacher, score, prune, labels and loss
-        count, and `seed`, `train.batch_size` and, for ``labels.views: epochs``, `train.epochs`; with
-        ``data.path=EXPORT``, what was exported from a SUBSET.
+        A recipe's file, or a `fastkd.recipe.Recipe`. The sections data, teacher, score, prune, labels and loss are
+        used, `seed`, `train.batch_size` and, for ``labels.views: epochs``, `train.epochs`. ``data.path=EXPORT`` reads an
+        exported SUBSET.
     overrides
-        Changes to it, as on the command line: ``["train.batch_size=256"]``.
+        Changes to the recipe, as on the command line: ``["train.batch_size=256"]``.
     split
-        "val": all samples once, in their order, in the plain view, without a teacher; the last batch may be smaller.
+        "val": all samples once, in order, in the evaluation view, without a teacher; the last batch may be smaller.
     device
-        Where the batches go; a GPU gets them one batch ahead.
+        Device of the batches. On a GPU, the next batch is copied in the background.
     normalise
-        False: images stay uint8, 0…255, for a loop that normalises on its own.
+        False: images stay uint8, 0…255, for a loop that normalises itself.
 
     Attributes
     ----------
     epoch : int
-        Number of the epoch that begins next.
+        Number of the next epoch.
     classes : list of str
         Names of the K classes.
     mean, std : tuple of float
-        Of the data set's channels, of pixels in 0…1.
+        Channel statistics of the data set, of pixels in 0…1.
 
     Raises
     ------
     InputError, ArtifactError
-        As training with the recipe would; and for a recipe that chooses samples while it trains, or has a live teacher.
+        As in training with the recipe; also for a recipe that selects samples during training, or has a live teacher.
 
     Examples
     --------
@@ -98,7 +98,7 @@ class Loader:
     >>> tuple(images.shape), images.dtype, tuple(teacher_logits.shape)
     ((25, 3, 16, 16), torch.float32, (25, 3))
 
-    And to see what came of it:
+    Evaluate the result:
 
     >>> val = fastkd.Loader(recipe, split="val")
     >>> hits = [(net(images).argmax(1) == labels).sum().item() for images, labels, _, _ in val]
@@ -133,16 +133,16 @@ class Loader:
         self._normalised = normalised.to(self._runtime.device)
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
+        """Return the number of batches per epoch."""
         source = self._source
         full, rest = divmod(len(source.sample_ids), source.loader.batch_size)
         return full + (rest > 0 and source.seed is None)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Begin the next epoch; one that is still going on is broken off, and asking it for more is a `LoaderError`.
+        """Start the next epoch. Continuing the previous one raises a `LoaderError`.
 
-        It does not merely end: of two loops over one loader, one within the other, the outer would see few samples, and
-        nobody would know. Two loaders give two epochs at a time.
+        Otherwise, of two nested loops over the same loader, the outer one would silently see few samples. Use two
+        loaders for two epochs at a time.
         """
         source, number = self._source, self.epoch
         self.epoch += 1
@@ -166,14 +166,14 @@ class Loader:
 
 @dataclass(frozen=True)
 class _Source:
-    """What epochs are made of.
+    """The source of epochs.
 
     Attributes
     ----------
     seed
-        Of the order; None: as they stand.
+        Seed of the order. None: in the order of `sample_ids`.
     views
-        How many there are; None: the plain view alone.
+        Number of views. None: only the evaluation view.
     """
 
     loader: SplitLoader

@@ -21,16 +21,16 @@ def main(
         list[str] | None, typer.Option(metavar="STAGE", help="Run write, teacher, score, prune, label or train again.")
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Go on with what was begun at this path, not where it would go.")
+        Path | None, typer.Option(metavar="RUN", help="Resume the run at this path, instead of the default path.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Tell what would be built, and what reused; write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be built and what reused; write nothing.")
     ] = False,
     no_code: cli.NoCode = False,
 ) -> cli.CommandResult:
-    """Train a student; whatever it needs and is missing is built first, whatever is there is reused.
+    """Train a student. Missing artifacts are built first, existing ones are reused.
 
-    What was broken off goes on from its last checkpoint when the same command is given again.
+    An interrupted training resumes from its last checkpoint when the same command is run again.
 
     JSON keys: path, kind, key, built, cost_s, student, metrics, top1, first_student_s, further_student_s,
     teacher_training_s, images_per_s, data_wait_share, stages. With --dry-run: recipe, stages, ahead_s.
@@ -42,7 +42,7 @@ def main(
     if resume and resume.name.endswith(artifacts.PARTIAL):
         resume = resume.with_name(resume.name.removesuffix(artifacts.PARTIAL))
     if resume and not _was_begun(resume):
-        raise InputError(f"--resume {resume}: nothing was begun there")
+        raise InputError(f"--resume {resume}: no run was started there")
     if dry_run:
         return _dry_run(resolved, frozenset(force or ()), resume)
     from fastkd import pipeline  # torch takes seconds
@@ -69,16 +69,16 @@ def main(
 
 
 def _was_begun(run: Path) -> bool:
-    """Tell whether there is a RUN at a path, begun or finished, as the leading process sees it."""
+    """Return whether there is a RUN at a path, unfinished or finished, as seen by the main process."""
     from fastkd.stages.distributed_build import decided_by_leader
 
     return decided_by_leader(lambda: run.exists() or artifacts.partial_of(run).exists())
 
 
 def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
-    """Lay out what a RUN reached, and what it took."""
-    looks = {"val": "val", "holdout": "the hold-out"}
-    reached = ", ".join(f"{top1:.2%} on {looks[split]}" for split, top1 in sorted(run.facts["top1"].items())[::-1])
+    """Return a table of the accuracy and cost of a RUN."""
+    names = {"val": "val", "holdout": "the hold-out"}
+    reached = ", ".join(f"{top1:.2%} on {names[split]}" for split, top1 in sorted(run.facts["top1"].items())[::-1])
     table = Table(title=f"{name}: top-1 {reached}", title_justify="left")
     table.add_column("stage")
     table.add_column("time", justify="right")
@@ -86,10 +86,10 @@ def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
     for stage in timing["stages"]:
         table.add_row(stage["stage"], console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
     table.add_section()
-    table.add_row("additional student", console.clock(timing["further_student_s"]), "what this one took by itself")
-    table.add_row("first student", console.clock(timing["first_student_s"]), "with all that was made before it")
+    table.add_row("additional student", console.clock(timing["further_student_s"]), "this student only")
+    table.add_row("first student", console.clock(timing["first_student_s"]), "including all stages before")
     if timing["teacher_training_s"] is not None:
-        table.add_row("teacher", console.clock(timing["teacher_training_s"]), "its training, in neither")
+        table.add_row("teacher", console.clock(timing["teacher_training_s"]), "its training, not included")
     return table
 
 
@@ -97,14 +97,14 @@ STATES = {
     "reuse": "is reused",
     "build": "would be built",
     "again": "would be built again",
-    "go on": "was begun, would go on",
-    "grow": "lacks views, would grow",
+    "go on": "was begun, would resume",
+    "grow": "lacks views, would be extended",
     "fetch": "would be downloaded",
 }
 
 
 def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> cli.CommandResult:
-    """Tell what training would do."""
+    """Print what training would do."""
     from fastkd.cost_estimate import duration, expected, plan_folder
     from fastkd.dry_run import dry_run
 

@@ -1,9 +1,8 @@
-"""The guard round FFCV's loader: own order, checked ids, errors that surface, iterators that end.
+"""FFCV's loader, made safe: explicit order, checked ids, errors that are raised, iterators that end.
 
-What it guards against was seen with FFCV 1.0.2: an exception in a loader thread leaves the consumer waiting for ever;
-an id out of range reads foreign memory; a broken-off epoch leaks threads; `num_workers` sets torch's thread count;
-batch buffers are reused while one may still look at them; an image that cannot be decoded, or a page that cannot be
-read, is passed on as whatever lies in memory.
+With FFCV 1.0.2, an exception in a loader thread blocks the consumer forever; an id out of range reads foreign memory;
+an interrupted epoch leaks threads; `num_workers` sets torch's thread count; batch buffers are reused while they are in
+use; and an image that cannot be decoded, or a page that cannot be read, yields uninitialised memory.
 """
 
 from collections.abc import Generator, Sequence
@@ -39,24 +38,24 @@ _compiled: dict[Any, Any] = {}
 
 
 def full_batches(count: int, batch_size: int, split: str = "train") -> int:
-    """Return how many full batches `count` samples make; none is an error."""
+    """Return the number of full batches of `count` samples; none is an error."""
     if count < batch_size:
         raise InputError(f"train.batch_size={batch_size}: larger than the {count} samples of {split} to train on")
     return count // batch_size
 
 
 class Batch(NamedTuple):
-    """One batch, valid until the next one is asked for: its buffers are used again.
+    """One batch, valid until the next one is requested, since its buffers are reused.
 
     Attributes
     ----------
     images : uint8 tensor [B, 3, H, W], channels_last
-        Where V views are asked for, [B·V, 3, H, W]: those of one sample stand together.
+        [B·V, 3, H, W] if V views are requested; the views of a sample are adjacent.
     labels, sample_ids : int64 tensor [B]
     valid : int
-        How many samples count; the rest repeat the last one, to keep the shape of the batch.
+        Number of samples that are not padding. Padding repeats the last sample.
     stored : tuple of tensor [B, k]
-        The samples' stored rows, where such were asked for.
+        The samples' stored rows, if requested.
     """
 
     images: torch.Tensor
@@ -206,7 +205,7 @@ class Loader:
         return self._run(ids, count, numbers, stored, (input_px, input_px) if input_px else self.image_hw)
 
     def full_batches(self, count: int) -> int:
-        """Return how many full batches `count` samples make; none is an error."""
+        """Return the number of full batches of `count` samples; none is an error."""
         return full_batches(count, self.batch_size, self.split)
 
     def labels(self) -> np.ndarray:

@@ -214,7 +214,7 @@ def test_a_broken_off_run_at_a_path_of_ones_own__goes_on_with_resume(tiny_recipe
     assert artifacts.load(tmp_path / "mine").facts["top1"]["val"] > 0.4
     code, said = command(train.main, tiny_recipe.path, "--resume", tmp_path / "elsewhere")
     assert code == 2
-    assert "nothing was begun there" in said
+    assert "no run was started there" in said
 
 
 def test_a_run_that_goes_on_in_another_precision__says_so_and_tells_both(tiny_recipe, tmp_path, stop_after, capfd):
