@@ -56,8 +56,8 @@ class Loader:
     ----------
     recipe
         A recipe's file, or a `fastkd.recipe.Recipe`. The sections data, teacher, score, prune, labels and loss are
-        used, `seed`, `train.batch_size` and, for ``labels.views: epochs``, `train.epochs`. ``data.path=EXPORT`` reads an
-        exported SUBSET.
+        used, `seed`, `train.batch_size` and, for ``labels.views: epochs``, `train.epochs`. ``data.path=EXPORT`` reads
+        an exported SUBSET.
     overrides
         Changes to the recipe, as on the command line: ``["train.batch_size=256"]``.
     split
