@@ -1,6 +1,6 @@
-"""Checkpoints of a training: everything that the next step depends on, in one file that is whole or not there.
+"""Checkpoints of a training: everything that the next step depends on, in one file that is written atomically.
 
-A file is named by its step and by the xxh3-128 of its bytes, so that a damaged one is known before it is read.
+A file is named by its step and the xxh3-128 of its bytes, so that damage is detected before it is read.
 """
 
 import json
@@ -30,16 +30,16 @@ STATE = "state"  # of the metadata: JSON
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read from a file.
+    """The contents of a checkpoint.
 
     Attributes
     ----------
     file
-        Which it was.
+        Its path.
     tensors
         By name, on the CPU.
     state
-        What is no tensor, as it was given to `save`.
+        Everything that is not a tensor, as given to `save`.
     """
 
     file: Path
@@ -57,19 +57,19 @@ def save(
     *,
     keep_last: int = 2,
 ) -> Path | None:
-    """Write a checkpoint, and remove all but the last ones; all processes must call it, and the leading one writes.
+    """Write a checkpoint, and delete old ones. All processes must call it; the main one writes.
 
     Parameters
     ----------
     step
-        Steps done in all.
+        Total number of steps.
     state
-        Whatever else there is to remember, as JSON takes it.
+        Everything else to store, as JSON.
 
     Raises
     ------
     FastkdError
-        What the last update left is not finite: the checkpoints before stay the newest.
+        A tensor is not finite after the last update. Earlier checkpoints are kept.
     """
     if running is not None:
         running.merge()
@@ -91,7 +91,7 @@ def save(
     write_whole(path, data, folder / "unfinished")
     fsync(folder)
     same_step = [file for file in _files(folder) if file != path and file.name.startswith(f"step-{step:09}-")]
-    for old in same_step:  # of before it was gone on with
+    for old in same_step:  # written before the training was resumed
         old.unlink()
     for old in _files(folder)[keep_last:]:
         old.unlink()
@@ -99,9 +99,9 @@ def save(
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is not damaged, saying so where that is not the newest; None: there is none.
+    """Read the newest checkpoint that is not damaged. None: there is none.
 
-    Damaged ones are deleted: of several processes, the leading one alone may call this.
+    Damaged checkpoints are deleted, with a warning. Only the main process may call this.
     """
     for file in _files(folder):
         if (found := read(file)) is not None:
@@ -112,7 +112,7 @@ def newest(folder: Path) -> Checkpoint | None:
 
 
 def read(file: Path) -> Checkpoint | None:
-    """Read a checkpoint; None: its bytes are not those that its name tells of."""
+    """Read a checkpoint. None: its bytes do not match the digest in its name."""
     if file_digest(file) != file.stem.rpartition("-")[2]:
         return None
     with safe_open(file, "pt") as stream:
@@ -122,7 +122,7 @@ def read(file: Path) -> Checkpoint | None:
 
 
 def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: PerSampleLoss | None) -> None:
-    """Put a training back to where it was when the checkpoint was written."""
+    """Restore the state of a training from a checkpoint."""
     optimizer = train.optimizer.state_dict()
     parameters = train.optimizer.param_groups[0]["params"]
     optimizer["state"] = {}
@@ -131,7 +131,7 @@ def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: P
         if part == "optimizer":
             number, _, entry = rest.partition(".")
             like = parameters[int(number)]
-            # Fused kernels go through weights and buffers as they lie in memory: both must lie alike.
+            # Fused kernels need weights and buffers in the same memory layout.
             placed = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.clone()
             optimizer["state"].setdefault(int(number), {})[entry] = placed
     train.optimizer.load_state_dict(optimizer)
@@ -143,7 +143,7 @@ def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: P
                 tensor.copy_(found.tensors[name])
     if running is not None:
         running.in_common()
-    # A process that was not there when it was written goes on with the numbers that it has been seeded for.
+    # A process that did not exist when the checkpoint was written keeps its own seed.
     if (state := found.tensors.get(_of_rank("random.cpu", current().rank))) is not None:
         torch.set_rng_state(state)
     state = found.tensors.get(_of_rank("random.device", current().rank))
@@ -152,7 +152,7 @@ def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: P
 
 
 def _tensors(student: nn.Module, train: TrainState, running: PerSampleLoss | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield all that a step reads and changes, under names of their own."""
+    """Yield every tensor that a step reads and changes, with its name."""
     for name, tensor in student.state_dict().items():
         yield f"student.{name}", tensor
     for number, entries in train.optimizer.state_dict()["state"].items():
@@ -168,7 +168,7 @@ def _tensors(student: nn.Module, train: TrainState, running: PerSampleLoss | Non
 
 
 def _random_states(train: TrainState) -> dict[str, Tensor]:
-    """Return the states of the generators that nets draw from, which each process has its own of."""
+    """Return the states of this process's random number generators."""
     states = {"random.cpu": torch.get_rng_state()}
     if train.runtime.device.type == "cuda":
         states["random.device"] = torch.cuda.get_rng_state(train.runtime.device)

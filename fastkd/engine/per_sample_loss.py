@@ -1,4 +1,4 @@
-"""Dynamic pruning: which samples an epoch leaves out, by what they cost when they were last trained on."""
+"""Dynamic pruning: which samples an epoch skips, by their latest loss."""
 
 import numpy as np
 import torch
@@ -9,17 +9,17 @@ from fastkd.kernels import hash64, infobatch_weights
 
 
 class PerSampleLoss:
-    """The latest loss of each sample and its weight in this epoch, on the device, where steps use them without waiting.
+    """Latest loss of each sample and its weight in this epoch, on the device, without host synchronisation in steps.
 
     Parameters
     ----------
     sample_ids : int64 [M]
-        Samples that are trained on.
+        Samples to train on.
 
     Attributes
     ----------
     loss_N, weight_N : float32 tensor [N], N above the largest id
-        By sample_id. The loss is infinite before the first.
+        Indexed by sample id. The loss is infinite before the first step on a sample.
     """
 
     def __init__(self, sample_ids: np.ndarray, device: torch.device) -> None:
@@ -30,11 +30,11 @@ class PerSampleLoss:
         self._common_N = self.loss_N.clone()
 
     def in_common(self) -> None:
-        """Take the losses for what all processes have: they were brought together, or come from a checkpoint."""
+        """Mark the losses as equal on all processes, after merging or restoring a checkpoint."""
         self._common_N.copy_(self.loss_N)
 
     def merge(self) -> None:
-        """Bring together what the processes have seen since the last time, each other samples; all must call it."""
+        """Merge the losses that the processes have seen since the last merge. All processes must call it."""
         if current().size == 1:
             return
         seen_N = self.loss_N != self._common_N
@@ -46,11 +46,11 @@ class PerSampleLoss:
         self.in_common()
 
     def kept(self) -> np.ndarray:
-        """Return which of `sample_ids` are trained on in this epoch (bool [M])."""
+        """Return which of `sample_ids` are used in this epoch (bool [M])."""
         return self.weight_N.cpu().numpy()[self.sample_ids] > 0
 
     def infobatch(self, drop_ratio: float, *, seed: int, epoch: int) -> None:
-        """Choose for an epoch; see `fastkd.kernels.infobatch_weights`."""
+        """Select the samples of an epoch; see `fastkd.kernels.infobatch_weights`."""
         draw_M = hash64(self.sample_ids, seed, "infobatch", epoch)
         weight_M = infobatch_weights(self.loss_N.cpu().numpy()[self.sample_ids], draw_M, drop_ratio)
         weight_N = np.ones(len(self.weight_N), np.float32)

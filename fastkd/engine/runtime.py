@@ -1,4 +1,4 @@
-"""Where and in what precision nets run. All that is particular to CUDA stands here."""
+"""Device and precision. Everything specific to CUDA is here and in `fastkd.engine.prefetch`."""
 
 import inspect
 import os
@@ -29,9 +29,9 @@ class Runtime:
     ----------
     device : torch.device
     precision : "bf16" | "fp16" | "fp32"
-        Of autocast; weights and optimizer state stay float32.
+        Precision of autocast; weights and optimizer state stay float32.
     compile : str or bool
-        In which of torch.compile's modes nets are compiled; False: they are not, True: in the default one.
+        Mode of torch.compile. False: networks are not compiled; True: the default mode.
     """
 
     device: torch.device
@@ -41,12 +41,12 @@ class Runtime:
 
     @classmethod
     def choose(cls, device: str, precision: str, *, channels_last: bool, compile: bool | str) -> "Runtime":
-        """Resolve `auto`, and refuse what the machine has not.
+        """Resolve `auto`, and refuse what the machine does not have.
 
         Raises
         ------
         InputError
-            An unknown device, CUDA where there is none, fp16 on a CPU.
+            An unknown device, CUDA on a machine without it, or fp16 on a CPU.
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,7 +68,7 @@ class Runtime:
             torch.backends.cudnn.allow_tf32 = True
             torch.set_float32_matmul_precision("high")
         elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
-            torch.set_num_threads(usable_cores())  # torch does not see a container's quota
+            torch.set_num_threads(usable_cores())  # torch ignores the CPU quota of a container
         if precision == "auto":
             precision = "bf16" if has_bf16(chosen) else "fp16" if chosen.type == "cuda" else "fp32"
         if precision == "fp16" and chosen.type == "cpu":
@@ -77,25 +77,25 @@ class Runtime:
 
     @property
     def gpu(self) -> str | None:
-        """Name of the GPU that is computed on, if it is one."""
+        """Name of the GPU. None on a CPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
     def synchronise(self, net: nn.Module) -> None:
-        """Let the batch norms within a net take their statistics over all processes.
+        """Compute the batch norm statistics of a network over all processes, in place.
 
         Raises
         ------
         InputError
-            Not on GPUs: torch has them there alone.
+            The device is a CPU: torch supports this on GPUs only.
         """
         if self.device.type != "cuda":
             raise InputError("train.sync_batchnorm: torch has it on GPUs alone; leave it out on a CPU")
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
     def distributed(self, net: nn.Module, *, accumulates: bool) -> nn.Module:
-        """Return the net such that its gradients are the means over all processes; alone, the net itself.
+        """Wrap a network in DistributedDataParallel. A single process gets the network itself.
 
-        Buffers are left to each process: those of process 0 are the student's. Gradients lie in memory as weights do.
+        Buffers are not synchronised: those of process 0 are the student's. Gradients have the memory layout of weights.
         """
         if current().size == 1:
             return net
@@ -113,34 +113,34 @@ class Runtime:
         )
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which nets compute."""
+        """Return the autocast context."""
         return torch.autocast(self.device.type, _DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Return the gradient scaler: at work for fp16 only."""
+        """Return the gradient scaler, which is enabled for fp16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def to_device(self, net: nn.Module) -> nn.Module:
-        """Move a net, in place, to the device and memory format; return it."""
+        """Move a network, in place, to the device and memory format; return it."""
         net.to(self.device)
         return net.to(memory_format=torch.channels_last) if self.channels_last else net
 
     def compiled(self, net: nn.Module) -> nn.Module:
-        """Return the net compiled, if so chosen."""
+        """Return the compiled network, or the network itself if `compile` is False."""
         if not self.compile:
             return net
         mode = "default" if self.compile is True else self.compile
         return torch.compile(net, dynamic=False, mode=mode)  # type: ignore[return-value]
 
     def optimizer(self, optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer that a recipe names, in its fused form: one kernel for all parameters."""
+        """Return the optimizer of a recipe, fused."""
         common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
         if optim.name == "adamw":
             return torch.optim.AdamW(parameters, betas=optim.betas, **common)
         return torch.optim.SGD(parameters, momentum=optim.momentum, nesterov=optim.nesterov, **common)
 
     def to_host(self, tensor: Tensor) -> Callable[[], np.ndarray]:
-        """Begin to copy a tensor to the host, and return what waits for it."""
+        """Start copying a tensor to the host, and return a function that waits for the copy."""
         if self.device.type == "cpu":
             return tensor.numpy
         host = torch.empty_like(tensor, device="cpu", pin_memory=True)
@@ -155,7 +155,7 @@ class Runtime:
         return wait
 
     def memory_bytes(self) -> int:
-        """Return the most that tensors took on the GPU so far; on a CPU, what the process holds now (resident set)."""
+        """Return the peak GPU memory of tensors; on a CPU, the resident set size of the process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         statm = Path("/proc/self/statm")
@@ -164,16 +164,16 @@ class Runtime:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: the most it held
 
     def clock(self) -> float:
-        """Return the wall time in seconds, once the device has done all that it was asked."""
+        """Return the wall time in seconds, after synchronising with the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Tell whether the hardware computes in bfloat16; emulated, it is slower than float32.
+    """Return whether the hardware computes in bfloat16. Emulated bfloat16 is slower than float32.
 
-    For tests, the environment variable FASTKD_TEST_CPU_BF16 (yes or no) stands in for a CPU's answer.
+    In tests, the environment variable FASTKD_TEST_CPU_BF16 (yes or no) replaces the answer for CPUs.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
