@@ -1,7 +1,7 @@
-"""The processes that torchrun started: which one this is, and what they tell one another.
+"""The processes of a torchrun job, and how they communicate.
 
-Tensors of each step go through torch.distributed's collectives. Everything else goes, as JSON, through the job's
-key-value store: waiting there may last as long as writing a data set does, and ends where another process has failed.
+Tensors of training steps go through the collectives of torch.distributed. Everything else goes, as JSON, through the
+key-value store of the job: waiting there may take as long as writing a data set, and ends if another process fails.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ if TYPE_CHECKING:  # torch takes seconds: it is imported where processes really 
 
 T = TypeVar("T")
 GONE_AFTER_S = 60.0
-"""A process that has given no sign of life for so long is gone: all others end. FASTKD_GONE_AFTER_S sets another."""
+"""A process without a heartbeat for so long counts as gone, and all others end. FASTKD_GONE_AFTER_S overrides it."""
 MEET_WITHIN_S = 300.0
-"""How long the processes of a job wait for one another at the start. FASTKD_MEET_WITHIN_S sets another."""
+"""How long the processes of a job wait for one another at the start. FASTKD_MEET_WITHIN_S overrides it."""
 COLLECTIVE_WITHIN_S = 1800.0
-"""How long a collective waits for a process that gives signs of life but does not come, as while it compiles."""
+"""Timeout of a collective, for a process that is alive but does not join, as while it compiles."""
 LEAVE_WITHIN_S = 30.0
-"""How long a process that has failed may take to end; torch waits in its last steps for collectives under way."""
+"""How long a failed process may take to end; torch waits for pending collectives."""
 CLOCKS_MAY_DIFFER_S = 15.0
 _LOOK_EVERY_S = 0.2
 _LEADER_TELLS_WITHIN_S, _NAMED_WITHIN_S = 1.5, 4.0
@@ -46,22 +46,22 @@ _COMPARED = ("torch", "numba", "numpy", "ffcv")
 
 @dataclass
 class ProcessGroup:
-    """The processes that work together.
+    """The processes of a job.
 
     Attributes
     ----------
     rank, size
-        Number of this process, and how many there are. Number 0 leads: it writes and speaks for all.
+        Number of this process, and of all processes. Process 0 is the main process: it writes files and prints.
     local_rank, local_size
-        The same among those on this machine.
+        The same on this machine.
     store
-        Where they leave what they tell one another; None: there is but this one.
+        The key-value store of the job. None: there is only this process.
     calls : int
-        How often they have told something: the same number in all, by which each finds what the others mean.
+        Number of collective calls so far; equal on all ranks, used in store keys.
     everybody
-        What each process told about itself when they met, by rank: its `host`, `pid` and so on.
+        What each process has posted about itself at the start, by rank: its `host`, `pid`, ….
     watch
-        The watch over the others.
+        Monitors the heartbeats of the other processes.
     """
 
     rank: int = 0
@@ -75,15 +75,15 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this is the main process."""
         return self.rank == 0
 
     def name(self, rank: int) -> str:
-        """Return what a process is called in messages."""
+        """Return the name of a process in messages."""
         return _name(rank, self.everybody[rank]["host"] if self.everybody else platform.node())
 
     def broadcast(self, value: T) -> T:
-        """Return what the leading process gives, in all of them; what JSON cannot hold is an error."""
+        """Return the value of the main process in all processes. It must be serialisable as JSON."""
         if self.store is None:
             return value
         key = self._next("shared")
@@ -93,7 +93,7 @@ class ProcessGroup:
         return json.loads(self._wait(key, 0))
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what each process gives, by rank."""
+        """Return the value of each process, by rank."""
         if self.store is None:
             return [value]
         key = self._next("gathered")
@@ -101,11 +101,11 @@ class ProcessGroup:
         return [json.loads(self._wait(f"{key}/{rank}", rank)) for rank in range(self.size)]
 
     def barrier(self) -> None:
-        """Return once all have come to this point."""
+        """Wait until all processes have reached this point."""
         self.gather(None)
 
     def main_first(self, work: Callable[[], T]) -> T:
-        """Let the leading process do something, and then the others, who find what it left."""
+        """Run `work` in the main process first, then in the others."""
         if self.is_main:
             value = work()
             self.broadcast(True)
@@ -119,34 +119,34 @@ class ProcessGroup:
         value: Mapping[str, Any],
         hint: str = "All must be started with the same command, on the same data",
     ) -> None:
-        """See that all processes have the same.
+        """Check that all processes have the same value.
 
         Raises
         ------
         InputError
-            This one has something else than the leading one; names what differs.
+            The value of this process differs from that of the main one; names the differences.
         FastkdError
-            Another one has.
+            The value of another process differs.
         """
         if self.size == 1:
             return
         if phrases := differences(self.broadcast(value), value):
             raise InputError(f"{self.name(self.rank)} has another {what} than process 0: {'; '.join(phrases)}. {hint}")
-        self.barrier()  # for who will not agree
+        self.barrier()  # for a process whose value differs
 
     def post(self, name: str, count: int) -> None:
-        """Leave a number for `told`; nobody waits for it."""
+        """Post a number for `posted`, without waiting."""
         if self.store is not None:
             self.store.set(f"{name}/{self.rank}", str(count))
 
     def posted(self, name: str) -> list[int]:
-        """Return what each process last told under a name, by rank; 0: nothing."""
+        """Return the number that each process last posted under a name, by rank; 0 if none."""
         assert self.store is not None
         keys = [f"{name}/{rank}" for rank in range(self.size)]
         return [int(self.store.get(key)) if self.store.check([key]) else 0 for key in keys]
 
     def any_of(self, wish: bool) -> bool:
-        """Tell whether any process wishes something."""
+        """Return whether the flag is set in any process."""
         return any(self._every_value(wish)) if self.size > 1 else wish
 
     def mean(self, value: float) -> float:
@@ -154,7 +154,7 @@ class ProcessGroup:
         return sum(self._every_value(value)) / self.size if self.size > 1 else value
 
     def all_gather(self, tensor: "torch.Tensor") -> "list[torch.Tensor]":
-        """Return each process's tensor of one shape on the CPU, by rank."""
+        """Return the CPU tensor of each process, by rank; all have the same shape."""
         if self.size == 1:
             return [tensor]
         import torch
@@ -165,7 +165,7 @@ class ProcessGroup:
         return found
 
     def broadcast_tensors(self, tensors: "Iterable[torch.Tensor]") -> None:
-        """Overwrite tensors by those of the leading process."""
+        """Overwrite tensors with those of the main process."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -182,7 +182,7 @@ class ProcessGroup:
         return f"{what}/{self.calls}"
 
     def _wait(self, key: str, rank: int) -> bytes:
-        """Wait for what the process of a rank gives; where that dies, torchrun ends those on its own machine alone."""
+        """Wait for the value of a rank. If that process dies, torchrun only ends those on its own machine."""
         assert self.store is not None
         pause_s = 0.005
         while not self.store.check([key]):
@@ -192,12 +192,12 @@ class ProcessGroup:
         return bytes(self.store.get(key))
 
     def raise_failure(self) -> None:
-        """Raise what has ended the job, if anything has: before what only a process of a living job may do.
+        """Raise an error if the job has failed. Call it before anything that only a running job may do.
 
         Raises
         ------
         FastkdError
-            Another process has failed or is gone, or the others have given up this one, as when it was stopped.
+            Another process has failed or is gone, or the others consider this one gone, as when it was stopped.
         """
         if self.store is None:
             return
@@ -209,7 +209,7 @@ class ProcessGroup:
             self.watch.raise_problem()
 
     def vanished(self) -> list[int]:
-        """Return the ranks of the processes of the same torchrun that are not there any more."""
+        """Return the ranks of processes of the same torchrun that no longer exist."""
         if not self.everybody:
             return []
         mine = self.everybody[self.rank]
@@ -230,17 +230,17 @@ def _is_running(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    stat = Path(f"/proc/{pid}/stat")  # dead ones that torchrun has not looked at yet are still in the list
+    stat = Path(f"/proc/{pid}/stat")  # zombies are still listed until torchrun reaps them
     return not stat.exists() or stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
 
 
 class Vote:
-    """A wish that any process may have at any step: all of them learn of it one step later, so that none ever waits.
+    """A flag that any process can set at any step. All processes see it one step later, so that none has to wait.
 
     Parameters
     ----------
     wish
-        Asked at each step in each process.
+        Returns the flag of this process; called at each step.
     """
 
     def __init__(self, wish: Callable[[], bool]) -> None:
@@ -248,7 +248,7 @@ class Vote:
         self._cast: tuple[torch.Tensor, dist.Work] | None = None
 
     def __call__(self) -> bool:
-        """Return the same in all processes; each must ask at the same steps."""
+        """Return the same value in all processes. Each must call it at the same steps."""
         if current().size == 1:
             return self._wish()
         import torch
@@ -260,7 +260,7 @@ class Vote:
         return granted
 
     def close(self) -> bool:
-        """Wait for the last vote, and return what came of it."""
+        """Wait for the last vote, and return its result."""
         if self._cast is None:
             return False
         ballot, work = self._cast
@@ -273,15 +273,15 @@ _world = ProcessGroup()
 
 
 def current() -> ProcessGroup:
-    """Return the processes that this one works with: none but itself, where torchrun did not start it."""
+    """Return the process group of the job; without torchrun, a group of one."""
     return _world
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[ProcessGroup]:
-    """Work with the other processes of a torchrun job inside; alone where there is no such job.
+    """Context manager in which the processes of a torchrun job work together; without a job, a group of one.
 
-    The leading process alone prints. What fails in one of them ends all, and is told once, by that one.
+    Only the main process prints. A failure in one process ends all, and is reported once, by that process.
     """
     global _world
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
@@ -297,7 +297,7 @@ def joined() -> Iterator[ProcessGroup]:
     assert store is not None
     try:
         watch.start()
-        # Under a name of its own for each start: with --max-restarts the store is that of the processes before.
+        # A separate prefix for each start: with --max-restarts, the store is that of the previous processes.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend,
@@ -310,12 +310,12 @@ def joined() -> Iterator[ProcessGroup]:
             _world.check_equal("set of versions", versions(), "Install the same versions on all machines")
             _compare_clocks(_world)
             yield _world
-            _world.barrier()  # the store may live in a process that is done
+            _world.barrier()  # the store may belong to a process that has finished
         dist.destroy_process_group()
         watch.stop()
     except BaseException as error:
         _end_within(LEAVE_WITHIN_S)
-        _ignore_signals()  # torchrun sends them as soon as one process has failed
+        _ignore_signals()  # torchrun sends signals as soon as one process has failed
         watch.leave()
         _leave(_world, error)
     finally:
@@ -323,7 +323,7 @@ def joined() -> Iterator[ProcessGroup]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what decides on a student's numbers."""
+    """Return the versions of the packages that affect results."""
     from fastkd import __version__
 
     found = {"fastkd": __version__}
@@ -334,12 +334,12 @@ def versions() -> dict[str, str]:
 
 
 def _join() -> ProcessGroup:
-    """Meet the other processes of the job.
+    """Join the other processes of the job.
 
     Raises
     ------
     FastkdError
-        The place where they meet cannot be reached, or not all of them came.
+        The rendezvous cannot be reached, or not all processes joined.
     """
     import torch.distributed as dist
 
@@ -384,12 +384,12 @@ def _join() -> ProcessGroup:
 
 
 def gone_after() -> float:
-    """Return after how many seconds without a sign of life a process is gone."""
+    """Return the seconds without a heartbeat after which a process is considered gone."""
     return seconds_from("FASTKD_GONE_AFTER_S", GONE_AFTER_S)
 
 
 def _end_unmet(message: str) -> NoReturn:
-    """End this process, whose main thread hangs in a request."""
+    """End this process while its main thread hangs in a request."""
     if os.environ["LOCAL_RANK"] == "0":
         os.write(2, f"error: {_name(int(os.environ['RANK']), platform.node())}: {message}\n".encode())
     os._exit(1)
@@ -397,7 +397,7 @@ def _end_unmet(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _quiet_unless_leading() -> Iterator[None]:
-    """Let process 0, and one of each other machine, tell what goes wrong before all have met."""
+    """Let only process 0, and one process of each other machine, report errors before all have joined."""
     try:
         yield
     except BaseException as error:
@@ -408,7 +408,7 @@ def _quiet_unless_leading() -> Iterator[None]:
 
 
 def _compare_clocks(world: ProcessGroup) -> None:
-    """Warn of a machine whose clock is wrong: torchrun takes it for gone, and costs are reckoned by file times."""
+    """Warn of a machine with a wrong clock: torchrun would consider it gone, and costs use file times."""
     times = world.gather(time.time())
     off = {one["host"]: at - times[0] for one, at in zip(world.everybody, times, strict=True)}
     wrong = [f"{host} by {seconds:+.0f} s" for host, seconds in off.items() if abs(seconds) > CLOCKS_MAY_DIFFER_S]
@@ -421,7 +421,7 @@ def _compare_clocks(world: ProcessGroup) -> None:
 
 
 def _end_within(seconds: float) -> None:
-    """End this process after a time, whatever its threads do."""
+    """End this process after a time, regardless of its threads."""
     devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     faulthandler.dump_traceback_later(seconds, exit=True, file=devnull)
 
@@ -433,7 +433,7 @@ def _ignore_signals() -> None:
 
 
 def _leave(world: ProcessGroup, error: BaseException) -> NoReturn:
-    """Raise an error if it is the first of the job, else leave quietly: somebody else's has been told."""
+    """Raise the first error of the job; otherwise exit quietly, since another process has reported one."""
     import torch.distributed as dist
 
     assert world.store is not None
@@ -447,14 +447,14 @@ def _leave(world: ProcessGroup, error: BaseException) -> NoReturn:
     if isinstance(error, FastkdError):
         what = str(error)
     if (first := claim(world.store, f"{world.name(world.rank)}: {what}")) is None:
-        first = not lost or world.local_rank == 0  # the store is gone: who held it has told why, or cannot
+        first = not lost or world.local_rank == 0  # the store is gone; its process has reported the reason, or cannot
     if first:
         raise error
     raise SystemExit(code) from None
 
 
 def _lost(world: ProcessGroup) -> str:
-    """Return which process an error of the network is about, after a moment for those that failed to tell why."""
+    """Return which process a network error is about, after giving failed processes time to report."""
     import torch.distributed as dist
 
     give_up = time.monotonic() + _NAMED_WITHIN_S
@@ -471,14 +471,14 @@ def _lost(world: ProcessGroup) -> str:
 
 
 def _stopped(world: ProcessGroup, error: KeyboardInterrupt) -> tuple[int, BaseException]:
-    """Return exit code and error of a process that got a signal: of torchrun, perhaps, since another one is gone.
+    """Return exit code and error of a process that received a signal, possibly from torchrun after another one failed.
 
-    torchrun hands signals to all; the leading process tells first.
+    torchrun forwards signals to all processes; the main process reports first.
     """
     terminated = isinstance(error, Terminated)
     if not world.is_main:
         time.sleep(_LEADER_TELLS_WITHIN_S)
-    if world.watch is not None and world.watch.problem:  # torchrun had the same trouble
+    if world.watch is not None and world.watch.problem:  # torchrun ended for the same reason
         return 1, FastkdError(world.watch.problem)
     if gone := world.vanished():
         names = ", ".join(world.name(rank) for rank in gone)
