@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.engine.ema import ModelEma
+from fastkd.engine.ema import ModelEma, NoEma
 from fastkd.engine.epoch import Epoch, StoppedError, train_epoch
 from fastkd.engine.inference import evaluate, predict
 from fastkd.engine.losses import kd_loss, supervised_loss
@@ -399,7 +399,7 @@ def cuda_state(precision: str, compile: bool | str = False) -> TrainState:
 @pytest.mark.parametrize("compile", [False, True, "reduce-overhead"])
 def test_an_epoch_on_cuda_runs_in_every_precision(precision, compile):
     state = cuda_state(precision, compile)
-    state.ema = ModelEma(state.objective.student, 0.9) if not compile else None
+    state.ema = ModelEma(state.objective.student, 0.9) if not compile else NoEma()
     running = PerSampleLoss(np.arange(48), state.runtime.device)
     result = train_epoch(
         state, batches(12), None, np.full(12, 0.01), log_every_steps=4, on_log=lambda *a: None, per_sample_loss=running
