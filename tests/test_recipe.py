@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from fastkd import recipe
 from fastkd.errors import InputError
-from fastkd.recipe import plain_yaml, read
+from fastkd.kernels import FAMILIES, Scores
+from fastkd.recipe import plain_yaml, read, tables
+from fastkd.stages import selection
 from fastkd.write import _key_values
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
@@ -471,3 +473,15 @@ def test_other_encodings_are_read_or_refused(tmp_path, encoding):
     else:
         with pytest.raises(InputError, match="cannot be read"):
             recipe.load(path)
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def test_every_name_of_the_tables_is_implemented_and_its_settings_are_keys():
+    for name, method in tables.METHODS.items():
+        assert method.dynamic or callable(getattr(selection, f"select_{name}"))
+        assert set(method.settings) <= set(recipe.Prune.model_fields)
+    assert tuple(tables.AUGMENTATIONS) == FAMILIES
+    assert {one for names in tables.AUGMENTATIONS.values() for one in names} <= set(recipe.View.model_fields)
+    assert set(tables.SCORES) <= set(Scores._fields)

@@ -100,7 +100,7 @@ def _clean_processes() -> BaseContext:
 
 
 class Reference:
-    """A student trained the reference implementation.
+    """A student trained as by the reference code.
 
     Both nets get one tensor, so that it is normalised as the teacher wants it.
 

@@ -300,7 +300,7 @@ def conclusion(report: dict[str, Any]) -> str:
             sentences.append(f"The selection costs accuracy here: '{title}' is better at the same cost.")
         else:
             sentences.append(
-                f"The selection does not differ from '{title}' here: stored labels and fewer steps save the time, "
+                f"The accuracy does not differ from '{title}' here: stored labels and fewer steps save the time, "
                 "not the selection."
             )
     sentences.append("One seed; --seeds 3 gives the spread." if seeds == 1 else f"{seeds} seeds.")

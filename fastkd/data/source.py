@@ -2,8 +2,5 @@
 
 from fastkd import console
 from fastkd.data.writer_api import *  # noqa: F403
-from fastkd.data.writer_api import ArrayDataset, LocalPath, WriterOptions, stratified_split
-
-__all__ = ["ArrayDataset", "LocalPath", "WriterOptions", "stratified_split"]
 
 console.warn("fastkd.data.source is now fastkd.data.writer_api: change the imports of your writer")

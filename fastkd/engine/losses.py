@@ -60,7 +60,10 @@ def kd_loss(
 LOSSES: dict[str, Callable[..., Tensor]] = {"kd": kd_loss}
 """Losses with a teacher, by their name in recipes (``loss.name``).
 
-Each is called as ``loss(student_BK, labels_B, teacher_BK, alpha=, gamma=, temperature=, label_smoothing=)``.
+Each is called as ``loss(student_BK, labels_B, teacher_BK, alpha=, gamma=, temperature=, label_smoothing=)``, may
+ignore any of these settings, and returns the loss of each sample (float32 [B]). The teacher's logits are known up to a
+constant per row, and may contain -inf (a masked class). With ``labels.reshape``, the default, they have the std of their
+class.
 """
 
 

@@ -21,6 +21,7 @@ from fastkd.recipe.sections import (
     Train,
     View,
 )
+from fastkd.recipe.tables import AUGMENTATIONS
 
 MAX_SIZES = 6
 MAX_NAME = 100
@@ -93,8 +94,7 @@ class Recipe(Section):
         unused("optim", of_optim, optim, Optim(lr=1), f"optim.name={optim.name}")
         if optim.schedule != "step":
             unused("optim", {"decay_factor"}, optim, Optim(lr=1), f"optim.schedule={optim.schedule}")
-        of_view = {"pad_crop_flip": {"pad_ratio"}, "random_resized_crop_flip": {"scale", "ratio"}}
-        others = {"pad_ratio", "scale", "ratio"} - of_view.get(view.family, set())
+        others = {name for names in AUGMENTATIONS.values() for name in names} - set(AUGMENTATIONS[view.family])
         unused("data.view", others, view, View(), f"data.view.family={view.family}")
         if late := [one for one in optim.milestones_epochs if one >= epochs]:
             told.append(f"optim.milestones_epochs {late} are not reached in {epochs} epochs: lr is not lowered there")

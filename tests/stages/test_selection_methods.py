@@ -13,12 +13,13 @@ from fastkd import artifacts, pipeline, prune
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune
+from fastkd.recipe.tables import METHODS
 from fastkd.stages.pruning import class_table
 from fastkd.stages.selection import Pool, select
 from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare
 
-SCORED = ("medium", "easy", "hard", "ccs", "beta")
+SCORED = tuple(name for name, method in METHODS.items() if method.scored)
 
 
 def kept(recipe) -> np.ndarray:
@@ -255,18 +256,15 @@ def test_of_many_classes_the_most_unusual_are_shown():
     assert list(few.columns[0].cells) == ["a", "b"]
 
 
-METHODS = [
-    *(
-        {"method": method, "quota": quota}
-        for method in ("medium", "easy", "hard", "random", "beta")
-        for quota in ("proportional", "uniform")
-    ),
-    {"method": "ccs"},
-    {"method": "random_unbalanced"},
+CHOSEN = [
+    {"method": name} | quota
+    for name, method in METHODS.items()
+    if method.ratio
+    for quota in ([{"quota": "proportional"}, {"quota": "uniform"}] if "quota" in method.settings else [{}])
 ]
 
 
-@pytest.mark.parametrize("chosen", METHODS, ids=lambda one: "-".join(one.values()))
+@pytest.mark.parametrize("chosen", CHOSEN, ids=lambda one: "-".join(one.values()))
 @given(
     count_K=st.lists(st.integers(1, 40), min_size=2, max_size=8),
     ratio=st.floats(0.05, 0.9),
