@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.distributed import current
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.prefetch import Batch, DeviceBatch, prefetch_to_device
 from fastkd.engine.step import LiveTeacher, TrainState, teacher_signal, train_step
@@ -99,7 +98,7 @@ def train_epoch(
     start = state.runtime.clock() - epoch.wall_s
 
     def update_epoch() -> None:
-        epoch.unlogged = current().mean(float(unlogged))
+        epoch.unlogged = state.runtime.group.mean(float(unlogged))
         epoch.wall_s = state.runtime.clock() - start
 
     with closing(prefetch_to_device(batches, state.runtime)) as on_device:
@@ -112,7 +111,7 @@ def train_epoch(
             for group in state.optimizer.param_groups:
                 group["lr"] = float(lr_S[epoch.steps])
             unlogged += _step(state, batch, live, per_sample_loss)
-            epoch.images += len(batch.labels) * current().size
+            epoch.images += len(batch.labels) * state.runtime.group.size
             epoch.steps += 1
             if epoch.steps - epoch.logged >= log_every_steps or epoch.steps == len(lr_S):
                 update_epoch()
@@ -148,4 +147,4 @@ def _refuse_diverged(state: TrainState, epoch: Epoch, loss: float) -> None:
     if not np.isfinite(loss):
         raise FastkdError(f"the loss became {loss} {steps}: {DIVERGED_HELP}")
     if state.scaler.is_enabled() and state.scaler.get_scale() < LEAST_SCALE:
-        raise FastkdError(f"the gradients were not finite again and again {steps}: {DIVERGED_HELP}")
+        raise FastkdError(f"the gradients overflowed repeatedly {steps}: {DIVERGED_HELP}")

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastkd.distributed import current
 from fastkd.engine.prefetch import Batch, DeviceBatch, prefetch_to_device
 from fastkd.engine.runtime import Runtime
 
@@ -65,7 +64,7 @@ def evaluate(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, N
     Parameters
     ----------
     batches
-        Those of this process. None: it has none.
+        The batches of this process. None: it has none.
     """
     correct, count = torch.zeros((), dtype=torch.int64, device=runtime.device), 0
     for batch in prefetch_to_device(batches, runtime) if batches is not None else ():
@@ -74,5 +73,6 @@ def evaluate(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, N
         guess_B = logits_BK[: batch.valid].float().argmax(dim=1)
         correct += (guess_B == batch.labels[: batch.valid]).sum()
         count += batch.valid
-    counts = torch.stack(current().all_gather(torch.tensor([int(correct), count]))).sum(dim=0)
+    counts = torch.tensor([int(correct), count])
+    runtime.group.all_reduce(counts)
     return int(counts[0]) / int(counts[1])

@@ -8,7 +8,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastkd.distributed import current
 from fastkd.engine.ema import ModelEma, NoEma
 from fastkd.engine.losses import LossFn
 from fastkd.engine.prefetch import DeviceBatch
@@ -103,7 +102,7 @@ class TrainState:
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Average gradients over processes in the last microbatch only."""
-        if last or current().size == 1:
+        if last or self.runtime.group.size == 1:
             return contextlib.nullcontext()
         return cast(nn.parallel.DistributedDataParallel, self.objective).no_sync()
 

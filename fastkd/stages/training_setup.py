@@ -264,7 +264,7 @@ def build_training_setup(
     least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if recipe.prune.dynamic else 0)
     full_batches(least, train.batch_size)
     if train.sync_batchnorm and world.size > 1:
-        runtime.synchronise(student)
+        runtime.sync_batchnorm(student)
     student.train()
     module = LossModule(student, loss_function(recipe.loss, has_teacher=recipe.teacher is not None), teacher.decode)
     state = TrainState(
@@ -276,7 +276,7 @@ def build_training_setup(
         clip=ClipGradNorm(recipe.optim.clip_norm),
         ema=ModelEma(student, train.ema_decay) if train.ema_decay else NoEma(),
     )
-    per_sample_loss = PerSampleLoss(ids_M, runtime.device) if recipe.prune.dynamic else None
+    per_sample_loss = PerSampleLoss(ids_M, runtime) if recipe.prune.dynamic else None
     return TrainingSetup(recipe, loader, student, state, ids_M, teacher, per_sample_loss)
 
 
