@@ -1,4 +1,4 @@
-"""Dynamic pruning: which samples an epoch skips, by their latest loss."""
+"""Dynamic pruning: skips samples of an epoch by their latest loss."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from fastkd.kernels import hash64, infobatch_weights
 
 
 class PerSampleLoss:
-    """Latest loss of each sample and its weight in this epoch, on the device, without host synchronisation in steps.
+    """Latest loss and weight of each sample, on the device. Steps use them without host synchronisation.
 
     Parameters
     ----------
@@ -30,11 +30,11 @@ class PerSampleLoss:
         self._merged_N = self.loss_N.clone()
 
     def mark_merged(self) -> None:
-        """Mark the losses as equal on all processes, after merging or restoring a checkpoint."""
+        """Mark the losses as equal on all processes."""
         self._merged_N.copy_(self.loss_N)
 
     def merge(self) -> None:
-        """Merge the losses that the processes have seen since the last merge. All processes must call it."""
+        """Merge the losses of all processes since the last merge. All processes must call it."""
         if self._group.size == 1:
             return
         seen_N = self.loss_N != self._merged_N

@@ -65,21 +65,8 @@ class Runtime:
             An unknown device, CUDA on a machine without it, or fp16 on a CPU.
         """
         group = group or current()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            chosen = torch.device(device)
-        except RuntimeError:
-            raise InputError(f"train.device={device!r}: unknown; expected auto, cpu, cuda or cuda:N") from None
-        if chosen.type not in ("cpu", "cuda"):
-            raise InputError(f"train.device={device!r}: only cpu and cuda are supported")
+        chosen = _resolve_device(device, group)
         if chosen.type == "cuda":
-            if group.size > 1:
-                if chosen.index is not None:
-                    raise InputError(f"train.device={device!r}: each process uses its own GPU; expected cuda")
-                chosen = torch.device("cuda", group.local_rank)
-            if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
-                raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
             torch.cuda.set_device(chosen)  # streams and events belong to the current device
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = True
@@ -182,6 +169,26 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _resolve_device(device: str, group: ProcessGroup) -> torch.device:
+    """Return the device of this process; see `Runtime.choose`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"train.device={device!r}: unknown; expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"train.device={device!r}: only cpu and cuda are supported")
+    if chosen.type == "cuda":
+        if group.size > 1:
+            if chosen.index is not None:
+                raise InputError(f"train.device={device!r}: each process uses its own GPU; expected cuda")
+            chosen = torch.device("cuda", group.local_rank)
+        if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -24,7 +24,7 @@ from fastkd.engine.losses import loss_function, reshape_logits
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime
-from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, warm_up
+from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, train_batch, warm_up
 from fastkd.errors import InputError
 from fastkd.kernels import hash64
 from fastkd.stages.images import ImageSource
@@ -294,7 +294,7 @@ def compile_step(setup: TrainingSetup, epoch: int) -> float:
         weight_B = None if setup.per_sample_loss is None else setup.per_sample_loss.weight_N[batch.sample_ids]
         for _ in range(2):
             start = state.runtime.clock()
-            warm_up(state, batch, setup.teacher.live, weight_B)
+            warm_up(state, train_batch(batch, setup.teacher.live, weight_B))
         return state.runtime.clock() - start
 
 
