@@ -91,12 +91,18 @@ def save(
     folder.mkdir(exist_ok=True)
     write_whole(path, data, folder / "unfinished")
     fsync(folder)
+    _delete_old(folder, path, keep_last)
+    return path
+
+
+def _delete_old(folder: Path, new: Path, keep_last: int) -> None:
+    """Delete all but the last checkpoints, and those of the same step as the new one."""
+    same_step = new.name.rpartition("-")[0]
     for old in _files(folder):
-        if old != path and old.name.startswith(f"step-{step:09}-"):  # of before the training was resumed
+        if old != new and old.name.rpartition("-")[0] == same_step:  # from before the training was resumed
             old.unlink()
     for old in _files(folder)[keep_last:]:
         old.unlink()
-    return path
 
 
 def newest(folder: Path) -> Checkpoint | None:
