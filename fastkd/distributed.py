@@ -188,7 +188,7 @@ def _compare_clocks(group: ProcessGroup) -> None:
 
 
 def _exit_within(seconds: float) -> None:
-    """Exit after a time, whatever the threads of this process do."""
+    """Exit after a time, regardless of the threads of this process."""
     devnull = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - stays open until the process exits
     faulthandler.dump_traceback_later(seconds, exit=True, file=devnull)
 
