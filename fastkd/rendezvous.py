@@ -1,9 +1,9 @@
 """How the processes of a job find one another in the key-value store of torchrun.
 
-With ``--max-restarts`` the store outlives the processes: it holds what those of earlier starts left, and the number of
-restarts that torchrun gives (TORCHELASTIC_RESTART_COUNT) differs between machines. So process 0 draws the number of the
-start from the store, and hands it to each of the others by the name that this one drew for itself: a number of an
-earlier start can reach nobody.
+With ``--max-restarts`` the store outlives the processes and still holds the keys of earlier starts, and
+TORCHELASTIC_RESTART_COUNT differs between machines. So process 0 draws a start number from a counter in the store. Each
+other process publishes a random name, and process 0 sends the start number to that name: a process cannot receive the
+number of an earlier start.
 """
 
 import json
@@ -13,69 +13,69 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastkd.errors import FastkdError
-from fastkd.peer_watch import AGAIN
+from fastkd.peer_watch import RESUME_HINT
 
-_LOOK_EVERY_S = 0.05
+_POLL_S = 0.05
 
 
 def meet(
     store: Any, rank: int, size: int, about: Mapping[str, Any], *, within_s: float
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Return the number of this start, the same in all processes, and what each tells about itself, by rank.
+    """Return the start number, equal on all processes, and the descriptions of all processes by rank.
 
     Parameters
     ----------
     store
-        Shared by all processes, of earlier starts too.
+        The key-value store; it may hold the keys of earlier starts.
     about
-        As JSON takes it.
+        Description of this process, serialisable as JSON.
 
     Raises
     ------
     FastkdError
-        Not all processes came in time; process 0 names those that are missing.
+        A process is missing; process 0 names which.
     """
-    give_up = time.monotonic() + within_s
+    deadline = time.monotonic() + within_s
     if rank == 0:
-        return _lead(store, size, about, give_up, within_s)
+        return _meet_as_main(store, size, about, deadline, within_s)
     name = uuid.uuid4().hex
     store.set(f"here/{rank}", name)
-    late = f"process 0 did not come within {within_s:g} s of the start; {AGAIN}"
-    number = int(_wait(store, f"number/{name}", give_up, late))
+    late = f"process 0 did not join within {within_s:g} s; {RESUME_HINT}"
+    number = int(_wait(store, f"number/{name}", deadline, late))
     store.set(f"joined/{number}/{rank}", json.dumps(about))
-    told = json.loads(_wait(store, f"all/{number}", give_up + 5 * _LOOK_EVERY_S, late))
-    if isinstance(told, str):
-        raise FastkdError(told)
-    return number, told
+    members = json.loads(_wait(store, f"all/{number}", deadline + 5 * _POLL_S, late))
+    if isinstance(members, str):  # the error of process 0
+        raise FastkdError(members)
+    return number, members
 
 
-def _lead(
-    store: Any, size: int, about: Mapping[str, Any], give_up: float, within_s: float
+def _meet_as_main(
+    store: Any, size: int, about: Mapping[str, Any], deadline: float, within_s: float
 ) -> tuple[int, list[dict[str, Any]]]:
     number = store.add("starts", 1)
-    given: dict[int, bytes] = {}
+    sent_to: dict[int, bytes] = {}
     joined: dict[int, dict[str, Any]] = {0: dict(about)}
     while len(joined) < size:
         for rank in (rank for rank in range(size) if rank not in joined):
-            if store.check([f"here/{rank}"]) and given.get(rank) != (name := store.get(f"here/{rank}")):
-                given[rank] = name
+            if store.check([f"here/{rank}"]) and sent_to.get(rank) != (name := store.get(f"here/{rank}")):
+                sent_to[rank] = name
                 store.set(f"number/{name.decode()}", str(number))
             if store.check([f"joined/{number}/{rank}"]):
                 joined[rank] = json.loads(store.get(f"joined/{number}/{rank}"))
-        if len(joined) < size and time.monotonic() > give_up:
+        if len(joined) < size and time.monotonic() > deadline:
             missing = ", ".join(str(rank) for rank in range(size) if rank not in joined)
-            late = f"process {missing} of {size} did not come within {within_s:g} s of the start; {AGAIN}"
+            late = f"process {missing} of {size} did not join within {within_s:g} s; {RESUME_HINT}"
             store.set(f"all/{number}", json.dumps(late))
             raise FastkdError(late)
-        time.sleep(_LOOK_EVERY_S)
-    everybody = [joined[rank] for rank in range(size)]
-    store.set(f"all/{number}", json.dumps(everybody))
-    return number, everybody
+        time.sleep(_POLL_S)
+    members = [joined[rank] for rank in range(size)]
+    store.set(f"all/{number}", json.dumps(members))
+    return number, members
 
 
-def _wait(store: Any, key: str, give_up: float, late: str) -> bytes:
+def _wait(store: Any, key: str, deadline: float, late: str) -> bytes:
     while not store.check([key]):
-        if time.monotonic() > give_up:
+        if time.monotonic() > deadline:
             raise FastkdError(late)
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_S)
     return bytes(store.get(key))

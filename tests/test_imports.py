@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "console": {"errors"},
     "peer_watch": {"errors"},
     "rendezvous": {"errors", "peer_watch"},
-    "distributed": {"errors", "console", "artifacts", "peer_watch", "rendezvous"},
+    "process_group": {"errors", "artifacts", "peer_watch"},
+    "distributed": {"errors", "console", "peer_watch", "rendezvous", "process_group"},
     "recipe": {"errors", "validation"},
     "kernels": {"errors", "validation", "caches"},
     "artifacts": {"errors", "validation", "console"},  # a manifest lists the warnings that were given

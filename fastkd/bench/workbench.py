@@ -25,7 +25,7 @@ from fastkd.engine.epoch import Epoch, train_epoch
 from fastkd.engine.inference import predict
 from fastkd.engine.prefetch import DeviceBatch
 from fastkd.engine.runtime import Runtime
-from fastkd.engine.step import teacher_signal, train_step
+from fastkd.engine.step import train_batch, train_step
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages.label_format import decoder, label_format, view_files
@@ -207,7 +207,7 @@ def bare_steps(job: TrainingSetup, batch: DeviceBatch, steps: int) -> float:
     """Take steps on one batch that is on the device; return images/s."""
     start = job.state.runtime.clock()
     for _ in range(steps):
-        train_step(job.state, batch.images, batch.labels, teacher_signal(batch, job.teacher.live))
+        train_step(job.state, train_batch(batch, job.teacher.live))
     return steps * len(batch.labels) / (job.state.runtime.clock() - start)
 
 

@@ -1,1 +1,1 @@
-"""Training: losses, schedules, the step, the epoch, evaluation. It is handed loaders and models."""
+"""Training and inference loops. They receive the loader and the networks as arguments."""

@@ -1,6 +1,6 @@
 """Checkpoints of a training: everything that the next step depends on, in one file that is written atomically.
 
-A file is named by its step and the xxh3-128 of its bytes, so that damage is detected before it is read.
+The file name holds the step and the xxh3-128 of the contents, so that damage is detected before reading.
 """
 
 import json
@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from fastkd import console
 from fastkd.artifacts import file_digest, fsync, write_whole
-from fastkd.distributed import current
 from fastkd.engine.epoch import DIVERGED_HELP
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.step import TrainState
 from fastkd.errors import FastkdError
 
 NAME = re.compile(r"step-(\d{9})-([0-9a-f]{32})\.safetensors")
-STATE = "state"  # of the metadata: JSON
+STATE = "state"  # key of the JSON in the metadata
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Checkpoint:
     tensors
         By name, on the CPU.
     state
-        Everything that is not a tensor, as given to `save`.
+        Everything else, as given to `save`.
     """
 
     file: Path
@@ -52,7 +51,7 @@ def save(
     step: int,
     student: nn.Module,
     train: TrainState,
-    running: PerSampleLoss | None,
+    per_sample_loss: PerSampleLoss | None,
     state: dict[str, Any],
     *,
     keep_last: int = 2,
@@ -71,16 +70,18 @@ def save(
     FastkdError
         A tensor is not finite after the last update. Earlier checkpoints are kept.
     """
-    if running is not None:
-        running.merge()
-    tensors = dict(_tensors(student, train, running))
+    group = train.runtime.group
+    if per_sample_loss is not None:
+        per_sample_loss.merge()
+    tensors = dict(_tensors(student, train, per_sample_loss))
     for name, tensor in _random_states(train).items():
-        tensors |= {_of_rank(name, rank): state for rank, state in enumerate(current().all_gather(tensor))}
-    if not current().is_main:
+        tensors |= {_of_rank(name, rank): state for rank, state in enumerate(group.all_gather(tensor))}
+    if not group.is_main:
         return None
     plain = {k: t.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, t in tensors.items()}
     for name, tensor in plain.items():
-        if not name.startswith("running.") and not tensor.isfinite().all():  # losses are infinite before the first
+        # The loss of a sample is infinite before its first step.
+        if not name.startswith("running.") and not tensor.isfinite().all():
             raise FastkdError(
                 f"{name} is not finite after step {step}: {DIVERGED_HELP}. Checkpoints of earlier steps are kept"
             )
@@ -90,16 +91,22 @@ def save(
     folder.mkdir(exist_ok=True)
     write_whole(path, data, folder / "unfinished")
     fsync(folder)
-    same_step = [file for file in _files(folder) if file != path and file.name.startswith(f"step-{step:09}-")]
-    for old in same_step:  # written before the training was resumed
-        old.unlink()
-    for old in _files(folder)[keep_last:]:
-        old.unlink()
+    _delete_old(folder, path, keep_last)
     return path
 
 
+def _delete_old(folder: Path, new: Path, keep_last: int) -> None:
+    """Delete all but the last checkpoints, and those of the same step as the new one."""
+    same_step = new.name.rpartition("-")[0]
+    for old in _files(folder):
+        if old != new and old.name.rpartition("-")[0] == same_step:  # from before the training was resumed
+            old.unlink()
+    for old in _files(folder)[keep_last:]:
+        old.unlink()
+
+
 def newest(folder: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that is not damaged. None: there is none.
+    """Read the newest intact checkpoint. None: there is none.
 
     Damaged checkpoints are deleted, with a warning. Only the main process may call this.
     """
@@ -121,7 +128,7 @@ def read(file: Path) -> Checkpoint | None:
     return Checkpoint(file, tensors, {**whole["state"], "scaler": whole["scaler"]})
 
 
-def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: PerSampleLoss | None) -> None:
+def restore(found: Checkpoint, student: nn.Module, train: TrainState, per_sample_loss: PerSampleLoss | None) -> None:
     """Restore the state of a training from a checkpoint."""
     optimizer = train.optimizer.state_dict()
     parameters = train.optimizer.param_groups[0]["params"]
@@ -135,23 +142,26 @@ def restore(found: Checkpoint, student: nn.Module, train: TrainState, running: P
             placed = torch.empty_like(like).copy_(tensor) if tensor.shape == like.shape else tensor.clone()
             optimizer["state"].setdefault(int(number), {})[entry] = placed
     train.optimizer.load_state_dict(optimizer)
-    if found.state["scaler"] and train.scaler.is_enabled():  # it is at work in fp16 alone
+    if found.state["scaler"] and train.scaler.is_enabled():  # it is enabled for fp16 only
         train.scaler.load_state_dict(found.state["scaler"])
     with torch.no_grad():
-        for name, tensor in _tensors(student, train, running):
+        for name, tensor in _tensors(student, train, per_sample_loss):
             if not name.startswith("optimizer."):
                 tensor.copy_(found.tensors[name])
-    if running is not None:
-        running.in_common()
-    # A process that did not exist when the checkpoint was written keeps its own seed.
-    if (state := found.tensors.get(_of_rank("random.cpu", current().rank))) is not None:
+    if per_sample_loss is not None:
+        per_sample_loss.mark_merged()
+    # A checkpoint of fewer processes has no random state for this rank, which then keeps its seed.
+    rank = train.runtime.group.rank
+    if (state := found.tensors.get(_of_rank("random.cpu", rank))) is not None:
         torch.set_rng_state(state)
-    state = found.tensors.get(_of_rank("random.device", current().rank))
+    state = found.tensors.get(_of_rank("random.device", rank))
     if state is not None and train.runtime.device.type == "cuda":
         torch.cuda.set_rng_state(state, train.runtime.device)
 
 
-def _tensors(student: nn.Module, train: TrainState, running: PerSampleLoss | None) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    student: nn.Module, train: TrainState, per_sample_loss: PerSampleLoss | None
+) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor that a step reads and changes, with its name."""
     for name, tensor in student.state_dict().items():
         yield f"student.{name}", tensor
@@ -162,9 +172,9 @@ def _tensors(student: nn.Module, train: TrainState, running: PerSampleLoss | Non
     if train.ema.net is not None:
         for name, tensor in train.ema.net.state_dict().items():
             yield f"average.{name}", tensor
-    if running is not None:
-        yield "running.loss", running.loss_N
-        yield "running.weight", running.weight_N
+    if per_sample_loss is not None:
+        yield "running.loss", per_sample_loss.loss_N
+        yield "running.weight", per_sample_loss.weight_N
 
 
 def _random_states(train: TrainState) -> dict[str, Tensor]:

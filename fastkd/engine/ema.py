@@ -7,7 +7,7 @@ from torch import nn
 
 
 class NoEma:
-    """No average: the student's own weights are used."""
+    """No average: the weights of the student are used."""
 
     net = None
 

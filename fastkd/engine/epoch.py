@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastkd.distributed import current
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.prefetch import Batch, DeviceBatch, prefetch_to_device
-from fastkd.engine.step import LiveTeacher, TrainState, teacher_signal, train_step
+from fastkd.engine.step import LiveTeacher, TrainState, train_batch, train_step
 from fastkd.errors import FastkdError
 
 DIVERGED_HELP = "try a lower optim.lr, optim.warmup_epochs, optim.clip_norm or train.precision=fp32"
@@ -22,7 +21,7 @@ LEAST_SCALE = 2.0**-14
 
 @dataclass
 class Epoch:
-    """Progress of an epoch, and its results at the end. Losses, steps and images are those of all processes.
+    """Progress and results of an epoch. Losses and images are over all processes.
 
     Attributes
     ----------
@@ -52,7 +51,7 @@ class Epoch:
 
 
 class StoppedError(Exception):
-    """An epoch was asked to stop, and stopped between two steps."""
+    """Training was stopped between two steps, as requested."""
 
 
 def train_epoch(
@@ -74,12 +73,12 @@ def train_epoch(
     batches
         The remaining batches of the epoch.
     live
-        The teacher, if its logits are not stored.
+        A live teacher. None: logits are stored, or there is no teacher.
     lr_S : float64 [S]
         Learning rate of each step of the whole epoch.
     on_log
-        Called as ``on_log(epoch, mean_loss)`` every `log_every_steps` and at the end. Only then does the host wait for
-        the device.
+        Called as ``on_log(epoch, mean_loss)`` every `log_every_steps` and at the end. The host waits for the device
+        only then.
     per_sample_loss
         Stores the loss of each sample, and gives their weights. None: all weights are 1.
     epoch
@@ -99,25 +98,25 @@ def train_epoch(
     start = state.runtime.clock() - epoch.wall_s
 
     def update_epoch() -> None:
-        epoch.unlogged = current().mean(float(unlogged))
+        epoch.unlogged = state.runtime.group.mean(float(unlogged))
         epoch.wall_s = state.runtime.clock() - start
 
     with closing(prefetch_to_device(batches, state.runtime)) as on_device:
         while True:
-            asked = time.perf_counter()
+            requested = time.perf_counter()
             batch = next(on_device, None)
             if batch is None:
                 break
-            epoch.data_wait_s += time.perf_counter() - asked
+            epoch.data_wait_s += time.perf_counter() - requested
             for group in state.optimizer.param_groups:
                 group["lr"] = float(lr_S[epoch.steps])
             unlogged += _step(state, batch, live, per_sample_loss)
-            epoch.images += len(batch.labels) * current().size
+            epoch.images += len(batch.labels) * state.runtime.group.size
             epoch.steps += 1
             if epoch.steps - epoch.logged >= log_every_steps or epoch.steps == len(lr_S):
                 update_epoch()
                 loss = epoch.unlogged / (epoch.steps - epoch.logged)
-                _refuse_diverged(state, epoch, loss)
+                _check_diverged(state, epoch, loss)
                 epoch.loss_sum += epoch.unlogged
                 epoch.logged, epoch.unlogged = epoch.steps, 0.0
                 unlogged.zero_()
@@ -132,20 +131,18 @@ def train_epoch(
 def _step(
     state: TrainState, batch: DeviceBatch, live: LiveTeacher | None, per_sample_loss: PerSampleLoss | None
 ) -> Tensor:
-    """Make one update, and store the samples' losses; return the mean loss, on the device."""
-    teacher = teacher_signal(batch, live)
-    if per_sample_loss is None:
-        return train_step(state, batch.images, batch.labels, teacher)[0]
-    weight_B = per_sample_loss.weight_N[batch.sample_ids]
-    mean, loss_B = train_step(state, batch.images, batch.labels, teacher, weight_B)
-    per_sample_loss.loss_N[batch.sample_ids] = loss_B
-    return mean
+    """Make one update, and store the loss of each sample; return the mean loss, on the device."""
+    weight_B = None if per_sample_loss is None else per_sample_loss.weight_N[batch.sample_ids]
+    loss, loss_B = train_step(state, train_batch(batch, live, weight_B))
+    if per_sample_loss is not None:
+        per_sample_loss.loss_N[batch.sample_ids] = loss_B
+    return loss
 
 
-def _refuse_diverged(state: TrainState, epoch: Epoch, loss: float) -> None:
+def _check_diverged(state: TrainState, epoch: Epoch, loss: float) -> None:
     """Raise an error if the steps since the last log diverged."""
     steps = f"in steps {epoch.logged} … {epoch.steps - 1} of this epoch"
     if not np.isfinite(loss):
         raise FastkdError(f"the loss became {loss} {steps}: {DIVERGED_HELP}")
     if state.scaler.is_enabled() and state.scaler.get_scale() < LEAST_SCALE:
-        raise FastkdError(f"the gradients were not finite again and again {steps}: {DIVERGED_HELP}")
+        raise FastkdError(f"the gradients overflowed repeatedly {steps}: {DIVERGED_HELP}")

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastkd.distributed import current
 from fastkd.engine.prefetch import Batch, DeviceBatch, prefetch_to_device
 from fastkd.engine.runtime import Runtime
 
@@ -22,7 +21,7 @@ class Predicted(NamedTuple):
         The V views of each of the n samples are adjacent.
     labels : int64 array [n]
     stored : tuple of array [n, k]
-        Rows that the loader read along with the samples.
+        Stored rows of the samples, from the loader.
     """
 
     logits: np.ndarray
@@ -36,26 +35,25 @@ def predict(
 ) -> Generator[Predicted, None, None]:
     """Yield the output of a network in eval mode for each batch, in order.
 
-    On CUDA the results are one batch late, so that the device computes the next batch while the host uses this one.
+    On CUDA, results are delayed by one batch, so that the device computes while the host uses the previous one.
     """
-    waiting: deque[Callable[[], Predicted]] = deque()
+    pending: deque[Callable[[], Predicted]] = deque()
     for batch in prefetch_to_device(batches, runtime):
         with runtime.autocast():
             logits_BK = net(batch.images)
         count = batch.valid * (len(batch.images) // len(batch.labels))
-        waiting.append(_later(runtime, logits_BK[:count].float(), batch))
-        if runtime.device.type == "cpu" or len(waiting) > 1:
-            yield waiting.popleft()()
-    while waiting:
-        yield waiting.popleft()()
+        pending.append(_copy_to_host(runtime, logits_BK[:count].float(), batch))
+        if runtime.device.type == "cpu" or len(pending) > 1:
+            yield pending.popleft()()
+    while pending:
+        yield pending.popleft()()
 
 
-def _later(runtime: Runtime, logits: Tensor, batch: DeviceBatch) -> Callable[[], Predicted]:
+def _copy_to_host(runtime: Runtime, logits: Tensor, batch: DeviceBatch) -> Callable[[], Predicted]:
     """Start copying to the host, and return a function that waits for the copy."""
-    logits_of, labels, *stored = (
-        runtime.to_host(t) for t in (logits, *(t[: batch.valid] for t in (batch.labels, *batch.stored)))
-    )
-    return lambda: Predicted(logits_of(), labels(), tuple(rows() for rows in stored))
+    tensors = (logits, *(t[: batch.valid] for t in (batch.labels, *batch.stored)))
+    logits_copy, labels_copy, *stored = map(runtime.to_host, tensors)
+    return lambda: Predicted(logits_copy(), labels_copy(), tuple(copy() for copy in stored))
 
 
 @torch.inference_mode()
@@ -65,14 +63,15 @@ def evaluate(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, N
     Parameters
     ----------
     batches
-        Those of this process. None: it has none.
+        The batches of this process. None: it has none.
     """
     correct, count = torch.zeros((), dtype=torch.int64, device=runtime.device), 0
     for batch in prefetch_to_device(batches, runtime) if batches is not None else ():
         with runtime.autocast():
             logits_BK = net(batch.images)
-        guess_B = logits_BK[: batch.valid].float().argmax(dim=1)
-        correct += (guess_B == batch.labels[: batch.valid]).sum()
+        predicted_B = logits_BK[: batch.valid].float().argmax(dim=1)
+        correct += (predicted_B == batch.labels[: batch.valid]).sum()
         count += batch.valid
-    counts = torch.stack(current().all_gather(torch.tensor([int(correct), count]))).sum(dim=0)
+    counts = torch.tensor([int(correct), count])
+    runtime.group.all_reduce(counts)
     return int(counts[0]) / int(counts[1])

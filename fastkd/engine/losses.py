@@ -11,7 +11,7 @@ from fastkd.errors import InputError
 from fastkd.recipe import Loss
 
 LossFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``loss(student_logits_BK, labels_B, teacher_logits_BK) -> loss_B``: of each sample. Training minimises the mean."""
+"""``loss(student_logits_BK, labels_B, teacher_logits_BK) -> loss_B``, the loss of each sample."""
 
 
 def kd_loss(
@@ -31,15 +31,15 @@ def kd_loss(
     Parameters
     ----------
     student_BK, teacher_BK : float32 tensor [B, K]
-        Logits; the teacher's up to a constant per row, which softmax ignores. A class that the teacher masks with -inf
-        has probability 0 and contributes nothing.
+        Logits. Those of the teacher may be off by a constant per row. A class that the teacher masks with -inf has
+        probability 0 and does not contribute.
     labels_B : int64 tensor [B]
     alpha, gamma : float
-        Weights of the teacher's term and of the label's.
+        Weights of the two terms.
     temperature : float
-        T, dividing both logits.
+        T, which divides both logits.
     label_smoothing : float
-        Share of each label that is spread over all classes, in CE.
+        Label smoothing of CE.
 
     Examples
     --------
@@ -49,7 +49,7 @@ def kd_loss(
     tensor([1.9726, 0.0000])
     """
     hard_B = F.cross_entropy(student_BK, labels_B, reduction="none", label_smoothing=label_smoothing)
-    # 0 · -inf would be NaN; a quarter of the smallest number can be divided and summed without overflow.
+    # 0 · -inf is NaN. A quarter of the smallest float can be divided and summed without overflow.
     teacher_BK = teacher_BK.clamp(min=torch.finfo(teacher_BK.dtype).min / 4)
     log_p = F.log_softmax(teacher_BK / temperature, dim=1)
     log_q = F.log_softmax(student_BK / temperature, dim=1)
@@ -86,20 +86,20 @@ def loss_function(loss: Loss, *, has_teacher: bool) -> LossFn:
 def supervised_loss(
     student_BK: Tensor, labels_B: Tensor, teacher_BK: Tensor | None, *, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Return the cross-entropy with the labels (float32 [B]); there is no teacher."""
+    """Return the cross-entropy of each sample (float32 [B]), without a teacher."""
     return F.cross_entropy(student_BK, labels_B, reduction="none", label_smoothing=label_smoothing)
 
 
 def stored_logits(stored: Sequence[Tensor], num_classes: int, temperature: float) -> Tensor:
-    """Return the teacher's logits that stored rows stand for, up to a constant per row (float32 [B, K]).
+    """Decode stored rows to teacher logits, up to a constant per row (float32 [B, K]).
 
     Parameters
     ----------
     stored : (logits_BK,) or (indices_Bk, logits_Bk, tail_B1)
-        All logits; or the k largest, with their classes and the mass of the others at `temperature`, which is spread
-        evenly over them, as FKD does (Shen & Xing, ECCV 2022).
+        All logits; or the k largest logits, their classes, and the total probability of the other classes (the tail),
+        which is distributed uniformly over them as in FKD (Shen & Xing, ECCV 2022).
     temperature : float
-        T at which the tail was taken: softmax(· / T) of what is returned has exactly that mass outside of the k.
+        T at which the tail was computed: softmax(· / T) of the result has this probability outside of the k classes.
     """
     if len(stored) == 1:
         return stored[0].float()
@@ -112,9 +112,9 @@ def stored_logits(stored: Sequence[Tensor], num_classes: int, temperature: float
 
 
 def reshape_logits(z_BK: Tensor, labels_B: Tensor, class_std_K: Tensor) -> Tensor:
-    """Rescale a live teacher's rows to their class's σ: z / std(z) · σ_y (MDSLR); rows without spread stay as they are.
+    """Rescale each row of logits to the σ of its class: z / std(z) · σ_y (MDSLR). Constant rows are returned unchanged.
 
-    The counterpart, on the device, of `fastkd.kernels.reshape_rows` up to a constant per row.
+    Equals `fastkd.kernels.reshape_rows` up to a constant per row, on the device.
     """
     std_B1 = z_BK.std(dim=1, keepdim=True)
     scale_B1 = class_std_K[labels_B].unsqueeze(1) / std_B1

@@ -1,15 +1,14 @@
-"""Dynamic pruning: which samples an epoch skips, by their latest loss."""
+"""Dynamic pruning: skips samples of an epoch by their latest loss."""
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from fastkd.distributed import current
+from fastkd.engine.runtime import Runtime
 from fastkd.kernels import hash64, infobatch_weights
 
 
 class PerSampleLoss:
-    """Latest loss of each sample and its weight in this epoch, on the device, without host synchronisation in steps.
+    """Latest loss and weight of each sample, on the device. Steps use them without host synchronisation.
 
     Parameters
     ----------
@@ -22,28 +21,29 @@ class PerSampleLoss:
         Indexed by sample id. The loss is infinite before the first step on a sample.
     """
 
-    def __init__(self, sample_ids: np.ndarray, device: torch.device) -> None:
+    def __init__(self, sample_ids: np.ndarray, runtime: Runtime) -> None:
         self.sample_ids = sample_ids
+        self._group = runtime.group
         count = int(sample_ids.max()) + 1
-        self.loss_N = torch.full((count,), torch.inf, device=device)
-        self.weight_N = torch.ones(count, device=device)
-        self._common_N = self.loss_N.clone()
+        self.loss_N = torch.full((count,), torch.inf, device=runtime.device)
+        self.weight_N = torch.ones(count, device=runtime.device)
+        self._merged_N = self.loss_N.clone()
 
-    def in_common(self) -> None:
-        """Mark the losses as equal on all processes, after merging or restoring a checkpoint."""
-        self._common_N.copy_(self.loss_N)
+    def mark_merged(self) -> None:
+        """Mark the losses as equal on all processes."""
+        self._merged_N.copy_(self.loss_N)
 
     def merge(self) -> None:
-        """Merge the losses that the processes have seen since the last merge. All processes must call it."""
-        if current().size == 1:
+        """Merge the losses of all processes since the last merge. All processes must call it."""
+        if self._group.size == 1:
             return
-        seen_N = self.loss_N != self._common_N
+        seen_N = self.loss_N != self._merged_N
         counts = seen_N.float()
         losses = torch.where(seen_N, self.loss_N, 0.0)
-        dist.all_reduce(counts)
-        dist.all_reduce(losses)
-        self.loss_N.copy_(torch.where(counts > 0, losses, self._common_N))
-        self.in_common()
+        self._group.all_reduce(counts)
+        self._group.all_reduce(losses)
+        self.loss_N.copy_(torch.where(counts > 0, losses, self._merged_N))
+        self.mark_merged()
 
     def kept(self) -> np.ndarray:
         """Return which of `sample_ids` are used in this epoch (bool [M])."""

@@ -1,4 +1,4 @@
-"""From the loader's buffers to the device; on CUDA one batch ahead, on a separate stream."""
+"""Copies batches from the buffers of the loader to the device; on CUDA one batch ahead, on a separate stream."""
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -11,7 +11,7 @@ from fastkd.engine.runtime import Runtime
 
 
 class Batch(Protocol):
-    """A loader's batch, padded to full size, of which the first `valid` samples count."""
+    """A batch of the loader, padded to full size. The first `valid` samples are real."""
 
     @property
     def images(self) -> Tensor:
@@ -49,21 +49,21 @@ class DeviceBatch(NamedTuple):
 
 
 def prefetch_to_device(batches: Generator[Batch, None, None], runtime: Runtime) -> Generator[DeviceBatch, None, None]:
-    """Yield the batches on the device, and close the generator at the end."""
+    """Yield the batches on the device. Closes `batches` at the end."""
     with closing(batches):
-        on_device: Iterator[DeviceBatch] = map(_unmoved, batches)
+        on_device: Iterator[DeviceBatch] = map(_on_host, batches)
         if runtime.device.type == "cuda":
             on_device = _one_ahead(on_device, runtime.device)
         for batch in on_device:
             yield batch if runtime.channels_last else batch._replace(images=batch.images.contiguous())
 
 
-def _unmoved(batch: Batch) -> DeviceBatch:
+def _on_host(batch: Batch) -> DeviceBatch:
     return DeviceBatch(batch.images, batch.labels, batch.sample_ids, batch.stored, batch.valid)
 
 
 class _Slot:
-    """Pinned memory for one batch, and the event that marks the end of its copy."""
+    """Pinned memory of one batch, and the event that marks the end of its copy."""
 
     def __init__(self) -> None:
         self.pinned: tuple[Tensor, ...] = ()
@@ -83,7 +83,7 @@ class _Slot:
         self.sent = DeviceBatch(images, labels, sample_ids, tuple(stored), batch.valid)
 
     def arrived(self, device: torch.device) -> DeviceBatch:
-        """Return the batch. The current stream waits for its copy; the host does not."""
+        """Return the batch. The current stream waits for the copy; the host does not."""
         current = torch.cuda.current_stream(device)
         current.wait_event(self.copied)
         for tensor in self.sent.tensors():

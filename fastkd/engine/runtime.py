@@ -1,11 +1,11 @@
-"""Device and precision. Everything specific to CUDA is here and in `fastkd.engine.prefetch`."""
+"""Device, precision and process group. Everything specific to CUDA is here and in `fastkd.engine.prefetch`."""
 
 import inspect
 import os
 import resource
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastkd.distributed import current
+from fastkd.distributed import ProcessGroup, current
 from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
 from fastkd.recipe import Optim
@@ -23,7 +23,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Runtime:
-    """A device and how to compute on it.
+    """A device, how to compute on it, and the processes that compute together.
 
     Attributes
     ----------
@@ -32,37 +32,41 @@ class Runtime:
         Precision of autocast; weights and optimizer state stay float32.
     compile : str or bool
         Mode of torch.compile. False: networks are not compiled; True: the default mode.
+    group : ProcessGroup
+        Default: that of this process at construction.
     """
 
     device: torch.device
     precision: Literal["bf16", "fp16", "fp32"]
     channels_last: bool
     compile: bool | str
+    group: ProcessGroup = field(default_factory=current, compare=False)
 
     @classmethod
-    def choose(cls, device: str, precision: str, *, channels_last: bool, compile: bool | str) -> "Runtime":
-        """Resolve `auto`, and refuse what the machine does not have.
+    def choose(
+        cls,
+        device: str,
+        precision: str,
+        *,
+        channels_last: bool,
+        compile: bool | str,
+        group: ProcessGroup | None = None,
+    ) -> "Runtime":
+        """Resolve `auto` and check that the machine supports the choice.
+
+        Parameters
+        ----------
+        group
+            Default: the process group of this process.
 
         Raises
         ------
         InputError
             An unknown device, CUDA on a machine without it, or fp16 on a CPU.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            chosen = torch.device(device)
-        except RuntimeError:
-            raise InputError(f"train.device={device!r}: unknown; expected auto, cpu, cuda or cuda:N") from None
-        if chosen.type not in ("cpu", "cuda"):
-            raise InputError(f"train.device={device!r}: only cpu and cuda are supported")
+        group = group or current()
+        chosen = _resolve_device(device, group)
         if chosen.type == "cuda":
-            if current().size > 1:
-                if chosen.index is not None:
-                    raise InputError(f"train.device={device!r}: each process has a GPU of its own; expected cuda")
-                chosen = torch.device("cuda", current().local_rank)
-            if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
-                raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
             torch.cuda.set_device(chosen)  # streams and events belong to the current device
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = True
@@ -72,16 +76,16 @@ class Runtime:
         if precision == "auto":
             precision = "bf16" if has_bf16(chosen) else "fp16" if chosen.type == "cuda" else "fp32"
         if precision == "fp16" and chosen.type == "cpu":
-            raise InputError("train.precision=fp16 needs a GPU; on a CPU use auto, bf16 or fp32")
-        return cls(chosen, precision, channels_last, compile)  # type: ignore[arg-type]
+            raise InputError("train.precision=fp16 needs a GPU; on a CPU, use auto, bf16 or fp32")
+        return cls(chosen, precision, channels_last, compile, group)  # type: ignore[arg-type]
 
     @property
     def gpu(self) -> str | None:
         """Name of the GPU. None on a CPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
 
-    def synchronise(self, net: nn.Module) -> None:
-        """Compute the batch norm statistics of a network over all processes, in place.
+    def sync_batchnorm(self, net: nn.Module) -> None:
+        """Replace the batch norm layers of a network by SyncBatchNorm, in place.
 
         Raises
         ------
@@ -89,27 +93,24 @@ class Runtime:
             The device is a CPU: torch supports this on GPUs only.
         """
         if self.device.type != "cuda":
-            raise InputError("train.sync_batchnorm: torch has it on GPUs alone; leave it out on a CPU")
+            raise InputError("train.sync_batchnorm: torch supports this on GPUs only; leave it out on a CPU")
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
 
     def distributed(self, net: nn.Module, *, accumulates: bool) -> nn.Module:
         """Wrap a network in DistributedDataParallel. A single process gets the network itself.
 
-        Buffers are not synchronised: those of process 0 are the student's. Gradients have the memory layout of weights.
+        Buffers are not synchronised: the student has those of process 0. Gradients have the memory layout of weights.
         """
-        if current().size == 1:
+        if self.group.size == 1:
             return net
         parallel = nn.parallel.DistributedDataParallel
-        known = inspect.signature(parallel).parameters
-        buffers = (
-            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-        )  # before torch 2.14
+        renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters  # in torch 2.14
         return parallel(
             net,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             static_graph=not accumulates,
-            **{buffers: False},  # type: ignore[arg-type]
+            **{"forward_sync_buffers" if renamed else "broadcast_buffers": False},  # type: ignore[arg-type]
         )
 
     def autocast(self) -> torch.autocast:
@@ -161,13 +162,33 @@ class Runtime:
         statm = Path("/proc/self/statm")
         if statm.exists():
             return int(statm.read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: the most it held
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: its peak
 
     def clock(self) -> float:
         """Return the wall time in seconds, after synchronising with the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _resolve_device(device: str, group: ProcessGroup) -> torch.device:
+    """Return the device of this process; see `Runtime.choose`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"train.device={device!r}: unknown; expected auto, cpu, cuda or cuda:N") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise InputError(f"train.device={device!r}: only cpu and cuda are supported")
+    if chosen.type == "cuda":
+        if group.size > 1:
+            if chosen.index is not None:
+                raise InputError(f"train.device={device!r}: each process uses its own GPU; expected cuda")
+            chosen = torch.device("cuda", group.local_rank)
+        if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""One update of a student's weights."""
+"""One training step: from a batch to an update of the student."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -8,7 +8,6 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastkd.distributed import current
 from fastkd.engine.ema import ModelEma, NoEma
 from fastkd.engine.losses import LossFn
 from fastkd.engine.prefetch import DeviceBatch
@@ -32,50 +31,51 @@ class LossModule(nn.Module):
     def forward(
         self, images: Tensor, labels_B: Tensor, teacher: TeacherBatch, weight_B: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the mean loss, weighted if weights are given, and the unweighted losses [B] without gradient."""
+        """Return the (weighted) mean loss, and the unweighted loss of each sample (float32 [B]), detached."""
         loss_B = self.loss(self.student(images).float(), labels_B, self.decode(teacher))
         mean = (loss_B if weight_B is None else loss_B * weight_B).mean()
         return mean, loss_B.detach()
 
 
-class Microbatch(NamedTuple):
-    """A part of a batch.
+class TrainBatch(NamedTuple):
+    """Everything that the loss of a batch depends on, in the order of the arguments of `LossModule`.
 
     Attributes
     ----------
     weight : float32 tensor [B], optional
-        None: all samples have weight 1.
-    last
-        Whether it is the last part.
+        None: the mean is not weighted, which saves reading and multiplying weights at each step.
     """
 
     images: Tensor
     labels: Tensor
     teacher: TeacherBatch
-    weight: Tensor | None
-    last: bool
+    weight: Tensor | None = None
 
 
-def microbatches(
-    count: int, images: Tensor, labels_B: Tensor, teacher: TeacherBatch, weight_B: Tensor | None
-) -> Iterable[Microbatch]:
-    """Split a batch into `count` equal parts."""
+def train_batch(batch: DeviceBatch, live: LiveTeacher | None, weight_B: Tensor | None = None) -> TrainBatch:
+    """Combine a batch with its teacher signal: the stored rows, or the logits of a live teacher."""
+    teacher = batch.stored if live is None else (live(batch.images, batch.labels),)
+    return TrainBatch(batch.images, batch.labels, teacher, weight_B)
+
+
+def microbatches(batch: TrainBatch, count: int) -> Iterable[tuple[TrainBatch, bool]]:
+    """Split a batch into `count` equal parts, and yield whether each is the last."""
     if count == 1:
-        return [Microbatch(images, labels_B, teacher, weight_B, True)]
-    rows = list(zip(*(column.chunk(count) for column in teacher), strict=True)) or [()] * count
-    weights = [None] * count if weight_B is None else weight_B.chunk(count)
-    last = [number == count - 1 for number in range(count)]
-    return map(Microbatch, images.chunk(count), labels_B.chunk(count), rows, weights, last)
+        return [(batch, True)]
+    teacher = list(zip(*(column.chunk(count) for column in batch.teacher), strict=True)) or [()] * count
+    weight = [None] * count if batch.weight is None else batch.weight.chunk(count)
+    parts = map(TrainBatch, batch.images.chunk(count), batch.labels.chunk(count), teacher, weight)
+    return ((part, number == count) for number, part in enumerate(parts, start=1))
 
 
 @dataclass(frozen=True)
 class ClipGradNorm:
-    """Clips the norm of the gradient of all weights together. `max_norm` None: does nothing."""
+    """Clips the norm of the gradient of all parameters. `max_norm` None: does nothing."""
 
     max_norm: float | None = None
 
     def __call__(self, scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
-        """Unscale and clip the gradients of an optimizer's parameters."""
+        """Unscale and clip the gradients of the parameters of an optimizer."""
         if self.max_norm is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_norm)
@@ -90,7 +90,7 @@ class TrainState:
     objective
         A `LossModule`, compiled or not.
     accumulate
-        Number of microbatches whose gradients are summed before an update.
+        Number of microbatches per update.
     """
 
     runtime: Runtime
@@ -103,12 +103,12 @@ class TrainState:
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Average gradients over processes in the last microbatch only."""
-        if last or current().size == 1:
+        if last or self.runtime.group.size == 1:
             return contextlib.nullcontext()
         return cast(nn.parallel.DistributedDataParallel, self.objective).no_sync()
 
     def apply_gradients(self) -> None:
-        """Update the weights."""
+        """Update the weights, and their average."""
         self.clip(self.scaler, self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -116,44 +116,36 @@ class TrainState:
         self.ema.update()
 
 
-def train_step(
-    state: TrainState, images: Tensor, labels_B: Tensor, teacher: TeacherBatch, weight_B: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def train_step(state: TrainState, batch: TrainBatch) -> tuple[Tensor, Tensor]:
     """Make one update.
 
     Returns
     -------
-    mean : float32 []
-        The loss.
+    loss : float32 []
+        Mean loss.
     loss_B : float32 [B]
-        Of each sample, unweighted. Both stay on the device.
+        Unweighted loss of each sample. Both stay on the device.
     """
     n = state.accumulate
     means, losses = [], []
-    for micro in microbatches(n, images, labels_B, teacher, weight_B):
-        with state.grad_sync(micro.last):
+    for micro, last in microbatches(batch, n):
+        with state.grad_sync(last):
             with state.runtime.autocast():
-                mean, loss_B = state.objective(micro.images, micro.labels, micro.teacher, micro.weight)
-            state.scaler.scale(mean / n).backward()
-        means.append(mean.detach() if n == 1 else mean.detach().clone())  # CUDA graphs reuse their outputs
+                loss, loss_B = state.objective(*micro)
+            state.scaler.scale(loss / n).backward()
+        means.append(loss.detach() if n == 1 else loss.detach().clone())  # CUDA graphs reuse the memory of outputs
         losses.append(loss_B if n == 1 else loss_B.clone())
     state.apply_gradients()
     return (means[0], losses[0]) if n == 1 else (torch.stack(means).mean(), torch.cat(losses))
 
 
-def teacher_signal(batch: DeviceBatch, live: LiveTeacher | None) -> TeacherBatch:
-    """Return the stored rows of a batch, or the live teacher's logits."""
-    return batch.stored if live is None else (live(batch.images, batch.labels),)
-
-
-def warm_up(state: TrainState, batch: DeviceBatch, live: LiveTeacher | None, weight_B: Tensor | None = None) -> None:
+def warm_up(state: TrainState, batch: TrainBatch) -> None:
     """Run one forward and backward pass, in order to compile, and leave the student unchanged."""
     buffers = {name: b.clone() for name, b in state.objective.named_buffers()}
-    teacher = teacher_signal(batch, live)
-    for micro in microbatches(state.accumulate, batch.images, batch.labels, teacher, weight_B):
+    for micro, _ in microbatches(batch, state.accumulate):
         with state.runtime.autocast():
-            mean, _ = state.objective(micro.images, micro.labels, micro.teacher, micro.weight)
-        mean.backward()
+            loss, _ = state.objective(*micro)
+        loss.backward()
     state.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, b in state.objective.named_buffers():

@@ -15,7 +15,7 @@ from fastkd import artifacts, console, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
 from fastkd.data.order import dealt_batches
-from fastkd.distributed import Vote, current
+from fastkd.distributed import AsyncAny, current
 from fastkd.engine import checkpoint
 from fastkd.engine.checkpoint import Checkpoint
 from fastkd.engine.epoch import Epoch, StoppedError, train_epoch
@@ -289,7 +289,7 @@ class _Training:
             A signal asked to stop; `history` is up to date.
         """
         train, history, world, images = self.recipe.train, self.history, current(), self.setup.images_per_epoch
-        stop_here = Vote(lambda: stop.requested)
+        stop_here = AsyncAny(world, lambda: stop.requested)
         begun = len(history.epochs) * images + history.epoch.images
         evaluated = ""
         with console.progress("train", train.epochs * images, begun=begun) as update:

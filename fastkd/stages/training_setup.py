@@ -24,7 +24,7 @@ from fastkd.engine.losses import loss_function, reshape_logits
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime
-from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, warm_up
+from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, train_batch, warm_up
 from fastkd.errors import InputError
 from fastkd.kernels import hash64
 from fastkd.stages.images import ImageSource
@@ -264,7 +264,7 @@ def build_training_setup(
     least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if recipe.prune.dynamic else 0)
     full_batches(least, train.batch_size)
     if train.sync_batchnorm and world.size > 1:
-        runtime.synchronise(student)
+        runtime.sync_batchnorm(student)
     student.train()
     module = LossModule(student, loss_function(recipe.loss, has_teacher=recipe.teacher is not None), teacher.decode)
     state = TrainState(
@@ -276,7 +276,7 @@ def build_training_setup(
         clip=ClipGradNorm(recipe.optim.clip_norm),
         ema=ModelEma(student, train.ema_decay) if train.ema_decay else NoEma(),
     )
-    per_sample_loss = PerSampleLoss(ids_M, runtime.device) if recipe.prune.dynamic else None
+    per_sample_loss = PerSampleLoss(ids_M, runtime) if recipe.prune.dynamic else None
     return TrainingSetup(recipe, loader, student, state, ids_M, teacher, per_sample_loss)
 
 
@@ -294,7 +294,7 @@ def compile_step(setup: TrainingSetup, epoch: int) -> float:
         weight_B = None if setup.per_sample_loss is None else setup.per_sample_loss.weight_N[batch.sample_ids]
         for _ in range(2):
             start = state.runtime.clock()
-            warm_up(state, batch, setup.teacher.live, weight_B)
+            warm_up(state, train_batch(batch, setup.teacher.live, weight_B))
         return state.runtime.clock() - start
 
 

@@ -14,7 +14,7 @@ from fastkd.bench.savings import ways
 from fastkd.data.loader import Loader
 from fastkd.engine.inference import evaluate
 from fastkd.engine.prefetch import prefetch_to_device
-from fastkd.engine.step import train_step
+from fastkd.engine.step import train_batch, train_step
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import View
 from fastkd.stages.training_setup import prepare
@@ -53,7 +53,7 @@ def test_a_step_does_what_fastkd_does_in_fp32(tiny_recipe):
     )
     for batch in itertools.islice(prefetch_to_device(job.batches(job.ids, 0), pipe.runtime), 2):
         images = batch.images
-        _, loss_B = train_step(job.state, images, batch.labels, (job.teacher.live(images, batch.labels),))
+        _, loss_B = train_step(job.state, train_batch(batch, job.teacher.live))
         normalised = torch.addcmul(theirs.shift, images.float(), theirs.scale)
         loss, _ = step(theirs.net, pipe.teacher.net.net, optimizer, pipe.recipe.loss, normalised, batch.labels)
         assert loss == pytest.approx(loss_B.mean().item(), rel=1e-4)

@@ -14,20 +14,20 @@ from fastkd.engine import epoch
 from fastkd.stages import training
 
 
-class StopsAfter(distributed.Vote):
-    """A vote that one process alone wins at a given step."""
+class StopsAfter(distributed.AsyncAny):
+    """A flag that one process sets at a given step."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, group: distributed.ProcessGroup, steps: int) -> None:
         self.left = steps
-        super().__init__(self._is_over)
+        super().__init__(group, self._is_over)
 
     def _is_over(self) -> bool:
         self.left -= 1
-        return self.left <= 0 and distributed.current().rank == distributed.current().size - 1
+        return self.left <= 0 and self._group.rank == self._group.size - 1
 
 
 def main(jobs: str) -> None:
-    real_step, real_vote = epoch.train_step, distributed.Vote
+    real_step, real_flag = epoch.train_step, distributed.AsyncAny
     for one in json.loads(jobs):
         apart = one.get("apart", [[]] * distributed.current().size)[distributed.current().rank]
         pause_s, stop_after = one.get("pause_s", 0.0), one.get("stop_after")
@@ -37,7 +37,7 @@ def main(jobs: str) -> None:
             return real_step(*given)
 
         epoch.train_step = step
-        training.Vote = real_vote if stop_after is None else lambda wish, steps=stop_after: StopsAfter(steps)
+        training.AsyncAny = real_flag if stop_after is None else lambda group, flag, n=stop_after: StopsAfter(group, n)
         try:
             getattr(pipeline, one["stage"])(recipe.load(one["recipe"], [*one["overrides"], *apart]))
         except KeyboardInterrupt:

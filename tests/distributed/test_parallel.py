@@ -1,11 +1,13 @@
 """What several processes do to a net, here one in a group of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastkd import distributed
+from fastkd.distributed import ProcessGroup
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 
@@ -13,19 +15,18 @@ CPU = Runtime(torch.device("cpu"), "fp32", channels_last=True, compile=False)
 
 
 @pytest.fixture
-def as_in_a_job(monkeypatch):
-    """Believe to be one of two, in a group of one."""
+def one_of_two():
+    """Return the runtime of a process that takes itself for one of two; its torch.distributed group has one member."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    monkeypatch.setattr(distributed, "_world", distributed.ProcessGroup(rank=0, size=2))
-    yield
+    yield replace(CPU, group=ProcessGroup(rank=0, size=2))
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("accumulates", [False, True])
-def test_gradients_lie_in_the_buckets_as_weights_do(as_in_a_job, accumulates):
+def test_gradients_lie_in_the_buckets_as_weights_do(one_of_two, accumulates):
     """Nothing is copied or laid out anew between backward pass, all-reduce and optimizer."""
     net = CPU.to_device(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)))
-    parallel = CPU.distributed(net, accumulates=accumulates)
+    parallel = one_of_two.distributed(net, accumulates=accumulates)
     for _ in range(2):
         parallel(torch.randn(2, 3, 9, 9).to(memory_format=torch.channels_last)).sum().backward()
     for convolution in (net[0], net[2]):
@@ -42,5 +43,5 @@ def test_alone_a_net_stays_as_it_is():
 
 
 def test_batch_norm_over_all_processes_needs_gpus():
-    with pytest.raises(InputError, match=r"train\.sync_batchnorm: torch has it on GPUs alone"):
-        CPU.synchronise(nn.BatchNorm2d(3))
+    with pytest.raises(InputError, match=r"train\.sync_batchnorm: torch supports this on GPUs only"):
+        CPU.sync_batchnorm(nn.BatchNorm2d(3))

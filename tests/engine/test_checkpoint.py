@@ -57,7 +57,7 @@ def make(optim: Optim) -> tuple[nn.Module, TrainState, PerSampleLoss]:
         CPU.scaler(),
         ema=ModelEma(net, 0.9),
     )
-    return net, state, PerSampleLoss(np.arange(40), CPU.device)
+    return net, state, PerSampleLoss(np.arange(40), CPU)
 
 
 def train(state: TrainState, running: PerSampleLoss, first: int, last: int) -> None:
@@ -92,7 +92,7 @@ def test_a_training_goes_on_bit_for_bit(tmp_path, optim):
 
 def test_only_the_last_are_kept_and_a_damaged_one_falls_back(tmp_path, capfd):
     net, state, running = make(Optim(lr=0.1))
-    save = partial(checkpoint.save, tmp_path, student=net, train=state, running=running)
+    save = partial(checkpoint.save, tmp_path, student=net, train=state, per_sample_loss=running)
     files = [save(step=step, state={"step": step}) for step in (5, 10, 15)]
     assert [f.exists() for f in files] == [False, True, True]
     assert checkpoint.newest(tmp_path).state["step"] == 15
@@ -109,7 +109,7 @@ def test_only_the_last_are_kept_and_a_damaged_one_falls_back(tmp_path, capfd):
 def test_of_one_step_only_the_last_is_kept_and_does_not_count_twice(tmp_path):
     """A training that is gone on with writes its step again."""
     net, state, running = make(Optim(lr=0.1))
-    save = partial(checkpoint.save, tmp_path, student=net, train=state, running=running)
+    save = partial(checkpoint.save, tmp_path, student=net, train=state, per_sample_loss=running)
     before = save(step=5, state={"saved": -1})
     for number in range(8):
         file = save(step=10, state={"saved": number})

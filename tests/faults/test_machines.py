@@ -66,9 +66,9 @@ def test_a_cable_that_is_cut_between_two_machines__ends_the_processes_on_both_wi
     assert jobs[0].end(seconds(10)) == 1
     wait_until(lambda: len(errors(jobs)) == 2, seconds(5), lambda: str(errors(jobs)))
     near, far = errors(jobs)
-    assert "no sign of life from process 1 on nodeb for 4 s; the same command goes on from what is safe" in near
-    assert far.startswith("error: process 1 on nodeb: nodea:")
-    assert "where the processes meet, could not be reached for 4 s; the same command goes on" in far
+    assert "no heartbeat from process 1 on nodeb for 4 s; run the same command again to resume" in near
+    assert far.startswith("error: process 1 on nodeb: the store at nodea:")
+    assert " could not be reached for 4 s; run the same command again" in far
 
 
 def test_a_process_that_is_stopped_for_long__is_given_up_and_publishes_nothing_when_it_goes_on(two_hosts):
@@ -81,7 +81,7 @@ def test_a_process_that_is_stopped_for_long__is_given_up_and_publishes_nothing_w
     os.kill(leader, signal.SIGCONT)
     assert [job.end(seconds(10)) for job in jobs] == [1, 1]
     assert len(errors(jobs)) == 1
-    assert "no sign of life from process 0 on nodea for 4 s; the same command goes on" in errors(jobs)[0]
+    assert "no heartbeat from process 0 on nodea for 4 s; run the same command again" in errors(jobs)[0]
     assert "publishes" not in jobs[0].said
 
 
@@ -107,8 +107,8 @@ def test_one_process_that_is_killed__is_told_of_in_one_line_whichever_it_is(one_
     assert job.end(seconds(ENDS_WITHIN_S)) == 1
     (line,) = job.errors
     assert f"process {rank} on " in line
-    assert line.endswith("the same command goes on from what is safe")
-    assert " was lost" in line or " ended without a word" in line
+    assert line.endswith("run the same command again to resume")
+    assert " was lost" in line or " ended without an error message" in line
 
 
 def test_a_signal_that_one_process_gets__is_told_with_its_place(one_host):
@@ -136,7 +136,7 @@ runpy.run_path({str(STEPS)!r}, run_name="__main__")
     assert job.end(seconds(START_WITHIN_S + 10)) == 1
     (line,) = job.errors
     assert "process 1 on " in line
-    assert "has another set of versions than process 0: torch is '2.5.0', not '" in line
+    assert "has a different set of versions than process 0: torch is '2.5.0', not '" in line
     assert line.endswith("Install the same versions on all machines")
 
 

@@ -8,6 +8,8 @@ import torch
 
 from fastkd import models, pipeline, recipe
 from fastkd.doctor import usable_cores
+from fastkd.engine import losses
+from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare
@@ -99,3 +101,27 @@ def test_all_of_the_kd_loss_is_in_the_key_of_a_live_teacher_too(tiny_recipe):
     )
     assert warm["loss"]["label_smoothing"] == cold["loss"]["label_smoothing"] == 0.1
     assert (warm["loss"]["temperature"], cold["loss"]["temperature"]) == (2.0, 4.0)
+
+
+def test_a_loss_that_is_added_to_the_table_trains(tiny_recipe, monkeypatch):
+    def hinge(student_BK, labels_B, teacher_BK, *, alpha, temperature, **others):
+        return torch.nn.functional.multi_margin_loss(student_BK, labels_B, reduction="none") + alpha * (
+            student_BK - teacher_BK / temperature
+        ).square().mean(1)
+
+    usual, _ = pipeline.train(tiny_recipe())
+    monkeypatch.setitem(losses.LOSSES, "hinge", hinge)
+    run, built = pipeline.train(tiny_recipe("loss.name=hinge"))
+    assert built
+    assert run.facts["top1"]["val"] > 0.5
+    assert run.manifest.inputs["loss"]["name"] == "hinge"
+    assert "name" not in usual.manifest.inputs["loss"]
+    assert [e["loss"] for e in events(run, "steps")] != [e["loss"] for e in events(usual, "steps")]
+
+
+def test_an_unknown_loss_is_refused_before_anything_is_built(tiny_recipe, tmp_path):
+    own = tmp_path / "own"
+    loaded = tiny_recipe("loss.name=hint", f"data.artifacts_dir={own}")
+    with pytest.raises(InputError, match=r"loss\.name='hint': unknown loss; known: kd$"):
+        pipeline.train(loaded)
+    assert not list(own.rglob("*.json"))
