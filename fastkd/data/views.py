@@ -37,14 +37,39 @@ from fastkd.kernels.views import (
     TOP,
     WIDTH,
 )
+from fastkd.recipe import View
 
 DECODE_PATH = "turbojpeg, area"
-"""How stored bytes become pixels; part of the keys of what is computed from them."""
+"""How stored bytes are decoded and resized; a key field of all artifacts that are computed from pixels."""
+
+
+def view_key_fields(
+    view: View | None, seed: int, *, input_px: int | None = None, crop_ratio: float | None = None
+) -> dict[str, Any]:
+    """Return the key fields that determine the pixels of views.
+
+    Parameters
+    ----------
+    view
+        The recipe's section ``data.view``. None: the evaluation view.
+    seed
+        Seed of the views (``labels.view_seed``).
+    input_px
+        Side of the images. None: as stored.
+    crop_ratio
+        Side of the centre crop relative to the shorter side of the image. None: no crop.
+    """
+    fields: dict[str, Any] = {"decode": DECODE_PATH, "family": "none"}
+    if input_px is not None:
+        fields["input_px"] = input_px
+    if crop_ratio is not None and not (view and view.random_crop):
+        fields["crop_ratio"] = crop_ratio
+    return fields if view is None else fields | {"seed": seed} | view.key_fields()
 
 
 @dataclass(frozen=True)
 class Views:
-    """A family of views; see `fastkd.kernels.draw_views`."""
+    """The numbered views of a data set; the attributes are parameters of `fastkd.kernels.draw_views`."""
 
     family: str = "none"
     pad_ratio: float = 0.0
@@ -52,6 +77,11 @@ class Views:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     cutout_ratio: float = 0.0
     seed: int = 0
+
+    @classmethod
+    def from_recipe(cls, view: View, seed: int) -> "Views":
+        """Return the views of a recipe's section ``data.view``."""
+        return cls(**view.model_dump(), seed=seed)
 
     def draw(
         self,
@@ -64,25 +94,9 @@ class Views:
         view: int | None,
         out: np.ndarray,
     ) -> None:
-        """Draw a view of each sample into `out` [B, 11]; None: the plain view, neither moved nor mirrored."""
-        if view is None:
-            draw_views(sample_ids, heights, widths, hw, crop_ratio=crop_ratio, out=out)
-            return
-        draw_views(
-            sample_ids,
-            heights,
-            widths,
-            hw,
-            family=self.family,
-            seed=self.seed,
-            view=view,
-            crop_ratio=crop_ratio,
-            pad_ratio=self.pad_ratio,
-            scale=self.scale,
-            ratio=self.ratio,
-            cutout_ratio=self.cutout_ratio,
-            out=out,
-        )
+        """Draw a view of each sample into `out` [B, 11]. None: the evaluation view, without augmentation."""
+        numbered = {} if view is None else {"view": view, **vars(self)}
+        draw_views(sample_ids, heights, widths, hw, crop_ratio=crop_ratio, out=out, **numbered)
 
 
 @numba.njit(nogil=True)

@@ -93,9 +93,8 @@ class Recipe(Section):
         unused("optim", of_optim, optim, Optim(lr=1), f"optim.name={optim.name}")
         if optim.schedule != "step":
             unused("optim", {"decay_factor"}, optim, Optim(lr=1), f"optim.schedule={optim.schedule}")
-        of_view = {"pad_crop_flip": {"pad_ratio"}, "random_resized_crop_flip": {"scale", "ratio"}}
-        others = {"pad_ratio", "scale", "ratio"} - of_view.get(view.family, set())
-        unused("data.view", others, view, View(), f"data.view.family={view.family}")
+        of_view = set(View.model_fields) - set(view.key_fields()) - {"cutout_ratio"}
+        unused("data.view", of_view, view, View(), f"data.view.family={view.family}")
         if late := [one for one in optim.milestones_epochs if one >= epochs]:
             told.append(f"optim.milestones_epochs {late} are not reached in {epochs} epochs: lr is not lowered there")
         if never := [one for one in self.train.progressive_px if one >= epochs]:

@@ -52,13 +52,16 @@ class View(Section):
         """Whether views differ from the evaluation view."""
         return self.family != "none" or self.cutout_ratio > 0
 
-    def key_fields(self, seed: int) -> dict[str, Any]:
+    @property
+    def random_crop(self) -> bool:
+        """Whether views are cropped at random, in place of the centre crop."""
+        return AUGMENTATIONS[self.family].random_crop
+
+    def key_fields(self) -> dict[str, Any]:
         """Return the settings that determine the views: not those of other augmentations."""
-        fields = {"family": self.family, "seed": seed}
-        for name in AUGMENTATIONS[self.family]:
-            value = getattr(self, name)
-            fields[name] = list(value) if isinstance(value, tuple) else value
-        return fields | ({"cutout_ratio": self.cutout_ratio} if self.cutout_ratio else {})
+        names = {"family", *AUGMENTATIONS[self.family].settings}
+        names |= {"cutout_ratio"} if self.cutout_ratio else set()
+        return self.model_dump(mode="json", include=names)
 
     @model_validator(mode="after")
     def _ordered(self) -> "View":
