@@ -131,8 +131,8 @@ class Teacher(Section):
             raise ValueError("`mean` and `std` go together")
         if self.mean and self.std and not (all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)):
             raise ValueError(
-                f"`mean` {list(self.mean)} and `std` {list(self.std)}: are of pixels in 0 … 1, so that a mean lies in "
-                "0 … 1 and a std is above 0 and at most 1; divide what is of 0 … 255 by 255"
+                f"`mean` {list(self.mean)} and `std` {list(self.std)}: expected values for pixels in 0 … 1: a mean "
+                "lies in 0 … 1, and a std is above 0 and at most 1; divide values for pixels in 0 … 255 by 255"
             )
         return self
 
@@ -179,7 +179,7 @@ class Prune(Section):
     """A .npy file of int64 sample ids, for `list`."""
     easy_drop_ratio: float = Field(0.5, ge=0, lt=1)
     """Share of the samples with less than the mean loss that `infobatch` skips in an epoch, at random. The loss of the
-    others of them is weighted by 1 / (1 − share)."""
+    remaining ones is weighted by 1 / (1 − share)."""
     full_epochs_ratio: float = Field(0.125, ge=0, le=1)
     """Share of the epochs, at the end, in which `infobatch` skips nothing."""
 

@@ -1,4 +1,4 @@
-"""Tables of what a recipe can choose from by name: selection methods and augmentations."""
+"""Tables of the names in recipes: selection methods, augmentations and scores."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Method:
     ratio
         Whether it keeps ``prune.keep_ratio`` of the samples.
     dynamic
-        Whether it selects anew in each epoch, during training.
+        Whether it selects again in each epoch, during training.
     """
 
     settings: tuple[str, ...] = ()
