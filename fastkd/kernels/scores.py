@@ -147,25 +147,6 @@ def _sums(z_k: np.ndarray, top: np.float32, mean: np.float32) -> tuple:
 
 
 @njit()
-def _row_sums(z_K: np.ndarray, top: np.float32, mean: np.float32) -> tuple:
-    """Return `_sums` over the whole row in float64, with all but one of the tops counted among the others."""
-    tops, rest, squared, weighted, second, spread = 0, 0.0, 0.0, 0.0, 0.0, 0.0
-    for k in range(0, len(z_K), BLOCK_COLUMNS):
-        part = _sums(z_K[k : k + BLOCK_COLUMNS], top, mean)
-        tops += part[0]
-        rest += part[1]
-        squared += part[2]
-        weighted += part[3]
-        second = max(second, np.float64(part[4]))
-        spread += part[5]
-    if tops > 1:
-        rest += tops - 1
-        squared += tops - 1
-        second = 1.0
-    return tops, rest, squared, weighted, second, spread
-
-
-@njit()
 def _std_in_float64(z_K: np.ndarray) -> float:
     K, total, squares = len(z_K), 0.0, 0.0
     for k in range(K):
@@ -210,7 +191,19 @@ def _score(
                 correct_N[i] = False
                 continue
             mean = np.float32(total / K)
-            tops, rest, squared, weighted, second, spread = _row_sums(z_K, top, mean)
+            tops, rest, squared, weighted, second, spread = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+            for k in range(0, K, BLOCK_COLUMNS):
+                part = _sums(z_K[k : k + BLOCK_COLUMNS], top, mean)
+                tops += part[0]
+                rest += part[1]
+                squared += part[2]
+                weighted += part[3]
+                second = max(second, np.float64(part[4]))
+                spread += part[5]
+            if tops > 1:  # all but one of them belong to the rest
+                rest += tops - 1
+                squared += tops - 1
+                second = 1.0
             whole = 1.0 + rest  # Σexp(z − top)
             log_whole = np.log1p(rest)
             d = np.float64(z_K[y_N[i]]) - np.float64(top)

@@ -295,7 +295,7 @@ def test_a_source_that_never_returns_a_sample__is_given_up(noise, tmp_path, monk
     monkeypatch.setattr(split_writer, "STUCK_AFTER_S", 1.5)
     monkeypatch.setattr(split_writer, "_POLL_EVERY_S", 0.2)
     start = time.monotonic()
-    with pytest.raises(FastkdError, match=r"train sample 37 \(noise-37.png\): reading it has not come to an end with"):
+    with pytest.raises(FastkdError, match=r"train sample 37 \(noise-37.png\): reading it did not end with"):
         beton_writer.write_here((noise, {"fault": "hang", "workers": 2}, str(tmp_path)), lambda report: None)
     assert time.monotonic() - start < seconds(15)
     assert traces.gone()
