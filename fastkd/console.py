@@ -34,14 +34,25 @@ _UNPRINTABLE = {
     *(0x2028, 0x2029, 0xFEFF),  # separators of lines, byte order mark
     *range(0xFFF9, 0xFFFC),  # annotations
     *range(0xE0000, 0xE0080),  # tags: invisible
-    *range(0xD800, 0xE000),  # surrogates: bytes of file names that are not UTF-8
-} - {ord("\n"), ord("\t")}
+    *range(0xD800, 0xE000),  # surrogates
+}
 _ESCAPES = {code: chr(code).encode("unicode_escape").decode() for code in _UNPRINTABLE}
+_ESCAPES |= {0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)}  # bytes of file names, if not UTF-8
+_LAYOUT = {ord("\n"), ord("\t")}
+_ESCAPES_IN_TEXT = {code: escape for code, escape in _ESCAPES.items() if code not in _LAYOUT}
 
 
-def printable(text: str) -> str:
-    """Return a text that only shows: control characters, overrides of direction and the like stand as escapes."""
-    return text.translate(_ESCAPES)
+def printable(text: str | os.PathLike[str], *, one_line: bool = False) -> str:
+    """Return a text with control characters, direction overrides, invalid UTF-8 and the like escaped.
+
+    Parameters
+    ----------
+    text
+        A text, or a path.
+    one_line
+        Whether line breaks and tabs are escaped, too.
+    """
+    return os.fspath(text).translate(_ESCAPES if one_line else _ESCAPES_IN_TEXT)
 
 
 class _Screen(Console):

@@ -6,15 +6,27 @@ And what a recipe may ask for: whether it may run code.
 import difflib
 import os
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastkd.errors import InputError
 
 NO_CODE = "FASTKD_NO_CODE"
 """Environment variable: set to 1 (also by ``--no-code``), no writer that is a file is run."""
 _SHOWN = 200
+
+Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(ge=1e-6, le=1e4, allow_inf_nan=False)]
+
+
+class ChannelStatistics(BaseModel):
+    """Mean and standard deviation of each channel of a network's input, in units of 0…1, as ``model.json`` has them."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    mean: Annotated[list[Mean], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
 
 
 def is_file_name(writer: str) -> bool:

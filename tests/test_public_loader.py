@@ -73,7 +73,7 @@ def test_a_loop_within_a_loop_over_one_loader_is_an_error_and_a_new_loop_is_none
     outer = iter(loader)
     next(outer)
     assert len(list(loader)) == len(loader)
-    with pytest.raises(LoaderError, match="this epoch was broken off"):
+    with pytest.raises(LoaderError, match="this epoch was interrupted"):
         next(outer)
     for _ in loader:
         break

@@ -1,4 +1,4 @@
-"""Arrays: an .npz of `images` and `labels`, and if there are any `val_images`, `val_labels`, `classes`.
+"""Arrays: an .npz with `images` and `labels`, and optionally `val_images`, `val_labels` and `classes`.
 
     python -m fastkd.write arrays data/mine file=mine.npz
 
@@ -22,15 +22,15 @@ NAMES = ("images", "labels", "val_images", "val_labels", "classes")
 
 class Options(WriterOptions):
     file: LocalPath
-    """The .npz."""
+    """The .npz file."""
     val_ratio: float = Field(0.1, gt=0, lt=1)
-    """Share of each class that becomes val, where there are no val arrays."""
+    """Share of each class that becomes val, if there are no val arrays."""
     seed: int = 0
-    """Which samples these are."""
+    """Seed of the selection of these samples."""
 
 
 def read(options: Options) -> Source:
-    """Read both splits, or divide the one there is."""
+    """Read both splits, or split the arrays."""
     arrays = _load(options)
     divided = "val_images" not in arrays and "val_labels" not in arrays
     images, labels = _split(options, arrays, "images", "labels")
@@ -58,7 +58,7 @@ def read(options: Options) -> Source:
 
 
 def _load(options: Options) -> dict[str, np.ndarray]:
-    """Read the arrays of an .npz that are used; nothing is allocated for what a header merely claims."""
+    """Read the arrays of the .npz. The claims of headers are checked before memory is allocated."""
     if not options.file.is_file():
         raise InputError(
             f"{options.file}: no such file; file= names an .npz, made by np.savez(file, images=…, labels=…)"
@@ -72,12 +72,12 @@ def _load(options: Options) -> dict[str, np.ndarray]:
             used = [members[name] for name in NAMES if name in members]
             for info in used:
                 _check_header(options, archive, info)
-            # To divide is to copy; then both are there for a while.
+            # Splitting copies the arrays, so that both copies exist for a while.
             needed, available = sum(info.file_size for info in used) * (1 if split else 2), memory()[1]
             if available and needed > available:
                 raise InputError(
                     f"{options.file}: reading its arrays takes {needed / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB "
-                    "of memory are free; write a writer of your own that reads images one by one (docs/writers.md)"
+                    "of memory are free; write your own writer that reads images one by one (docs/writers.md)"
                 )
             arrays = {}
             for name in NAMES:
@@ -89,13 +89,13 @@ def _load(options: Options) -> dict[str, np.ndarray]:
         raise
     except MemoryError:
         raise InputError(f"{options.file}: not enough memory for its arrays; free some") from None
-    except Exception as error:  # damaged archives and headers fail zipfile, zlib and numpy in any way there is
+    except Exception as error:  # damaged archives raise various errors in zipfile, zlib and numpy
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{options.file}: not an .npz of plain arrays ({reason})") from None
 
 
 def _check_header(options: Options, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
-    """Compare what an array's header claims with what the archive says that it holds."""
+    """Compare the size in an array's header with its size in the archive."""
     name = info.filename.removesuffix(".npy")
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
@@ -120,7 +120,7 @@ def _check_header(options: Options, archive: zipfile.ZipFile, info: zipfile.ZipI
 
 
 def _split(options: Options, arrays: dict[str, np.ndarray], images: str, labels: str) -> tuple[np.ndarray, np.ndarray]:
-    """Check images and labels of one split; return the images as they are, and the labels as integers [N]."""
+    """Check images and labels of one split; return the images unchanged and the labels as int64 [N]."""
     x, y = arrays[images], arrays[labels]
 
     def wrong(name: str, expected: str, hint: str) -> InputError:
@@ -147,7 +147,7 @@ def _split(options: Options, arrays: dict[str, np.ndarray], images: str, labels:
 
 
 def _image_hint(x: np.ndarray, name: str) -> str:
-    """Say how images of another type or layout become what is expected."""
+    """Return how to convert images of another type or layout."""
     if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
         return f"Channels come last: {name}.transpose(0, 2, 3, 1)"
     if x.ndim == 4 and x.shape[3] in (2, 4):
@@ -165,7 +165,7 @@ def _image_hint(x: np.ndarray, name: str) -> str:
 
 
 def _label_hint(y: np.ndarray, name: str) -> str:
-    """Say how labels of another type or shape become what is expected."""
+    """Return how to convert labels of another type or shape."""
     if y.ndim == 2 and y.dtype.kind in "fiub":
         return f"If these are one-hot: {name}.argmax(axis=1)"
     if y.dtype.kind == "b" or (y.dtype.kind == "f" and np.isfinite(y).all() and (y == np.round(y)).all()):

@@ -2,20 +2,20 @@
 
     python -m fastkd.write cifar10 data/cifar10
 
-torchvision reads it from `root`, and downloads it there (170 MB) where it is missing. The files are Python pickles; it
-unpickles them only after checking their md5.
+torchvision reads the files from `root`, and downloads them (170 MB) if they are missing. They are Python pickles, which
+torchvision opens only after checking their md5.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastkd.data.writer_api import ArrayDataset, LocalPath, Source, WriterOptions, download_folder
-from fastkd.errors import InputError
+from fastkd.data.cifar import read_cifar
+from fastkd.data.writer_api import LocalPath, Source, WriterOptions, download_folder
 
 
 class Options(WriterOptions):
     root: LocalPath = download_folder("cifar10")
-    """Where the files are, or are downloaded to."""
+    """Directory of the files; they are downloaded to it."""
 
 
 def source_files(options: Options) -> Iterable[Path]:
@@ -25,14 +25,4 @@ def source_files(options: Options) -> Iterable[Path]:
 
 def read(options: Options) -> Source:
     """Read both splits."""
-    from torchvision.datasets import CIFAR10
-
-    try:
-        train, val = (CIFAR10(str(options.root), train=t, download=True) for t in (True, False))
-    except Exception as error:
-        raise InputError(
-            f"CIFAR-10 is not in {options.root} and cannot be downloaded ({error}); unpack "
-            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz there, or give root=FOLDER that holds it"
-        ) from error
-    splits = {split: ArrayDataset(d.data, d.targets) for split, d in (("train", train), ("val", val))}
-    return splits, train.classes
+    return read_cifar(10, options.root)

@@ -1,8 +1,8 @@
-"""Digits: scikit-learn's 1,797 grey handwritten digits, 8×8; nothing to download, for trying things out.
+"""Digits: scikit-learn's 1,797 grey handwritten digits, 8×8; needs no download.
 
     python -m fastkd.write digits data/digits
 
-Enlarged to `px` by repeating pixels; a fixed `val_ratio` of every class becomes val.
+Images are enlarged to `px` by repeating pixels; a fixed `val_ratio` of every class becomes val.
 """
 
 import numpy as np
@@ -14,15 +14,15 @@ from fastkd.errors import require
 
 class Options(WriterOptions):
     px: int = Field(32, ge=8, le=512, multiple_of=8)
-    """Side that they are enlarged to: a multiple of 8."""
+    """Side of the enlarged images, a multiple of 8."""
     val_ratio: float = Field(0.2, gt=0, lt=1)
     """Share of each class that becomes val."""
     seed: int = 0
-    """Which samples these are."""
+    """Seed of the selection of these samples."""
 
 
 def read(options: Options) -> Source:
-    """Read and divide it."""
+    """Read and split the data set."""
     require("the writer digits", "scikit-learn")
     from sklearn.datasets import load_digits
 

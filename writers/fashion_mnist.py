@@ -2,8 +2,8 @@
 
     python -m fastkd.write fashion_mnist data/fashion_mnist
 
-Reads the four idx .gz files from `root`; without it, from Debian's package dataset-fashion-mnist if that is installed;
-else torchvision downloads them (30 MB) into `download_root`.
+The four idx .gz files are read from `root`. By default they are those of the Debian package dataset-fashion-mnist if it
+is installed; otherwise torchvision downloads them (30 MB) into `download_root`.
 """
 
 import gzip
@@ -23,13 +23,13 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 class Options(WriterOptions):
     root: LocalPath | None = None
-    """Where the files are; without it, Debian's package."""
+    """Directory of the files. Default: the Debian package, or a download."""
     download_root: LocalPath = download_folder("fashion_mnist")
-    """Where they are downloaded to."""
+    """Directory for the download."""
 
 
 def source_files(options: Options) -> Iterable[Path]:
-    """Return the files that are read, as far as they are there."""
+    """Return the files that are read."""
     downloaded = options.download_root / "FashionMNIST" / "raw"
     root = options.root or (DEBIAN if DEBIAN.is_dir() else downloaded)
     names = (f"{prefix}-{kind}-ubyte.gz" for prefix in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))

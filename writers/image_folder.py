@@ -1,10 +1,10 @@
-"""Image folder: ROOT/train/CLASS/x.jpg and ROOT/val/CLASS/y.jpg, or deeper (or png, webp …).
+"""Image folder: ROOT/train/CLASS/x.jpg and ROOT/val/CLASS/y.jpg, at any depth (or png, webp …).
 
     python -m fastkd.write image_folder data/pets root=~/pets max_resolution=256
 
-The folders in ROOT/train name the classes, in alphabetical order. JPEG files no larger than `max_resolution` are stored
-byte for byte (mode=jpg, the default here); mode=raw costs more space and saves the decoding. Links are followed; hidden
-files, folders of operating systems (`@eaDir`, `__MACOSX`) and files that are no images are left out, with a warning.
+The classes are the folders in ROOT/train, in alphabetical order. JPEG files no larger than `max_resolution` are stored
+byte for byte (mode=jpg, the default); mode=raw needs more space and no decoding. Links are followed. Hidden files,
+folders of operating systems (`@eaDir`, `__MACOSX`) and files other than images are left out, with a warning.
 """
 
 import os
@@ -14,19 +14,20 @@ from pathlib import Path
 from typing import Literal
 
 from fastkd import console
-from fastkd.data.image_files import LOOKED_FOR, Listing, folded, left_out_text, list_classes, list_images, shown, some
+from fastkd.console import printable
+from fastkd.data.image_files import LOOKED_FOR, Listing, folded, left_out_text, list_classes, list_images, some
 from fastkd.data.writer_api import LocalPath, Source, WriterOptions
 from fastkd.errors import InputError
 
 
 class Options(WriterOptions):
     root: LocalPath
-    """The folder that holds both splits."""
+    """Directory of both splits."""
     mode: Literal["raw", "jpg", "smart"] = "jpg"
     train_dir: str = "train"
-    """Name of the folder in it that holds the training images."""
+    """Name of its folder of training images."""
     val_dir: str = "val"
-    """And of the one with those for evaluation."""
+    """Name of its folder of images for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Files:
         return Path(self.paths[index]).read_bytes(), self.labels[index]
 
     def describe(self, index: int) -> str:
-        return shown(self.paths[index])
+        return printable(self.paths[index])
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def read(options: Options) -> Source:
 
 
 def source_files(options: Options) -> Iterable[str | Path]:
-    """Return both folders and all images in them; nothing where the source is gone."""
+    """Return both folders and all images in them. Empty: the source does not exist."""
     folders = list(_folders(options).values())
     if not all(folder.is_dir() for folder in folders):
         return []
@@ -120,11 +121,11 @@ def _classes(folder: Path) -> tuple[list[str], Listing]:
     expected = "expected ROOT/train/CLASS/x.jpg and ROOT/val/CLASS/y.jpg (train_dir= and val_dir= name others)"
     if not folder.is_dir():
         what = "is no folder" if folder.exists() else "no such folder"
-        raise InputError(f"{shown(folder)}: {what}; {expected}")
+        raise InputError(f"{printable(folder)}: {what}; {expected}")
     classes, listing = list_classes(folder)
     if not classes:
         raise InputError(f"{folder}: holds no folder, so no class; {expected}")
-    if wrong := [name for name in classes if shown(name) != name]:
+    if wrong := [name for name in classes if name.encode("utf-8", "ignore").decode() != name]:
         raise InputError(
             f"{folder}: class names that are not valid UTF-8: {some(wrong)}. Rename these folders "
             "(convmv -f latin1 -t utf8 does it)"
@@ -133,7 +134,7 @@ def _classes(folder: Path) -> tuple[list[str], Listing]:
 
 
 def _refuse_overlap(folders: dict[str, Path]) -> None:
-    """Refuse splits of which one is the other, or lies in it."""
+    """Refuse splits that are the same folder, or of which one contains the other."""
     train, val = (folder.resolve() for folder in folders.values())
     if train == val:
         raise InputError(f"{folders['train']} and {folders['val']} are the same folder: train and val must be apart")

@@ -1,4 +1,4 @@
-"""``python -m fastkd.artifacts ls|gc``: what lies on the disk, and deleting what nobody needs."""
+"""``python -m fastkd.artifacts ls|gc``: list artifacts, and delete unneeded ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 Folders = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[PATH ...]", help="Folders to look in, at any depth; default: data and runs, right here."),
+    typer.Argument(metavar="[PATH ...]", help="Folders to search, at any depth. Default: data and runs."),
 ]
 
 
 def ls(paths: Folders = None) -> cli.CommandResult:
-    """List artifacts: kind, size, key, age and what uses each; also unfinished ones, and which can be gone on with.
+    """List artifacts with kind, size, key, age and users; also unfinished ones, and whether they can be resumed.
 
-    Nothing is verified: python -m fastkd.check ARTIFACT does that.
+    Files are not verified; see python -m fastkd.check ARTIFACT.
 
     JSON keys: artifacts (of each: path, state, kind, key, parents, bytes, changed, note, left_over, used_by), bytes.
 
@@ -40,14 +40,14 @@ def ls(paths: Folders = None) -> cli.CommandResult:
 def gc(
     paths: Folders = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List, and delete nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List only; delete nothing.")] = False,
 ) -> cli.CommandResult:
-    """Delete the SCORES, SUBSETs and LABELS that no RUN and no export needs, and what killed processes left.
+    """Delete SCORES, SUBSETs and LABELS that no RUN and no export needs, and leftovers of killed processes.
 
-    RUNs and exports count where they lie in the folders given, or in data and runs: name others too. No RUN is deleted,
-    and no data set. An unfinished RUN that could be gone on with is listed, and what it needs is kept; so is what a
-    process is at work on. With each artifact goes what lies beside it: a SUBSET's pictures, and how far a pass of the
-    teacher had come. Lock files, which are empty, stay: processes may wait for them.
+    RUNs and exports are searched in the given folders, data and runs; name any other folders, too. RUNs and data sets
+    are never deleted. Unfinished RUNs that can be resumed, the artifacts that they need, and artifacts in use by a
+    process are kept. The pictures of a SUBSET and the progress of a teacher pass are deleted with their artifact. Lock
+    files, which are empty, are kept: processes may wait for them.
 
     JSON keys: unneeded, deleted, freed_bytes.
 
@@ -59,20 +59,20 @@ def gc(
     unneeded = inventory.unneeded(folders, also)
     found = inventory.scan([*folders, *also])
     if not unneeded:
-        return _told("there is nothing to delete", [])
+        return _result("there is nothing to delete", [])
     console.show(inventory.table(unneeded, found))
     total = inventory.megabytes(sum(one.bytes for one in unneeded))
     console.say(f"gc: {len(unneeded)} folders, {total}, are needed by no RUN and no export here")
-    console.say("gc: a recipe that was not trained yet may want them still, and then makes them again")
+    console.say("gc: a recipe that has not been trained yet may need them, and then builds them again")
     if not any(one.kind == "RUN" and one.state == "published" for one in found):
-        console.warn("gc: no RUN was found: name the folders where RUNs lie, too")
+        console.warn("gc: no RUN was found: name the folders that contain RUNs, too")
     for one in found:
         if one.state == "unreadable":
-            console.warn(f"gc: {one.path}: what it needs is not known ({one.note})")
+            console.warn(f"gc: {one.path}: its parents are not known ({one.note})")
     question = f"Delete {len(unneeded)} folders, {total}?"
     if dry_run or not (yes or typer.confirm(question, err=True)):  # stdout may be read by a program
-        return _told("nothing was deleted", unneeded)
-    still = {one.path for one in inventory.unneeded(folders, also)}  # much may have happened until somebody answered
+        return _result("nothing was deleted", unneeded)
+    still = {one.path for one in inventory.unneeded(folders, also)}  # this may have changed before the answer
     deleted, failed = [], 0
     for one, error in inventory.remove([one for one in unneeded if one.path in still]):
         if error:
@@ -85,10 +85,10 @@ def gc(
     if failed:
         console.say(f"gc: {said}")
         raise InputError(f"{failed} of {len(unneeded)} folders could not be deleted")
-    return _told(said, unneeded, deleted)
+    return _result(said, unneeded, deleted)
 
 
-def _told(said: str, unneeded: "Sequence[Found]", deleted: "Sequence[Found]" = ()) -> cli.CommandResult:
+def _result(said: str, unneeded: "Sequence[Found]", deleted: "Sequence[Found]" = ()) -> cli.CommandResult:
     return cli.CommandResult(
         f"gc: {said}",
         {

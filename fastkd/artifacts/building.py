@@ -87,7 +87,7 @@ def build(
         Where it is published. It is built beside it, in ``NAME.fastkd-partial``.
     inputs
         The key fields, which determine its content. None if the builder reports them (a DATASET is identified by its
-        content); then an existing artifact is returned whatever it contains.
+        content); then an existing artifact is returned without comparing key fields.
     builder
         Fills the directory that it is given, and returns a `Built`.
     force
@@ -124,7 +124,7 @@ def build(
             return artifact, False
         job = _Build(kind, inputs, dict(parents or {}), dict(settings or {}), scratch)
         partial = partial_of(path)
-        if partial.exists() and (force or not resumable):  # this process holds the lock: whoever left it is dead
+        if partial.exists() and (force or not resumable):  # this process holds the lock: its builder is dead
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=resumable)
         (partial / MANIFEST).unlink(missing_ok=True)  # of a build that was interrupted just before publishing

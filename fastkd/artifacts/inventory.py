@@ -1,4 +1,4 @@
-"""What lies on the disk: artifacts, what needs them, what killed processes left, and deleting what nobody needs."""
+"""Listing artifacts, their users and leftovers of killed processes; deleting unneeded ones."""
 
 import json
 import os
@@ -18,32 +18,33 @@ from fastkd.artifacts import BEGUN, MANIFEST, OLD, PARTIAL, REMOVED, Artifact
 from fastkd.errors import ArtifactError, InputError
 
 HOMES = (Path("data"), Path("runs"))
-"""Where artifacts lie unless a recipe says otherwise: under the working directory."""
-DELETABLE = ("LABELS", "SUBSET", "SCORES")  # what is made from others before those; the rest is the user's to delete
+"""Default directories of artifacts, relative to the working directory."""
+DELETABLE = ("LABELS", "SUBSET", "SCORES")  # children before parents; users delete the other kinds themselves
 PICTURES, PICTURE_NAMES = ".pictures", ("difficulty.png", "samples.png")
-"""Where those of a SUBSET are drawn: the end of the folder's name, and what lies in it."""
-_GOES_ON = "unfinished: the same command goes on with it"
+"""Suffix of the folder with the pictures of a SUBSET, and its files."""
+_RESUMABLE = "unfinished: the same command resumes it"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A folder that fastkd made.
+    """An artifact, or the leftover of a build.
 
     Attributes
     ----------
     state
-        ``published``; ``unfinished``, by a process that lives or not; ``replaced`` by a newer one, or half deleted
-        (``removed``), by a process that was killed; ``unreadable``: its manifest is damaged, older, or of no artifact.
+        ``published``; ``unfinished``: being built, or interrupted; ``replaced`` by a newer one or partly deleted
+        (``removed``) when a process was killed; ``unreadable``: the manifest is damaged, old, or not of an artifact.
     kind, key, parents
-        As far as they are known. `parents` by kind, as manifests have them.
+        As far as they are known; `parents` by kind, as in manifests.
     bytes : int
-        Of its files; of what is not published only those that have no other name: labels that grow share theirs.
+        Size of its files. Files of an unfinished build that have a second hard link are not counted: LABELS that are
+        extended share files with the published ones.
     changed : float
-        When it was published, or last written to (seconds since 1970).
+        Time of publishing, or of the last change (seconds since 1970).
     note
-        What is to be said of it, where it is not published.
+        Description of a state other than ``published``.
     left_over
-        A killed process left it, and nothing is lost with it but the work that went into it.
+        Whether a killed process left it, so that it can be deleted.
     """
 
     path: Path
@@ -58,17 +59,17 @@ class Found:
 
 
 def homes() -> list[Path]:
-    """Return those of `HOMES` that are there."""
+    """Return the existing directories of `HOMES`."""
     return [folder for folder in HOMES if folder.is_dir()]
 
 
 def scan(folders: Sequence[Path]) -> list[Found]:
-    """Return the artifacts in some folders, at any depth; links to folders are not followed, nor files verified.
+    """Return the artifacts in some folders, at any depth. Links to folders are not followed; files are not verified.
 
     Raises
     ------
     InputError
-        A folder is not there.
+        A folder does not exist.
     """
     found: dict[Path, Found] = {}
     for folder in folders:
@@ -76,28 +77,30 @@ def scan(folders: Sequence[Path]) -> list[Found]:
             raise InputError(f"{folder}: no such folder")
         for place, inside, files in os.walk(folder):
             inside.sort()
-            if one := _look(Path(place), MANIFEST in files):
-                inside.clear()  # what lies in an export is the export's
+            if one := _inspect(Path(place), MANIFEST in files):
+                inside.clear()  # artifacts inside an export belong to it
                 found.setdefault(one.path.resolve(), one)
     return list(found.values())
 
 
-def _look(path: Path, has_manifest: bool) -> Found | None:
-    """Tell what a folder is; None: no artifact."""
+def _inspect(path: Path, has_manifest: bool) -> Found | None:
+    """Return the artifact or leftover in a folder. None: it contains neither."""
     name = path.name
     if name.endswith(PARTIAL):
         begun = _begun(path)
-        note = _GOES_ON if begun else "unfinished, of no use: the next build clears it"
-        left_over = begun.get("kind") != "RUN"  # hours of training are the user's to delete
+        note = _RESUMABLE if begun else "unfinished, cannot be resumed: the next build deletes it"
+        left_over = (
+            begun.get("kind") != "RUN"
+        )  # users delete unfinished RUNs themselves: they may contain hours of training
         if artifacts.in_use(path.with_name(name.removesuffix(PARTIAL))):
             note, left_over = "a process is building it", False
         return Found(path, "unfinished", **begun, **_taken(path, shared=False), note=note, left_over=left_over)
     if name.endswith(OLD):
         left_over = path.with_name(name.removesuffix(OLD)).exists()
-        note = "replaced by a newer one" if left_over else "the next build puts it back in its place"
+        note = "replaced by a newer one" if left_over else "the next build restores it"
         return Found(path, "replaced", **_taken(path, shared=False), note=note, left_over=left_over)
     if name.endswith(REMOVED):
-        return Found(path, "removed", **_taken(path, shared=False), note="half deleted", left_over=True)
+        return Found(path, "removed", **_taken(path, shared=False), note="partly deleted", left_over=True)
     if not has_manifest:
         return None
     try:
@@ -112,7 +115,7 @@ def _look(path: Path, has_manifest: bool) -> Found | None:
 
 
 def _begun(path: Path) -> dict[str, Any]:
-    """Return what an unfinished build says that it is to be; nothing, where it cannot be gone on with."""
+    """Return kind, key and parents of an unfinished build. Empty: it cannot be resumed."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         begun = json.loads((path / BEGUN).read_bytes())
         parents = {str(kind): str(key) for kind, key in begun["parents"].items()}
@@ -121,11 +124,11 @@ def _begun(path: Path) -> dict[str, Any]:
 
 
 def _taken(path: Path, *, shared: bool = True) -> dict[str, Any]:
-    """Return the bytes of the files in a folder, those that have another name counted or not, and its last change."""
+    """Return the size of the files in a folder, with or without files that have a second link, and its last change."""
     taken, changed = 0, 0.0
     for place, _, names in os.walk(path):
         for name in [".", *names]:
-            with suppress(OSError):  # gone by now
+            with suppress(OSError):  # deleted meanwhile
                 file = os.lstat(os.path.join(place, name))
                 if stat.S_ISREG(file.st_mode) and (shared or file.st_nlink == 1):
                     taken += file.st_size
@@ -134,12 +137,12 @@ def _taken(path: Path, *, shared: bool = True) -> dict[str, Any]:
 
 
 def check_artifact(path: Path) -> Artifact:
-    """Verify the checksum of every file of an artifact, whatever was found before.
+    """Verify the checksum of every file of an artifact, even if it has been verified before.
 
     Raises
     ------
     ArtifactError
-        Something is missing, damaged or foreign; names the file.
+        A file is missing or damaged, or is not part of the artifact; names the file.
     """
     artifact = artifacts.load(path)
     artifacts.verify(artifact)
@@ -149,20 +152,20 @@ def check_artifact(path: Path) -> Artifact:
 
 
 def users(one: Found, found: Iterable[Found]) -> list[Path]:
-    """Return the artifacts, and unfinished ones, that were made from this one directly."""
+    """Return the artifacts and unfinished builds that were made directly from this one."""
     return [other.path for other in found if one.key and one.kind and other.parents.get(one.kind) == one.key]
 
 
 def unneeded(folders: Sequence[Path], also: Sequence[Path] = ()) -> list[Found]:
-    """Return what in some folders no RUN, no export and nothing unfinished needs, and what killed processes left.
+    """Return the leftovers, and the artifacts that no RUN, export or unfinished build needs, in some folders.
 
-    What is made from others comes before those. The user's to delete, and never among them: RUNs, also unfinished ones
-    that can be gone on with, DATASETs, and SUBSETs of anybody's logits, which were made to be used elsewhere.
+    Children come before their parents. RUNs (also unfinished ones that can be resumed), DATASETs, and SUBSETs of a
+    user's logits are never returned; users delete these themselves.
 
     Parameters
     ----------
     also
-        Further folders whose RUNs and exports count.
+        Further folders whose RUNs and exports are considered.
     """
     found = scan([*folders, *also])
     needed = {(kind, key) for kind, key in _needed(found)}
@@ -176,7 +179,7 @@ def unneeded(folders: Sequence[Path], also: Sequence[Path] = ()) -> list[Found]:
 
 
 def _needed(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
-    """Yield kind and key of all that RUNs, exports and unfinished builds were made from, directly or through others."""
+    """Yield kind and key of the direct and indirect parents of all RUNs, exports and unfinished builds."""
     seen: set[tuple[str, str]] = set()
     waiting = [one for one in found if one.state != "published" or one.kind in ("RUN", "DATASET")]
     while waiting:
@@ -188,7 +191,7 @@ def _needed(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
 
 
 def remove(chosen: Sequence[Found]) -> Iterator[tuple[Found, InputError | None]]:
-    """Delete what was chosen, one after the other; yield each, with the reason where it could not be deleted."""
+    """Delete artifacts one by one; yield each, with the error if it could not be deleted."""
     for one in chosen:
         try:
             artifacts.remove(one.path, _clear_beside)
@@ -198,19 +201,19 @@ def remove(chosen: Sequence[Found]) -> Iterator[tuple[Found, InputError | None]]
 
 
 def _clear_beside(published: Path) -> None:
-    """Delete what lay beside an artifact for its sake: its pictures, and how far a pass of the teacher had come."""
+    """Delete the files beside an artifact: its pictures, and the progress of a teacher pass."""
     if not published.exists():
         pictures = published.with_name(published.name + PICTURES)
         for name in PICTURE_NAMES:
             (pictures / name).unlink(missing_ok=True)
-        with suppress(OSError):  # there are none, or somebody put something else there
+        with suppress(OSError):  # it does not exist, or contains other files
             pictures.rmdir()
     if not artifacts.partial_of(published).exists():
         artifacts.progress_file(published).unlink(missing_ok=True)
 
 
 def table(shown: Sequence[Found], found: Sequence[Found]) -> Table:
-    """Lay artifacts out, with those of `found` that use them."""
+    """Return a table of artifacts, with those of `found` that use them."""
     grid = Table(title_justify="left")
     for heading in ("kind", "path"):
         grid.add_column(heading, overflow="fold")
@@ -227,14 +230,14 @@ def table(shown: Sequence[Found], found: Sequence[Found]) -> Table:
 
 
 def described(found: Sequence[Found]) -> list[dict[str, Any]]:
-    """Return artifacts as JSON has them."""
+    """Return artifacts as JSON values."""
     return [
         asdict(one) | {"path": str(one.path), "used_by": [str(path) for path in users(one, found)]} for one in found
     ]
 
 
 def megabytes(count: int) -> str:
-    """Write a number of bytes as a person reads it."""
+    """Format a number of bytes."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 

@@ -1,4 +1,4 @@
-"""What an artifact is: its manifest, its key, and how it differs from others."""
+"""The manifest of an artifact, its key, and differences between key fields."""
 
 import contextlib
 import json

@@ -158,7 +158,7 @@ def open_array(path: Path) -> np.ndarray:
             return np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except Exception as error:  # damaged headers fail numpy's reader in any way there is
+    except Exception as error:  # damaged headers raise various errors in numpy's reader
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"{path}: not a plain .npy array ({reason})") from None
 
@@ -186,7 +186,7 @@ def load(path: str | os.PathLike[str], kind: Kind | None = None) -> Artifact:
         raise ArtifactError(f"{path}: holds a {manifest.kind}, where a {kind} is expected")
     if manifest.key != key_of(manifest.kind, manifest.inputs):
         raise ArtifactError(
-            f"{path / MANIFEST}: the key does not follow from the inputs: the manifest was changed by hand"
+            f"{path / MANIFEST}: the key does not match the key fields: the manifest was changed by hand"
         )
     artifact = Artifact(path, manifest)
     state = file_state(artifact)  # also in the artifact: before its files are read
@@ -293,7 +293,7 @@ def find(
     artifact = load(path, kind)
     if artifact.key != key_of(kind, inputs):
         differs = "; ".join(differences(inputs, artifact.manifest.inputs))
-        raise ArtifactError(f"{path}: made from other inputs than asked for: {differs}. Move it away or delete it.")
+        raise ArtifactError(f"{path}: made from other key fields than requested: {differs}. Move it away or delete it.")
     if parents is not None and (phrases := differences(parents, artifact.manifest.parents)):
         raise ArtifactError(f"{path}: has other parents than those in use: {'; '.join(phrases)}. Delete it.")
     return artifact

@@ -1,9 +1,8 @@
-"""Writing .beton files with processes that cannot hang.
+"""Writing .beton files in supervised processes.
 
-FFCV's own writer hangs if a sample raises, a worker is killed or the disk is full. It leaves a segment in /dev/shm, and
-an incomplete file loads without an error.
-
-There are three levels of processes: the caller (`write_betons`) supervises one child, which forks workers.
+FFCV's own writer hangs if a sample raises, a worker is killed or the disk is full; it leaves a segment in /dev/shm, and
+an incomplete file loads without an error. Here the caller (`write_betons`) supervises one child process, which forks
+workers.
 """
 
 import unicodedata
@@ -31,12 +30,12 @@ MIN_STD = 1e-3
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_betons` wrote.
+    """The result of `write_betons`.
 
     Attributes
     ----------
     found : list of Found
-        What was noticed of the images of all splits, and of those of train and val together.
+        Notices about the images of all splits, and about images that occur in both.
     """
 
     classes: list[str]
@@ -50,7 +49,7 @@ class Written:
 
     @property
     def warnings(self) -> list[str]:
-        """What a user should be told, each kind once, with the number of images and up to five names."""
+        """One warning per kind of notice, with the number of images and up to five names."""
         texts = []
         skipped = [one for split in self.splits.values() for one in split.skipped]
         if skipped:
@@ -66,28 +65,28 @@ class Written:
         if constant:
             texts.append(
                 f"{', '.join(constant)}: constant or nearly so over all of train. The standard deviation is recorded "
-                "as 1, so that normalised pixels are about 0; look at the images"
+                "as 1, so that normalised pixels are about 0; inspect the images"
             )
         return texts
 
 
 def usable_std(std: Sequence[float]) -> list[float]:
-    """Return standard deviations to divide by: that of a constant channel becomes 1."""
+    """Return the standard deviations for normalisation: 1 for a constant channel."""
     return [float(value) if value >= MIN_STD else 1.0 for value in std]
 
 
 def write_betons(writer: Writer, options: WriterOptions, directory: Path, progress: Progress | None = None) -> Written:
     """Write ``train.beton`` and ``val.beton`` of a writer's source into `directory`.
 
-    The work is done in a process of its own: the caller neither hangs nor leaves anything behind, whatever happens to
-    that process, its workers or the disk.
+    The files are written in a separate process. The caller does not hang and leaves no files behind if that process
+    or a worker fails, or the disk is full.
 
     Raises
     ------
     InputError
-        The source is not as expected: missing, a corrupt image, a wrong label, a class without samples ….
+        The source is missing or invalid: a corrupt image, a wrong label, a class without samples ….
     FastkdError
-        The disk is full, a process was killed, a sample never came, or the writer raised something else.
+        The disk is full, a process was killed, reading a sample did not end, or the writer raised another error.
     """
     request = (writer.name, options.model_dump(mode="json"), str(directory))
     try:
@@ -104,9 +103,14 @@ def write_betons(writer: Writer, options: WriterOptions, directory: Path, progre
 
 
 def write_here(request: tuple[str, dict[str, Any], str], report: Report) -> Written:
-    """Read the source and write its splits, in this process and workers forked from it.
+    """Read the source and write its splits, in this process and in workers forked from it.
 
-    `request` is (name of the writer, its options, directory); `report` gets (split, done, total).
+    Parameters
+    ----------
+    request
+        Name of the writer, its options, and the output directory.
+    report
+        Called with (split, done, total).
     """
     name, values, directory = request
     writer = load_writer(name)
@@ -160,15 +164,15 @@ def _check_source(name: str, source: Any) -> tuple[Mapping[str, MapDataset], lis
 
 
 def check_classes(name: str, classes: Sequence[Any]) -> list[str]:
-    """Return class names as they will be stored, or raise: the one rule for whatever writer they come from.
+    """Validate class names.
 
     Parameters
     ----------
     name
-        Of the writer.
+        Name of the writer.
     classes
-        At least two; each a str of valid Unicode with no control characters or line breaks, not blank, and no two that
-        look the same: that differ by surrounding blanks or by how accents are composed only.
+        At least two strings of valid Unicode, not blank, without control characters and line breaks. No two may differ
+        only in surrounding whitespace or in the composition of accents.
     """
 
     def wrong(what: str) -> InputError:
@@ -196,7 +200,7 @@ def check_classes(name: str, classes: Sequence[Any]) -> list[str]:
 
 
 def _merged(found: Sequence[Found]) -> list[Found]:
-    """Put together what was found of a kind in several splits, in the order of the kinds."""
+    """Merge the notices of each kind over the splits, in the order of the kinds."""
     merged: dict[str, Found] = {}
     for one in found:
         if one.kind in merged:

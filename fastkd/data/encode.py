@@ -1,4 +1,4 @@
-"""From what a writer's data set yields to the bytes that a .beton stores: decoded, checked, shrunk, encoded."""
+"""Encoding the samples of a writer for a .beton file: decode, check, shrink, encode."""
 
 import contextlib
 import ctypes
@@ -22,10 +22,10 @@ from fastkd.data.writer_api import WriterOptions
 JPG, RAW = 0, 1
 """FFCV's codes for how an image is stored."""
 MAX_SIDE = 65535  # FFCV keeps height and width as uint16
-_WIDE_MODES = ("I", "F")  # 16 and 32 bits a channel: PIL would clip them at 255 without a word
+_WIDE_MODES = ("I", "F")  # 16 and 32 bits per channel: PIL would clip them at 255 silently
 _JPEG_FORMATS = ("JPEG", "MPO")  # MPO: JPEG files one after another (phones); decoders stop after the first
 _EXIF_PLACES = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-# The errors of reading that are about the one file. Others (too many open files, no memory) are about the machine.
+# Errors caused by the file itself. Others (too many open files, no memory) are caused by the machine.
 _OF_THE_FILE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
     errno.EINVAL, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.EBADMSG, errno.EUCLEAN, errno.EOVERFLOW,
@@ -33,44 +33,43 @@ _OF_THE_FILE = {
 
 
 class CorruptImageError(ValueError):
-    """An image that cannot be read, decoded or stored; left out if the options say so."""
+    """An image cannot be read, decoded or stored. It is left out with ``on_error=skip``."""
 
 
 class WrongSampleError(ValueError):
-    """A sample of the wrong type, shape or label; always an error."""
+    """A sample has a wrong type, shape or label. This is always an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An image as it will lie in the file."""
+    """An encoded image."""
 
     mode: int
     height: int
     width: int
     data: np.ndarray  # uint8 [bytes]
-    moments: tuple[int, ...]  # exact sums over the pixels that a reader will get: r, g, b, r², g², b²
+    moments: tuple[int, ...]  # exact sums over the decoded pixels: r, g, b, r², g², b²
     notices: Notice = NONE
 
 
 def encode(image: Any, options: WriterOptions) -> Stored:
-    """Turn an image into what is stored.
+    """Encode an image for storage.
 
     Parameters
     ----------
     image
         uint8 [H, W], [H, W, 1] or [H, W, 3]; a PIL image; or the bytes of an image file. Grey becomes RGB, alpha is
-        dropped, an EXIF orientation is ignored (as FFCV and torchvision do). What a user should know of that is in the
-        result's `notices`.
+        dropped, and an EXIF orientation is ignored (as in FFCV and torchvision); see the `notices` of the result.
     options
-        A JPEG file that `mode` and `max_resolution` let pass, and that FFCV decodes without complaint, is kept byte for
-        byte. Anything else is shrunk with INTER_AREA, as FFCV does, and stored as pixels or as a new JPEG.
+        A JPEG file that satisfies `mode` and `max_resolution`, and that FFCV decodes without an error, is kept byte for
+        byte. Other images are shrunk with INTER_AREA, as in FFCV, and stored as pixels or as a new JPEG.
 
     Raises
     ------
     CorruptImageError
-        The image file or PIL image cannot be decoded, has more than 8 bits a channel, or too many pixels.
+        The image cannot be decoded, has more than 8 bits per channel, or has too many pixels.
     WrongSampleError
-        It is no image, or an array of a type, shape or size that cannot be stored.
+        It is not an image, or an array whose type, shape or size cannot be stored.
     """
     came_as_jpeg, alpha, notices = False, None, NONE
     if isinstance(image, bytes | bytearray | memoryview):
@@ -108,18 +107,18 @@ def encode(image: Any, options: WriterOptions) -> Stored:
 def _stored(
     mode: int, pixels: np.ndarray, data: np.ndarray, notices: Notice, alpha: tuple[int, int] | None = None
 ) -> Stored:
-    """Sum up an image.
+    """Return the encoded image with its moments and notices.
 
     Parameters
     ----------
     pixels : uint8 [H, W, 3]
-        What a reader will get of `data` (uint8 [bytes]).
+        The decoded pixels of `data` (uint8 [bytes]).
     alpha
-        The smallest and the largest value of the alpha channel that it had.
+        Smallest and largest value of the alpha channel, if the image had one.
     """
     height, width = pixels.shape[:2]
     moments = _moments(pixels)
-    # All values are equal where n Σx² = (Σx)²: exact in integers, and the sums are there.
+    # All values are equal if and only if n Σx² = (Σx)², which is exact in integers.
     if all(height * width * squares == total * total for total, squares in zip(moments[:3], moments[3:], strict=True)):
         notices |= Notice.HIDDEN if alpha and alpha[0] < alpha[1] else Notice.FLAT
     return Stored(mode, height, width, data, moments, notices)
@@ -140,7 +139,7 @@ def check_label(label: Any, num_classes: int) -> int:
 
 
 def decode_jpeg(data: np.ndarray, height: int, width: int) -> np.ndarray | None:
-    """Decode as FFCV's loader will, to uint8 [H, W, 3]; None where its decoder complains (the loader would not)."""
+    """Decode with FFCV's decoder to uint8 [H, W, 3]. None: the decoder reports an error, which the loader ignores."""
     pixels = np.empty((height, width, 3), np.uint8)
     size = (height, width)
     failed = _ffcv_imdecode()(data.ctypes.data, data.size, *size, pixels.ctypes.data, *size, 0, 0, 1, 1, False, False)
@@ -149,7 +148,7 @@ def decode_jpeg(data: np.ndarray, height: int, width: int) -> np.ndarray | None:
 
 @functools.cache
 def ffcv_library() -> ctypes.CDLL:
-    """Open FFCV's compiled half alone, by its path: ``import ffcv`` takes 11 s, to compile what only loading needs."""
+    """Open FFCV's compiled library by its path. ``import ffcv`` takes 11 s, for code that only loading needs."""
     package = importlib.util.find_spec("ffcv")
     places = package.submodule_search_locations if package else None
     library = importlib.machinery.PathFinder.find_spec("_libffcv", list(places or []))
@@ -173,11 +172,11 @@ def _as_jpeg(height: int, width: int, options: WriterOptions) -> bool:
 
 
 def unreadable(error: BaseException) -> CorruptImageError | None:
-    """Return what an error of reading or decoding says of the sample; None where it is about something else.
+    """Return the `CorruptImageError` for an error of reading or decoding. None: the sample is not its cause.
 
-    One rule for data sets that read or decode by themselves, and for what is decoded here: a file that is missing, not
-    to be read, a folder or a broken link; an image with too many pixels; and whatever Pillow cannot decode. Not about
-    the sample are a full disk, too many open files, too little memory, and errors of code or of a network.
+    The sample is the cause if its file is missing, unreadable, a folder or a broken link, if it has too many pixels, or
+    if Pillow cannot decode it. Other causes are a full disk, too many open files, too little memory, and errors of code
+    or of a network.
     """
     if isinstance(error, Image.DecompressionBombError):
         found = re.search(r"\d{6,}", str(error))
@@ -207,19 +206,19 @@ def _open(data: np.ndarray) -> Image.Image:
 
 
 def _corrupt(error: Exception) -> Exception:
-    """Return what an error that Pillow raised means: any that is not about the machine is about the image."""
+    """Return the error to raise for an error of Pillow: `CorruptImageError`, unless the machine is the cause."""
     if isinstance(error, OSError) and error.errno is not None:
         return unreadable(error) or error
     return unreadable(error) or CorruptImageError(f"corrupt image: {type(error).__name__}: {error}")
 
 
 def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[int, int] | None, Notice]:
-    """Return the pixels (uint8 [H, W, 3]), the extremes of the alpha channel if there is one, and what is noticed."""
+    """Return the pixels (uint8 [H, W, 3]), the extremes of the alpha channel if there is one, and the notices."""
     if image.mode.split(";")[0] in _WIDE_MODES:
         raise CorruptImageError(
             f"an image of mode {image.mode!r} (more than 8 bits a channel): only 8 bits can be stored; convert it first"
         )
-    deep = ";16" in str(getattr(image, "tile", ""))  # which Pillow makes 8 bits of: load() empties the list
+    deep = ";16" in str(getattr(image, "tile", ""))  # Pillow converts these to 8 bits; load() empties the list
     try:
         image.load()  # Image.open reads the header only
         pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -233,14 +232,14 @@ def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[int, int] | None,
         notices |= Notice.TRANSPARENT
     if deep:
         notices |= Notice.DEEP
-    with contextlib.suppress(Exception):  # what follows the first frame may be damaged
+    with contextlib.suppress(Exception):  # the frames after the first may be damaged
         if image.format not in _JPEG_FORMATS and getattr(image, "is_animated", False):
             notices |= Notice.SEVERAL
     return pixels, alpha, notices
 
 
 def _alpha_extremes(image: Image.Image) -> tuple[int, int] | None:
-    """Return the smallest and the largest value of the alpha channel, None if there is none."""
+    """Return the smallest and the largest value of the alpha channel. None: there is none."""
     if not image.has_transparency_data:
         return None
     alpha = image if "A" in image.getbands() else image.convert("RGBA")
@@ -249,10 +248,10 @@ def _alpha_extremes(image: Image.Image) -> tuple[int, int] | None:
 
 
 def _orientation(image: Image.Image) -> Notice:
-    """Tell whether an EXIF orientation would turn or mirror an image; it is read from the header."""
+    """Return `Notice.ROTATED` if the header contains an EXIF orientation other than 1."""
     if not _EXIF_PLACES & image.info.keys():
         return NONE
-    with contextlib.suppress(Exception):  # EXIF data is often damaged, and no decoder minds
+    with contextlib.suppress(Exception):  # EXIF data is often damaged; decoders ignore that
         if image.getexif().get(0x0112, 1) in range(2, 9):
             return Notice.ROTATED
     return NONE

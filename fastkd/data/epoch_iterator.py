@@ -24,7 +24,7 @@ STUCK_AFTER_S = 300.0
 """Longer than compiling any pipeline takes."""
 STOP_WITHIN_S = 5.0
 """Longer than loading any batch takes."""
-_LOOK_EVERY_S = 0.2
+_POLL_EVERY_S = 0.2
 
 
 def _what(error: BaseException) -> str:
@@ -88,18 +88,18 @@ class EpochThread(EpochIterator):
     def __next__(self) -> tuple[torch.Tensor, ...]:
         if self.terminate_event.is_set():  # ending here would hide that samples are missing
             raise LoaderError(
-                f"{self.loader.fname}: this epoch was broken off, since another one of the same loader was begun, or "
-                "the loader closed: a loader gives one epoch at a time; make a second one to go through data twice"
+                f"{self.loader.fname}: this epoch was interrupted, since another epoch of the same loader was started "
+                "or the loader was closed. A loader yields one epoch at a time; use a second loader for a second epoch"
             )
-        waiting, looks = self.output_queue, 0
+        waiting, polls = self.output_queue, 0
         while not waiting.queue:  # FFCV's own get() would wait forever for a dead thread
             if not self.is_alive() and not waiting.queue:
                 raise self._error(_what(self.failure) if self.failure else "it ended early")
-            if looks * _LOOK_EVERY_S > STUCK_AFTER_S:
-                raise self._error(f"it has given nothing for {STUCK_AFTER_S:.0f} s")
-            looks += 1  # not by the clock, which continues while the process is stopped (Ctrl-Z)
+            if polls * _POLL_EVERY_S > STUCK_AFTER_S:
+                raise self._error(f"it has returned no batch for {STUCK_AFTER_S:.0f} s")
+            polls += 1  # not by the clock, which continues while the process is stopped (Ctrl-Z)
             with waiting.not_empty:
-                waiting.not_empty.wait_for(lambda: waiting.queue, timeout=_LOOK_EVERY_S)
+                waiting.not_empty.wait_for(lambda: waiting.queue, timeout=_POLL_EVERY_S)
         return super().__next__()
 
     def _error(self, what: str) -> LoaderError:
@@ -112,7 +112,7 @@ class EpochThread(EpochIterator):
     def stop(self) -> None:
         """End the thread, and wait for it. A stuck thread (a daemon) is abandoned."""
         self.terminate_event.set()
-        self.iter_ixes = iter(())  # FFCV checks the event only while the queue is full, and it is emptied here
+        self.iter_ixes = iter(())  # FFCV checks the event only while the queue is full; it is emptied here
         give_up = time.monotonic() + STOP_WITHIN_S
         while self.is_alive() and time.monotonic() < give_up:
             with self.output_queue.mutex:  # the thread may be waiting to put its end mark into a full queue

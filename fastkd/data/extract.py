@@ -1,4 +1,4 @@
-"""Copying samples from one .beton file to another, byte for byte: nothing is decoded."""
+"""Copying samples from one .beton file to another, byte for byte, without decoding."""
 
 import os
 import time
@@ -16,13 +16,13 @@ _REPORT_EVERY_S = 0.1
 
 @dataclass(frozen=True)
 class Table:
-    """What a .beton file says of its samples, by position.
+    """The tables of a .beton file, by position of the sample.
 
     Attributes
     ----------
     metadata : ffcv_format.METADATA [N]
     sizes : int64 [N]
-        Bytes of each image.
+        Number of bytes of each image.
     """
 
     file: Path
@@ -45,12 +45,12 @@ class Table:
         return int(self.metadata["f0"]["height"].max()), int(self.metadata["f0"]["width"].max())
 
     def positions(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Return where samples stand (int64 [M]).
+        """Return the positions of samples (int64 [M]).
 
         Raises
         ------
         InputError
-            The file has no sample of one of the ids (int64 [M]).
+            The file does not contain one of the samples.
         """
         order = np.argsort(self.sample_ids, kind="stable")
         places = np.minimum(np.searchsorted(self.sample_ids, sample_ids, sorter=order), len(order) - 1)
@@ -64,7 +64,7 @@ class Table:
         return found
 
     def bytes_needed(self, positions: np.ndarray) -> int:
-        """Return the bytes on the disk of a file of some of these samples (int64 [M]); its holes take none."""
+        """Return the size on disk of a file with the samples at these positions (int64 [M]), without its holes."""
         count = len(positions)
         return (
             int(self.sizes[positions].sum()) + ffcv_format.data_start(count) + count * ffcv_format.ALLOCATION.itemsize
@@ -73,15 +73,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Extract:
-    """What `extract` wrote.
+    """The result of `extract`.
 
     Attributes
     ----------
     content_hash : str
-        As of `fastkd.data.ffcv_format.Split`, over the samples that were copied.
+        Hash of the copied samples, as in `fastkd.data.split_writer.Split`.
     image_bytes : int
+        Number of bytes of all images.
     max_height, max_width : int
-        Of the largest image, in pixels.
+        Largest height and width, in pixels.
     """
 
     content_hash: str
@@ -96,7 +97,7 @@ def read_table(file: Path) -> Table:
     Raises
     ------
     ArtifactError
-        The file cannot be read, is not such a file, or its tables say what cannot be.
+        The file cannot be read, is not in this format, or its tables are inconsistent.
     """
 
     def wrong(what: str) -> ArtifactError:
@@ -115,7 +116,7 @@ def read_table(file: Path) -> Table:
             found = tuple((bytes(row["name"]).rstrip(b"\0").decode("latin-1"), int(row["type_id"])) for row in fields)
             if found != ffcv_format.FIELDS:
                 raise wrong(f"holds the fields {found}; expected {ffcv_format.FIELDS}")
-            # Compared with the size before anything is allocated.
+            # Compare with the size of the file before allocating memory.
             if (
                 not count
                 or end < ffcv_format.data_start(count)
@@ -131,7 +132,7 @@ def read_table(file: Path) -> Table:
     starts = metadata["f0"]["data_ptr"]
     rows = order[np.minimum(np.searchsorted(table["ptr"], starts, sorter=order), count - 1)]
     sizes = table["size"][rows]
-    # Unsigned: sizes are compared on their own first, so that no sum wraps.
+    # The integers are unsigned: compare the sizes first, so that no difference wraps.
     if (table["ptr"][rows] != starts).any() or (sizes > end).any() or (starts > end - sizes).any() or not sizes.all():
         raise wrong("its tables point outside of it")
     return Table(file, metadata, sizes.astype(np.int64))
@@ -140,28 +141,28 @@ def read_table(file: Path) -> Table:
 def extract(
     table: Table, positions: np.ndarray, file: Path, progress: Callable[[int, int], None] | None = None
 ) -> Extract:
-    """Write a .beton file of some samples of another: their ids and labels, and the bytes of their images.
+    """Copy samples to a new .beton file: ids, labels and image bytes.
 
-    Images are read and stored in the order in which they lie in the other file, so that a disk reads it once from its
-    beginning to its end; memory holds one page (8 MiB), or one image where that is larger.
+    Images are copied in the order in which they lie in the source file, which is therefore read sequentially. Memory
+    holds one page (8 MiB), or one image if that is larger.
 
     Parameters
     ----------
     table : Table
-        Of the file to copy from.
+        Tables of the source file.
     positions : int64 [M]
-        Where the samples stand there, in the order of the new positions.
+        Positions of the samples in the source file, in the order of the new positions.
     file : Path
         The new file.
     progress
-        Called with (images copied, M).
+        Called with (number of copied images, M).
 
     Raises
     ------
     ArtifactError
-        The other file cannot be read, or ends too early.
+        The source file cannot be read, or is truncated.
     FastkdError
-        The disk is full, or gives back otherwise than was written.
+        The disk is full, or the new file does not read back as written.
     """
     count = len(positions)
     metadata, sizes = table.metadata[positions], table.sizes[positions]
@@ -205,7 +206,7 @@ def extract(
 
 
 def _read(descriptor: int, file: Path, start: int, size: int) -> np.ndarray:
-    """Read `size` bytes (uint8 [size]); the kernel may give fewer at a time: always above 2 GiB."""
+    """Read `size` bytes (uint8 [size]). The kernel may return fewer per call, and always does above 2 GiB."""
     try:
         data = os.pread(descriptor, size, start)
         while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
@@ -213,5 +214,5 @@ def _read(descriptor: int, file: Path, start: int, size: int) -> np.ndarray:
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
     if len(data) < size:
-        raise ArtifactError(f"{file}: ends before byte {start + size}; it was cut while it was read")
+        raise ArtifactError(f"{file}: ends before byte {start + size}; it was truncated while it was read")
     return np.frombuffer(data, np.uint8)

@@ -1,6 +1,6 @@
 """The .beton format, FFCV's format 2: header, fields, metadata of each sample, pages of image bytes, allocation table.
 
-The format is spelled out here, since importing ffcv takes seconds; a test compares it with FFCV's own.
+The format is defined here because importing ffcv takes seconds. A test compares it with FFCV's own definition.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 PAGE_BYTES = 8 << 20
 MAX_PAGE_BYTES = 1 << 31  # the largest power of two that fits the header's uint32
 
-# What workers find out, in shared memory: one row per sample of the source.
+# Results of the workers in shared memory: one row per sample of the source.
 RECORD = np.dtype(
     [
         ("state", "u1"),
@@ -56,18 +56,18 @@ STORED, SKIPPED = 1, 2
 
 
 class Pages:
-    """Where image bytes are put: one page at a time, booked at the end of the file, which workers share.
+    """Writes image bytes into pages that are allocated at the end of a file, which workers share.
 
-    FFCV reads whole pages of one size, a power of two, and no image may cross a page's border. An image that is larger
-    than `PAGE_BYTES` gets a page of the next power of two to itself, aligned to it: the file's page size then is that
-    of its largest image, which is known when all are written, and smaller pages lie within larger ones.
+    FFCV reads whole pages of one size, a power of two, and no image may cross the border of a page. An image that is
+    larger than `PAGE_BYTES` gets its own page of the next power of two, aligned to its size. The page size of the file
+    is that of its largest image, which is known when all images are written; smaller pages lie within larger ones.
 
     Parameters
     ----------
     descriptor : int
-        Of the file, open for writing.
+        Descriptor of the file, open for writing.
     book
-        ``book(size)`` returns the position of a new page of `size` bytes, `aligned` to its size.
+        ``book(size)`` allocates a page of `size` bytes, `aligned` to its size, and returns its position.
     """
 
     def __init__(self, descriptor: int, book: Callable[[int], int]) -> None:
@@ -92,7 +92,7 @@ class Pages:
         return ptr
 
     def flush(self) -> None:
-        """Write the page; its unused rest remains a hole in the file."""
+        """Write the current page. Its unused end remains a hole in the file."""
         if self.start >= 0:
             _write_at(self.descriptor, self.page[: self.used], self.start)
 
@@ -115,14 +115,14 @@ def _page_bytes(largest: int) -> int:
 
 def _write_at(descriptor: int, data: np.ndarray, offset: int) -> None:
     view = data.data.cast("B")
-    while view:  # the kernel may take less than it is given: always above 2 GiB, and when the disk fills up
+    while view:  # the kernel may write less than it is given: always above 2 GiB, and when the disk fills up
         taken = os.pwrite(descriptor, view, offset)
         view, offset = view[taken:], offset + taken
 
 
 @contextlib.contextmanager
 def storage_errors(file: Path, records: np.ndarray) -> Iterator[None]:
-    """Explain a failure to write `file`; of a full disk, how much is missing, going by its RECORDs so far [N]."""
+    """Explain a failure to write `file`. For a full disk, estimate the space needed from the RECORDs [N] so far."""
     try:
         yield
     except OSError as error:
@@ -140,21 +140,21 @@ def storage_errors(file: Path, records: np.ndarray) -> Iterator[None]:
 
 
 def data_start(num_samples: int) -> int:
-    """Return the bytes that header, fields and metadata take: where pages may begin."""
+    """Return the number of bytes of header, fields and metadata, after which pages may begin."""
     return HEADER.itemsize + len(FIELDS) * FIELD.itemsize + num_samples * METADATA.itemsize
 
 
 def write_tables(file: Path, rows: np.ndarray, ids: np.ndarray, end: int) -> None:
-    """Write everything but the images into a file that holds those, and look at it once more.
+    """Write header, metadata and allocation table into a file that contains the images, and verify the file.
 
     Parameters
     ----------
     rows : RECORD [N]
         The images, in the order of their positions.
     ids : int64 [N]
-        Their sample ids.
+        Sample ids of the images.
     end : int
-        Where the last page ends.
+        End of the last page.
     """
     fields = np.zeros(len(FIELDS), FIELD)
     for row, (name, type_id) in zip(fields, FIELDS, strict=True):
@@ -167,7 +167,7 @@ def write_tables(file: Path, rows: np.ndarray, ids: np.ndarray, end: int) -> Non
     metadata["f1"] = rows["label"]
     metadata["f2"] = ids
     table = np.zeros(len(rows), ALLOCATION)
-    # FFCV finds a sample's page by its position, whatever its id.
+    # FFCV finds the page of a sample by position, not by id.
     for key, values in (("sample_id", np.arange(len(rows))), ("ptr", rows["ptr"]), ("size", rows["size"])):
         table[key] = values
     header = np.zeros(1, HEADER)
@@ -178,7 +178,7 @@ def write_tables(file: Path, rows: np.ndarray, ids: np.ndarray, end: int) -> Non
             stream.write(block.tobytes())
         stream.seek(end)
         stream.write(table.tobytes())
-    _look_again(file, header, metadata, table, rows)
+    _read_back(file, header, metadata, table, rows)
 
 
 def content_hash(rows: np.ndarray, ids: np.ndarray) -> str:
@@ -189,8 +189,8 @@ def content_hash(rows: np.ndarray, ids: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(content.tobytes())
 
 
-def _look_again(file: Path, header: np.ndarray, metadata: np.ndarray, table: np.ndarray, rows: np.ndarray) -> None:
-    """Read the file back: every table, and up to 64 images spread over it."""
+def _read_back(file: Path, header: np.ndarray, metadata: np.ndarray, table: np.ndarray, rows: np.ndarray) -> None:
+    """Compare the tables and up to 64 evenly spaced images with what was written."""
     end = int(header["alloc_table_ptr"][0])
     with file.open("rb") as stream:
         right = (

@@ -1,8 +1,8 @@
-"""Imports FFCV, without what its import does besides. Whatever uses FFCV imports this first.
+"""Imports FFCV without the side effects of its import. Every module that uses FFCV imports this module first.
 
-Its import makes a numba dictionary of two entries, which no compiled code looks into, and for which numba compiles for
-6 s, and it sets torch's threads to 1. It also imports a function from distutils, which it never calls, and which Python
-3.12 and later have only where setuptools is installed.
+The import of FFCV creates a numba dictionary, which no compiled code uses and which takes 6 s to compile, and sets the
+number of torch threads to 1. It also imports a function of distutils, which it never calls, and which Python 3.12 and
+later have only if setuptools is installed.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ sys.modules.update(_stubs)
 try:
     import ffcv  # noqa: F401
 finally:
-    for _name in _stubs:  # nothing else may take these for distutils
+    for _name in _stubs:  # no other module may import these stubs
         del sys.modules[_name]
     numba.typed.Dict = _numba_dict
     torch.set_num_threads(_threads)

@@ -1,6 +1,6 @@
 """Which files of a folder are images: one rule for the writer ``image_folder`` and for ``predict``.
 
-Links are followed. Each real folder and file is taken once. What is left out is counted, so that a person can be told.
+Links are followed. Each real folder and file is taken once. Everything that is left out is counted and reported.
 """
 
 import errno
@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from fastkd.console import printable
 from fastkd.data.notices import MAX_NAMES, listed
 from fastkd.errors import InputError
 
@@ -34,44 +35,39 @@ Identity = tuple[int, int]
 
 @dataclass
 class Listing:
-    """What was found in a folder.
+    """The images of a folder, and what was left out.
 
     Attributes
     ----------
     files : list of str
         Paths of the images, in the order of their code points.
     left_out : dict of str to list of str
-        Paths of what was not taken, by kind: a suffix, "hidden", ….
+        Paths of files and folders that were left out, by kind: a suffix, "hidden", ….
     """
 
     files: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
     def leave_out(self, kind: str, path: str) -> None:
-        """Count something that is not taken."""
+        """Add a path that is left out."""
         self.left_out.setdefault(kind, []).append(path)
-
-
-def shown(name: str | os.PathLike[str]) -> str:
-    """Return a name for messages: bytes that are not UTF-8 stand as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def some(names: Iterable[str]) -> str:
     """Return up to five names for a message, and how many more there are."""
     names = list(names)
-    return listed([shown(name) for name in names[:MAX_NAMES]], len(names))
+    return listed([printable(name) for name in names[:MAX_NAMES]], len(names))
 
 
 def folded(name: str) -> str:
-    """Return what is equal for names that differ only in case or in how Unicode composes accents."""
+    """Return the normal form of a name. It is equal for names that differ only in case or Unicode composition."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def left_out_text(left_out: Mapping[str, list[str]]) -> str:
     """Describe what was left out: counts by kind, and up to five names."""
     kinds = sorted(left_out, key=lambda kind: (-len(left_out[kind]), kind))
-    counts = ", ".join(f"{len(left_out[kind]):,} {shown(kind)}" for kind in kinds)
+    counts = ", ".join(f"{len(left_out[kind]):,} {printable(kind)}" for kind in kinds)
     names = [name for kind in kinds for name in sorted(left_out[kind])]
     return f"{len(names):,} files or folders ({counts}): {some(names)}"
 
@@ -82,20 +78,20 @@ def list_images(folder: str | os.PathLike[str], seen: dict[Identity, str] | None
     Parameters
     ----------
     folder
-        Where to look.
+        The folder to list.
     seen
-        Folders that were listed before, by identity; those listed now are added. None of them may be listed again:
-        its images would get a second label, or be in two splits.
+        Folders that have been listed, by identity; this call adds its own. Listing one of them again is an error: its
+        images would get a second label, or belong to two splits.
 
     Returns
     -------
     Listing
-        A broken link with the suffix of an image is listed: reading it fails, as reading a corrupt image does.
+        A broken link with the suffix of an image is listed. Reading it fails, like reading a corrupt image.
 
     Raises
     ------
     InputError
-        A folder that cannot be read, a link to itself or to a folder that it lies in, or a folder of `seen`.
+        A folder cannot be read or is in `seen`, or a link leads to itself or to one of its parent folders.
     """
     folder = os.fspath(folder)
     before = dict(seen or {})
@@ -107,11 +103,11 @@ def list_images(folder: str | os.PathLike[str], seen: dict[Identity, str] | None
         place, above = stack.pop()
         identity = _identity(place)
         if identity in above:
-            raise InputError(f"{shown(place)}: a link that leads to a folder that it lies in; delete it")
+            raise InputError(f"{printable(place)}: a link that leads to a folder that it lies in; delete it")
         if identity in before:
             raise InputError(
-                f"{shown(place)} and {shown(before[identity])} are the same folder: its images would be listed twice. "
-                "Remove one of them"
+                f"{printable(place)} and {printable(before[identity])} are the same folder: its images would be listed "
+                "twice. Remove one of them"
             )
         if identity in seen:
             listing.leave_out(_TWICE, place)
@@ -143,12 +139,12 @@ def list_images(folder: str | os.PathLike[str], seen: dict[Identity, str] | None
 
 
 def list_classes(folder: str | os.PathLike[str]) -> tuple[list[str], Listing]:
-    """Return the names of the folders right in a folder, in the order of their code points, and what was left out.
+    """Return the names of the direct subfolders, in the order of their code points, and what was left out.
 
     Raises
     ------
     InputError
-        The folder cannot be read, or a link in it is broken: it may stand for a class.
+        The folder cannot be read, or contains a broken link, which may stand for a class.
     """
     names, listing = [], Listing()
     for entry in _entries(os.fspath(folder)):
@@ -158,26 +154,26 @@ def list_classes(folder: str | os.PathLike[str]) -> tuple[list[str], Listing]:
         elif _is_folder(entry):
             names.append(entry.name)
         elif not os.path.exists(entry.path):
-            raise InputError(f"{shown(entry.path)}: a broken link, where a class folder may belong; mend or delete it")
+            raise InputError(f"{printable(entry.path)}: a broken link in place of a class folder; fix or delete it")
         else:
             listing.leave_out(_OUTSIDE, entry.path)
     return sorted(names), listing
 
 
 def _ignored(name: str) -> str | None:
-    """Return why a file or folder of this name is never taken; None: it may be."""
+    """Return the reason for which a name is ignored. None: it is not ignored."""
     if name.startswith("."):
         return HIDDEN
     return SYSTEM if name.lower() in _SYSTEM else None
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return what is in a folder; links come last, so that what they repeat is left out under the link's name."""
+    """Return the entries of a folder, links last: a duplicate is then left out under the name of the link."""
     try:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: (entry.is_symlink(), entry.name))
     except OSError as error:
-        raise InputError(f"{shown(folder)}: cannot be read ({error.strerror}); mend its permissions") from None
+        raise InputError(f"{printable(folder)}: cannot be read ({error.strerror}); fix its permissions") from None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -185,15 +181,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise InputError(f"{shown(entry.path)}: a link that leads to itself; delete it") from None
-        raise InputError(f"{shown(entry.path)}: cannot be read ({error.strerror}); mend its permissions") from None
+            raise InputError(f"{printable(entry.path)}: a link that leads to itself; delete it") from None
+        raise InputError(f"{printable(entry.path)}: cannot be read ({error.strerror}); fix its permissions") from None
 
 
 def _identity(folder: str) -> Identity:
     try:
         found = os.stat(folder)
     except OSError as error:
-        raise InputError(f"{shown(folder)}: cannot be read ({error.strerror}); mend its permissions") from None
+        raise InputError(f"{printable(folder)}: cannot be read ({error.strerror}); fix its permissions") from None
     return found.st_dev, found.st_ino
 
 
@@ -211,7 +207,7 @@ def _parents(path: str) -> frozenset[Identity]:
 
 
 def _add_links(listing: Listing, links: list[str]) -> None:
-    """Add files that are links, unless they lead to a file that is listed."""
+    """Add links to files, except those to a file that is already listed."""
     if not links:
         return
     real: dict[str, str] = {}

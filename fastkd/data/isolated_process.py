@@ -1,7 +1,7 @@
-"""Run a function of ours in a process of its own, watched: whatever happens to either, nothing hangs and nothing stays.
+"""Running a function in a supervised process: if either process fails, the other neither hangs nor stays behind.
 
-Not `multiprocessing`'s spawn, which imports the caller's main module again and so fails in a script without a
-``__main__`` guard; a fresh interpreter that is told one function and its argument.
+The process is a new interpreter that receives the name of the function and its argument. `multiprocessing`'s spawn
+would import the main module of the caller, which fails in scripts without a ``__main__`` guard.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from fastkd import console
 from fastkd.errors import FastkdError, InputError
 
 Report = Callable[[Any], None]
-_LOOK_EVERY_S = 0.5
+_POLL_EVERY_S = 0.5
 _PR_SET_PDEATHSIG = 1
-# Workers are forked, one a core: thread pools would crowd the cores, and a forked OpenMP pool can deadlock.
+# One worker is forked per core: thread pools would oversubscribe the cores, and a forked OpenMP pool can deadlock.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -32,20 +32,21 @@ def call(name: str, target: str, argument: Any, on_report: Report) -> Any:
     Parameters
     ----------
     name
-        What the process is called in messages.
+        Name of the process in messages.
     target
         ``package.module:function``.
     argument
-        Pickled to the new process.
+        Argument of the function; it is pickled.
     on_report
-        Called here with whatever the function passes to its `report`. Warnings of the function are given here, too.
+        Called in this process with each value that the function passes to `report`. Warnings of the function are also
+        given in this process.
 
     Raises
     ------
     FastkdError, InputError
-        What the function raised, of the same class and text; anything else it raised, with the end of its traceback;
-        or that the process was killed. The process and all that it started (it leads a process group) are gone then,
-        as they are when the caller is interrupted, or (on Linux) killed.
+        The function raised this error or another one, whose traceback is then in the message; or the process was
+        killed. The process and its children (it leads a process group) have ended by then. They also end when the
+        caller is interrupted or, on Linux, killed.
     """
     ours, theirs = Pipe()
     code = (
@@ -56,12 +57,12 @@ def call(name: str, target: str, argument: Any, on_report: Report) -> Any:
         [sys.executable, "-c", code],
         pass_fds=[theirs.fileno()],
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # leads a group that can be killed whole; Ctrl-C reaches the caller only
+        start_new_session=True,  # leads a process group; Ctrl-C reaches the caller only
         env=os.environ | _ONE_THREAD,
     )
     try:
         theirs.close()
-        with contextlib.suppress(ConnectionError):  # dead already: _receive says so
+        with contextlib.suppress(ConnectionError):  # the process has died: _receive raises
             ours.send((target, argument))
         while True:
             kind, value = _receive(ours, child, name)
@@ -81,10 +82,10 @@ def call(name: str, target: str, argument: Any, on_report: Report) -> Any:
 
 
 def _receive(channel: Connection, child: subprocess.Popen, name: str) -> tuple[str, Any]:
-    """Return the next message, or raise that the process is dead."""
+    """Return the next message; raise an error if the process has died."""
     dead = False
     try:
-        while not channel.poll(_LOOK_EVERY_S):  # something that a dead child left behind may hold its end open
+        while not channel.poll(_POLL_EVERY_S):  # a process that the child started may hold the channel open
             if dead:
                 raise EOFError
             dead = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
@@ -94,10 +95,10 @@ def _receive(channel: Connection, child: subprocess.Popen, name: str) -> tuple[s
 
 
 def serve(descriptor: int, caller: int) -> None:
-    """Be the new process: read what to call, call it, send back what came of it."""
+    """Run the new process: receive the function's name and argument, call it, and send the result."""
     die_with(caller)
     channel = Connection(descriptor)
-    with contextlib.suppress(BrokenPipeError):  # the caller is gone: nobody to tell
+    with contextlib.suppress(BrokenPipeError):  # the caller has died
         channel.send(_outcome(channel))
 
 
@@ -124,7 +125,7 @@ def _outcome(channel: Connection) -> tuple[str, Any]:
 
 
 def describe_error(error: BaseException) -> tuple[str, str]:
-    """Return (class, text) of an error, to be raised in another process; for what is not ours, with its traceback."""
+    """Return class and text of an error, to raise it in another process. Foreign errors include the traceback."""
     if isinstance(error, FastkdError):
         return ("InputError" if isinstance(error, InputError) else "FastkdError"), str(error)
     tail = "".join(traceback.format_tb(error.__traceback__)[-3:]).rstrip()
@@ -132,22 +133,22 @@ def describe_error(error: BaseException) -> tuple[str, str]:
 
 
 def how_it_ended(exit_code: int | None) -> str:
-    """Say how a process ended that should not have: '… was killed by SIGKILL …'."""
+    """Describe how a process ended: '… was killed by SIGKILL …'."""
     if exit_code is not None and exit_code < 0:
         number = -exit_code
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         memory = name == "SIGKILL"
-        hint = ", most likely for want of memory: use fewer workers (workers=1) or free some" if memory else ""
+        hint = ", most likely out of memory: use fewer workers (workers=1) or free memory" if memory else ""
         return f"was killed by {name}{hint}"
     return f"ended with exit code {exit_code} before it had finished"
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies (Linux; elsewhere a broken pipe ends it).
+    """Make the kernel kill this process when its parent dies (on Linux; elsewhere a broken pipe ends it).
 
-    To the kernel the parent is the *thread* that started it: whoever calls `call` waits in it, so that is the same.
+    For the kernel, the parent is the *thread* that started the process. That thread waits in `call`.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was dead already
+    if os.getppid() != parent:  # the parent has already died
         os._exit(1)

@@ -1,4 +1,4 @@
-"""FFCV's loader, made safe: explicit order, checked ids, errors that are raised, iterators that end.
+"""A safe interface to FFCV's loader: explicit order, checked ids, errors in the consumer, iterators that terminate.
 
 With FFCV 1.0.2, an exception in a loader thread blocks the consumer forever; an id out of range reads foreign memory;
 an interrupted epoch leaks threads; `num_workers` sets torch's thread count; batch buffers are reused while they are in
@@ -34,28 +34,28 @@ from fastkd.kernels.views import COLUMNS
 
 BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}
-"""Code of the pipeline, with and without threads: some seconds to compile, the same for all files, sizes and views."""
+"""Compiled pipelines, with and without threads. Compilation takes seconds; the code is the same for all files."""
 
 
 def full_batches(count: int, batch_size: int, split: str = "train") -> int:
-    """Return the number of full batches of `count` samples; none is an error."""
+    """Return the number of full batches of `count` samples. None at all is an error."""
     if count < batch_size:
         raise InputError(f"train.batch_size={batch_size}: larger than the {count} samples of {split} to train on")
     return count // batch_size
 
 
 class Batch(NamedTuple):
-    """One batch, valid until the next one is requested, since its buffers are reused.
+    """One batch. Its buffers are reused: it is valid until the next batch is requested.
 
     Attributes
     ----------
     images : uint8 tensor [B, 3, H, W], channels_last
-        [B·V, 3, H, W] if V views are requested; the views of a sample are adjacent.
+        [B·V, 3, H, W] if V views are requested. The views of a sample are adjacent.
     labels, sample_ids : int64 tensor [B]
     valid : int
-        Number of samples that are not padding. Padding repeats the last sample.
+        Number of samples without padding, which repeats the last sample.
     stored : tuple of tensor [B, k]
-        The samples' stored rows, if requested.
+        Stored rows of the samples, if requested.
     """
 
     images: torch.Tensor
@@ -66,31 +66,32 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of one split of a DATASET, of any samples in any order, in any view, with their stored rows.
+    """Loads batches of one split of a DATASET: any samples in any order, in any view, with their stored rows.
 
     Parameters
     ----------
     dataset : Artifact
         A DATASET.
     split : "train" or "val"
+        The split.
     batch_size : int
+        Images per batch.
     input_px : int, optional
-        Side of the square that images are cropped and resized to. Default: as stored, which needs images of one size.
+        Side of the square to which images are cropped and resized. Default: as stored; all images must have one size.
     crop_ratio : float, optional
-        Side of the centred square that is resized to `input_px`, over the shorter side of the image; None: the whole
-        image, stretched where its shape is another.
+        Side of the centre crop relative to the shorter side of the image. None: the whole image, stretched to a square.
     views : Views
-        The family that numbered views are drawn from.
+        The numbered views.
     workers : int
-        Loader threads; 0: one per usable core, shared with other processes of the job. The attribute may be lowered;
-        the next epoch goes by it.
+        Number of loader threads. 0: one per usable core, shared with other local processes of the job. The attribute
+        may be lowered; the change applies to the next epoch.
     os_cache : bool
-        Read through the system's page cache, rather than pages of FFCV's own: of a file that is mapped into memory,
-        and of large images that were not read before just those that are asked for (`fastkd.data.readahead`).
+        Memory-map the file and read through the page cache, instead of FFCV's own page buffers. Of large images, only
+        the requested ones are read (`fastkd.data.readahead`).
 
     Notes
     -----
-    At most one epoch is live at a time: starting another ends the one before.
+    At most one epoch is active at a time: starting one ends the previous one.
     """
 
     def __init__(
@@ -114,11 +115,11 @@ class Loader:
             raise InputError(
                 f"data.workers={workers}: this process may use {cores} cores; give at most that, or 0 for all"
             )
-        self.file = path = dataset.file(f"{split}.beton")
+        self.file = dataset.file(f"{split}.beton")
         fixed_size = dataset.facts["image"]["fixed_size"]
         if input_px is None and fixed_size is None:
             raise InputError(
-                f"{dataset.path}: its images vary in size: set data.input_px to the side that the nets see"
+                f"{dataset.path}: its images vary in size: set data.input_px to the side of the networks' input"
             )
         self.workers = workers or max(1, cores // current().local_size)
         self.image_hw: tuple[int, int] = (input_px, input_px) if input_px else tuple(fixed_size)
@@ -127,11 +128,25 @@ class Loader:
         self._crop_ratio = crop_ratio if input_px else None
         self._cover = np.rint(255 * np.array(dataset.facts["mean"])).astype(np.int32)
         self._decoder = ViewDecoder(self.image_hw)
-        Node.last_node_id = 0  # names within compiled code: equal pipelines get equal code, which can then be shared
+        self._ffcv = self._open(os_cache)
+        self._bytes = self.file.stat().st_size
+        metadata = self._column("image")
+        self._heights, self._widths = metadata["height"], metadata["width"]
+        self._was_read = np.zeros(self.count, bool) if os_cache else None
+        ids = self._column("sample_id").astype(np.int64)
+        # An exported data set keeps the ids of the samples it was made from; else an id is a position.
+        self._ids = None if np.array_equal(ids, np.arange(self.count)) else ids
+        if self._ids is not None and not (np.diff(ids) > 0).all():
+            raise ArtifactError(f"{self.file}: its sample ids do not ascend; write the data set again")
+        self._epoch: EpochThread | None = None
+
+    def _open(self, os_cache: bool) -> FfcvLoader:
+        """Open the file with FFCV, and compare the number of samples with the manifest."""
+        Node.last_node_id = 0  # numbers names in compiled code: equal pipelines get equal code, which can be shared
         try:
-            self._ffcv = FfcvLoader(
-                str(path),
-                batch_size=batch_size,
+            ffcv = FfcvLoader(
+                str(self.file),
+                batch_size=self.batch_size,
                 num_workers=self.workers,
                 os_cache=os_cache,
                 batches_ahead=BATCHES_AHEAD,
@@ -143,24 +158,14 @@ class Loader:
                 },
             )
         except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactError(f"{path}: FFCV cannot read it ({error}); write the data set again") from error
-        if self._ffcv.reader.num_samples != self.count:
-            found = self._ffcv.reader.num_samples
+            raise ArtifactError(f"{self.file}: FFCV cannot read it ({error}); write the data set again") from error
+        if (found := ffcv.reader.num_samples) != self.count:
             raise ArtifactError(
-                f"{path}: holds {found} samples, the manifest says {self.count}; write the data set again"
+                f"{self.file}: holds {found} samples, the manifest says {self.count}; write the data set again"
             )
-        if os_cache:  # FFCV's own cache compiles the file's page size in
-            self._ffcv.code = _compiled.setdefault(self._ffcv.num_workers > 1, self._ffcv.code)
-        self._bytes = path.stat().st_size
-        metadata = self._column("image")
-        self._heights, self._widths = metadata["height"], metadata["width"]
-        self._was_read = np.zeros(self.count, bool) if os_cache else None
-        ids = self._column("sample_id").astype(np.int64)
-        # An exported data set keeps the ids of the samples it was made from; else an id is a position.
-        self._ids = None if np.array_equal(ids, np.arange(self.count)) else ids
-        if self._ids is not None and not (np.diff(ids) > 0).all():
-            raise ArtifactError(f"{path}: its sample ids do not ascend; write the data set again")
-        self._epoch: EpochThread | None = None
+        if os_cache:  # FFCV's own page buffers depend on the file's page size
+            ffcv.code = _compiled.setdefault(ffcv.num_workers > 1, ffcv.code)
+        return ffcv
 
     def batches(
         self,
@@ -177,22 +182,22 @@ class Loader:
         ----------
         sample_ids : int64 [n]
         last
-            A last batch that is not full is dropped, or padded by repeating its last sample: shapes never change.
+            Whether an incomplete last batch is dropped, or padded with its last sample. Shapes are constant.
         view
-            Number of the view of each sample, or several of them, cut from one decoded image; None: the plain view.
+            Number of the view, or several numbers: the views are cut from one decoded image. None: the evaluation view.
         stored
-            Rows to bring along.
+            Rows to load with the samples.
         input_px
-            Another side than the loader's, for this epoch: the same relative boxes are cut.
+            Side of the images in this epoch, if it is not the loader's. The same relative boxes are cut.
 
         Raises
         ------
         InputError
-            Ids that are not int64 or lie outside the split; none at all; fewer than a batch where the last is dropped.
+            The ids are not int64, are not in the split, or are fewer than a batch although the last one is dropped.
         ArtifactError
-            The file is gone, or not as long any more as it was.
+            The file has been deleted or truncated.
         LoaderError
-            A loader thread failed, or gave nothing for a long time; an image is damaged.
+            A loader thread failed or did not respond, or an image is damaged.
         """
         ids = self._checked(sample_ids)
         if last == "drop":
@@ -205,7 +210,7 @@ class Loader:
         return self._run(ids, count, numbers, stored, (input_px, input_px) if input_px else self.image_hw)
 
     def full_batches(self, count: int) -> int:
-        """Return the number of full batches of `count` samples; none is an error."""
+        """Return the number of full batches of `count` samples. None at all is an error."""
         return full_batches(count, self.batch_size, self.split)
 
     def labels(self) -> np.ndarray:
@@ -213,13 +218,13 @@ class Loader:
         return self._column("label").astype(np.int64)
 
     def _column(self, name: str) -> np.ndarray:
-        """Return what the file's table holds of one field, by position."""
+        """Return one field of all samples, by position."""
         reader = self._ffcv.reader
         return reader.metadata[f"f{reader.field_names.index(name)}"]
 
     @cached_property
-    def _places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where images lie in the file, and how many bytes they have, by position (int64 [N] each)."""
+    def _extents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Offset and size in bytes of each image in the file, by position (int64 [N] each)."""
         pages, starts = self._ffcv.memory_manager, self._column("image")["data_ptr"]
         rows = np.minimum(np.searchsorted(pages.ptrs, starts), len(pages.ptrs) - 1)
         return starts.astype(np.int64), pages.sizes[rows].astype(np.int64)
@@ -228,7 +233,7 @@ class Loader:
         return ids if self._ids is None else np.searchsorted(self._ids, ids)
 
     def _checked(self, sample_ids: np.ndarray) -> np.ndarray:
-        """FFCV takes ids unseen: out of range it reads foreign memory, empty or not integers it hangs."""
+        """Validate ids. FFCV reads foreign memory if they are out of range, and hangs if they are not integers."""
         ids = np.asarray(sample_ids)
         if ids.dtype != np.int64 or ids.ndim != 1:
             raise InputError(f"sample ids: expected int64 [n], got {ids.dtype} {list(ids.shape)}")
@@ -244,7 +249,7 @@ class Loader:
         return np.ascontiguousarray(ids)
 
     def _unchanged(self) -> None:
-        """See that the file is as long as it was: reading memory that is mapped beyond its end kills the process."""
+        """Check the size of the file. Reading memory that is mapped beyond its end kills the process."""
         try:
             size = self.file.stat().st_size
         except OSError as error:
@@ -268,12 +273,12 @@ class Loader:
             for number, rows_BP in zip(views, rows_BVP.swapaxes(0, 1), strict=True):
                 self.views.draw(ids_B, heights_B, widths_B, hw, crop_ratio=self._crop_ratio, view=number, out=rows_BP)
 
-        if self._one_size and set(views) == {None}:  # the plain view of all of them is cut alike
+        if self._one_size and set(views) == {None}:  # one evaluation view for all samples
             rows_1VP = np.empty((1, len(views), len(COLUMNS)), np.int32)
             draw(np.zeros(1, np.int64), ids[:1], rows_1VP)
             draw = partial(_repeat, rows_1VP)
 
-        self._decoder.hw, self._decoder.views = hw, len(views)  # for the buffers that the epoch is about to ask for
+        self._decoder.hw, self._decoder.views = hw, len(views)  # read when the epoch allocates its buffers
         positions = self._positions(ids)
         ahead = self._read_ahead(positions)
         epoch = self._epoch = EpochThread(self._ffcv, positions, ids, draw, self._cover, stored, self.workers, ahead)
@@ -291,15 +296,15 @@ class Loader:
                 done += valid
                 yield Batch(image.flatten(0, 1).permute(0, 3, 1, 2), label[:, 0], sample_id[:, 0], valid, tuple(rows))
             if self._was_read is not None and current().local_size > 1:
-                self._was_read[:] = True  # by the other processes; another epoch brings this one what they have read
+                self._was_read[:] = True  # the other local processes have read the rest
         finally:
             epoch.stop()
 
     def _read_ahead(self, positions: np.ndarray) -> ReadAhead | None:
-        """Return what reads just these samples (int64 [n]), or None where the kernel, or FFCV, does as well."""
+        """Return a `ReadAhead` for these positions (int64 [n]). None: the kernel or FFCV reads as fast by itself."""
         if self._was_read is None:
             return None
-        starts, sizes = self._places
+        starts, sizes = self._extents
         if not readahead.pays(
             sizes[positions],
             shares=current().local_size,
@@ -312,7 +317,7 @@ class Loader:
         return ReadAhead(self.file, [(starts[batch], sizes[batch]) for batch in batches])
 
     def close(self) -> None:
-        """End the live epoch, if there is one, with its threads."""
+        """End the active epoch and its threads."""
         if self._epoch is not None:
             self._epoch.stop()
             self._epoch = None

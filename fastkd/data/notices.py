@@ -1,4 +1,4 @@
-"""What a user should know of the images of a data set: found while they are encoded, counted, warned of once a kind."""
+"""Notices about images: found during encoding, counted by kind, and reported in one warning per kind."""
 
 import enum
 from collections.abc import Mapping, Sequence
@@ -8,22 +8,22 @@ MAX_NAMES = 5
 
 
 class Notice(enum.IntFlag):
-    """What was found of one image; kinds can be combined."""
+    """A notice about one image; kinds can be combined."""
 
     REENCODED = 1
-    """It came as JPEG, but its bytes could not be kept, and it was stored as a new JPEG."""
+    """The source is a JPEG file that could not be kept byte for byte; the image was encoded again."""
     LOSSY = 2
-    """It came in another form than JPEG, and was stored as JPEG."""
+    """The source is not a JPEG file, and the image was stored as JPEG."""
     TRANSPARENT = 4
     """Some of its pixels are transparent; the alpha channel was dropped."""
     HIDDEN = 8
-    """Without its alpha channel, which is not constant, it is of one colour."""
+    """All pixels have one colour without the alpha channel, which is not constant."""
     FLAT = 16
-    """All of its pixels have one colour, with or without transparency."""
+    """All pixels have one colour, with or without the alpha channel."""
     ROTATED = 32
     """Its EXIF orientation is not 1; it was not applied."""
     SEVERAL = 64
-    """It is animated, or has several pages; the first was stored."""
+    """It is animated or has several pages; the first frame was stored."""
     DEEP = 128
     """It has 16 bits per channel; the high 8 were stored."""
 
@@ -31,8 +31,8 @@ class Notice(enum.IntFlag):
 _TEXTS = {
     Notice.REENCODED: (
         "reencoded",
-        "came as JPEG but could not be kept byte for byte (CMYK, or data that libjpeg-turbo complains about), and were "
-        "encoded again with jpeg_quality={quality}: look at them, they may be damaged",
+        "came as JPEG but could not be kept byte for byte (CMYK, or data that libjpeg-turbo warns about), and were "
+        "encoded again with jpeg_quality={quality}: inspect them, they may be damaged",
     ),
     Notice.LOSSY: (
         "lossy",
@@ -49,7 +49,7 @@ _TEXTS = {
         "are of one colour without their alpha channel, which alone holds the picture. Nothing can be learned from "
         "them as stored; paste them onto a background first",
     ),
-    Notice.FLAT: ("one_colour", "are of one colour in all pixels. Nothing can be learned from them; look at them"),
+    Notice.FLAT: ("one_colour", "are of one colour in all pixels. Nothing can be learned from them; inspect them"),
     Notice.ROTATED: (
         "exif_orientation",
         "have an EXIF orientation other than 1. It was not applied: they were stored as their pixels lie, as "
@@ -65,18 +65,18 @@ NONE = Notice(0)
 
 @dataclass(frozen=True)
 class Found:
-    """Images of one kind.
+    """All images with a notice of one kind.
 
     Attributes
     ----------
     kind : str
-        Its name in the manifest.
+        Name of the kind in the manifest.
     text : str
-        What is said of them.
+        Predicate of the warning, as in "12 images *have transparent pixels*".
     counts : dict of int
-        By split.
+        Number of images by split.
     names : list of str
-        Of the first `MAX_NAMES`.
+        Names of the first `MAX_NAMES` images.
     """
 
     kind: str
@@ -86,14 +86,14 @@ class Found:
 
     @property
     def warning(self) -> str:
-        """The warning: counts, what was found, names."""
+        """The warning, with counts and names."""
         total = sum(self.counts.values())
         splits = ", ".join(f"{count:,} of {split}" for split, count in self.counts.items() if count)
         return f"{total:,} image{'s' if total != 1 else ''} ({splits}) {self.text}: {listed(self.names, total)}"
 
 
 def kinds(jpeg_quality: int) -> Mapping[Notice, tuple[str, str]]:
-    """Return name and text of each kind, in the order in which they are told."""
+    """Return name and text of each kind, in the order of the warnings."""
     return {notice: (name, text.format(quality=jpeg_quality)) for notice, (name, text) in _TEXTS.items()}
 
 
@@ -101,8 +101,3 @@ def listed(names: Sequence[str], total: int) -> str:
     """Return the first `MAX_NAMES` names, and how many more there are of `total`."""
     shown = names[:MAX_NAMES]
     return ", ".join(shown) + (f" and {total - len(shown):,} more" if total > len(shown) else "")
-
-
-def printable(text: str) -> str:
-    """Return a name as one line of valid Unicode: line breaks, control characters and invalid bytes are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

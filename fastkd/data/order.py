@@ -1,4 +1,4 @@
-"""Which samples, in which order: pure functions of sizes, seed and epoch."""
+"""The order of samples: pure functions of sizes, seed and epoch."""
 
 import numpy as np
 
@@ -8,21 +8,21 @@ from fastkd.kernels import hash64
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """Return a permutation of 0 … count−1 (int64) for one epoch.
 
-    FFCV's own random order depends on seed + epoch only, so that seed 5 epoch 1 repeats seed 6 epoch 0; here each pair
-    has its own.
+    Each pair (seed, epoch) has its own order. FFCV's own random order depends on seed + epoch: seed 5, epoch 1 equals
+    seed 6, epoch 0.
     """
     return np.argsort(hash64(np.arange(count), seed, "order", epoch), kind="stable")
 
 
 def rank_slices(sample_ids: np.ndarray, batch_size: int, rank: int, size: int) -> np.ndarray:
-    """Return one process's part of every batch: each of `size` processes takes an equal slice, in the order of ranks.
+    """Return the samples of one process: an equal slice of every batch, in the order of ranks.
 
     Parameters
     ----------
     sample_ids : int64 [n]
-        Of an epoch, in its order. What does not fill a batch is dropped.
+        The samples of an epoch, in order. An incomplete last batch is dropped.
     batch_size : int
-        Of all processes together; `size` divides it.
+        Global batch size, a multiple of `size`.
 
     Returns
     -------
@@ -33,14 +33,14 @@ def rank_slices(sample_ids: np.ndarray, batch_size: int, rank: int, size: int) -
 
 
 def dealt_batches(sample_ids: np.ndarray, batch_size: int, rank: int, size: int) -> np.ndarray:
-    """Return the batches of one process where whole ones are dealt out in turn, the last of which may not be full."""
+    """Return the samples of one process if whole batches are assigned round-robin. The last one may be incomplete."""
     return sample_ids[np.arange(len(sample_ids)) // batch_size % size == rank]
 
 
 def split_holdout(count: int, holdout_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Split sample ids into those to train on and those kept aside, both ascending (int64).
+    """Split the sample ids into training samples and hold-out, both in ascending order (int64).
 
-    The split depends on nothing but `count` and `holdout_ratio`, and a smaller hold-out lies within a larger one.
+    The split depends only on `count` and `holdout_ratio`. A smaller hold-out is a subset of a larger one.
     """
     aside = np.argsort(hash64(np.arange(count), 0, "holdout"), kind="stable")[: round(holdout_ratio * count)]
     kept = np.ones(count, np.bool_)

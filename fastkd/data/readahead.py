@@ -1,8 +1,8 @@
-"""Having the kernel read just the samples that are asked for, where a .beton file is mapped into memory.
+"""Reading only the requested samples of a memory-mapped .beton file.
 
-A page fault makes the kernel read what lies around it as well (`read_ahead_kb`, 128 by default, 8192 on some disks):
-with half of the samples chosen at random, all of the file. Here it is told not to, and is asked for the bytes of the
-batches to come instead, by a thread, since asking takes 120 µs a photo that is not in memory, and 10 µs one that is.
+On a page fault the kernel also reads the surrounding pages (`read_ahead_kb`: 128 by default, 8192 on some disks). With
+half of the samples chosen at random it reads the whole file. Here this is disabled (MADV_RANDOM), and a thread requests
+the bytes of the next batches instead. A request takes 120 µs for a photo that is not in memory, 10 µs for one that is.
 """
 
 import mmap
@@ -16,24 +16,24 @@ import numpy as np
 
 BATCHES_READ_AHEAD = 2
 LARGE_BYTES = 32 << 10
-"""Of a mean image; smaller ones share their pages with others, and a request for each costs more than it saves."""
+"""Smallest mean image size for requests by sample. Smaller images share pages; requests cost more than they save."""
 NEARLY_ALL = 0.9
-_PIECE_BYTES = 128 << 10  # the kernel reads no more than that at once, and drops the rest of a request
+_PIECE_BYTES = 128 << 10  # the kernel reads at most this much per request
 
 
 def pays(asked: np.ndarray, *, shares: int = 1, file_bytes: int, available_bytes: int, read_before: bool) -> bool:
-    """Tell whether to read sample by sample, rather than as the kernel does by itself.
+    """Return whether reading sample by sample is faster than the kernel's own read-ahead.
 
     Parameters
     ----------
     asked : int64 [n]
-        Bytes of each image that is asked for.
+        Number of bytes of each requested image.
     shares
-        How many processes here ask for as much each, all of the same file.
+        Number of local processes that each read a part of this size from the file.
     file_bytes, available_bytes
-        Size of the file, and of the memory that may hold it.
+        Size of the file, and of the available memory.
     read_before
-        All of them have been read: where the file fits into memory, they are there.
+        Whether all of these samples have been read before. If the file fits into memory, they are in the page cache.
     """
     if asked.mean() < LARGE_BYTES:
         return False
@@ -41,12 +41,12 @@ def pays(asked: np.ndarray, *, shares: int = 1, file_bytes: int, available_bytes
 
 
 def pieces(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield (start, bytes) of what to ask for, in the order of the file; images that share a page are joined.
+    """Yield (start, bytes) of the requests, in the order of the file. Images that share a page are merged.
 
     Parameters
     ----------
     starts, sizes : int64 [B]
-        Where images lie in the file, in bytes.
+        Position and size of each image, in bytes.
     """
     order = np.argsort(starts, kind="stable")
     first = starts[order] // mmap.PAGESIZE
@@ -59,13 +59,14 @@ def pieces(starts: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 class ReadAhead:
-    """Asks for the batches of one epoch, a few ahead of those that are decoded.
+    """Requests the batches of one epoch, a few batches before they are decoded.
 
     Parameters
     ----------
     file : Path
+        The .beton file.
     batches : sequence of (int64 [B], int64 [B])
-        Where the images of each batch lie, and how many bytes they have.
+        Positions and sizes of the images of each batch, in bytes.
     """
 
     def __init__(self, file: Path, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -76,11 +77,11 @@ class ReadAhead:
         self._file = file.open("rb")
 
     def reach(self, batch: int) -> None:
-        """Return when a batch, of which each is named in turn, has been asked for; those behind it soon will be."""
+        """Wait until a batch has been requested, and request the next ones. Called for each batch in turn."""
         while self._next < min(batch + 1 + BATCHES_READ_AHEAD, len(self._batches)):
             self._asked.append(self._thread.submit(self._ask, *self._batches[self._next]))
             self._next += 1
-        self._asked.popleft().result()  # raises what went wrong
+        self._asked.popleft().result()  # raises an error of the thread
 
     def _ask(self, starts: np.ndarray, sizes: np.ndarray) -> None:
         for start, size in pieces(starts, sizes):

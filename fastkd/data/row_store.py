@@ -1,4 +1,4 @@
-"""What a teacher said, stored by sample: read in the loader's threads, beside the images."""
+"""Stored rows by sample, such as the teacher's logits, which the loader threads read together with the images."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from fastkd.kernels import gather_rows
 
 
 class StoredRows:
-    """Arrays with a row per kept sample, found by sample_id.
+    """Arrays with one row per kept sample, addressed by sample_id.
 
     Parameters
     ----------
     sample_ids : int64 [M]
-        Ascending, unique.
+        Ids of the samples, in ascending order and unique.
     arrays : sequence of [M, k]
-        Memory-mapped: only rows that are asked for are read, and files may be larger than memory.
+        May be memory-mapped: only the requested rows are read, and files may be larger than memory.
     """
 
     def __init__(self, sample_ids: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
@@ -32,11 +32,11 @@ class StoredRows:
                 )
 
     def buffers(self, batch_size: int) -> tuple[np.ndarray, ...]:
-        """Return empty arrays that hold the rows of one batch."""
+        """Return uninitialised arrays for the rows of one batch."""
         return tuple(np.empty((batch_size, array.shape[1]), array.dtype) for array in self.arrays)
 
     def gather(self, sample_ids_B: np.ndarray, out: Sequence[np.ndarray]) -> None:
-        """Copy the rows of some samples into `buffers`.
+        """Copy the rows of the samples into `out`; see `buffers`.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""The plain view of a single image: what a loader gives of it once it has been written, without writing it."""
+"""The evaluation view of a single image, as a loader returns it, without writing a data set."""
 
 import ctypes
 from typing import Any
@@ -11,20 +11,24 @@ from fastkd.kernels import draw_views
 from fastkd.kernels.views import HEIGHT, LEFT, TOP, WIDTH
 
 
-def plain_view(image: Any, options: WriterOptions, hw: tuple[int, int], crop_ratio: float | None) -> np.ndarray:
-    """Return what nets are evaluated on (uint8 [H, W, 3]).
+def evaluation_view(image: Any, options: WriterOptions, hw: tuple[int, int], crop_ratio: float | None) -> np.ndarray:
+    """Return the evaluation view of an image (uint8 [H, W, 3]).
 
     Parameters
     ----------
-    image, options
-        As `fastkd.data.encode.encode` takes them: how the data set that a net knows was stored.
-    hw, crop_ratio
-        As a `fastkd.data.loader.Loader` takes them: size of the output, and the part of the image that is seen.
+    image
+        The image, as for `fastkd.data.encode.encode`.
+    options
+        The options with which the network's data set was stored.
+    hw
+        Height and width of the output.
+    crop_ratio
+        Side of the centre crop relative to the shorter side of the image. None: the whole image.
 
     Raises
     ------
     CorruptImageError, WrongSampleError
-        As `encode` does.
+        See `fastkd.data.encode.encode`.
     """
     stored = encode(image, options)
     pixels: np.ndarray | None = stored.data
@@ -39,7 +43,7 @@ def plain_view(image: Any, options: WriterOptions, hw: tuple[int, int], crop_rat
     if (height, width) == hw:
         return pixels[top : top + height, left : left + width]
     out = np.empty((*hw, 3), np.uint8)
-    resize = ffcv_library().resize  # OpenCV's INTER_AREA, of the very OpenCV that the loader uses
+    resize = ffcv_library().resize  # INTER_AREA of the OpenCV that the loader is linked with
     resize.argtypes = [ctypes.c_int64] * 11
     box = (top, top + height, left, left + width)
     resize(0, pixels.ctypes.data, stored.height, stored.width, *box, out.ctypes.data, *hw)

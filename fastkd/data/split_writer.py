@@ -1,6 +1,6 @@
-"""Writing one split: worker processes take chunks of samples and fill pages, under the supervision of their parent.
+"""Writing one split: worker processes encode chunks of samples and write pages, supervised by their parent.
 
-What workers find out goes into memory shared by all, one record per sample.
+Workers write one record per sample into shared memory.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 from PIL import ImageFile
 
+from fastkd.console import printable
 from fastkd.data import isolated_process
 from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode, unreadable
 from fastkd.data.ffcv_format import (
@@ -36,7 +37,7 @@ from fastkd.data.ffcv_format import (
     write_tables,
 )
 from fastkd.data.isolated_process import Report
-from fastkd.data.notices import MAX_NAMES, Found, kinds, printable
+from fastkd.data.notices import MAX_NAMES, Found, kinds
 from fastkd.data.writer_api import MapDataset, WriterOptions
 from fastkd.doctor import usable_cores
 from fastkd.errors import FastkdError, InputError
@@ -44,30 +45,30 @@ from fastkd.errors import FastkdError, InputError
 _NEXT, _END, _CURRENT = 0, 1, 2  # shared integers: next sample, end of the file, then the sample of each worker
 _CHUNK = 64
 _REPORT_EVERY_S = 0.1
-_LOOK_EVERY_S = 1.0
+_POLL_EVERY_S = 1.0
 STUCK_AFTER_S = 1800.0
-"""Longer than reading and encoding any sample takes."""
+"""Timeout of one sample; longer than reading and encoding any sample takes."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """What was written of one split.
+    """A written split.
 
     Attributes
     ----------
     content_hash : str
-        xxh3-128 over (sample_id, label, xxh3-128 of image bytes and shape) in the order of sample_id: the same for any
-        number of workers, which the file's bytes are not.
+        xxh3-128 over (sample_id, label, xxh3-128 of image bytes and shape) in the order of sample_id. Unlike the bytes
+        of the file, it does not depend on the number of workers.
     max_height, max_width : int
-        Of the largest image, in pixels.
+        Largest height and width, in pixels.
     fixed_size : tuple of int or None
-        (height, width) if all images have it.
+        (height, width) if all images have the same size.
     mean, std : list of float
-        Per channel, of the stored pixels scaled to 0…1; from exact integer sums.
+        Per channel, of the stored pixels scaled to 0…1, from exact integer sums.
     skipped : list of dict
-        Unreadable samples that were left out: split, index in the source, its description, reason.
+        Unreadable samples that were left out: split, index in the source, description, reason.
     found : list of Found
-        What was noticed of its images, as far as there were any.
+        Notices about the images.
     """
 
     count: int
@@ -84,7 +85,7 @@ class Split:
 
 @dataclass(frozen=True)
 class SplitJob:
-    """What the workers of one split share; inherited by fork."""
+    """The data that the workers of one split share, inherited by fork."""
 
     file: Path
     split: str
@@ -96,28 +97,28 @@ class SplitJob:
     lock: Any
 
     def where(self, index: int) -> str:
-        """Name a sample of the source."""
+        """Return the position and name of a sample of the source, for messages."""
         name = self.described(index)
         return f"{self.split} sample {index}" + ("" if name is None else f" ({name})")
 
     def described(self, index: int) -> str | None:
-        """Return what the data set calls a sample, as one line of valid Unicode; None where it has no names."""
+        """Return the data set's description of a sample, as one line of valid Unicode. None: it has none."""
         describe = getattr(self.dataset, "describe", None)
-        return printable(str(describe(index))) if callable(describe) else None
+        return printable(str(describe(index)), one_line=True) if callable(describe) else None
 
     def names(self, indices: np.ndarray) -> list[str]:
-        """Name the first samples of some (int64 [M])."""
+        """Return the names of the first few of some samples (int64 [M])."""
         return [self.described(i) or f"{self.split} sample {i}" for i in indices[:MAX_NAMES].tolist()]
 
     def book(self, size: int) -> int:
-        """Book a page of `size` bytes at the end of the file; return its position."""
+        """Allocate a page of `size` bytes at the end of the file; return its position."""
         with self.lock:
             start = aligned(int(self.shared[_END]), size)
             self.shared[_END] = start + size
         return start
 
     def storage_errors(self) -> contextlib.AbstractContextManager[None]:
-        """See `storage_errors`."""
+        """Return `fastkd.data.ffcv_format.storage_errors` for this file."""
         return storage_errors(self.file, self.records)
 
 
@@ -125,8 +126,8 @@ class SplitJob:
 class _Worker:
     process: Any
     channel: Connection
-    moments: tuple[int, ...] | None = None  # known when it has finished
-    at: int = -1  # the sample that it was last seen at, and for how long
+    moments: tuple[int, ...] | None = None  # set when the worker has finished
+    at: int = -1  # its current sample, and the seconds spent on it
     still_s: float = 0.0
 
 
@@ -144,7 +145,7 @@ def write_split(
     options: WriterOptions,
     report: Report,
 ) -> tuple[SplitJob, Split]:
-    """Write the file of one split; return what was shared with the workers, and the result."""
+    """Write the file of one split; return the data shared with the workers, and the result."""
     total = len(dataset)
     num_workers = min(options.workers or usable_cores(), total)
     context = mp.get_context("fork")  # data sets need not be picklable
@@ -168,7 +169,7 @@ def write_split(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(job, number, theirs, os.getpid()))
             process.start()
-            theirs.close()  # so that the end of the worker ends the channel
+            theirs.close()  # the channel then closes when the worker ends
             workers.append(_Worker(process, ours))
         skipped = _watch(workers, job, report, total)
     finally:
@@ -180,15 +181,15 @@ def write_split(
 
 
 def _watch(workers: Sequence[_Worker], job: SplitJob, report: Report, total: int) -> list[dict[str, Any]]:
-    """Listen to the workers until all have finished; raise what one reports, or that one died or does not move."""
+    """Receive the workers' messages until all have finished. Raises if a worker reports an error, dies or stalls."""
     tally = _Tally()
     reported = 0.0
-    looked = time.monotonic()
+    polled = time.monotonic()
     running = list(workers)
     while running:
-        ready = set(wait([w.channel for w in running] + [w.process.sentinel for w in running], _LOOK_EVERY_S))
+        ready = set(wait([w.channel for w in running] + [w.process.sentinel for w in running], _POLL_EVERY_S))
         for worker in list(running):
-            dead = worker.process.sentinel in ready  # looked at first: what it sent before is then all there
+            dead = worker.process.sentinel in ready  # checked first: all of its messages have then arrived
             for kind, value in _messages(worker.channel):
                 if kind == "done":
                     tally.done += value
@@ -204,13 +205,13 @@ def _watch(workers: Sequence[_Worker], job: SplitJob, report: Report, total: int
                 at = job.where(int(job.shared[_CURRENT + workers.index(worker)]))
                 raise FastkdError(f"{at}: the worker at it {isolated_process.how_it_ended(worker.process.exitcode)}")
         now = time.monotonic()
-        passed = min(now - looked, 2 * _LOOK_EVERY_S)  # not while all of this was stopped (Ctrl-Z)
-        looked = now
+        passed = min(now - polled, 2 * _POLL_EVERY_S)  # without the time in which the process was stopped (Ctrl-Z)
+        polled = now
         for worker in running:
             index = int(job.shared[_CURRENT + workers.index(worker)])
             worker.at, worker.still_s = index, worker.still_s + passed if worker.at == index else 0.0
             if worker.still_s > STUCK_AFTER_S:
-                raise FastkdError(f"{job.where(index)}: reading it has not come to an end within {STUCK_AFTER_S:.0f} s")
+                raise FastkdError(f"{job.where(index)}: reading it did not end within {STUCK_AFTER_S:.0f} s")
         if now - reported > _REPORT_EVERY_S or not running:
             reported = now
             report((job.split, tally.done, total))
@@ -224,26 +225,26 @@ def _messages(channel: Connection) -> Iterator[tuple[str, Any]]:
 
 
 def _shared_array(dtype: np.dtype, length: int) -> np.ndarray:
-    # Anonymous: shared with forked workers, gone with the last of them, never a name in /dev/shm.
+    # Anonymous memory is shared with forked workers, freed with the last process, and has no name in /dev/shm.
     return np.frombuffer(mmap.mmap(-1, dtype.itemsize * length), dtype)
 
 
 def _work(job: SplitJob, number: int, channel: Connection, parent: int) -> None:
     isolated_process.die_with(parent)
-    cv2.setNumThreads(0)  # one worker a core
-    warnings.filterwarnings("ignore", module="PIL")  # what matters is an error, with the sample's name
+    cv2.setNumThreads(0)  # there is one worker per core
+    warnings.filterwarnings("ignore", module="PIL")  # errors are reported with the sample's name
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     outcome: tuple[str, Any]
     try:
         outcome = "finished", _write_chunks(job, number, channel)
     except BaseException as error:
         outcome = isolated_process.describe_error(error)
-    with contextlib.suppress(BrokenPipeError):  # nobody left to tell
+    with contextlib.suppress(BrokenPipeError):  # the parent has died
         channel.send(outcome)
 
 
 def _write_chunks(job: SplitJob, number: int, channel: Connection) -> tuple[int, ...]:
-    """Store chunk after chunk until none is left; return the sums over all pixels."""
+    """Encode and store chunks until none is left; return the sums over all pixels."""
     total = len(job.records)
     chunk = max(1, min(_CHUNK, total // (8 * (len(job.shared) - _CURRENT))))
     moments = [0] * 6
@@ -286,8 +287,8 @@ def _sample(job: SplitJob, index: int) -> tuple[Stored, int]:
     except FastkdError:
         raise
     except BaseException as error:
-        if told := unreadable(error):
-            raise told from None
+        if corrupt := unreadable(error):
+            raise corrupt from None
         raise FastkdError(
             f"{job.where(index)}: reading it raised {isolated_process.describe_error(error)[1]}"
         ) from error
@@ -311,11 +312,16 @@ def _sample(job: SplitJob, index: int) -> tuple[Stored, int]:
 
 
 def _skipped(job: SplitJob, index: int, error: Exception) -> dict[str, Any]:
-    return {"split": job.split, "index": index, "description": job.described(index), "reason": printable(str(error))}
+    return {
+        "split": job.split,
+        "index": index,
+        "description": job.described(index),
+        "reason": printable(str(error), one_line=True),
+    }
 
 
 def _finish(job: SplitJob, moments: Sequence[int], skipped: list[dict[str, Any]]) -> Split:
-    """Write everything but the images, look at the file once more, and sum up the split."""
+    """Write the tables of the file, verify it, and return the split."""
     rows = job.records[job.records["state"] == STORED]
     if len(rows) == 0:
         first = skipped[0]
@@ -344,7 +350,7 @@ def _finish(job: SplitJob, moments: Sequence[int], skipped: list[dict[str, Any]]
 
 
 def _found(job: SplitJob) -> list[Found]:
-    """Count what was noticed of the images of a split."""
+    """Count the notices about the images of a split."""
     found = []
     for notice, (kind, text) in kinds(job.options.jpeg_quality).items():
         indices = np.flatnonzero(job.records["notices"] & notice.value)
@@ -354,18 +360,21 @@ def _found(job: SplitJob) -> list[Found]:
 
 
 def found_two_labels(job: SplitJob, classes: Sequence[str]) -> list[Found]:
-    """Tell of the images of a split that are in it more than once, with different labels."""
+    """Return a notice about images that a split contains more than once, with different labels."""
     indices = np.flatnonzero(job.records["state"] == STORED)
     digests, labels = job.records["digest"][indices].copy().view("V16").reshape(-1), job.records["label"][indices]
     _, first, group = np.unique(digests, return_index=True, return_inverse=True)
-    # An image that differs from the first of its group puts the whole group in doubt.
+    # If a label differs from the first one of its group, the whole group is reported.
     doubted = np.zeros(len(first), bool)
     doubted[group[labels != labels[first[group]]]] = True
     rows = np.flatnonzero(doubted[group])
     if not len(rows):
         return []
-    rows = rows[np.argsort(group[rows], kind="stable")]  # images that are the same stand side by side
-    names = [f"{job.names(indices[row : row + 1])[0]} as {printable(classes[labels[row]])}" for row in rows[:MAX_NAMES]]
+    rows = rows[np.argsort(group[rows], kind="stable")]  # identical images are adjacent
+    names = [
+        f"{job.names(indices[row : row + 1])[0]} as {printable(classes[labels[row]], one_line=True)}"
+        for row in rows[:MAX_NAMES]
+    ]
     text = (
         "are stored more than once, byte for byte, with different labels (copies, or links into another class). "
         "At most one label of each can be right; remove the others"
@@ -374,7 +383,7 @@ def found_two_labels(job: SplitJob, classes: Sequence[str]) -> list[Found]:
 
 
 def found_in_both(job: SplitJob, in_both: np.ndarray) -> list[Found]:
-    """Tell of the images of val (bool [N]) that are in train, too."""
+    """Return a notice about the images of val that are also in train (bool [N])."""
     indices = np.flatnonzero(in_both)
     text = "are in train, too, byte for byte as stored. Accuracy on them says nothing about new images; remove them"
     return [Found("val_in_train", text, {job.split: len(indices)}, job.names(indices))] if len(indices) else []

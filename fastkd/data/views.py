@@ -1,10 +1,8 @@
-"""Views inside FFCV's pipeline: one op that decodes an image once and cuts any number of views from it.
+"""Views in FFCV's pipeline: one operation decodes an image once and cuts any number of views from it.
 
-Where to cut, drawn per batch by `fastkd.kernels.draw_views`, reaches the compiled code as one of FFCV's own buffers for
-operations, of which every iterator and every batch in flight has its own: nothing is compiled anew from view to view,
-and iterators that overlap cannot see each other's view. (Compiled code that reads a view number from one address would
-compile nothing anew either, but all iterators would share that number.) Drawing is serial, about 0.2 µs an image;
-cutting is parallel over the batch.
+`fastkd.kernels.draw_views` draws the boxes of each batch. They are passed to the compiled code in a buffer that FFCV
+allocates per iterator and per batch in flight. Another view therefore needs no compilation, and concurrent iterators
+are independent. Drawing is serial (about 0.2 µs per image); cutting is parallel over the batch.
 """
 
 from collections.abc import Callable
@@ -37,14 +35,39 @@ from fastkd.kernels.views import (
     TOP,
     WIDTH,
 )
+from fastkd.recipe import View
 
 DECODE_PATH = "turbojpeg, area"
-"""How stored bytes become pixels; part of the keys of what is computed from them."""
+"""How stored bytes are decoded and resized; a key field of all artifacts that are computed from pixels."""
+
+
+def view_key_fields(
+    view: View | None, seed: int, *, input_px: int | None = None, crop_ratio: float | None = None
+) -> dict[str, Any]:
+    """Return the key fields that determine the pixels of views.
+
+    Parameters
+    ----------
+    view
+        The recipe's section ``data.view``. None: the evaluation view.
+    seed
+        Seed of the views (``labels.view_seed``).
+    input_px
+        Side of the images. None: as stored.
+    crop_ratio
+        Side of the centre crop relative to the shorter side of the image. None: no crop.
+    """
+    fields: dict[str, Any] = {"decode": DECODE_PATH, "family": "none"}
+    if input_px is not None:
+        fields["input_px"] = input_px
+    if crop_ratio is not None and not (view and view.random_crop):
+        fields["crop_ratio"] = crop_ratio
+    return fields if view is None else fields | {"seed": seed} | view.key_fields()
 
 
 @dataclass(frozen=True)
 class Views:
-    """A family of views; see `fastkd.kernels.draw_views`."""
+    """The numbered views of a data set; the attributes are parameters of `fastkd.kernels.draw_views`."""
 
     family: str = "none"
     pad_ratio: float = 0.0
@@ -52,6 +75,11 @@ class Views:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     cutout_ratio: float = 0.0
     seed: int = 0
+
+    @classmethod
+    def from_recipe(cls, view: View, seed: int) -> "Views":
+        """Return the views of a recipe's section ``data.view``."""
+        return cls(**view.model_dump(), seed=seed)
 
     def draw(
         self,
@@ -64,25 +92,9 @@ class Views:
         view: int | None,
         out: np.ndarray,
     ) -> None:
-        """Draw a view of each sample into `out` [B, 11]; None: the plain view, neither moved nor mirrored."""
-        if view is None:
-            draw_views(sample_ids, heights, widths, hw, crop_ratio=crop_ratio, out=out)
-            return
-        draw_views(
-            sample_ids,
-            heights,
-            widths,
-            hw,
-            family=self.family,
-            seed=self.seed,
-            view=view,
-            crop_ratio=crop_ratio,
-            pad_ratio=self.pad_ratio,
-            scale=self.scale,
-            ratio=self.ratio,
-            cutout_ratio=self.cutout_ratio,
-            out=out,
-        )
+        """Draw a view of each sample into `out` [B, 11]. None: the evaluation view, without augmentation."""
+        numbered = {} if view is None else {"view": view, **vars(self)}
+        draw_views(sample_ids, heights, widths, hw, crop_ratio=crop_ratio, out=out, **numbered)
 
 
 @numba.njit(nogil=True)
@@ -104,10 +116,10 @@ def _resize(source_HWC: np.ndarray, top: int, left: int, height: int, width: int
 
 
 @numba.njit(nogil=True)
-def _place(
+def _paste(
     source_HWC: np.ndarray, top: int, left: int, down: int, right: int, mirrored: bool, out_HWC: np.ndarray
 ) -> None:
-    """Copy a box of the output's size, shifted, black where it leaves the box, and mirrored."""
+    """Copy a box of the output's size, shifted and mirrored. Pixels outside of the box are black."""
     H, W = out_HWC.shape[0], out_HWC.shape[1]
     begin, end = max(0, -right), min(W, W - right)  # columns, before mirroring, that lie within the box
     for y in range(H):
@@ -146,26 +158,26 @@ def _cut(
         target = out_BVHWC.ctypes.data + (b * V + v) * H * W * 3
         ctypes_memcopy(image_HWC.ctypes.data + 3 * W * top, target, 3 * W * H)
     elif as_stored:
-        _place(image_HWC, top, left, down, right, mirrored, out_BVHWC[b, v])
+        _paste(image_HWC, top, left, down, right, mirrored, out_BVHWC[b, v])
     elif in_place:
         _resize(image_HWC, top, left, height, width, out_BVHWC[b, v])
     else:
         resized = np.empty((H, W, 3), np.uint8)
         _resize(image_HWC, top, left, height, width, resized)
-        _place(resized, 0, 0, down, right, mirrored, out_BVHWC[b, v])
+        _paste(resized, 0, 0, down, right, mirrored, out_BVHWC[b, v])
     for y in range(rows_BVP[b, v, COVER_TOP], rows_BVP[b, v, COVER_BOTTOM]):
         for x in range(rows_BVP[b, v, COVER_LEFT], rows_BVP[b, v, COVER_RIGHT]):
             for c in range(3):
                 out_BVHWC[b, v, y, x, c] = cover_BC[b, c]
 
 
-class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own decoder before it
-    """Decode each image once and cut the views of its batch's rows.
+class ViewDecoder(SimpleRGBImageDecoder):  # FFCV prepends its own decoder unless this is a subclass
+    """Decodes each image once and cuts its views.
 
     Attributes
     ----------
     hw, views
-        Size of the output and number of views per image: of the next epoch that begins, at no compiling.
+        Size of the output and number of views per image. Changes apply to the next epoch, without compilation.
     """
 
     def __init__(self, hw: tuple[int, int]) -> None:
@@ -174,7 +186,7 @@ class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own de
         self.views = 1
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        """Ask for the pixels, the rows that say where to cut, the colour of covers, and the decoder's error flags."""
+        """Request the buffers: pixels, rows of `draw_views`, colour of the covers, and error flags of the decoder."""
         shape = (self.views, *self.hw, 3)
         # No uint8 arrays of one or two dimensions: FFCV marks numba's types of those as read-only, process-wide.
         pixels, rows = np.dtype("u1"), np.dtype("i4")
@@ -189,7 +201,7 @@ class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own de
         )
 
     def generate_code(self) -> Callable[..., Any]:
-        """Return what FFCV compiles into the pipeline."""
+        """Return the function that FFCV compiles into the pipeline."""
         mem_read = self.memory_read
         decode_jpeg = Compiler.compile(imdecode)
         over_batch = Compiler.get_iterator()
@@ -204,7 +216,7 @@ class ViewDecoder(SimpleRGBImageDecoder):  # a subclass, or FFCV puts its own de
                 error_flag_B1[b, 0] = 0
                 if field["mode"] == jpg:
                     image = np.empty((np.int64(height), np.int64(width), 3), np.uint8)
-                    # To be looked at outside: compiled code cannot raise from within a parallel loop.
+                    # Checked by the caller: compiled code cannot raise from within a parallel loop.
                     error_flag_B1[b, 0] = decode_jpeg(
                         data, image, height, width, height, width, 0, 0, 1, 1, False, False
                     )

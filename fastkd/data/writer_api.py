@@ -1,6 +1,6 @@
-"""What a writer is: one file with an `Options` model and a `read` function, loaded by name or by path.
+"""The interface of writers. A writer is a file with an `Options` model and a `read` function.
 
-A writer tells how to read a source; it knows nothing of FFCV::
+A writer reads a source, and does not depend on FFCV::
 
     class Options(WriterOptions):           # its own settings, typed; given as key=value on the command line
         root: LocalPath
@@ -9,12 +9,12 @@ A writer tells how to read a source; it knows nothing of FFCV::
         return {"train": train, "val": val}, ["cat", "dog"]
 
 where ``train[i]`` is ``(image, label)``: a uint8 array [H, W], [H, W, 1] or [H, W, 3], a PIL image, or the bytes of an
-image file (JPEG bytes are kept as they are where the options allow it), and an integer label in 0 … K−1. Anything with
-``__len__`` and ``__getitem__`` will do; with ``describe(index) -> str`` too, messages about a sample name its file.
-`read` is called in the process that writes, so the data sets need not be picklable.
+image file (JPEG bytes are kept unchanged if the options allow it), and an integer label in 0 … K−1. A data set needs
+``__len__`` and ``__getitem__``. Messages about a sample name its file if there is a ``describe(index) -> str``. `read`
+is called in the writing process, so that data sets need not be picklable.
 
-With a function ``source_files(options)`` in the file, too, which returns the files that `read` reads and the folders
-that it lists, a source that changed after it was written is noticed (see `Snapshot`).
+An optional function ``source_files(options)`` returns the files that `read` reads and the folders that it lists.
+Changes of the source after writing are then detected (see `Snapshot`).
 """
 
 import difflib
@@ -49,7 +49,7 @@ from fastkd.validation import explain, is_file_name, refuse_code
 
 
 def _no_odd_path(value: Any) -> Any:
-    """Refuse texts that are no path, or none that can be recorded."""
+    """Refuse texts that are not a path, or cannot be recorded."""
     if isinstance(value, str | Path):
         text = str(value)
         if not text.strip():
@@ -69,13 +69,13 @@ def _absolute(path: Path) -> Path:
 
 
 LocalPath = Annotated[Path, BeforeValidator(_no_odd_path), AfterValidator(_absolute)]
-"""A path as a writer's option: recorded in full, so that it means the same wherever the command is given."""
+"""A path as an option of a writer. It is made absolute."""
 
 
 def download_folder(name: str) -> Any:
-    """Return the default of an option that says where files are downloaded to: ``~/.cache/fastkd/NAME``.
+    """Return the default of an option for a download directory: ``~/.cache/fastkd/NAME``.
 
-    Without a home directory it is a private temporary folder. It is looked up when options are made, not on import.
+    Without a home directory it is a private temporary directory. It is evaluated when options are created.
     """
 
     def folder() -> Path:
@@ -87,27 +87,27 @@ def download_folder(name: str) -> Any:
 
 
 class WriterOptions(BaseModel):
-    """How images are stored, whatever their source. A writer's `Options` extend this."""
+    """Options of storage, common to all writers. The `Options` of a writer extend this class."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     mode: Literal["raw", "jpg", "smart"] = "raw"
     """Pixels, JPEG, or JPEG only for images whose pixels would take more than `smart_threshold_bytes`."""
     max_resolution: int | None = Field(None, ge=1, le=65535)
-    """Images with a longer side are shrunk to this many pixels."""
+    """Images whose longer side exceeds this number of pixels are shrunk to it."""
     jpeg_quality: int = Field(90, ge=1, le=100)
-    """Of images that are encoded here: JPEG files that fit are kept byte for byte."""
+    """Quality of new JPEGs. JPEG files that need no change are kept byte for byte."""
     smart_threshold_bytes: int = Field(65536, ge=0)
-    """Height · width · 3 above which `smart` stores JPEG."""
+    """Number of pixel bytes (height · width · 3) above which `smart` stores JPEG."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What a corrupt image does: fail the write, or be left out and listed in the manifest."""
+    """`fail`: a corrupt image is an error. `skip`: it is left out and listed in the manifest."""
     workers: int = Field(0, ge=0)
-    """Processes that decode and encode; 0: one per usable core."""
+    """Number of worker processes. 0: one per usable core."""
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse ``workers=true``, which pydantic takes for 1."""
+        """Refuse ``workers=true``, which pydantic converts to 1."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         kinds = (annotation, *get_args(annotation))
         if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
@@ -124,7 +124,7 @@ class MapDataset(Protocol):
 
 
 Source = tuple[Mapping[str, MapDataset], Sequence[str]]
-"""What `read` returns: a data set per split ("train", "val"), and the class names."""
+"""The result of `read`: a data set per split ("train", "val"), and the class names."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +142,15 @@ class ArrayDataset:
 
 
 def stratified_split(labels: Sequence[int] | np.ndarray, val_ratio: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide a data set that comes in one piece.
+    """Split a data set into train and val.
 
-    In each class the ``round(val_ratio * n)`` samples (but at least one, and never all) with the smallest hash of
-    (seed, index) go to val: the same on any machine and with any version of numpy.
+    In each class the ``round(val_ratio * n)`` samples (at least one, but never all) with the smallest hash of
+    (seed, index) become val. The result does not depend on the machine or the version of numpy.
 
     Returns
     -------
     train, val
-        int64 indices, ascending.
+        Indices in ascending order (int64).
     """
     labels = np.asarray(labels)
     hashes = np.array([xxhash.xxh3_64_intdigest(struct.pack("<qq", seed, i)) for i in range(len(labels))], np.uint64)
@@ -164,14 +164,14 @@ def stratified_split(labels: Sequence[int] | np.ndarray, val_ratio: float, seed:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the files of a source looked like: their paths, sizes and times of modification.
+    """The state of the files of a source: paths, sizes and modification times.
 
     Attributes
     ----------
     files, bytes : int
-        How many there are, and their size in all.
+        Number of files, and their total size.
     newest_ns : int
-        The latest time of change of a file's content, name or attributes (nanoseconds), by the file system's clock.
+        The latest ctime of a file, in nanoseconds of the file system's clock.
     names : str
         xxh3-128 (hex) of all paths and sizes.
     digest : str
@@ -192,12 +192,12 @@ class Snapshot:
 
     @staticmethod
     def of(paths: Iterable[str | os.PathLike[str]], since_ns: int | None = None) -> "Snapshot":
-        """Look at files, with one stat each; those that are missing count as no file.
+        """Take a snapshot, with one stat per file. Missing files are not counted.
 
         Parameters
         ----------
         since_ns
-            `changed` lists files with a later time of change.
+            `changed` lists files with a later ctime.
         """
         count = size = newest = 0
         names, digest = xxhash.xxh3_128(), xxhash.xxh3_128()
@@ -221,11 +221,11 @@ class Snapshot:
         return Snapshot(count, size, newest, names.hexdigest(), digest.hexdigest(), tuple(folders), tuple(changed))
 
     def recorded(self) -> dict[str, Any]:
-        """Return what a manifest keeps of it."""
+        """Return the fields for the manifest."""
         return {key: getattr(self, key) for key in ("files", "bytes", "newest_ns", "names", "digest")}
 
     def difference(self, recorded: Mapping[str, Any]) -> str:
-        """Say how the source differs from what a manifest recorded of it; empty: it does not."""
+        """Describe the difference to the snapshot in a manifest. Empty: there is none."""
         if self.digest == recorded["digest"]:
             return ""
         if self.names == recorded["names"]:
@@ -244,9 +244,9 @@ class Writer:
     Attributes
     ----------
     name : str
-        The name or path that it was asked for by; travels to the writing process, which loads it again.
+        The name or path by which it was requested. The writing process loads it again by this name.
     path : Path
-        The file.
+        Path of the file.
     """
 
     def __init__(self, name: str, path: Path, module: ModuleType) -> None:
@@ -258,30 +258,30 @@ class Writer:
         self.doc = (module.__doc__ or "").strip()
 
     def options(self, values: dict[str, Any]) -> WriterOptions:
-        """Validate settings; all errors at once, each with the nearest known key."""
+        """Validate options. The error lists all wrong ones, with the nearest known key."""
         try:
             return self.options_model.model_validate(values)
         except ValidationError as error:
             raise InputError(f"writer {self.name}: wrong options\n{explain(error, self.options_model)}") from None
 
     def snapshot(self, options: WriterOptions, since_ns: int | None = None) -> Snapshot | None:
-        """Look at the files of the source; None: the writer does not tell which these are.
+        """Take a snapshot of the source. None: the writer does not list its files.
 
         Raises
         ------
         InputError
-            The source cannot be listed, or `source_files` fails or returns something else than paths.
+            The source cannot be listed, or `source_files` fails or does not return paths.
         """
         if self._source_files is None:
             if self.path.parent != shipped("writers"):
                 return None
-            # A writer that ships with fastkd and says nothing reads the files that its options name.
+            # An included writer without source_files reads the files that its options name.
             return Snapshot.of([value for _, value in options if isinstance(value, Path)], since_ns)
         try:
             return Snapshot.of(self._source_files(options), since_ns)
         except FastkdError:
             raise
-        except Exception as error:  # a writer of the user's own may raise anything
+        except Exception as error:  # a user's writer may raise any error
             raise InputError(
                 f"writer {self.name}: source_files() failed: {type(error).__name__}: {error}; expected the paths "
                 "of the files that read() reads"
@@ -289,7 +289,7 @@ class Writer:
 
 
 def writer_names() -> list[str]:
-    """Return the names of the writers that ship with fastkd."""
+    """Return the names of the included writers."""
     return sorted(p.stem for p in shipped("writers").glob("*.py") if not p.stem.startswith("_"))
 
 
@@ -299,7 +299,7 @@ def load_writer(name: str) -> Writer:
     Raises
     ------
     InputError
-        No such writer, a file that cannot be imported, or one without `Options` and `read`.
+        There is no such writer, or its file cannot be imported or lacks `Options` or `read`.
     """
     if is_file_name(name):
         refuse_code(name, f"writer {name}")
@@ -313,7 +313,7 @@ def load_writer(name: str) -> Writer:
             raise InputError(
                 f"writer {name!r}: unknown"
                 + (f"; did you mean {near[0]!r}?" if near else "")
-                + f" Known: {', '.join(writer_names())}; or the path of a file of your own"
+                + f" Known: {', '.join(writer_names())}; or the path of your own file"
             )
     module_name = f"fastkd_writer_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)

@@ -1,25 +1,24 @@
-"""How far predictions agree with labels: better than chance, and for the same classes."""
+"""Agreement of predictions with labels: permuted classes, and the accuracy of chance."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 LEAST_PAIRS = 5
-"""Samples that a pair of classes needs to count as moved."""
+"""Minimum number of samples of a pair of classes that counts as moved."""
 
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """What a confusion matrix says.
+    """Statistics of a confusion matrix.
 
     Attributes
     ----------
     moved : int64 [m, 2]
-        Pairs (predicted, labelled) of different classes, ascending: more than half of the samples that are predicted
-        as the first are labelled as the second, and more than half of those labelled so are predicted so. So each class
-        occurs at most once in either column.
+        Pairs (predicted, labelled) of different classes in ascending order: more than half of the samples predicted as
+        the first class are labelled as the second one, and vice versa. Each class occurs at most once per column.
     top1, moved_top1 : float
-        Share of predictions that are right as they are, and after the moved classes are put in their place.
+        Top-1 accuracy of the predictions, and after exchanging the moved classes.
     """
 
     moved: np.ndarray
@@ -46,9 +45,9 @@ def agreement(predicted_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> Agr
 
 
 def chance_limits(y_N: np.ndarray, num_classes: int) -> tuple[float, float]:
-    """Return the top-1 of who knows nothing but how frequent classes are, and the one from which on it is more.
+    """Return the top-1 accuracy of chance, and the smallest one that is significantly better.
 
-    The first is the share of the largest class, at least 1/K; the second is three standard deviations of a binomial
+    The first is the share of the largest class, at least 1/K. The second lies three standard deviations of a binomial
     with that probability above it.
     """
     chance = max(float(np.bincount(y_N, minlength=num_classes).max()) / len(y_N), 1 / num_classes)

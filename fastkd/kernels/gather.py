@@ -1,4 +1,4 @@
-"""Gathering rows of stored arrays, by all threads: those that must be read from disk first then wait side by side."""
+"""Gathering rows of stored arrays with all threads, so that reads from disk overlap."""
 
 import numba
 import numpy as np
@@ -19,10 +19,12 @@ def gather_rows(source: np.ndarray, rows_B: np.ndarray, out: np.ndarray) -> None
 
     Parameters
     ----------
-    source : [M, k], of 2 or 4 bytes a number
+    source : [M, k]
+        Array with elements of 2 or 4 bytes.
     rows_B : int64 [B]
-        In 0 … M−1, which is not checked here.
-    out : [B, k], of the source's type
+        Rows in 0 … M−1; they are not checked.
+    out : [B, k]
+        Buffer with the dtype of `source`.
     """
     words = np.uint16 if source.itemsize == 2 else np.uint32  # numba has no float16
     _gather(source.view(words), rows_B, out.view(words))

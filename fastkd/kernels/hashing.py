@@ -1,4 +1,4 @@
-"""Randomness as a pure function: a 64-bit mix of (seed, purpose, step, id), the same in any process and order."""
+"""Random numbers as a pure function: a 64-bit hash of (seed, purpose, step, id)."""
 
 import zlib
 
@@ -26,18 +26,23 @@ def _mix_ids(stream: np.uint64, ids: np.ndarray) -> np.ndarray:
 
 
 def hash64(ids: np.ndarray, seed: int, name: str, step: int = 0) -> np.ndarray:
-    """Draw one 64-bit word per id.
+    """Draw a 64-bit word per id, independent of process and order.
 
     Parameters
     ----------
     ids : int64 [N]
-    seed, name, step
-        Whose randomness, what for (so that two uses of one seed never share their draws), at which epoch or view.
+        Ids, for example of samples.
+    seed
+        The seed.
+    name
+        Purpose of the draw: uses of the same seed with different names are independent.
+    step
+        Epoch or view.
 
     Returns
     -------
     uint64 [N]
-        Distinct for distinct ids: the mix is a bijection of the id.
+        Distinct for distinct ids: the hash is a bijection of the id.
     """
     words = np.array([step, zlib.crc32(name.encode()), seed], dtype=np.int64)
     stream = np.uint64(0)

@@ -1,4 +1,4 @@
-"""How kernels are compiled: kept in numba's cache, where it has a place for that."""
+"""Compilation of kernels, with numba's cache if it has a writable folder."""
 
 from functools import partial
 
@@ -7,4 +7,4 @@ import numba
 from fastkd import caches
 
 njit = partial(numba.njit, cache=caches.numba_can_cache)
-"""`numba.njit`, cached; in each process anew where numba has no folder to keep it in, rather than not at all."""
+"""`numba.njit` with a cache. Without a writable cache folder, each process compiles the kernels again."""

@@ -44,9 +44,9 @@ def _reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray, out_MK: np.ndarray, fla
 
 
 def reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray) -> tuple[np.ndarray, int]:
-    """Centre each row and give it the standard deviation of its class: z′ = (z − mean z) / std(z) · σ_y.
+    """Centre each row and scale it to the standard deviation of its class: z′ = (z − mean z) / std(z) · σ_y.
 
-    The paper and its reference do not centre; softmax does not care, and it keeps float16's range for what matters.
+    The paper and its reference code do not centre rows. Softmax is invariant to it, and it preserves float16's range.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ def reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray) -> tuple[np.ndarray, int
     -------
     reshaped : float32 [M, K]
     flat : int
-        How many rows had no spread; they come back as zeros, not as NaN.
+        Number of constant rows. They become zeros, not NaN.
     """
     out_MK = np.empty(z_MK.shape, np.float32)
     flat_M = np.empty(len(z_MK), np.bool_)

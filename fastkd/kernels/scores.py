@@ -1,9 +1,8 @@
-"""Scores of samples from the teacher's logits: two looks at each row, the second from the cache, in float32 vectors.
+"""Scores of samples from the teacher's logits: two passes over each row in vectorised float32.
 
-LLVM turns a loop into vector code only if every sum and maximum in it may be reordered. Sums of floats may by fastmath
-flags; maxima of floats do not get them from numba, so those are taken of integers that sort alike. `exp` must be a
-polynomial, since a call into the C library stops the vectors, and float16, which numba does not have on a CPU, is
-turned into float32 bit by bit.
+LLVM vectorises a loop only if its sums and maxima may be reordered. Fastmath flags allow that for sums of floats, but
+numba does not set them for maxima; these are taken of integers with the same order. `exp` is a polynomial, since a call
+into the C library prevents vectorisation. numba has no float16 on CPUs; it is converted to float32 with bit operations.
 """
 
 from typing import NamedTuple
@@ -14,24 +13,24 @@ import numpy as np
 from fastkd.kernels.jit import njit
 
 BLOCK_COLUMNS = 1024
-"""Columns that are summed in float32 before float64 takes over, so that the error does not grow with K."""
+"""Number of columns that are summed in float32. Their sums are added in float64, which bounds the error for large K."""
 BLOCK_ROWS = 64
-"""Rows that a thread does with one scratch row."""
+"""Number of rows per task of a thread."""
 
 _FAST = {"reassoc", "contract", "nsz", "nnan"}
 _ONE, _ZERO = np.float32(1), np.float32(0)
-_FLOOR = np.float32(-87)  # exp of less is no normal float32: 1.6e-38 stands for it
+_FLOOR = np.float32(-87)  # exp of smaller values is not a normal float32; it is replaced by 1.6e-38
 _LOG2_E, _LN_2 = np.float32(1.4426950408889634), np.float32(0.6931471805599453)
 _TO_INTEGER = np.float32(1.5 * 2**23)  # added to a small number, it leaves the nearest integer in the lowest bits
 # exp(r) = 1 + r·(…) for |r| ≤ ln 2 / 2, by least relative error (Lawson's iteration): 1e-7
 _EXP_1, _EXP_2, _EXP_3 = np.float32(0.9999997), np.float32(0.4999915), np.float32(0.16667636)
 _EXP_4, _EXP_5 = np.float32(0.041897975), np.float32(0.0082903066)
 _HALF_BIAS = np.float32(2.0**112)  # between the exponents of float16 and float32
-_STD_FROM, _STD_TO, _MEAN_TO = 1e-15, 1e15, 1e3  # where float32 gives a row's std to 1e-6
+_STD_FROM, _STD_TO, _MEAN_TO = 1e-15, 1e15, 1e3  # range in which float32 gives the std of a row to 1e-6
 
 
 class Scores(NamedTuple):
-    """What the teacher's logits say about each sample; p is their softmax.
+    """Scores of each sample; p is the softmax of its logits.
 
     Attributes
     ----------
@@ -44,13 +43,13 @@ class Scores(NamedTuple):
     least_confidence : float32 [N]
         1 − the largest p.
     el2n : float32 [N]
-        ‖p − onehot(y)‖₂ (Paul et al., NeurIPS 2021), of the one teacher.
+        ‖p − onehot(y)‖₂ (Paul et al., NeurIPS 2021), of a single teacher.
     std : float64 [N]
-        Of the K logits, with Bessel's correction, as torch.std; exactly 0 for a constant row and no other.
+        Standard deviation of the logits with Bessel's correction, as torch.std; 0 only for constant rows.
     correct : bool [N]
-        Whether the first largest logit is the label's.
+        Whether the first largest logit belongs to the label.
     finite : bool [N]
-        Whether all of the row's logits are; where not, the scores are NaN and `correct` is False.
+        Whether all logits are finite. Otherwise the scores are NaN and `correct` is False.
     """
 
     cross_entropy: np.ndarray
@@ -69,13 +68,13 @@ def _exp(x: np.float32) -> np.float32:
     shifted = np.float32(x * _LOG2_E + _TO_INTEGER)
     r = x - (shifted - _TO_INTEGER) * _LN_2
     power = np.float32(_ONE + r * (_EXP_1 + r * (_EXP_2 + r * (_EXP_3 + r * (_EXP_4 + r * _EXP_5)))))
-    # The integer, moved to where float32 has its exponent.
+    # Shift the integer to the exponent bits.
     return np.int32(power.view(np.int32) + (shifted.view(np.int32) << np.int32(23))).view(np.float32)
 
 
 @njit()
 def _half(word: np.int16) -> np.float32:
-    """Return the value of float16's bits. Inf and NaN come out as ±65536 and beyond, where no finite float16 is."""
+    """Convert the bits of a float16. Inf and NaN become ±65536 and beyond, outside of the range of finite values."""
     return np.int32((np.int32(word) << np.int32(13)) & np.int32(-0x70000001)).view(np.float32) * _HALF_BIAS
 
 
@@ -86,13 +85,13 @@ def _single(word: np.int32) -> np.float32:
 
 @njit()
 def _sortable(word: np.int32, magnitude: np.int32) -> np.int32:
-    """Turn a float's bits into an integer that sorts as the float does, and back."""
+    """Convert the bits of a float to an integer with the same order, and back."""
     return np.int32(word ^ ((word >> np.int32(31)) & magnitude))
 
 
 @njit(fastmath=_FAST)
 def _load_half(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
-    """Unpack a row; return its largest, its least, its sum, and whether it is finite."""
+    """Unpack a row; return its maximum, minimum and sum, and whether it is finite."""
     magnitude, infinite = np.int32(0x7FFF), np.int32(0x7C00)
     high, low, total = np.int32(-magnitude - 1), magnitude, _ZERO
     for k in range(len(word_K)):
@@ -108,7 +107,7 @@ def _load_half(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
 
 @njit(fastmath=_FAST)
 def _load_single(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
-    """Do the same for float32."""
+    """Unpack a float32 row, as `_load_half` does."""
     magnitude, infinite = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
     high, low, total = np.int32(-magnitude - 1), magnitude, _ZERO
     for k in range(len(word_K)):
@@ -124,10 +123,10 @@ def _load_single(word_K: np.ndarray, z_K: np.ndarray) -> tuple:
 
 @njit(fastmath=_FAST)
 def _sums(z_k: np.ndarray, top: np.float32, mean: np.float32) -> tuple:
-    """Sum over some columns.
+    """Return the sums over a block of columns.
 
-    With d = z − top and e = exp(d): how many d are 0; of the others Σe, Σe², −Σe·d and the largest e; of all
-    Σ(z − mean)². The top is left out so that a confident row's rest keeps all of its digits.
+    With d = z − top and e = exp(d): the number of d = 0; Σe, Σe², −Σe·d and the largest e of the others; Σ(z − mean)²
+    of all. The top is excluded to preserve the precision of the others in confident rows.
     """
     tops, largest = np.int32(0), np.int32(0)
     rest, squared, weighted, spread = _ZERO, _ZERO, _ZERO, _ZERO
@@ -142,7 +141,7 @@ def _sums(z_k: np.ndarray, top: np.float32, mean: np.float32) -> tuple:
         rest += e
         squared += e * e
         weighted -= e * floored
-        bits = np.float32(e).view(np.int32)  # of floats ≥ 0, which sort as their bits do
+        bits = np.float32(e).view(np.int32)  # floats ≥ 0 sort like their bits
         largest = bits if bits > largest else largest
     return tops, rest, squared, weighted, np.int32(largest).view(np.float32), spread
 
@@ -159,7 +158,7 @@ def _std_in_float64(z_K: np.ndarray) -> float:
 
 @njit()
 def _first_of(z_K: np.ndarray, y: int) -> bool:
-    """Tell whether no value before y's is the same."""
+    """Return whether no earlier value equals the one at y."""
     for k in range(y):  # noqa: SIM110
         if z_K[k] == z_K[y]:
             return False
@@ -221,37 +220,37 @@ def _score(
                 el2n_N[i] = np.sqrt((whole - label) ** 2 + max(1.0 + squared - label * label, 0.0)) / whole
                 correct_N[i] = False
             std = np.sqrt(spread / (K - 1))
-            # The float32 mean is off by about 1e-7 of itself, and std by half the square of that over std.
+            # The float32 mean has a relative error of about 1e-7, and std one of half its square over std.
             if not (_STD_FROM < std < _STD_TO and abs(np.float64(mean)) < _MEAN_TO * std):
                 std = 0.0 if top == bottom else _std_in_float64(z_K)
             std_N[i] = std
 
 
 def score_logits(z_NK: np.ndarray, y_N: np.ndarray) -> Scores:
-    """Score every sample in one pass over the logits, which may be a memory map: nothing of their size is copied.
+    """Score every sample in one pass over the logits, without a copy of them.
 
     Parameters
     ----------
     z_NK : float32 or float16 [N, K]
-        Logits, K ≥ 2.
+        Logits, K ≥ 2; may be a memory map.
     y_N : integer [N]
         Labels in 0 … K−1.
 
     Returns
     -------
     Scores
-        Each within 1e-5·max(1, |x|) of what float64 gives, also for logits of ±1e4 and for confident rows, whose
-        small scores keep their relative precision.
+        Each within 1e-5·max(1, |x|) of the float64 value, also for logits of ±1e4. The small scores of confident rows
+        keep their relative precision.
 
     Raises
     ------
     ValueError
-        Another dtype, K < 2, or labels that do not fit.
+        Another dtype, K < 2, or invalid labels.
 
     Notes
     -----
-    A row is summed by one thread, in an order given by K and the array's layout: the bits do not depend on the number
-    of threads, nor on the other rows.
+    A row is summed by one thread, in an order given by K and the layout of the array. The result does not depend on the
+    number of threads or on other rows.
     """
     z_NK, y_N = np.asarray(z_NK), np.asarray(y_N)
     if z_NK.ndim != 2 or z_NK.dtype not in (np.float16, np.float32):
@@ -262,7 +261,7 @@ def score_logits(z_NK: np.ndarray, y_N: np.ndarray) -> Scores:
     if y_N.shape != (N,) or y_N.dtype.kind not in "iu" or (N and not (y_N.min() >= 0 and y_N.max() < K)):
         raise ValueError(f"expected {N} labels in 0 … {K - 1}")
     word_NK = z_NK.view(np.int16 if z_NK.dtype == np.float16 else np.int32)
-    word_NK.flags.writeable = False  # or each kind of map would be compiled for
+    word_NK.flags.writeable = False  # one compilation for writable and read-only arrays
     ce_N, entropy_N, margin_N, doubt_N, el2n_N = (np.empty(N, np.float32) for _ in range(5))
     found = Scores(
         ce_N,

@@ -1,4 +1,4 @@
-"""Which samples to keep: how many of each class, and at which ranks of the difficulty."""
+"""Selection of samples: quotas of classes, and ranks of difficulty within them."""
 
 import heapq
 
@@ -9,12 +9,12 @@ from fastkd.kernels.jit import njit
 
 
 def uniform_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
-    """Return int(N/K·r) for each class, at most all of it: the reference's quota, which redistributes nothing.
+    """Return int(N/K·r) for each class, but at most its size: the quota of the reference code, without redistribution.
 
     Parameters
     ----------
     count_K : int64 [K]
-        Samples of each class.
+        Number of samples of each class.
 
     Returns
     -------
@@ -25,19 +25,20 @@ def uniform_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
 
 
 def proportional_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
-    """Share round(r·N) among the classes by Webster's divisor method.
+    """Distribute round(r·N) samples over the classes by Webster's divisor method.
 
-    Exact in total, and nested: a larger ratio never takes a sample from a class. The s-th seat of a class of n samples
-    has priority n/(2s − 1); the seats of highest priority are filled, ties going to the lower class.
+    The total is exact, and quotas are monotonic in the ratio. The s-th seat of a class of n samples has priority
+    n/(2s − 1); the seats of highest priority are filled, and ties go to the lower class.
 
     Parameters
     ----------
     count_K : int64 [K]
+        Number of samples of each class.
 
     Returns
     -------
     int64 [K]
-        At most `count_K`, since every seat within a class comes before any beyond one.
+        Quotas of at most `count_K`.
     """
     total = int(count_K.sum())
     asked = round(keep_ratio * total)
@@ -53,18 +54,18 @@ def proportional_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
 
 
 def floored_quotas(quota_K: np.ndarray, count_K: np.ndarray, floor: int) -> np.ndarray:
-    """Raise quotas to a floor, or to all that a class has, keeping their sum where the floors leave room for it.
+    """Raise quotas to a floor, or to the size of a smaller class, and keep their sum if possible.
 
-    What is added to small classes is taken, one by one, from the class of which the largest share is kept (of the seat
-    with the least priority n/(2s − 1), as in `proportional_quotas`; ties go to the higher class), but from none below
-    the floor. Where the floors alone are more than the sum of the quotas, every class gets its floor and no more.
+    For each added sample, one is removed from the class of which the largest share is kept (the seat of lowest priority
+    n/(2s − 1), as in `proportional_quotas`; ties go to the higher class), but never below the floor. If the floors
+    alone exceed the sum of the quotas, every class gets its floor.
 
     Parameters
     ----------
     quota_K, count_K : int64 [K]
         0 ≤ quota ≤ count.
     floor : int
-        0 leaves the quotas as they are.
+        The floor. 0: the quotas are unchanged.
 
     Returns
     -------
@@ -87,16 +88,17 @@ def floored_quotas(quota_K: np.ndarray, count_K: np.ndarray, floor: int) -> np.n
 
 
 def window_ranks(count_K: np.ndarray, quota_K: np.ndarray, centre: float = 0.5) -> np.ndarray:
-    """Return the first rank of each class's window of difficulty: around the median it is MDSLR's.
+    """Return the first rank of the window of difficulty in each class. The centre 0.5 is that of MDSLR.
 
-    With m = ⌊centre·n⌋ and quota q the window is [m − (q − q//2), m + q//2), moved into the class where it reaches
-    beyond: centre 0 keeps the easiest, 1 the hardest. Windows are nested in q.
+    With m = ⌊centre·n⌋ and quota q the window is [m − (q − q//2), m + q//2), shifted to lie within the class: centre 0
+    keeps the easiest samples, 1 the hardest. A window contains those of smaller quotas.
 
     Parameters
     ----------
     count_K, quota_K : int64 [K]
+        Number of samples of each class, and number to keep.
     centre : float
-        0 … 1.
+        Centre of the window, 0 … 1.
 
     Returns
     -------
@@ -107,7 +109,7 @@ def window_ranks(count_K: np.ndarray, quota_K: np.ndarray, centre: float = 0.5) 
 
 
 def class_ranks(score_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return each sample's rank within its class, the lowest score first, ties by position (int64 [N])."""
+    """Return the rank of each sample in its class by ascending score; ties by position (int64 [N])."""
     order = np.lexsort((score_N, y_N))
     start_K = np.concatenate([[0], np.cumsum(np.bincount(y_N, minlength=num_classes))])
     rank_N = np.empty(len(y_N), np.int64)
@@ -118,23 +120,22 @@ def class_ranks(score_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.nd
 def beta_draw(
     rank_N: np.ndarray, count_N: np.ndarray, words_N: np.ndarray, mode: float, concentration: float
 ) -> np.ndarray:
-    """Return keys whose smallest q are a sample without replacement, weighted by a Beta density over difficulty ranks.
+    """Return keys for weighted sampling without replacement: the samples with the q smallest keys are drawn.
 
-    Distill on a Diet (IF-Beta, arXiv 2606.25488) samples ranks so; the draw is Efraimidis and Spirakis's (Information
-    Processing Letters 97, 2006): E/w with E exponential, here in logarithms, since far from the mode w underflows. The
-    samples of a smaller q are among those of a larger.
+    The weights are a Beta density over difficulty ranks, as in Distill on a Diet (IF-Beta, arXiv 2606.25488). The keys
+    are E/w with exponential E (Efraimidis & Spirakis, Information Processing Letters 97, 2006), as logarithms, because
+    w underflows far from the mode. The samples of a smaller q are a subset of those of a larger one.
 
     Parameters
     ----------
     rank_N : int64 [N]
-        Of each sample in its class.
+        Rank of each sample in its class.
     count_N : int64 [N]
-        The size of its class.
+        Size of its class.
     words_N : uint64 [N]
-        Its random bits.
+        Random words.
     mode, concentration : float
-        Where the density peaks, 0 … 1, and how sharply: Beta(mode·(c − 2) + 1, (1 − mode)·(c − 2) + 1), c ≥ 2; at 2 all
-        ranks are alike.
+        Mode, 0 … 1, and concentration c ≥ 2 of Beta(mode·(c − 2) + 1, (1 − mode)·(c − 2) + 1), which is uniform at 2.
 
     Returns
     -------
@@ -151,9 +152,9 @@ def coverage_strata(
 ) -> np.ndarray:
     """Select by coverage-centric coreset selection (CCS; Zheng et al., ICLR 2023, algorithm 1).
 
-    The hardest round(drop_ratio·N) are dropped, unless fewer than `keep` were left; the range of the others' scores is
-    cut into strata of equal width; each gets an equal share of the budget, what a small one cannot use going to the
-    larger ones; within, the draw decides.
+    The hardest round(drop_ratio·N) samples are dropped, but at most so many that `keep` remain. The range of the other
+    scores is divided into strata of equal width. Each stratum gets an equal share of the budget; larger strata get the
+    rest of smaller ones. Within a stratum, samples are drawn at random.
 
     Parameters
     ----------
@@ -162,12 +163,12 @@ def coverage_strata(
     draw_N : uint64 [N]
         Distinct random words.
     keep : int
-        0 … N.
+        Number of samples to keep, 0 … N.
 
     Returns
     -------
     int64 [keep]
-        Positions, ascending.
+        Positions in ascending order.
     """
     N = len(score_N)
     left = np.argsort(score_N, kind="stable")[: max(keep, N - round(drop_ratio * N))]
@@ -187,19 +188,19 @@ def coverage_strata(
 
 
 def infobatch_weights(loss_N: np.ndarray, draw_N: np.ndarray, drop_ratio: float) -> np.ndarray:
-    """Return what the loss of each sample counts in an epoch, 0 for those left out (float32 [N]).
+    """Return the weight of each sample's loss in an epoch; 0 for skipped samples (float32 [N]).
 
-    InfoBatch (Qin et al., ICLR 2024): of the samples whose latest loss is below the mean, a share is left
-    out at random, and the others of them count 1 / (1 − share) times, so that the expected gradient stays the same.
+    InfoBatch (Qin et al., ICLR 2024): of the samples whose latest loss is below the mean, a share is skipped at random,
+    and the remaining ones get weight 1 / (1 − share), which preserves the expected gradient.
 
     Parameters
     ----------
     loss_N : float32 [N]
-        Infinite for samples that have had none: they are trained on, and not counted in the mean.
+        Latest losses. Infinite: the sample has none yet; it is used and does not enter the mean.
     draw_N : uint64 [N]
         Distinct random words.
     drop_ratio : float
-        0 … 1, 1 excluded; the number left out is rounded down.
+        The share, 0 ≤ share < 1. The number of skipped samples is rounded down.
     """
     weight_N = np.ones(len(loss_N), np.float32)
     known_N = np.isfinite(loss_N)
@@ -215,7 +216,7 @@ def infobatch_weights(loss_N: np.ndarray, draw_N: np.ndarray, drop_ratio: float)
 
 @njit()
 def _by_class(y_N: np.ndarray, start_K: np.ndarray) -> np.ndarray:
-    """Return the positions of each class's samples, ascending, class after class."""
+    """Return the positions of the samples, grouped by class, in ascending order within a class."""
     next_K, members_N = start_K.copy(), np.empty(len(y_N), np.int64)
     for i in range(len(y_N)):
         members_N[next_K[y_N[i]]] = i
@@ -238,9 +239,9 @@ def _mark_ranks(
             continue
         members = members_N[start_K[c] : start_K[c + 1]]
         scores = score_N[members]
-        ranked = np.sort(scores)  # of the numbers alone: an argsort takes thrice as long
+        ranked = np.sort(scores)  # values only: an argsort takes three times as long
         low, high = ranked[first], ranked[last]
-        # Of equal scores the first ids have the first ranks; `rank_low` is the next one's among those that are `low`.
+        # Ties are ranked by position; `rank_low` is the rank of the next score that equals `low`.
         rank_low, rank_high = np.searchsorted(ranked, low), np.searchsorted(ranked, high)
         for j in range(len(members)):
             if scores[j] == low:
@@ -254,19 +255,21 @@ def _mark_ranks(
 
 
 def select_ranks(score_N: np.ndarray, y_N: np.ndarray, first_K: np.ndarray, quota_K: np.ndarray) -> np.ndarray:
-    """Keep, in each class, the samples at ranks first … first + quota − 1 of the score.
+    """Select the samples at ranks first … first + quota − 1 of the score in each class.
 
     Parameters
     ----------
     score_N : [N]
-        Any sortable dtype; ties are broken by position.
+        Scores of any sortable dtype. Ties are broken by position.
     y_N : int64 [N]
+        Class labels.
     first_K, quota_K : int64 [K]
+        First rank and number of samples to keep, by class.
 
     Returns
     -------
     int64 [M]
-        Positions, ascending and unique, M = sum of the quotas.
+        Unique positions in ascending order; M is the sum of the quotas.
     """
     count_K = np.bincount(y_N, minlength=len(quota_K))
     if np.any(first_K < 0) or np.any(first_K + quota_K > count_K):

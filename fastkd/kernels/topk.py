@@ -1,4 +1,4 @@
-"""The k largest logits of each row, and how much probability the others have."""
+"""The k largest logits of each row, and the probability of the others."""
 
 import numba
 import numpy as np
@@ -22,11 +22,15 @@ def _topk(z_MK: np.ndarray, temperature: float, index_Mk: np.ndarray, value_Mk: 
                 at -= 1
             value[at], index[at] = z, c
             held = min(held + 1, k)
-        last, kept, rest = value[k - 1], 0.0, 0.0  # summed apart: the rest may be far below the rounding of the total
+        last, kept, rest = (
+            value[k - 1],
+            0.0,
+            0.0,
+        )  # the rest may be below the rounding error of the total
         for c in range(K):
             z = z_MK[i, c]
             mass = np.exp((np.float64(z) - value[0]) / temperature)
-            if z > last or (z == last and c <= index[k - 1]):  # of equal ones the lower classes are kept
+            if z > last or (z == last and c <= index[k - 1]):  # of equal logits the lower classes are kept
                 kept += mass
             else:
                 rest += mass
@@ -40,22 +44,22 @@ def topk_rows(z_MK: np.ndarray, k: int, temperature: float) -> tuple[np.ndarray,
     ----------
     z_MK : float32 [M, K]
     k : int
-        1 … K.
+        Number of logits, 1 … K.
     temperature : float
-        T of the softmax that the tail is a part of.
+        Temperature T of the softmax.
 
     Returns
     -------
     indices : uint16 [M, k]
-        Classes, the largest logit first; of equal ones the lower class.
+        Classes in descending order of logits; of equal logits, the lower class first.
     logits : float32 [M, k]
     tail : float32 [M, 1]
         Σ of softmax(z / T) over the other classes.
 
     Notes
     -----
-    Index and value of the largest, as TinyViT stores them (ECCV 2022), with the mass of the rest exact rather than
-    left to be spread from rounded probabilities.
+    TinyViT (ECCV 2022) also stores indices and values of the largest logits. Here the probability of the others is
+    exact instead of derived from rounded values.
     """
     M, K = z_MK.shape
     if not 1 <= k <= K or K > 1 << 16:

@@ -1,4 +1,4 @@
-"""Views: where an image is cut, mirrored and covered, as a pure function of (seed, sample_id, view number)."""
+"""Boxes, flips and covers of views, as a pure function of (seed, sample_id, view number)."""
 
 import math
 
@@ -9,18 +9,18 @@ from fastkd.kernels.jit import njit
 
 FAMILIES = ("none", "flip", "pad_crop_flip", "random_resized_crop_flip")
 COLUMNS = (
-    *("top", "left", "height", "width"),  # the box cut from the stored image, which is resized to the output
-    *("down", "right"),  # then out[y, x] = cut[y + down, x + right], black where that lies outside
-    "mirrored",  # and left and right change places
-    *("cover_top", "cover_bottom", "cover_left", "cover_right"),  # at last [top, bottom) × [left, right) is covered
+    *("top", "left", "height", "width"),  # box of the stored image, which is resized to the output
+    *("down", "right"),  # then out[y, x] = box[y + down, x + right], black outside of it
+    "mirrored",  # then left and right are swapped
+    *("cover_top", "cover_bottom", "cover_left", "cover_right"),  # finally [top, bottom) × [left, right) is covered
 )
-"""What each integer of a view's row means."""
+"""The columns of a row that describes a view."""
 TOP, LEFT, HEIGHT, WIDTH, DOWN, RIGHT, MIRRORED, COVER_TOP, COVER_BOTTOM, COVER_LEFT, COVER_RIGHT = range(len(COLUMNS))
 
 _NONE, _FLIP, _PAD_CROP, _RESIZED_CROP = range(len(FAMILIES))
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _TRIES = 10  # as torchvision's RandomResizedCrop
-# Streams: which draw of a view is used for what. Numbers are part of what stored labels mean: never change one.
+# Streams: the use of each draw of a view. Stored labels depend on these numbers: never change them.
 _S_MIRRORED, _S_DOWN, _S_RIGHT, _S_COVER_Y, _S_COVER_X, _S_BOX = 0, 1, 2, 3, 4, 16
 
 
@@ -34,7 +34,7 @@ def _uniform(word: np.uint64, stream: int) -> float:
 def _resized_crop_box(
     word: np.uint64, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Torchvision's RandomResizedCrop.get_params: ten tries, then the largest centred box within the ratios."""
+    """Draw a box like torchvision's RandomResizedCrop: ten attempts, then the largest centred box within the ratios."""
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(_TRIES):
         stream = _S_BOX + 4 * attempt
@@ -114,27 +114,33 @@ def draw_views(
     Parameters
     ----------
     sample_ids : int64 [B]
+        Ids of the samples.
     heights, widths : integers [B]
-        Of the stored images.
+        Sizes of the stored images.
     out_hw
-        Size of the output; shifts and the cover are fractions of it, the box is one of the stored image's.
+        Size of the output. Shifts and the cover are relative to it; the box is relative to the stored image.
     family : one of `FAMILIES`
         ``flip`` mirrors half of the views. ``pad_crop_flip`` also shifts by up to ``pad_ratio`` of the size, which is
         torchvision's RandomCrop with that padding. ``random_resized_crop_flip`` cuts by torchvision's rule (Szegedy
         et al., arXiv 1409.4842), fallback included, with area in `scale` and log-uniform aspect in `ratio`.
     seed, view
-        Which view: each (seed, sample_id, view) has its own draws, whatever else is in the batch.
+        Seed and number of the view. The draws of a sample depend on (seed, sample_id, view) only.
+    pad_ratio
+        Largest shift relative to the size of the output.
+    scale, ratio
+        Bounds of area and aspect ratio of a random crop.
     crop_ratio
-        Side of the centred square over the shorter side, where no box is drawn; None: the whole image.
+        Side of the centre crop relative to the shorter side, if no box is drawn. None: the whole image.
     cutout_ratio
-        Side of the cover over the size of the output, 0: none; centred anywhere, clipped at the borders (DeVries &
-        Taylor, arXiv 1708.04552).
+        Side of the cover relative to the size of the output; 0: none. Its centre is uniform over the output, and it is
+        clipped at the borders (DeVries & Taylor, arXiv 1708.04552).
     out : int32 [B, 11], optional
+        Buffer for the result.
 
     Returns
     -------
     int32 [B, 11]
-        `COLUMNS`.
+        One row per sample; see `COLUMNS`.
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family!r}: expected one of {', '.join(FAMILIES)}")

@@ -1,8 +1,8 @@
-"""Nets by name, their weights, and the normalisation that belongs to those weights.
+"""Networks by name, their weights, and the normalisation of their input.
 
-A net is named ``cifar/NAME`` (the small nets of the distillation literature, below), ``torchvision/NAME`` or
-``timm/NAME``. `build` makes it, `load_weights` fills it, `native_normalisation` says what pixels it wants, and
-`Normalised` puts that in front of it.
+A network is named ``cifar/NAME`` (the small networks of the distillation literature), ``torchvision/NAME`` or
+``timm/NAME``. `build` creates it, `load_weights` loads weights into it, `native_normalisation` returns the
+normalisation that these weights were trained with, and `Normalised` applies it in front of the network.
 """
 
 from fastkd.models.head import Float32Linear, float32_head

@@ -1,4 +1,4 @@
-"""Whether a net runs on images of a size, found out before anything is built for it."""
+"""Checks whether a network accepts images of a size, before anything is built."""
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,16 @@ from fastkd.models.weight_files import reason
 def refusal(
     name: str, num_classes: int, height: int, width: int, *, batch_size: int = 2, training: bool = False
 ) -> str:
-    """Say why a net does not take images of a size, "" if it does.
+    """Return the reason for which a network does not accept images of a size. Empty: it accepts them.
 
-    It is run on torch's meta device, where only shapes are computed; where it fails there, on zeros on the CPU.
+    The network runs on torch's meta device, which computes only shapes; if that fails, on zeros on the CPU.
 
     Parameters
     ----------
     batch_size
-        Images of a batch; of one image with features of one pixel, batch norm has no statistics in training.
+        Images per batch. In training, batch norm has no statistics for one image with features of one pixel.
     training
-        Run it as in training, not as in evaluation.
+        Whether to run it in training mode.
 
     Raises
     ------
@@ -35,11 +35,11 @@ def refusal(
                     logits = net(torch.zeros(batch_size, 3, height, width))
             except InputError:
                 raise
-            except Exception as error:  # nets refuse a size in any way there is
-                told = reason(error)
+            except Exception as error:  # networks raise various errors for a wrong size
+                failure = reason(error)
                 continue
             if not isinstance(logits, Tensor) or logits.shape != (batch_size, num_classes):
                 found = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
                 return f"it returns {found}, expected logits [{batch_size}, {num_classes}]"
             return ""
-    return told
+    return failure

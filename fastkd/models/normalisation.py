@@ -1,4 +1,4 @@
-"""What pixels a net wants: the mean and standard deviation that its weights were trained with."""
+"""Normalisation of the input: mean and standard deviation that weights were trained with."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +12,12 @@ from fastkd.models.sidecar import description
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation of each channel (red, green, blue), of pixels scaled to 0…1.
+    """Mean and standard deviation of each channel (red, green, blue), for pixels scaled to 0…1.
 
     Attributes
     ----------
     guessed : bool
-        Taken for want of anything better: nothing says that the weights were trained with it.
+        Whether it is an assumption: no file states that the weights were trained with it.
     """
 
     mean: tuple[float, float, float]
@@ -26,19 +26,19 @@ class Normalisation:
 
 
 def native_normalisation(name: str, weights: str | Path | None) -> Normalisation | None:
-    """Return what `weights` of the net `name` were trained with, None if that is the data set's own.
+    """Return the normalisation that `weights` of the network `name` were trained with. None: that of the data set.
 
-    The ``model.json`` of a RUN or of an exported student says it (see `fastkd.models.sidecar`); torchvision and timm
-    say it of the weights that they publish. Another local file for one of their nets is taken to be those weights, or
-    tuned from them: that is a guess, and marked as one. CIFAR checkpoints say nothing: None.
+    It is recorded in the ``model.json`` of a RUN or an exported student (see `fastkd.models.sidecar`), and by
+    torchvision and timm for their published weights. Other local weights of one of their networks are assumed to be
+    these or derived from them, and the result is marked as `guessed`. For CIFAR checkpoints it is None.
     """
     if weights is None:
         return None
     library, net = split(name)
-    if told := description(weights):
-        return Normalisation(tuple(told["mean"]), tuple(told["std"]))
+    if described := description(weights):
+        return Normalisation(tuple(described["mean"]), tuple(described["std"]))
     if library == "torchvision":
-        # torchvision states ImageNet's mean and std for these two, and undoes that inside the net (transform_input).
+        # torchvision states ImageNet's statistics for these two, and reverts them in the network (transform_input).
         if net in ("googlenet", "inception_v3"):
             return Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), guessed=str(weights) not in torchvision_weights(net))
         published = torchvision_weights(net)
@@ -51,14 +51,14 @@ def native_normalisation(name: str, weights: str | Path | None) -> Normalisation
 
 
 class Normalised(nn.Module):
-    """A net with its normalisation in front: it takes pixels of 0…255.
+    """A network with a normalisation layer in front, for pixels in 0…255.
 
     Parameters
     ----------
     net
-        Takes normalised float32 images [B, 3, H, W]; kept as ``.net``.
+        Network for normalised float32 images [B, 3, H, W]; the attribute ``net``.
     normalisation
-        What it was, or is to be, trained with. Not part of the state_dict.
+        The normalisation. It is not part of the state_dict.
     """
 
     scale: torch.Tensor
@@ -73,5 +73,5 @@ class Normalised(nn.Module):
         self.register_buffer("shift", (-mean / std).float(), persistent=False)
 
     def forward(self, images_B3HW: torch.Tensor) -> torch.Tensor:
-        """Return the net's output on images [B, 3, H, W] of 0…255, uint8 or floating; their memory format is kept."""
+        """Return the output for images [B, 3, H, W] in 0…255, uint8 or floating point. The memory format is kept."""
         return self.net(torch.addcmul(self.shift, images_B3HW.float(), self.scale))

@@ -1,4 +1,4 @@
-"""From a name to a net."""
+"""Building networks by name."""
 
 import difflib
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ CIFAR = {**resnet.NETS, **wrn.NETS, **vgg.NETS, **mobilenet.NETS, **shufflenet.N
 
 
 def names() -> list[str]:
-    """List every ``cifar/`` net and every ``torchvision/`` classification net."""
+    """Return the names of all ``cifar/`` networks and all ``torchvision/`` classification networks."""
     return [f"cifar/{net}" for net in CIFAR] + [f"torchvision/{net}" for net in _torchvision_nets()]
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """Return a randomly initialised net that maps images [B, 3, H, W] to logits [B, `num_classes`].
+    """Return a randomly initialised network that maps images [B, 3, H, W] to logits [B, `num_classes`].
 
-    Seeding is the caller's matter: put ``torch.manual_seed`` before it.
+    The caller seeds the random number generator with ``torch.manual_seed``.
 
     Raises
     ------
@@ -34,13 +34,13 @@ def build(name: str, num_classes: int) -> nn.Module:
         return import_timm().create_model(net, pretrained=False, num_classes=num_classes)
     import torchvision
 
-    # Two nets have auxiliary classifiers, which would make them return tuples in training.
+    # Two networks have auxiliary classifiers, with which they return tuples in training.
     single = {"aux_logits": False, "init_weights": True} if net in ("googlenet", "inception_v3") else {}
     return torchvision.models.get_model(net, weights=None, num_classes=num_classes, **single)
 
 
 def split(name: str) -> tuple[str, str]:
-    """Return the library and the net's name in it, both known to exist."""
+    """Split a name into library and network, and check that both exist."""
     library, _, net = name.partition("/")
     if library == "cifar":
         known = list(CIFAR)
@@ -48,7 +48,7 @@ def split(name: str) -> tuple[str, str]:
         known = _torchvision_nets()
     elif library == "timm":
         timm = import_timm()
-        if timm.is_model(net):  # true of NET.TAG too, whatever the tag
+        if timm.is_model(net):  # also true for NET.TAG with any tag
             try:
                 timm.get_pretrained_cfg(net)
             except RuntimeError as error:
@@ -63,9 +63,9 @@ def split(name: str) -> tuple[str, str]:
 
 
 def torchvision_weights(net: str) -> Mapping[str, Any]:
-    """Return the weights that torchvision publishes for one of its nets, by every name they may be called.
+    """Return the published weights of a torchvision network, by name.
 
-    ``DEFAULT``, ``IMAGENET1K_V1`` … and the same with their class before them: ``ResNet50_Weights.DEFAULT``.
+    The names are ``DEFAULT``, ``IMAGENET1K_V1`` …, also with the class: ``ResNet50_Weights.DEFAULT``.
     """
     import torchvision
 
@@ -85,7 +85,7 @@ def import_timm() -> Any:
 def _torchvision_nets() -> list[str]:
     import torchvision
 
-    return torchvision.models.list_models(module=torchvision.models)  # this module's own: no detection, no video
+    return torchvision.models.list_models(module=torchvision.models)  # classification only: no detection, no video
 
 
 def _unknown(name: str, known: list[str]) -> InputError:

@@ -1,7 +1,8 @@
-"""Residual nets for small images (He et al. 2016, "Deep Residual Learning", §4.2 and table 1).
+"""Residual networks for small images (He et al. 2016, "Deep Residual Learning", §4.2 and table 1).
 
-Entry names, shapes and logits match the public RepDistiller and mdistiller checkpoints. ``x4`` nets have four times the
-width from the first stage on and twice the stem's; ``resnet50`` is the ImageNet net with a 3×3 stem and no first pool.
+Entry names, shapes and logits match the public RepDistiller and mdistiller checkpoints. ``x4`` networks have four
+times the width from the first stage on, and twice the width of the stem. ``resnet50`` is the ImageNet network with a
+3×3 stem and without the first pooling.
 """
 
 from collections.abc import Callable

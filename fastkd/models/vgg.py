@@ -1,4 +1,4 @@
-"""VGG nets with batch normalisation and one linear layer (Simonyan & Zisserman 2015, table 1) for small images.
+"""VGG networks with batch normalisation and one linear layer (Simonyan & Zisserman 2015, table 1) for small images.
 
 Entry names, shapes and logits match the public RepDistiller and mdistiller checkpoints.
 """
@@ -14,7 +14,7 @@ from fastkd.models.layers import he_initialise
 
 
 class VGG(nn.Module):
-    """Five blocks of 3×3 convolutions; `depths` says how many in each."""
+    """Five blocks of 3×3 convolutions; `depths` are the numbers of convolutions."""
 
     def __init__(self, depths: tuple[int, int, int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class VGG(nn.Module):
 
 
 def _block(in_channels: int, channels: int, n: int) -> nn.Sequential:
-    """Return `n` times convolution, normalisation, ReLU, without the last ReLU: `forward` applies it."""
+    """Return `n` times convolution, normalisation and ReLU, without the last ReLU, which `forward` applies."""
     layers: list[nn.Module] = []
     for i in range(n):
         # These checkpoints have a bias before the normalisation.

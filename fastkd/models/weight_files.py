@@ -1,7 +1,7 @@
-"""Reading weights from the files that people have.
+"""Reading weights from files.
 
-Nothing that a file holds is ever run: a pickle is read by torch's restricted reader, which knows tensors and plain
-values, widened only by stand-ins that do nothing.
+No code in a file is executed: pickles are read by torch's restricted unpickler, which accepts tensors and plain values;
+other known classes are replaced by inert placeholders.
 """
 
 import re
@@ -19,7 +19,7 @@ from fastkd.errors import InputError
 State = Mapping[str, torch.Tensor]
 
 PICKLES = (".pth", ".pt", ".tar", ".ckpt")
-# Where training scripts keep the weights; the average of them first, as timm does.
+# Keys under which training scripts store weights; moving averages first, as in timm.
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema")
 STATE_KEYS = (
     *("state_dict", "model", "model_state_dict", "net", "network", "module", "params", "weights"),
@@ -29,22 +29,22 @@ MAX_NESTED = 3
 
 
 def is_run(path: str | Path) -> bool:
-    """Tell whether an artifact lies at `path`; whether it is a RUN, and whole, `artifacts.load` says."""
+    """Return whether there is an artifact at `path`. `artifacts.load` verifies it."""
     return (Path(path) / artifacts.MANIFEST).is_file()
 
 
 def read_file(path: Path) -> State:
-    """Return the state_dict, on the CPU, that a file holds, bare or inside a training script's checkpoint.
+    """Return the state_dict in a file, on the CPU: bare, or inside the checkpoint of a training script.
 
     Raises
     ------
     InputError
-        The file is damaged, holds anything that would have to be run, or holds no state_dict.
+        The file is damaged, contains objects whose loading would execute code, or contains no state_dict.
     """
     if path.suffix == ".safetensors":
         try:
             state = safetensors.torch.load_file(path)
-        except Exception as error:  # of a damaged header, torch's own among them
+        except Exception as error:  # a damaged header raises various errors
             raise InputError(
                 f"{path}: not a whole safetensors file ({reason(error)}). Copy or download it again."
             ) from None
@@ -56,7 +56,7 @@ def read_file(path: Path) -> State:
 
 
 def takes_average(path: Path) -> bool:
-    """Tell whether what `read_file` takes of a checkpoint is a moving average of its weights."""
+    """Return whether `read_file` selects a moving average of the weights in a checkpoint."""
     if path.suffix not in PICKLES:
         return False
     where = next((where for where, _ in _states(_unpickle(path))), "")
@@ -64,7 +64,7 @@ def takes_average(path: Path) -> bool:
 
 
 def unwrapped(state: State) -> State:
-    """Strip what DataParallel, DDP and ``torch.compile`` put before every name."""
+    """Remove the prefixes of DataParallel, DDP and ``torch.compile`` from all names."""
     prefixes = ("module.", "_orig_mod.")
     while state and (prefix := next((p for p in prefixes if all(k.startswith(p) for k in state)), None)):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
@@ -72,7 +72,7 @@ def unwrapped(state: State) -> State:
 
 
 class _Beside:
-    """Stands in for a harmless object beside the weights: takes whatever it is given and keeps nothing of it."""
+    """Placeholder for a harmless object in a checkpoint: it accepts any arguments and discards them."""
 
     def __new__(cls, *args: Any) -> "_Beside":
         return super().__new__(cls)
@@ -89,8 +89,8 @@ def _stand_in(path: str) -> Any:
     return type(name, (_Beside,), {"__module__": module})
 
 
-# What training scripts keep beside the weights: their arguments, their best accuracy. None of it is wanted, so not even
-# these classes' own code is run.
+# Classes of objects that training scripts store with the weights, such as arguments. They are not needed, so that even
+# the code of these classes is not executed.
 BESIDE = [
     _stand_in(path)
     for path in (
@@ -111,12 +111,12 @@ BESIDE = [
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuse a zip file that is larger inside than it is itself: torch writes none, and a few MB can hold terabytes."""
+    """Refuse zip files with compressed members: torch writes none, and a few MB can expand to terabytes."""
     try:
         with zipfile.ZipFile(path) as packed:
             members = packed.infolist()
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
-        return  # no zip file, or a damaged one, of which torch tells
+        return  # not a zip file, or a damaged one, which torch reports
     inflated, size = sum(member.file_size for member in members), path.stat().st_size
     if inflated > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise InputError(
@@ -130,7 +130,7 @@ def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(BESIDE):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes fail the reader in any way there is
+    except Exception as error:  # damaged bytes raise various errors
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(
                 f"{path}: holds objects other than tensors ({foreign[1]}); loading those would run code from the file. "
@@ -143,7 +143,7 @@ def _unpickle(path: Path) -> Any:
 
 
 def _state_dict(checkpoint: Any, path: Path) -> State:
-    """Find the weights in what a file holds; warn where others could be meant as well."""
+    """Return the weights in a checkpoint. Warn if it contains several with the same entries."""
     found = list(_states(checkpoint))
     if not found:
         inside = checkpoint if isinstance(checkpoint, dict) else {}
@@ -162,7 +162,7 @@ def _state_dict(checkpoint: Any, path: Path) -> State:
 
 
 def _states(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    """Yield every state_dict in what a file holds with the keys that lead to it, the one to be taken first."""
+    """Yield the state_dicts in a checkpoint with their keys, the preferred one first."""
     if not isinstance(value, dict) or not value or depth > MAX_NESTED:
         return
 
@@ -174,9 +174,9 @@ def _states(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, 
     yield from inner(EMA_KEYS)
     yield from inner(STATE_KEYS)
     entries = {key: one for key, one in value.items() if isinstance(key, str) and _is_plain(one)}
-    entries.pop("n_averaged", None)  # torch's AveragedModel counts with it
+    entries.pop("n_averaged", None)  # counter of torch's AveragedModel
     others = [one for key, one in value.items() if key not in entries and key != "n_averaged"]
-    # What stands beside the entries: "epoch", an optimizer. A tensor that cannot be read is an entry that is missing.
+    # Other values, such as "epoch" or an optimizer, are allowed. A tensor that cannot be read is a missing entry.
     is_state = bool(entries) and not any(isinstance(one, torch.Tensor) for one in others)
     if is_state and (not others or any("." in key and one.dim() for key, one in entries.items())):
         yield where, entries
@@ -186,11 +186,11 @@ def _is_plain(value: Any) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.layout == torch.strided
-        and value.device.type == "cpu"  # else it is a meta tensor, without values
+        and value.device.type == "cpu"  # a meta tensor has no values
         and not value.is_quantized
     )
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of what went wrong: torch adds pages of advice."""
+    """Return the first line of an error message; torch adds pages of advice."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

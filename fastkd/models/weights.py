@@ -1,4 +1,4 @@
-"""Weights of a net: loading them, writing them, and naming them by a digest."""
+"""Loading, saving and hashing the weights of a network."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ from fastkd.models.weight_files import State, is_run, read_file, reason, unwrapp
 
 
 def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = None) -> None:
-    """Fill `module` with weights; on any error it is left as it was.
+    """Load weights into `module`. After an error it is unchanged.
 
     Parameters
     ----------
@@ -27,12 +27,12 @@ def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = N
         ``model``, ``state_dict`` and the like; a RUN or an exported student; or, by `name`, published weights:
         torchvision's (``DEFAULT``, ``IMAGENET1K_V1``, ``ResNet50_Weights.IMAGENET1K_V2``) or timm's (``pretrained``).
     name
-        The name that `module` was built from. Needed for published weights.
+        The name of the network, which is needed for published weights.
 
     Raises
     ------
     InputError
-        The weights are missing, damaged, unsafe to load, not to be fetched, or do not fit; then it lists what differs.
+        The weights are missing, damaged or unsafe to load, cannot be downloaded, or do not fit; lists the differences.
     """
     own = unwrapped(module.state_dict())
     state = _fitting(own, _read(weights, name), str(weights), name)
@@ -45,7 +45,7 @@ def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = N
 
 
 def is_cached(weights: str | Path, name: str) -> bool:
-    """Tell whether `load_weights` has nothing to fetch: not whether the weights are right."""
+    """Return whether `load_weights` needs no download. The weights are not checked."""
     library, net = split(name)
     if Path(weights).exists():
         return True
@@ -56,17 +56,17 @@ def is_cached(weights: str | Path, name: str) -> bool:
 
 
 def save_weights(module: nn.Module, path: str | Path) -> None:
-    """Write the state_dict to a safetensors file; tensors that share memory are written each on its own."""
+    """Write the state_dict to a safetensors file. Tensors that share memory are written separately."""
     state = unwrapped(module.state_dict())
     plain = {k: v.to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in state.items()}
-    Path(path).write_bytes(safetensors.torch.save(plain))  # its own writing tells of a full disk by an error of its own
+    Path(path).write_bytes(safetensors.torch.save(plain))  # save_file would raise its own error on a full disk
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Return the xxh3-128 (32 hex digits) of all that determines a net's evaluation outputs.
+    """Return the xxh3-128 (32 hex digits) of the weights that determine the output in evaluation.
 
-    It covers name, dtype, shape and bytes of each entry, in the order of their names. Device and memory format do not
-    matter, nor does wrapping by DDP or ``torch.compile``. BatchNorm's batch counters are left out.
+    It covers name, dtype, shape and bytes of each entry, in the order of names. It does not depend on the device, the
+    memory format, or wrapping by DDP or ``torch.compile``. The batch counters of BatchNorm are excluded.
     """
     digest = xxhash.xxh3_128()
     for entry, tensor in sorted(unwrapped(module.state_dict()).items()):
@@ -77,11 +77,11 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def _read(weights: str | Path, name: str | None) -> State:
-    told = description(weights)
-    if told and name and told.get("model", name) != name:
+    described = description(weights)
+    if described and name and described.get("model", name) != name:
         raise InputError(
-            f"{weights}: holds a {told['model']}, as the model.json beside it says, and is asked for as {name}; "
-            f"give the model {told['model']}, or other weights"
+            f"{weights}: are the weights of {described['model']} by their model.json, and are requested for {name}; "
+            f"give the model {described['model']}, or other weights"
         )
     if is_run(weights) and (artifact := student_artifact(weights)):
         return read_file(artifact.file(STUDENT))
@@ -113,9 +113,9 @@ def _fetch_torchvision(entry: Any) -> State:
 def _fetch_timm(net: str) -> State:
     timm = import_timm()
     try:
-        with torch.random.fork_rng(devices=[]):  # its random initialisation must not shift the caller's
+        with torch.random.fork_rng(devices=[]):  # does not advance the caller's random state
             return timm.create_model(net, pretrained=True).state_dict()
-    except Exception as error:  # the hub's client has errors of its own, and timm its RuntimeErrors
+    except Exception as error:  # errors of the hub's client, or RuntimeErrors of timm
         raise _not_fetched(f"timm's pretrained weights of {net}", error) from None
 
 
@@ -126,7 +126,7 @@ def _not_fetched(what: str, error: Exception) -> InputError:
 
 
 def _torchvision_names(state: State) -> State:
-    """Rename the entries of torchvision's older files and drop auxiliary classifiers, as its own loaders do."""
+    """Rename the entries of older torchvision files and drop auxiliary classifiers, as torchvision's loaders do."""
 
     def renamed(entry: str) -> str:
         entry = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", entry)
@@ -138,14 +138,14 @@ def _torchvision_names(state: State) -> State:
 
 
 def _fitting(own: State, state: State, weights: str, name: str | None) -> State:
-    """Return the checkpoint's entries by the names that the model has for them.
+    """Return the entries of a checkpoint under the names of the model.
 
-    A prefix that all entries have (``model.``, ``backbone.``) is removed where they fit only without it.
+    A common prefix of all entries (``model.``, ``backbone.``) is removed if they fit only without it.
 
     Raises
     ------
     InputError
-        They do not fit; says what differs.
+        The entries do not fit; lists the differences.
     """
     renamed = _torchvision_names if name and split(name)[0] == "torchvision" else dict
     differs, stripped = _misfit(own, first := renamed(state)), state
@@ -160,13 +160,13 @@ def _fitting(own: State, state: State, weights: str, name: str | None) -> State:
 
 
 def _common_prefix(state: State) -> str:
-    """Return the first part of all entries' names, with its dot; empty where they have none in common."""
+    """Return the common first part of all names, with its dot. Empty: there is none."""
     parts = {entry.partition(".")[0] for entry in state}
     return f"{parts.pop()}." if len(parts) == 1 and all("." in entry for entry in state) else ""
 
 
 def _foreign_prefix(own: State, state: State) -> str:
-    """Say what most entries of a checkpoint begin with, where no entry of the model does."""
+    """Describe a prefix of most entries of a checkpoint that no entry of the model has. Empty: there is none."""
     parts = Counter(entry.partition(".")[0] for entry in state if "." in entry)
     prefix, count = parts.most_common(1)[0] if parts else ("", 0)
     if 2 * count <= len(state) or any(entry.startswith(f"{prefix}.") for entry in own):
@@ -178,7 +178,7 @@ def _foreign_prefix(own: State, state: State) -> str:
 
 
 def _unusable(own: State, state: State) -> str:
-    """Say which tensors of a checkpoint that fits hold what cannot be weights, nothing if all can."""
+    """Describe tensors of a wrong type or with values that are not finite. Empty: there are none."""
     kinds, values = [], []
     for entry, ours in own.items():
         theirs = state.get(entry)
@@ -188,7 +188,7 @@ def _unusable(own: State, state: State) -> str:
             kinds.append(f"{entry} is {_dtype(theirs)}, expected {_dtype(ours)}")
         elif ours.is_floating_point():
             bad = int((~torch.isfinite(theirs.to(ours.dtype))).sum())
-            if bad and torch.isfinite(ours).all():  # a mask of -inf is as the model has it
+            if bad and torch.isfinite(ours).all():  # the model itself may contain a mask of -inf
                 values.append(f"{entry} ({bad:,} of {theirs.numel():,})")
     phrases = []
     if kinds:
@@ -210,18 +210,18 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _is_counter(entry: str) -> bool:
-    """Tell BatchNorm's batch counters, which old checkpoints lack and evaluation does not read."""
+    """Return whether an entry is a batch counter of BatchNorm, which old checkpoints lack and evaluation ignores."""
     return entry.endswith("num_batches_tracked")
 
 
 def _misfit(own: State, state: State) -> str:
-    """Say how a checkpoint differs from the model, nothing if it fits."""
+    """Describe the differences between a checkpoint and the model. Empty: it fits."""
     missing = [k for k in own if k not in state and not _is_counter(k)]
     foreign = [k for k in state if k not in own and not _is_counter(k)]
     shaped = [k for k in own if k in state and own[k].shape != state[k].shape]
     phrases, advice = [], "Check the model's name, or give weights that were trained with it."
 
-    # A head for other classes differs in its first dimension only; a net of another width in others too.
+    # A head for other classes differs in its first dimension only; a network of another width also in others.
     counts = {(state[k].shape[:1], own[k].shape[:1]) for k in shaped}
     if len(counts) == 1 and all(state[k].shape[1:] == own[k].shape[1:] for k in shaped):
         theirs, ours = (shape.numel() for shape in counts.pop())

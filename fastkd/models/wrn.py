@@ -1,4 +1,4 @@
-"""Wide residual nets ``wrn_DEPTH_WIDTH`` (Zagoruyko & Komodakis 2016, "Wide Residual Networks", table 1), no dropout.
+"""Wide residual networks ``wrn_DEPTH_WIDTH`` (Zagoruyko & Komodakis 2016, table 1), without dropout.
 
 Entry names, shapes and logits match the public RepDistiller and mdistiller checkpoints.
 """
@@ -24,7 +24,7 @@ class PreActivationBlock(nn.Module):
         self.conv1 = conv(in_channels, channels, 3, stride)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = conv(channels, channels, 3)
-        # The checkpoints' own name.
+        # The name in the checkpoints.
         self.convShortcut = None if in_channels == channels else conv(in_channels, channels, 1, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ class PreActivationBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks in a row, under the name that the checkpoints give them."""
+    """A sequence of blocks, with the name in the checkpoints."""
 
     def __init__(self, in_channels: int, channels: int, n: int, stride: int) -> None:
         super().__init__()

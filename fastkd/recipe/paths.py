@@ -12,24 +12,24 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
 
 
 def _absolute(text: str) -> str:
-    """Return a path in full, so that it means the same after the working directory was changed or deleted.
+    """Return an absolute path, which stays valid when the working directory is changed or deleted.
 
     Raises
     ------
     ValueError
-        No file can have this path.
+        The path is not valid.
     """
     path = os.path.expanduser(text)
     if not text:
         raise ValueError("an empty path; write . for the working directory")
     if "://" in path:
-        raise ValueError(f"{text}: is an address, and expected is a path; download it first")
+        raise ValueError(f"{text}: is a URL; expected a path. Download the file first")
     if re.search(r"(^|/)\$\w", path):
         raise ValueError(f"{text}: environment variables are not read in recipes; write {os.path.expandvars(path)}")
     if path.startswith("~"):
-        raise ValueError(f"{text}: there is no home directory of that name; write ./{text} for a file named so")
+        raise ValueError(f"{text}: there is no home directory of that name; write ./{text} for a file of that name")
     if "\0" in path or (not path.isascii() and any("\ud800" <= one <= "\udfff" for one in path)):
-        raise ValueError(f"{text!r}: holds a zero byte, or is not UTF-8")
+        raise ValueError(f"{text!r}: contains a zero byte, or is not UTF-8")
     if any(len(os.fsencode(one)) > 255 for one in path.split(os.sep)) or len(os.fsencode(path)) > 4000:
         raise ValueError(f"{text[:40]} …: longer than a path can be")
     try:
@@ -39,19 +39,19 @@ def _absolute(text: str) -> str:
 
 
 def _weights(text: str) -> str:
-    """Return a path in full where it is one, and else the name of published weights as it is."""
+    """Return an absolute path, or the name of published weights unchanged."""
     is_path = os.sep in text or text.startswith("~") or text.endswith(WEIGHT_FILES)
     return _absolute(text) if is_path or os.path.isfile(os.path.join(text, MANIFEST)) else text
 
 
 def _writer(text: str) -> str:
-    """Return the path of a user's own writer in full, and the name of a shipped one as it is."""
+    """Return the absolute path of a user's writer, or the name of an included one unchanged."""
     return _absolute(text) if os.sep in text or text.startswith("~") or text.endswith(".py") else text
 
 
 LocalPath = Annotated[str, AfterValidator(_absolute)]
-"""A path of a recipe: `~` is expanded, and what is relative is so to the working directory."""
+"""A path in a recipe. `~` is expanded; relative paths are relative to the working directory."""
 Weights = Annotated[str, AfterValidator(_weights)]
 """A path, or the name of published weights."""
 WriterName = Annotated[str, AfterValidator(_writer)]
-"""Name of an included writer, or path of a user's own."""
+"""Name of an included writer, or path of a user's writer."""

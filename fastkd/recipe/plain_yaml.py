@@ -1,6 +1,6 @@
-"""YAML as recipes use it: plain values only, with scalars read by the core schema of YAML 1.2.
+"""YAML for recipes: plain values only, with the scalars of the YAML 1.2 core schema.
 
-This is the only reader of recipes, ``a.b=c`` overrides and writer options, and the writer of ``resolved.yaml``.
+It reads recipes, ``a.b=c`` overrides and options of writers, and writes ``resolved.yaml``.
 """
 
 import re
@@ -26,17 +26,17 @@ _CORE = (  # YAML 1.2.2, section 10.3.2: tag, form, first characters
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads what is written and nothing else: no tags, no aliases (a few lines of them make gigabytes), no ``${…}``.
+    """Refuses tags, aliases (which can expand to gigabytes) and interpolations (``${…}``).
 
-    PyYAML resolves scalars by YAML 1.1, where ``010`` is 8, ``1e-1`` and ``5e-4`` are text, ``no`` is false and
-    ``12:30`` is 750. Here they are 10, two numbers, and two texts. A key that occurs twice in a mapping is an error.
+    PyYAML resolves scalars by YAML 1.1: ``010`` is 8, ``1e-1`` and ``5e-4`` are strings, ``no`` is false, ``12:30`` is
+    750. Here they are 10, two numbers, and two strings. A repeated key in a mapping is an error.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose one node, unless it is not plain."""
+        """Compose one node; refuse it if it is not plain."""
         event = self.peek_event()
         self.depth += 1
         if isinstance(event, yaml.AliasEvent):
@@ -52,7 +52,7 @@ class _PlainLoader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        """Compose a mapping whose keys are text or whole numbers, each of them once."""
+        """Compose a mapping with unique keys, which are strings or integers."""
         node = super().compose_mapping_node(anchor)
         first: dict[str, Any] = {}
         for key, _ in node.value:
@@ -83,11 +83,11 @@ def _float(loader: yaml.SafeLoader, node: Any) -> float:
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """Puts text into quotes where a reader of YAML 1.1 or of YAML 1.2 would take it for something else."""
+    """Quotes strings that YAML 1.1 or YAML 1.2 would read as another type."""
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> Any:
-    breaks = any(c in text for c in "\n\r\x85\u2028\u2029")  # PyYAML folds these, and reads other text back
+    breaks = any(c in text for c in "\n\r\x85\u2028\u2029")  # PyYAML would fold these, and read back another string
     return dumper.represent_scalar(_TAG + "str", text, style='"' if breaks else None)
 
 
@@ -101,17 +101,17 @@ _PlainLoader.add_constructor(_TAG + "float", _float)
 
 
 def parse(text: str, where: str) -> Any:
-    """Return the value that a text stands for.
+    """Parse a text.
 
     Parameters
     ----------
     where
-        What the text is, for errors.
+        Source of the text, for error messages.
 
     Raises
     ------
     InputError
-        It is not YAML, not plain, or a key occurs twice; says where.
+        The text is not YAML or not plain, or a key occurs twice; names the position.
     """
     try:
         return yaml.load(text, _PlainLoader)  # a SafeLoader
@@ -120,5 +120,5 @@ def parse(text: str, where: str) -> Any:
 
 
 def dump(values: Any) -> str:
-    """Return the text from which `parse`, and any YAML 1.1 reader, gets these values back."""
+    """Return YAML that `parse` and readers of YAML 1.1 read back as the same values."""
     return yaml.dump(values, Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)

@@ -26,14 +26,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Parameters
     ----------
     path
-        A YAML file. ``recipes/NAME.yaml`` falls back to the recipe of that name that ships with fastkd. Relative paths
-        in it are relative to the working directory, `teacher.recipe` alone to this file; the recipe that is returned
-        has them in full.
+        A YAML file. ``recipes/NAME.yaml`` falls back to the included recipe of that name. Relative paths in it are
+        relative to the working directory, except `teacher.recipe`, which is relative to this file. The returned recipe
+        contains absolute paths.
 
     Raises
     ------
     InputError
-        Missing or malformed file, unknown keys, wrong types, values out of range: all at once.
+        The file is missing or malformed, or there are unknown keys, wrong types or values out of range; lists all.
     """
     file = locate(path)
     given, changes = _read(file), settings_of(overrides)
@@ -50,12 +50,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the settings, nested, that ``a.b=c`` texts give.
+    """Return the nested settings of ``a.b=c`` overrides.
 
     Raises
     ------
     InputError
-        A text that is none of that form, or whose value is not plain YAML.
+        An override is not of this form, or its value is not plain YAML.
     """
     settings: dict[str, Any] = {}
     for text in overrides:
@@ -73,7 +73,7 @@ def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with changes: sections are merged, all else (lists too) is replaced."""
+    """Merge changes into settings: sections are merged; other values, including lists, are replaced."""
     merged = {str(name): value for name, value in given.items()}
     for key, value in changes.items():
         before = merged.get(name := str(key))
@@ -82,9 +82,9 @@ def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def locate(path: str | Path) -> Path:
-    """Return the file that a recipe's path means."""
+    """Return the file of a recipe: the path itself, or the included recipe of the same name."""
     path = Path(path)
-    with contextlib.suppress(OSError):  # a name that no file can have
+    with contextlib.suppress(OSError):  # an invalid file name
         for candidate in (path, shipped("recipes") / path.name):
             if candidate.is_file():
                 return candidate
@@ -92,12 +92,12 @@ def locate(path: str | Path) -> Path:
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON schema of recipes, for editors: every key with its type, its default and what it means."""
+    """Return the JSON schema of recipes, for editors: every key with its type, default and description."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Parse a file: a mapping at the top, of a size that a person may have written."""
+    """Parse a file that contains a mapping, of at most `MAX_BYTES`."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise InputError(f"recipe {file}: {file.stat().st_size} bytes; a recipe has at most {MAX_BYTES}")
@@ -111,12 +111,12 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return what a YAML file of settings holds, read as recipes are: without aliases, tags, or more than a few levels.
+    """Read a YAML file of settings with the restrictions of recipes: no aliases, no tags, limited depth.
 
     Raises
     ------
     InputError
-        It cannot be read, or is no plain mapping.
+        The file cannot be read, or is not a plain mapping.
     """
     return _read(path)
 

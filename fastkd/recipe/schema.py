@@ -1,4 +1,4 @@
-"""A whole recipe, and what its sections must agree on."""
+"""The model of a whole recipe, with the checks across its sections."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,6 @@ from fastkd.recipe.sections import (
     Train,
     View,
 )
-from fastkd.recipe.tables import AUGMENTATIONS
 
 MAX_SIZES = 6
 MAX_NAME = 100
@@ -49,7 +48,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if self.teacher is None and self.prune.leaves_out:
-            raise ValueError("`prune.keep_ratio` below 1 needs a `teacher`, whose logits tell the difficulty")
+            raise ValueError("`prune.keep_ratio` below 1 needs a `teacher`, whose logits determine the difficulty")
         if self.teacher is not None and self.loss.alpha == self.loss.gamma == 0:
             raise ValueError("`loss.alpha` and `loss.gamma` are 0: nothing is trained on; give one of them")
         if self.optim.warmup_epochs >= self.train.epochs:
@@ -75,17 +74,17 @@ class Recipe(Section):
                 f"`train.progressive_px`: at most {MAX_SIZES} sizes, since the student is compiled for each"
             )
         if self.train.eval_every_epochs and not self.data.holdout_ratio:
-            raise ValueError("`train.eval_every_epochs` looks at the hold-out: it needs `data.holdout_ratio` above 0")
+            raise ValueError("`train.eval_every_epochs` evaluates the hold-out and needs `data.holdout_ratio` above 0")
         return self
 
     def without_effect(self) -> list[str]:
-        """Return, in words, which settings that are not the usual ones change nothing in this recipe."""
-        told: list[str] = []
+        """Return a message for each non-default setting that has no effect in this recipe."""
+        messages: list[str] = []
 
         def unused(section: str, names: set[str], given: Section, usual: Section, why: str) -> None:
             for name in sorted(names):
                 if (value := getattr(given, name)) != getattr(usual, name):
-                    told.append(f"{section}.{name}={value} has no effect with {why}")
+                    messages.append(f"{section}.{name}={value} has no effect with {why}")
 
         optim, prune, view, epochs = self.optim, self.prune, self.data.view, self.train.epochs
         of_prune = set(Prune.model_fields) - set(prune.key_fields()) - {"ids", "min_per_class"}
@@ -94,17 +93,17 @@ class Recipe(Section):
         unused("optim", of_optim, optim, Optim(lr=1), f"optim.name={optim.name}")
         if optim.schedule != "step":
             unused("optim", {"decay_factor"}, optim, Optim(lr=1), f"optim.schedule={optim.schedule}")
-        others = {name for names in AUGMENTATIONS.values() for name in names} - set(AUGMENTATIONS[view.family])
-        unused("data.view", others, view, View(), f"data.view.family={view.family}")
+        of_view = set(View.model_fields) - set(view.key_fields()) - {"cutout_ratio"}
+        unused("data.view", of_view, view, View(), f"data.view.family={view.family}")
         if late := [one for one in optim.milestones_epochs if one >= epochs]:
-            told.append(f"optim.milestones_epochs {late} are not reached in {epochs} epochs: lr is not lowered there")
+            messages.append(f"optim.milestones_epochs {late} are not reached in {epochs} epochs: lr stays higher")
         if never := [one for one in self.train.progressive_px if one >= epochs]:
-            told.append(f"train.progressive_px from epoch {never} on is not reached in train.epochs={epochs}")
-        return told
+            messages.append(f"train.progressive_px from epoch {never} on is not reached in train.epochs={epochs}")
+        return messages
 
     @property
     def artifacts_dir(self) -> Path:
-        """Where SCORES, SUBSETs and LABELS lie."""
+        """Directory of SCORES, SUBSETs and LABELS."""
         return Path(self.data.artifacts_dir or f"{self.data.path.rstrip(os.sep) or os.sep}.artifacts")
 
     @property

@@ -52,13 +52,16 @@ class View(Section):
         """Whether views differ from the evaluation view."""
         return self.family != "none" or self.cutout_ratio > 0
 
-    def key_fields(self, seed: int) -> dict[str, Any]:
+    @property
+    def random_crop(self) -> bool:
+        """Whether views are cropped at random, in place of the centre crop."""
+        return AUGMENTATIONS[self.family].random_crop
+
+    def key_fields(self) -> dict[str, Any]:
         """Return the settings that determine the views: not those of other augmentations."""
-        fields = {"family": self.family, "seed": seed}
-        for name in AUGMENTATIONS[self.family]:
-            value = getattr(self, name)
-            fields[name] = list(value) if isinstance(value, tuple) else value
-        return fields | ({"cutout_ratio": self.cutout_ratio} if self.cutout_ratio else {})
+        names = {"family", *AUGMENTATIONS[self.family].settings}
+        names |= {"cutout_ratio"} if self.cutout_ratio else set()
+        return self.model_dump(mode="json", include=names)
 
     @model_validator(mode="after")
     def _ordered(self) -> "View":
@@ -128,8 +131,8 @@ class Teacher(Section):
             raise ValueError("`mean` and `std` go together")
         if self.mean and self.std and not (all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)):
             raise ValueError(
-                f"`mean` {list(self.mean)} and `std` {list(self.std)}: are of pixels in 0 … 1, so that a mean lies in "
-                "0 … 1 and a std is above 0 and at most 1; divide what is of 0 … 255 by 255"
+                f"`mean` {list(self.mean)} and `std` {list(self.std)}: expected values for pixels in 0 … 1: a mean "
+                "lies in 0 … 1, and a std is above 0 and at most 1; divide values for pixels in 0 … 255 by 255"
             )
         return self
 
@@ -176,7 +179,7 @@ class Prune(Section):
     """A .npy file of int64 sample ids, for `list`."""
     easy_drop_ratio: float = Field(0.5, ge=0, lt=1)
     """Share of the samples with less than the mean loss that `infobatch` skips in an epoch, at random. The loss of the
-    others of them is weighted by 1 / (1 − share)."""
+    remaining ones is weighted by 1 / (1 − share)."""
     full_epochs_ratio: float = Field(0.125, ge=0, le=1)
     """Share of the epochs, at the end, in which `infobatch` skips nothing."""
 

@@ -1,4 +1,4 @@
-"""Tables of what a recipe can choose from by name: selection methods and augmentations."""
+"""Tables of the names in recipes: selection methods, augmentations and scores."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Method:
     ratio
         Whether it keeps ``prune.keep_ratio`` of the samples.
     dynamic
-        Whether it selects anew in each epoch, during training.
+        Whether it selects again in each epoch, during training.
     """
 
     settings: tuple[str, ...] = ()
@@ -38,13 +38,30 @@ METHODS = {
 }
 """Selection methods by name."""
 
-AUGMENTATIONS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "flip": (),
-    "pad_crop_flip": ("pad_ratio",),
-    "random_resized_crop_flip": ("scale", "ratio"),
+
+@dataclass(frozen=True)
+class Augmentation:
+    """An augmentation (``data.view.family``), drawn by `fastkd.kernels.draw_views`.
+
+    Attributes
+    ----------
+    settings
+        Keys of the recipe's section ``data.view`` that the augmentation uses; they are part of artifact keys.
+    random_crop
+        Whether it crops at random, in place of the centre crop (``data.crop_ratio``).
+    """
+
+    settings: tuple[str, ...] = ()
+    random_crop: bool = False
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    "flip": Augmentation(),
+    "pad_crop_flip": Augmentation(("pad_ratio",)),
+    "random_resized_crop_flip": Augmentation(("scale", "ratio"), random_crop=True),
 }
-"""Augmentations (``data.view.family``) by name, with their settings. `fastkd.kernels.draw_views` draws them."""
+"""Augmentations by name. The names are those of `fastkd.kernels.FAMILIES`."""
 
 SCORES = {
     "cross_entropy": 1,

@@ -11,7 +11,7 @@ from fastkd.artifacts import Artifact
 from fastkd.data.beton_writer import usable_std
 from fastkd.data.loader import BATCHES_AHEAD, Loader
 from fastkd.data.order import split_holdout
-from fastkd.data.views import DECODE_PATH, Views
+from fastkd.data.views import Views, view_key_fields
 from fastkd.errors import ArtifactError, InputError
 from fastkd.recipe import Data, Recipe
 
@@ -112,15 +112,12 @@ class ImageSource:
 
     def view_key_fields(self, input_px: int | None, *, varied: bool = False) -> dict[str, Any]:
         """Return the key fields that determine pixels: of the evaluation view, or of the numbered views."""
-        view = self.data.view
-        fields: dict[str, Any] = {"decode": DECODE_PATH, "family": "none"}
-        if not self._is_stored_size(input_px):
-            fields["input_px"] = input_px
-        if self.crop_ratio is not None and not (varied and view.family == "random_resized_crop_flip"):
-            fields["crop_ratio"] = self.crop_ratio
-        if varied:
-            fields |= view.key_fields(self.view_seed)
-        return fields
+        return view_key_fields(
+            self.data.view if varied else None,
+            self.view_seed,
+            input_px=None if self._is_stored_size(input_px) else input_px,
+            crop_ratio=self.crop_ratio,
+        )
 
     def loader(self, split: str, batch_size: int, *, input_px: int | None = None) -> Loader:
         """Open a split.
@@ -139,7 +136,7 @@ class ImageSource:
         InputError
             The batches do not fit into the memory of this machine.
         """
-        data, view = self.data, self.data.view
+        data = self.data
         px = input_px or data.input_px
         refuse_beyond_memory(batch_size, self.image_hw(px) or [1, 1])
         return Loader(
@@ -148,7 +145,7 @@ class ImageSource:
             batch_size,
             input_px=px,
             crop_ratio=self.crop_ratio,
-            views=Views(view.family, view.pad_ratio, view.scale, view.ratio, view.cutout_ratio, self.view_seed),
+            views=Views.from_recipe(data.view, self.view_seed),
             workers=data.workers,
             os_cache=data.os_cache,
         )

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from fastkd import console
-from fastkd.data.image_files import LOOKED_FOR, left_out_text, list_images, shown
+from fastkd.console import printable
+from fastkd.data.image_files import LOOKED_FOR, left_out_text, list_images
 from fastkd.doctor import usable_cores
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
@@ -56,9 +57,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
             continue
         listing = list_images(path)
         if listing.left_out:
-            console.warn(f"predict: {shown(path)}: left out {left_out_text(listing.left_out)}")
+            console.warn(f"predict: {printable(path)}: left out {left_out_text(listing.left_out)}")
         if not listing.files:
-            raise InputError(f"{shown(path)}: holds no images ({LOOKED_FOR})")
+            raise InputError(f"{printable(path)}: holds no images ({LOOKED_FOR})")
         found += map(Path, listing.files)
     return found
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastkd.data.writer_api import WriterOptions
 from fastkd.errors import ArtifactError
-from fastkd.validation import explain
+from fastkd.validation import ChannelStatistics, explain
 
 MAX_BYTES = 64 << 20
 """Largest JSON file that is read."""
@@ -26,8 +26,6 @@ Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 Figure = Annotated[float, Field(ge=-1e300, le=1e300, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, le=1 << 50)]
-Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
-Deviation = Annotated[float, Field(ge=1e-6, le=1e4, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=1, le=MAX_PX)]
 
 
@@ -37,7 +35,7 @@ class Record(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
-class Described(Record):
+class Described(Record, ChannelStatistics):
     """``model.json``: a trained student and its input."""
 
     model: Annotated[str, Field(min_length=1, max_length=300)]
@@ -46,8 +44,6 @@ class Described(Record):
     input_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
     crop_ratio: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None
     stored: WriterOptions
-    mean: Annotated[list[Mean], Field(min_length=3, max_length=3)]
-    std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
 
     @model_validator(mode="after")
     def _one_name_each(self) -> "Described":

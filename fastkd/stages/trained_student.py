@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastkd import artifacts, models
 from fastkd.artifacts import Artifact
-from fastkd.data.single_image import plain_view
+from fastkd.data.single_image import evaluation_view
 from fastkd.data.writer_api import WriterOptions
 from fastkd.errors import ArtifactError, InputError
 from fastkd.stages import run_schema
@@ -56,7 +56,7 @@ class Student:
             The image is damaged.
         """
         options = WriterOptions(**self.described["stored"])
-        return plain_view(image, options, self.input_hw, self.described["crop_ratio"])
+        return evaluation_view(image, options, self.input_hw, self.described["crop_ratio"])
 
 
 def open_student(path: Path) -> Student:

@@ -121,7 +121,7 @@ def test_the_verdict_spares_checksums_until_a_file_changes(subset, monkeypatch):
         ({"format_version": 1}, "format version 1; this fastkd .* reads 2. Build it again"),
         ({"format_version": 99}, "format version 99; this fastkd"),
         ({"kind": "NONSENSE"}, "not a fastkd manifest"),
-        ({"inputs": {"data": "other"}}, "the key does not follow from the inputs"),
+        ({"inputs": {"data": "other"}}, "the key does not match the key fields"),
         ({"surprise": 1}, "not a fastkd manifest"),
         *(
             ({"files": {name: {"size": 1, "xxh3_128": "0"}}}, "leads out of the artifact")
@@ -241,7 +241,7 @@ def test_a_wrong_kind_and_a_missing_directory_are_refused(subset, tmp_path):
 
 
 def test_another_key_at_the_same_place_says_what_differs(subset):
-    with pytest.raises(ArtifactError, match=r"made from other inputs than asked for: keep_ratio is 0\.5, not 0\.3"):
+    with pytest.raises(ArtifactError, match=r"made from other key fields than requested: keep_ratio is 0\.5, not 0\.3"):
         artifacts.build(subset.path, "SUBSET", INPUTS | {"keep_ratio": 0.3}, fill)
 
 

@@ -110,7 +110,7 @@ def test_gc_deletes_what_no_run_needs_and_nothing_else(disk, run, tmp_path):
     code, said = run("gc", "--dry-run")
     assert code == 0
     assert "3 folders, 1.0 MB, are needed by no RUN and no export here" in said
-    assert "a recipe that was not trained yet may want them still" in said
+    assert "a recipe that has not been trained yet may need them" in said
     assert left(tmp_path) == before
     sizes = sum(f.stat().st_size for path in disk.unused for f in path.rglob("*"))
     code, said = run("gc", "--yes")
@@ -190,7 +190,7 @@ def test_where_no_run_is_seen_gc_says_so(disk, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "data")
     code, said = run("gc", "--dry-run", ".")
     assert code == 0
-    assert "no RUN was found: name the folders where RUNs lie, too" in said
+    assert "no RUN was found: name the folders that contain RUNs, too" in said
 
 
 def test_an_export_needs_what_it_was_made_from(disk, tmp_path):
@@ -219,7 +219,7 @@ def test_an_unfinished_run_is_told_and_keeps_what_it_needs(disk, run, tmp_path):
     listed = run("ls")[1]
     (line,) = (line for line in listed.splitlines() if "runs/student-2.fastkd-partial" in line)
     assert line.split("│")[1].strip() == "RUN"
-    assert "unfinished: the same command goes on with it" in line
+    assert "unfinished: the same command resumes it" in line
     assert unneeded(tmp_path) == []
     assert run("gc", "--yes")[0] == 0
     assert partial.is_dir()
@@ -274,7 +274,7 @@ def test_what_is_no_artifact_is_told_and_left(disk, run, tmp_path):
     (disk.scores2.path / "manifest.json").write_bytes(b"\0")
     code, said = run("gc", "--yes")
     assert code == 0
-    assert "what it needs is not known (not a fastkd manifest" in said
+    assert "its parents are not known (not a fastkd manifest" in said
     assert (app / "manifest.json").exists()
     assert disk.scores2.path.exists()
 

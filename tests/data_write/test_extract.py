@@ -170,7 +170,7 @@ def test_file_that_was_cut_meanwhile(noise, tmp_path):
     parent = write(noise, tmp_path)
     table = read_table(parent)
     os.truncate(parent, int(table.metadata["f0"]["data_ptr"].max()) + 1)
-    with pytest.raises(ArtifactError, match=r"train.beton: ends before byte \d+; it was cut while it was read"):
+    with pytest.raises(ArtifactError, match=r"train.beton: ends before byte \d+; it was truncated while it was read"):
         extract.extract(table, np.arange(60), tmp_path / "out.beton")
 
 

@@ -175,8 +175,8 @@ def test_a_foreign_key_or_another_format_version__is_refused(whole, reseal, kind
     path = whole[kind]
     manifest = artifacts.read_manifest(path)
     for values, why in (
-        ({"key": "0" * 32}, "the key does not follow from the inputs"),
-        ({"inputs": manifest.inputs | {"more": 1}}, "the key does not follow from the inputs"),
+        ({"key": "0" * 32}, "the key does not match the key fields"),
+        ({"inputs": manifest.inputs | {"more": 1}}, "the key does not match the key fields"),
         ({"format_version": artifacts.FORMAT_VERSION + 1}, "format version 3; this fastkd .* reads 2"),
         ({"format_version": 1}, r"format version 1; this fastkd .* reads 2\. Build it again"),
     ):
@@ -195,7 +195,7 @@ def test_an_artifact_made_from_other_parents__is_not_used_where_another_should_b
     foreign = {"inputs": other, "key": artifacts.key_of(manifest.kind, other)}
     stale = {"parents": manifest.parents | {"DATASET": "0" * 32}}
     for values, why in (
-        (foreign, "made from other inputs than asked for: more is 1, not None"),
+        (foreign, "made from other key fields than requested: more is 1, not None"),
         (stale, "has other parents than those in use: DATASET is '0000"),
     ):
         with restored(path / MANIFEST):

@@ -94,7 +94,7 @@ def test_a_stuck_loader_thread__ends_every_stage_within_seconds(meets, name, mon
         release.set()
     assert type(error) is LoaderError
     assert "at batch 2 (sample_ids " in str(error)
-    assert "it has given nothing for 3 s" in str(error)
+    assert "it has returned no batch for 3 s" in str(error)
 
 
 def test_a_loader_thread_that_just_ends__is_noticed(tiny, monkeypatch):
@@ -293,9 +293,9 @@ def test_a_hundred_broken_off_epochs__leave_no_thread_and_no_open_file(loaders, 
 
 def test_a_source_that_never_returns_a_sample__is_given_up(noise, tmp_path, monkeypatch, traces):
     monkeypatch.setattr(split_writer, "STUCK_AFTER_S", 1.5)
-    monkeypatch.setattr(split_writer, "_LOOK_EVERY_S", 0.2)
+    monkeypatch.setattr(split_writer, "_POLL_EVERY_S", 0.2)
     start = time.monotonic()
-    with pytest.raises(FastkdError, match=r"train sample 37 \(noise-37.png\): reading it has not come to an end with"):
+    with pytest.raises(FastkdError, match=r"train sample 37 \(noise-37.png\): reading it did not end with"):
         beton_writer.write_here((noise, {"fault": "hang", "workers": 2}, str(tmp_path)), lambda report: None)
     assert time.monotonic() - start < seconds(15)
     assert traces.gone()
@@ -303,7 +303,7 @@ def test_a_source_that_never_returns_a_sample__is_given_up(noise, tmp_path, monk
 
 def test_a_slow_source__is_not_given_up(noise, tmp_path, monkeypatch):
     monkeypatch.setattr(split_writer, "STUCK_AFTER_S", 0.6)
-    monkeypatch.setattr(split_writer, "_LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(split_writer, "_POLL_EVERY_S", 0.1)
     options = {"n": 8, "sleep_s": 0.3, "workers": 2}
     assert beton_writer.write_here((noise, options, str(tmp_path)), lambda report: None).splits["train"].count == 8
 
@@ -311,7 +311,7 @@ def test_a_slow_source__is_not_given_up(noise, tmp_path, monkeypatch):
 STOPPED = """
 import sys
 from fastkd.data import beton_writer, split_writer
-split_writer.STUCK_AFTER_S, split_writer._LOOK_EVERY_S = 1.0, 0.1
+split_writer.STUCK_AFTER_S, split_writer._POLL_EVERY_S = 1.0, 0.1
 def report(told):
     if told[1]:
         print(*told, flush=True)

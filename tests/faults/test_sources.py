@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_read__is_an_error_that_names_it(pets, monkeypat
 
 def test_a_broken_link_in_the_place_of_a_class__is_refused(pets):
     (pets / "train/emu").symlink_to("/nowhere/emu")
-    refused(pets, "train/emu: a broken link, where a class folder may belong")
+    refused(pets, "train/emu: a broken link in place of a class folder")
 
 
 def test_copies_that_systems_and_programs_leave__are_left_out_and_counted(pets, tmp_path):

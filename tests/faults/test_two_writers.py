@@ -110,7 +110,7 @@ def test_a_process_that_waits_with_another_recipe_for_the_same_place__is_refused
     first.wait_for("begun")
     second = slowed("train", *given, "optim.lr=0.01", where=where)
     said = refused_after(first, second, tmp_path)
-    assert "made from other inputs than asked for: optim.lr is 0.05, not 0.01" in said
+    assert "made from other key fields than requested: optim.lr is 0.05, not 0.01" in said
     run = artifacts.load(tmp_path / "mine", "RUN")
     artifacts.verify(run)
     assert "lr: 0.05" in run.file("resolved.yaml").read_text()

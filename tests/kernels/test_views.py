@@ -14,6 +14,7 @@ from torchvision.transforms import RandomCrop, RandomResizedCrop
 
 from fastkd.kernels import FAMILIES, draw_views
 from fastkd.kernels.views import COLUMNS
+from fastkd.recipe.tables import AUGMENTATIONS
 
 _spec = importlib.util.spec_from_file_location("views_oracle", Path(__file__).with_name("views_oracle.py"))
 oracle = importlib.util.module_from_spec(_spec)
@@ -50,6 +51,10 @@ def column(rows: np.ndarray, name: str) -> np.ndarray:
 
 def many(count: int, height: int = 32, width: int = 32, out_hw=(32, 32), **kwargs) -> np.ndarray:
     return draw_views(np.arange(count), np.full(count, height), np.full(count, width), out_hw, **kwargs)
+
+
+def test_every_augmentation_of_recipes_has_a_draw():
+    assert tuple(AUGMENTATIONS) == FAMILIES
 
 
 # --- the twin -------------------------------------------------------------------------------------------------------

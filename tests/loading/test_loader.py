@@ -117,7 +117,7 @@ def test_a_stuck_thread_is_given_up(loader, monkeypatch):
     monkeypatch.setattr(epoch_iterator.EpochThread, "run_pipeline", lambda self, *a: release.wait(20))
     epoch = loader.batches(np.arange(150), last="pad")
     threading.Timer(1.5, release.set).start()
-    with pytest.raises(LoaderError, match="has given nothing for 0 s"):
+    with pytest.raises(LoaderError, match="has returned no batch for 0 s"):
         next(epoch)
 
 
@@ -128,7 +128,7 @@ def test_a_thread_that_never_comes_back_does_not_hold_its_consumer(loader, monke
     monkeypatch.setattr(epoch_iterator.EpochThread, "run_pipeline", lambda self, *a: release.wait(60))
     start = time.monotonic()
     try:
-        with pytest.raises(LoaderError, match="has given nothing"):
+        with pytest.raises(LoaderError, match="has returned no batch"):
             next(loader.batches(np.arange(150), last="pad"))
         stuck = loader._epoch
         loader.close()
@@ -158,7 +158,7 @@ def test_one_epoch_is_live_at_a_time(loader):
     next(second)
     assert threading.active_count() <= 1 + sum(t.daemon for t in threading.enumerate())
     assert loader._epoch.is_alive() or loader._epoch.output_queue.qsize() > 0
-    with pytest.raises(LoaderError, match="was broken off, since another one of the same loader was begun"):
+    with pytest.raises(LoaderError, match="was interrupted, since another epoch of the same loader was started"):
         next(first)  # rather than end, as if these had been all samples
     assert next(first, None) is None
     assert sum(batch.valid for batch in second) == 32 - 16

@@ -6,7 +6,7 @@ from PIL import Image
 
 from fastkd import pipeline
 from fastkd.data.loader import Loader
-from fastkd.data.single_image import plain_view
+from fastkd.data.single_image import evaluation_view
 from fastkd.data.writer_api import WriterOptions
 
 
@@ -39,4 +39,4 @@ def test_pixels_are_those_of_the_loader(folder, tmp_path, options, max_resolutio
         batches = loader.batches(np.arange(12), last="pad")
         found = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in batches])
         for file, expected in zip(files, found, strict=True):
-            np.testing.assert_array_equal(plain_view(file.read_bytes(), stored, (px, px), ratio), expected)
+            np.testing.assert_array_equal(evaluation_view(file.read_bytes(), stored, (px, px), ratio), expected)

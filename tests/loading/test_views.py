@@ -17,7 +17,8 @@ from PIL import Image
 
 from fastkd.data.encode import decode_jpeg
 from fastkd.data.loader import Loader
-from fastkd.data.views import Views
+from fastkd.data.views import Views, view_key_fields
+from fastkd.recipe import View
 
 _spec = importlib.util.spec_from_file_location(
     "views_oracle", Path(__file__).parents[1] / "kernels" / "views_oracle.py"
@@ -322,3 +323,31 @@ def test_the_seed_makes_other_views(make_data, reference):
     loader = Loader(make_data("jpg varied").artifact, "train", 16, input_px=24, views=views)
     found = load(loader, np.arange(COUNT), REFERENCE_VIEW)
     assert not (found == reference).reshape(COUNT, -1).all(axis=1).any()
+
+
+# --- recipes --------------------------------------------------------------------------------------------------------
+
+
+def test_views_of_a_recipe():
+    view = View(family="random_resized_crop_flip", scale=(0.2, 0.9), cutout_ratio=0.25, pad_ratio=0.5)
+    expected = Views("random_resized_crop_flip", pad_ratio=0.5, scale=(0.2, 0.9), cutout_ratio=0.25, seed=3)
+    assert Views.from_recipe(view, 3) == expected
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        (None, {"family": "none", "crop_ratio": 0.875}),
+        (View(), {"family": "none", "crop_ratio": 0.875, "seed": 3}),
+        (View(cutout_ratio=0.5), {"family": "none", "crop_ratio": 0.875, "seed": 3, "cutout_ratio": 0.5}),
+        (View(family="pad_crop_flip", scale=(0.5, 1)), {
+            "family": "pad_crop_flip", "crop_ratio": 0.875, "seed": 3, "pad_ratio": 0.125,
+        }),
+        (View(family="random_resized_crop_flip"), {
+            "family": "random_resized_crop_flip", "seed": 3, "scale": [0.08, 1.0], "ratio": [0.75, 4 / 3],
+        }),
+    ],
+)  # fmt: skip
+def test_key_fields_hold_what_determines_the_pixels(view, expected):
+    expected = {"decode": "turbojpeg, area", "input_px": 32, **expected}
+    assert view_key_fields(view, 3, input_px=32, crop_ratio=0.875) == expected

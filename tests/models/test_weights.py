@@ -391,9 +391,7 @@ def test_what_lies_beside_is_read_of_a_folder_and_of_its_file(tmp_path, kind, in
     models.load_weights(target, place, name="cifar/resnet8")
     assert models.weights_digest(source) == models.weights_digest(target)
     message = refused(place, name="torchvision/resnet18")
-    assert (
-        "holds a cifar/resnet8, as the model.json beside it says, and is asked for as torchvision/resnet18" in message
-    )
+    assert "are the weights of cifar/resnet8 by their model.json, and are requested for torchvision/resnet18" in message
     (tmp_path / "link.safetensors").symlink_to(place / "student.safetensors" if not inside else place)
     assert models.description(tmp_path / "link.safetensors")["mean"] == [0.1, 0.2, 0.3]
 
@@ -414,7 +412,7 @@ def test_a_copied_pair_is_read_as_well_and_other_files_are_not(tmp_path):
 def test_a_description_without_a_normalisation_is_refused(tmp_path, text):
     models.save_weights(net(0), tmp_path / "student.safetensors")
     (tmp_path / "model.json").write_text(text)
-    with pytest.raises(InputError, match=r"model\.json: does not say the mean and std"):
+    with pytest.raises(InputError, match=r"model\.json: does not contain the mean and std"):
         models.description(tmp_path / "student.safetensors")
 
 
