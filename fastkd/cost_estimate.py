@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastkd import doctor
+from fastkd import machine
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe
 
@@ -131,7 +131,7 @@ def expected(recipe: Recipe, runtime: Runtime, keep_ratio: float | None = None) 
         measured, sizes = Measured(**report["measured"]), Sizes(**report["sizes"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    here = doctor.machine(), runtime.gpu, runtime.precision, rates_of(recipe)
+    here = machine.describe(), runtime.gpu, runtime.precision, rates_of(recipe)
     if [there[0].get(key) for key in ("cpu", "cores")] != [here[0][key] for key in ("cpu", "cores")]:
         return None
     if there[1:] != here[1:]:

@@ -1,7 +1,7 @@
-"""``python -m fastkd.doctor``: what this machine is, what it lacks, and the command that gets it.
+"""``python -m fastkd.doctor``: describe this machine, and name what is missing with the command that installs it.
 
-Needs the standard library alone, so that it runs where nothing is installed yet (``python3 fastkd/doctor.py``, from
-Python 3.8 on). Exit code: 0 nothing that is needed is missing, 2 something is.
+Uses only the standard library, so that it runs where nothing is installed yet (``python3 fastkd/doctor.py``, from
+Python 3.8 on). Exit code: 0 if everything needed is there, else 2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import errno
 import importlib.metadata
 import importlib.util
 import json
-import math
 import os
 import platform
 import re
@@ -21,7 +20,22 @@ import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING or __package__:
+    from fastkd import caches, machine
+else:  # this file is run by itself, possibly without access to its folder (python -I)
+
+    def _load(name: str) -> Any:
+        """Load a module from the folder of this file."""
+        spec = importlib.util.spec_from_file_location(f"fastkd_{name}", Path(__file__).with_name(f"{name}.py"))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    caches, machine = _load("caches"), _load("machine")
+    caches.provide()
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBE_TIMEOUT_S = 180  # importing torch and ffcv on a cold disk takes a while
@@ -35,14 +49,14 @@ EXTRAS = {
     "tensorboard": "log.tensorboard",
     "timm": "models named timm/…",
 }
-"""What the optional packages are for."""
+"""Purpose of each optional dependency."""
 FASHION_MNIST = tuple(
     f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
 )
 
 
 class Finding(NamedTuple):
-    """One line of the report; `mend` is the command that gets what is missing."""
+    """One line of the report. `mend` is the command that installs what is missing."""
 
     mark: str
     name: str
@@ -51,116 +65,18 @@ class Finding(NamedTuple):
 
 
 class Requirement(NamedTuple):
-    """A distribution, the least version that will do, and the extra that asks for it (empty: always needed)."""
+    """A distribution, its minimum version, and the extra that requires it (empty: always required)."""
 
     name: str
     least: str = ""
     extra: str = ""
 
 
-# --- the machine --------------------------------------------------------------------------------------------------
-
-
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def os_name(os_release: str) -> str:
-    """Return the distribution's own name for itself, or the kernel's."""
-    found = re.search(r'^PRETTY_NAME="?([^"\n]*)', os_release, re.MULTILINE)
-    kernel = f"{platform.system()} {platform.release()}"
-    return f"{found.group(1)}, {kernel}" if found else kernel
-
-
-def cpu_model(cpuinfo: str) -> str:
-    """Return the model's name as /proc/cpuinfo has it, or the architecture."""
-    found = re.search(r"^model name\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    return f"{found.group(1)} ({platform.machine()})" if found else platform.processor() or platform.machine()
-
-
-def bf16_from_flags(cpuinfo: str) -> dict[str, bool]:
-    """Return which of the CPU's instruction sets compute in bfloat16 (x86 "flags", ARM "Features")."""
-    lines = re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
-    flags = set(lines[0].split()) if lines else set()
-    return {name: name in flags for name in ("avx512_bf16", "amx_bf16", "bf16")}
-
-
-def cgroup_values(name: str, self_cgroup: str, mount: Path = Path("/sys/fs/cgroup")) -> list[str]:
-    """Return the contents of the file `name` in this process's cgroup (version 2) and all above it."""
-    found = re.search(r"^0::/?(.*)$", self_cgroup, re.MULTILINE)
-    folder = mount / (found.group(1) if found else "")
-    above = [folder, *folder.parents]
-    values = [_read(one / name).strip() for one in above if one == mount or mount in one.parents]
-    return [value for value in values if value]
-
-
-def cpu_quota(values: Sequence[str]) -> float | None:
-    """Return the cores that ``cpu.max`` files ("QUOTA PERIOD" or "max PERIOD") allow, or None for no limit."""
-    pairs = [value.split() for value in values]
-    limits = [int(pair[0]) / int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0].isdigit()]
-    return min(limits) if limits else None
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may keep busy: by its affinity, and its cgroup's quota rounded up.
-
-    For tests, the environment variable FASTKD_TEST_CORES stands in for the machine's answer.
-    """
-    if stand_in := os.environ.get("FASTKD_TEST_CORES"):
-        return int(stand_in)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota(cgroup_values("cpu.max", _read("/proc/self/cgroup")))
-    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
-
-
-def memory_bytes(meminfo: str, limits: Sequence[str] = ()) -> tuple[int, int]:
-    """Return (total, available) bytes from /proc/meminfo, bounded by ``memory.max`` files; 0 where unknown."""
-    kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", meminfo, re.MULTILINE)}
-    bounds = [int(value) for value in limits if value.isdigit()]
-    total, available = (kib.get(name, 0) * 1024 for name in ("MemTotal", "MemAvailable"))
-    return min([total, *bounds]), min([available, *bounds])
-
-
-def memory() -> tuple[int, int]:
-    """Return the (total, available) bytes of memory that this process may have; 0 where unknown."""
-    return memory_bytes(_read("/proc/meminfo"), cgroup_values("memory.max", _read("/proc/self/cgroup")))
-
-
-def disk_free_bytes() -> int:
-    """Return the room left where the working directory is; 0 where that was deleted."""
-    try:
-        return shutil.disk_usage(os.getcwd()).free
-    except OSError:
-        return 0
-
-
-def machine() -> dict[str, Any]:
-    """Return the facts of this machine that need no package."""
-    cpuinfo, self_cgroup = _read("/proc/cpuinfo"), _read("/proc/self/cgroup")
-    total, available = memory()
-    return {
-        "os": os_name(_read("/etc/os-release")),
-        "python": platform.python_version(),
-        "executable": sys.executable,
-        "cpu": cpu_model(cpuinfo),
-        "cores": usable_cores(),
-        "cpu_quota_cores": cpu_quota(cgroup_values("cpu.max", self_cgroup)),
-        "bf16": bf16_from_flags(cpuinfo),
-        "memory_bytes": total,
-        "memory_available_bytes": available,
-        "disk_free_bytes": disk_free_bytes(),
-        "gpus": [],
-    }
-
-
-# --- probes: other programs and heavy imports, each in a process of its own that may hang or crash ------------------
+# --- probes: other programs and heavy imports, each in its own process, which may hang or crash ---------------------
 
 
 def run(command: Sequence[str], timeout_s: float = 20) -> tuple[int, str, str]:
-    """Run a command; return (exit code, stdout, stderr), with code 127 where it cannot be run, 124 where it hangs."""
+    """Run a command; return (exit code, stdout, stderr). Code 127: it cannot be run; 124: it timed out."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -171,7 +87,7 @@ def run(command: Sequence[str], timeout_s: float = 20) -> tuple[int, str, str]:
 
 
 def last_line(text: str) -> str:
-    """Return the last line that is not blank: of a traceback, the error itself."""
+    """Return the last line that is not blank, which in a traceback is the error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "(no output)"
 
@@ -220,7 +136,7 @@ def gpus_from_nvidia_smi(csv: str) -> list[dict[str, Any]]:
 
 
 def driver_gpus() -> list[dict[str, Any]]:
-    """Return the GPUs that the NVIDIA driver knows."""
+    """Return the GPUs that the NVIDIA driver lists."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     rc, out, _ = run(query)
     return gpus_from_nvidia_smi(out) if rc == 0 else []
@@ -230,7 +146,7 @@ def driver_gpus() -> list[dict[str, Any]]:
 
 
 def install_command(*apt_packages: str, conda: str) -> str:
-    """Return the command that installs system packages here."""
+    """Return the command that installs system packages on this machine."""
     if shutil.which("apt-get"):
         sudo = "" if not hasattr(os, "geteuid") or os.geteuid() == 0 else "sudo "
         return f"{sudo}apt-get update && {sudo}apt-get install -y {' '.join(apt_packages)}"
@@ -238,7 +154,7 @@ def install_command(*apt_packages: str, conda: str) -> str:
 
 
 def pkg_config_version(*names: str) -> str:
-    """Return "NAME VERSION" of the first of these libraries that pkg-config knows, or nothing."""
+    """Return "NAME VERSION" of the first of these libraries that pkg-config finds, or nothing."""
     for name in names:
         rc, out, _ = run(["pkg-config", "--modversion", name])
         if rc == 0:
@@ -247,7 +163,7 @@ def pkg_config_version(*names: str) -> str:
 
 
 def build_findings(ffcv_imports: bool) -> list[Finding]:
-    """Look for what compiling ffcv takes. Once ffcv imports, an absence is a note: nothing needs to be compiled."""
+    """Check what building ffcv requires. If ffcv imports, missing parts are notes only."""
     absent = NOTE if ffcv_imports else MISSING
 
     def finding(name: str, found: str, why_not: str, mend: str) -> Finding:
@@ -290,13 +206,13 @@ def build_findings(ffcv_imports: bool) -> list[Finding]:
 
 
 def version_tuple(version: str) -> tuple[int, ...]:
-    """Return the numbers of a release, without what follows them: 2.14.1+cpu → (2, 14, 1)."""
+    """Return the release numbers of a version: 2.14.1+cpu → (2, 14, 1)."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 
 def parse_requirement(line: str) -> Requirement | None:
-    """Parse one dependency (PEP 508, as far as this project uses it)."""
+    """Parse one dependency (the part of PEP 508 that this project uses)."""
     spec, _, marker = line.partition(";")
     found = re.match(r"\s*([A-Za-z0-9._-]+)", spec)
     if not found:
@@ -307,17 +223,17 @@ def parse_requirement(line: str) -> Requirement | None:
 
 
 def dependencies_in(pyproject: str) -> list[str]:
-    """Return ``project.dependencies`` of a pyproject.toml. No tomllib before Python 3.11: one string a line will do."""
+    """Return ``project.dependencies`` of a pyproject.toml with one string per line (no tomllib before Python 3.11)."""
     block = re.search(r"^dependencies\s*=\s*\[(.*?)^\]", pyproject, re.MULTILINE | re.DOTALL)
     return re.findall(r'^\s*"([^"]+)"', block.group(1), re.MULTILINE) if block else []
 
 
 def requirements() -> list[Requirement]:
-    """Return what fastkd needs: as installed, else from the pyproject.toml of this checkout."""
+    """Return the requirements of the installed fastkd, else those in the pyproject.toml of this checkout."""
     try:
         lines = importlib.metadata.requires("fastkd") or []
     except importlib.metadata.PackageNotFoundError:
-        lines = dependencies_in(_read(ROOT / "pyproject.toml"))
+        lines = dependencies_in(machine.read_text(ROOT / "pyproject.toml"))
     return [found for found in map(parse_requirement, lines) if found]
 
 
@@ -330,19 +246,19 @@ def installed_version(name: str) -> str:
 
 
 def python_finding() -> Finding:
-    """Return whether this interpreter is new enough."""
+    """Check the version of this interpreter."""
     text = f"{platform.python_version()} ({sys.executable})"
     venv = ROOT / ".venv" / "bin" / "python"
     own = venv.exists() and not sys.executable.startswith(str(venv.parent))
-    hint = f"; this checkout has its own: {venv} -m fastkd.doctor" if own else ""
-    if sys.version_info >= (3, 11):  # noqa: UP036 (this file also runs on what is too old for the rest)
+    hint = f"; this checkout has its own Python: {venv} -m fastkd.doctor" if own else ""
+    if sys.version_info >= (3, 11):  # noqa: UP036 (this file also runs on older versions)
         return Finding(OK, "Python", text + hint)
     mend = install_command("python3.11", "python3.11-venv", "python3.11-dev", conda="python=3.11")
-    return Finding(MISSING, "Python", f"{text}, but 3.11 is the oldest that will do{hint}", mend)
+    return Finding(MISSING, "Python", f"{text}, but fastkd needs 3.11 or later{hint}", mend)
 
 
 def package_command(requirement: Requirement) -> str:
-    """Return what installs a package: the whole set-up in a checkout, pip elsewhere."""
+    """Return the command that installs a package: the set-up in a checkout, else pip."""
     if (ROOT / "setup.sh").exists():
         return "make setup"
     at_least = f"'{requirement.name}>={requirement.least}'" if requirement.least else requirement.name
@@ -352,7 +268,7 @@ def package_command(requirement: Requirement) -> str:
 def package_findings(
     wanted: Sequence[Requirement], version_of: Callable[[str], str] = installed_version
 ) -> list[Finding]:
-    """Compare the needed packages with the installed ones, and name those that are for users who want more."""
+    """Compare required and optional packages with the installed ones."""
     findings = []
     for one in wanted:
         if one.extra and one.extra not in EXTRAS:
@@ -370,7 +286,7 @@ def package_findings(
 
 
 def import_finding(module: str, error: str | None) -> Finding:
-    """Report whether a package that is compiled or large truly imports."""
+    """Report whether a package imports."""
     if error is None:
         return Finding(OK, f"import {module}", "works")
     mend = package_command(Requirement(module))
@@ -382,37 +298,28 @@ def import_finding(module: str, error: str | None) -> Finding:
 
 
 def data_finding(folders: Sequence[Path]) -> Finding:
-    """Look for the files of Fashion-MNIST. An absence is a note: other data may be meant, and its writer downloads."""
+    """Look for the files of Fashion-MNIST. If they are missing, that is a note: the writer downloads them."""
     for folder in folders:
         if all((folder / name).is_file() for name in FASHION_MNIST):
             return Finding(OK, "Fashion-MNIST", str(folder))
     how = "python -m fastkd.write fashion_mnist OUT_DIR  downloads it"
     if shutil.which("apt-get"):
         how += f"; or: {install_command('dataset-fashion-mnist', conda='')}"
-    return Finding(NOTE, "Fashion-MNIST", f"not here. {how}")
+    return Finding(NOTE, "Fashion-MNIST", f"not found. {how}")
 
 
 def data_folders() -> list[Path]:
-    """Return where the Fashion-MNIST writer looks: Debian's package, then what torchvision has downloaded for it."""
+    """Return where the Fashion-MNIST writer looks: the Debian package, then the download folder of torchvision."""
     debian = Path("/usr/share/datasets/fashion-mnist")
-    home = os.path.expanduser("~")  # stays as it is where there is neither HOME nor an entry for the uid
+    home = os.path.expanduser("~")  # unchanged without HOME and an entry for the uid
     cached = Path(home, ".cache", "fastkd", "fashion_mnist", "FashionMNIST", "raw")
     return [debian, cached] if os.path.isabs(home) else [debian]
 
 
 def caches_finding() -> Finding:
-    """Report where numba, torch and matplotlib can keep what they compile and fetch."""
-    caches = sys.modules.get("fastkd.caches")
-    if caches is None:  # nothing is installed, or this file was run by itself
-        spec = importlib.util.spec_from_file_location("fastkd_caches", Path(__file__).with_name("caches.py"))
-        if spec is None or spec.loader is None:
-            return Finding(NOTE, "caches", "unknown")
-        caches = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = caches
-        spec.loader.exec_module(caches)
-        caches.provide()
-    said = caches.note()
-    return Finding(NOTE, "caches", said.partition(": ")[2]) if said else Finding(OK, "caches", "can be written to")
+    """Report whether numba, torch and matplotlib can write their caches."""
+    text = caches.note()
+    return Finding(NOTE, "caches", text.partition(": ")[2]) if text else Finding(OK, "caches", "writable")
 
 
 # --- the report ---------------------------------------------------------------------------------------------------
@@ -424,7 +331,7 @@ def gib(count: int) -> str:
 
 
 def gpu_finding(gpus: Sequence[dict[str, Any]], driver: Sequence[dict[str, Any]], torch_error: str | None) -> Finding:
-    """Report the GPUs that torch uses; a GPU that only the driver sees is worth a note."""
+    """Report the GPUs that torch finds. A GPU that only the driver finds is a note."""
     shown = "; ".join(
         f"{gpu['name']}, {gib(gpu['memory_bytes'])}, capability {gpu['capability']}, {'' if gpu['bf16'] else 'no '}bf16"
         for gpu in gpus or driver
@@ -432,13 +339,13 @@ def gpu_finding(gpus: Sequence[dict[str, Any]], driver: Sequence[dict[str, Any]]
     if gpus:
         return Finding(FACT, "GPU", shown)
     if driver:
-        why = "torch does not import" if torch_error else "torch does not see it: a CPU build, or too old a driver?"
+        why = "torch does not import" if torch_error else "torch does not find it: a CPU build, or an old driver?"
         return Finding(NOTE, "GPU", f"{shown}, but {why}")
     return Finding(FACT, "GPU", "none: training runs on the CPU")
 
 
 def machine_findings(facts: dict[str, Any]) -> list[Finding]:
-    """Turn the facts of the machine into lines."""
+    """Return the lines about the machine."""
     quota = facts["cpu_quota_cores"]
     cores = f"{facts['cores']} usable" + (f", limited to {quota:g} by cgroup" if quota else "")
     bf16 = ", ".join(name for name, there in facts["bf16"].items() if there)
@@ -454,13 +361,13 @@ def machine_findings(facts: dict[str, Any]) -> list[Finding]:
 
 def examine() -> dict[str, Any]:
     """Examine the machine; return the report that ``--json`` prints."""
-    facts = machine()
+    facts = machine.describe()
     torch_error, answer = import_error("torch", TORCH_PROBE)
     ffcv_error, _ = import_error("ffcv", FFCV_PROBE)
     if torch_error is None:
         probe = json.loads(last_line(answer))
         facts["gpus"] = probe["gpus"]
-        # torch also asks the system for leave to use AMX, which the flags do not tell; of ARM it tells nothing.
+        # torch also requests permission to use AMX, which the flags do not show; it reports nothing about ARM.
         facts["bf16"].update(probe["bf16"])
     driver = [] if facts["gpus"] else driver_gpus()
     sections = {
@@ -490,7 +397,7 @@ def examine() -> dict[str, Any]:
 
 
 def commands(mends: Sequence[str]) -> list[str]:
-    """Return the commands in the order to run them, each once: first the system's packages, joined into one command."""
+    """Return the commands in order, each once. System packages come first, joined into one command."""
     merged: dict[str, list[str]] = {}
     for mend in mends:
         found = re.match(r"(.*apt-get install -y|conda install -c conda-forge) (.*)", mend)
@@ -501,7 +408,7 @@ def commands(mends: Sequence[str]) -> list[str]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Lay the report out in aligned lines."""
+    """Format the report in aligned lines."""
     rows = [one for section in report["findings"].values() for one in section]
     width = max(len(one["name"]) for one in rows)
     lines = []
@@ -509,8 +416,8 @@ def as_text(report: dict[str, Any]) -> str:
         lines += ["", title]
         lines += [f"  {one['mark']:<7}  {one['name']:<{width}}  {one['text']}" for one in section]
     if report["mend"]:
-        lines += ["", "To mend:", *(f"  {command}" for command in report["mend"])]
-    lines += ["", "Nothing needed is missing." if report["ok"] else "Something needed is missing."]
+        lines += ["", "To fix this, run:", *(f"  {command}" for command in report["mend"])]
+    lines += ["", "Everything needed is installed." if report["ok"] else "Something needed is missing."]
     return "\n".join(lines[1:])
 
 
@@ -530,7 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def tell(text: str) -> bool:
-    """Print a text, as far as stdout takes it; return False where it could not be written though somebody reads it."""
+    """Print a text. Return False if stdout cannot be written, other than to a closed pipe."""
     if sys.stdout is None:  # closed
         return True
     if hasattr(sys.stdout, "reconfigure"):
@@ -539,7 +446,7 @@ def tell(text: str) -> bool:
         print(text, flush=True)
     except OSError as error:
         with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what is left over goes there at the end
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # where the rest is flushed at exit
         if error.errno != errno.EPIPE:
             print(f"error: standard output: cannot be written ({error.strerror})", file=sys.stderr)
             return False

@@ -17,8 +17,8 @@ import pytest
 from harness import seconds
 
 from fastkd import artifacts, cli, console, recipe
-from fastkd.doctor import usable_cores
 from fastkd.export.student import export_student
+from fastkd.machine import usable_cores
 
 hypothesis.settings.register_profile("fastkd", deadline=None)  # the first call of a kernel compiles it
 hypothesis.settings.load_profile("fastkd")

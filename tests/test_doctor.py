@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import seconds
 
-from fastkd import doctor
+from fastkd import doctor, machine
 
 SCRIPT = Path(doctor.__file__)
 BARE = [sys.executable, "-I", "-S", str(SCRIPT)]  # -S: no site-packages, as on a machine with nothing installed
@@ -39,7 +39,7 @@ def test_finds_a_complete_environment_complete(here):
     assert report["ok"] is True
     assert report["ffcv_imports"] is True
     assert report["mend"] == []
-    assert report["machine"]["cores"] == doctor.usable_cores() >= 1
+    assert report["machine"]["cores"] == machine.usable_cores() >= 1
     assert report["machine"]["memory_bytes"] > report["machine"]["memory_available_bytes"] > 0
     assert report["packages"]["torch"]
     assert list(report["findings"]) == ["machine", "packages", "building ffcv", "data"]
@@ -51,9 +51,9 @@ def test_text_is_aligned_and_marked(here):
     imports = next(line for line in lines if "import ffcv" in line)
     assert imports.split() == ["ok", "import", "ffcv", "works"]
     cores = next(line for line in lines if line.split()[:1] == ["cores"])
-    assert imports.index("works") == cores.index(str(doctor.usable_cores()))
-    assert lines[-1] == "Nothing needed is missing."
-    assert "To mend:" not in lines
+    assert imports.index("works") == cores.index(str(machine.usable_cores()))
+    assert lines[-1] == "Everything needed is installed."
+    assert "To fix this, run:" not in lines
 
 
 def test_bare_python_names_packages_and_command():
@@ -63,7 +63,7 @@ def test_bare_python_names_packages_and_command():
     for name in ("ffcv", "torch", "numba"):
         assert any(line.split()[:2] == ["missing", name] for line in done.stdout.splitlines())
     assert "missing  import ffcv" in done.stdout
-    assert "make setup" in done.stdout.partition("To mend:")[2].splitlines()[-3:][0]
+    assert "make setup" in done.stdout.partition("To fix this, run:")[2].splitlines()[-3:][0]
 
 
 def test_bare_python_without_pkg_config_names_headers(tmp_path):
@@ -215,31 +215,31 @@ def test_broken_imports_get_a_command():
 
 
 def test_bf16_flags():
-    assert doctor.bf16_from_flags("flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n") == {
+    assert machine.bf16_from_flags("flags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n") == {
         "avx512_bf16": True,
         "amx_bf16": True,
         "bf16": False,
     }
-    assert doctor.bf16_from_flags("Features\t: fp asimd bf16 i8mm\n")["bf16"]
-    assert not any(doctor.bf16_from_flags("").values())
+    assert machine.bf16_from_flags("Features\t: fp asimd bf16 i8mm\n")["bf16"]
+    assert not any(machine.bf16_from_flags("").values())
 
 
 def test_cgroup_limits_count_at_every_level(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
     (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
-    values = doctor.cgroup_values("cpu.max", "1:cpu:/elsewhere\n0::/a/b\n", tmp_path)
+    values = machine.cgroup_values("cpu.max", "1:cpu:/elsewhere\n0::/a/b\n", tmp_path)
     assert values == ["max 100000", "150000 100000"]
-    assert doctor.cpu_quota(values) == 1.5
-    assert doctor.cpu_quota(["max 100000"]) is None
-    assert doctor.cgroup_values("cpu.max", "", tmp_path / "none") == []
+    assert machine.cpu_quota(values) == 1.5
+    assert machine.cpu_quota(["max 100000"]) is None
+    assert machine.cgroup_values("cpu.max", "", tmp_path / "none") == []
 
 
 def test_memory_is_bounded_by_the_cgroup():
     meminfo = "MemTotal:       8388608 kB\nMemFree:  1 kB\nMemAvailable:    4194304 kB\n"
-    assert doctor.memory_bytes(meminfo) == (8 << 30, 4 << 30)
-    assert doctor.memory_bytes(meminfo, ["max", str(2 << 30)]) == (2 << 30, 2 << 30)
-    assert doctor.memory_bytes("") == (0, 0)
+    assert machine.memory_bytes(meminfo) == (8 << 30, 4 << 30)
+    assert machine.memory_bytes(meminfo, ["max", str(2 << 30)]) == (2 << 30, 2 << 30)
+    assert machine.memory_bytes("") == (0, 0)
 
 
 def test_gpus_of_the_driver():

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastkd import artifacts, cost_estimate, doctor, pipeline, train
+from fastkd import artifacts, cost_estimate, machine, pipeline, train
 from fastkd.bench import __main__ as bench
 from fastkd.dry_run import dry_run
 from fastkd.engine.runtime import Runtime
@@ -205,6 +205,6 @@ def test_seconds_come_from_the_plan_that_was_measured_for_this_here(command, tin
     code, text = command(train.main, tiny_recipe.path, "--dry-run")
     assert "ahead: about" in text
     assert "≈" in text
-    here = doctor.machine()
-    monkeypatch.setattr(doctor, "machine", lambda: here | {"cpu": "another"})
+    here = machine.describe()
+    monkeypatch.setattr(machine, "describe", lambda: here | {"cpu": "another"})
     assert cost_estimate.expected(tiny_recipe(), runtime) is None

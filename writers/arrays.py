@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from fastkd.data.writer_api import ArrayDataset, LocalPath, Source, WriterOptions, stratified_split
-from fastkd.doctor import memory
 from fastkd.errors import InputError
+from fastkd.machine import memory
 
 NAMES = ("images", "labels", "val_images", "val_labels", "classes")
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from fastkd import console
 from fastkd.bench.reference import Reference
 from fastkd.bench.workbench import Epochs
-from fastkd.doctor import usable_cores
+from fastkd.machine import usable_cores
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune, Recipe
 from fastkd.stages.training import run_key_fields

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from fastkd import artifacts, console, doctor
+from fastkd import artifacts, console, machine
 from fastkd.artifacts import Artifact, Built
 from fastkd.bench.pipelines import PAD_PX, PHOTO_BATCH, PHOTO_PX, SEED, SMALL_BATCH, SMALL_PX, make_data
 from fastkd.data.extract import extract, read_table
@@ -104,7 +104,7 @@ def measure(out: Path, *, data: Path | None = None, small: int = 60_000, photos:
                             {"case": title, "way": way, "os_cache": os_cache, **_epoch(title, dataset, ids, os_cache)}
                         )
                         update(len(lines), title)
-    report = {"machine": doctor.machine(), "read_ahead_kb": read_ahead_kb(place.parent), "lines": lines}
+    report = {"machine": machine.describe(), "read_ahead_kb": read_ahead_kb(place.parent), "lines": lines}
     (out / "cold.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fastkd import console, doctor
+from fastkd import console, machine
 from fastkd.bench import charts
 from fastkd.bench.pipelines import (
     CASES,
@@ -27,8 +27,8 @@ from fastkd.bench.pipelines import (
     Pipeline,
     make_data,
 )
-from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
+from fastkd.machine import usable_cores
 
 VERSIONS = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "pillow", "torch", "torchvision")
 LEAST_S = 0.5  # what is timed takes at least that long: an epoch of the small images alone is over in 50 ms
@@ -82,7 +82,7 @@ def measure(
                     update(len(lines), case.title)
         file_bytes = {name: one.dataset.file("train.beton").stat().st_size for name, one in datasets.items()}
     report = {
-        "machine": doctor.machine(),
+        "machine": machine.describe(),
         "versions": {name: metadata.version(name) for name in VERSIONS},
         "repeats": repeats,
         "small": small,

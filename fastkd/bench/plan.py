@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from fastkd import console, doctor
+from fastkd import console, machine
 from fastkd.bench import charts, machine_line
 from fastkd.bench.breakdown import changed
 from fastkd.bench.savings import break_even
@@ -131,7 +131,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | N
     report = {
         "recipe": recipe.name,
         "rates_of": rates_of(recipe),
-        "machine": doctor.machine(),
+        "machine": machine.describe(),
         "gpu": own.gpu,
         "precision": own.precision,
         "measured": asdict(measured),

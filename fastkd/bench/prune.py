@@ -19,11 +19,11 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from rich.table import Table
 
-from fastkd import console, doctor
-from fastkd.doctor import usable_cores
+from fastkd import console, machine
 from fastkd.errors import FastkdError, InputError
 from fastkd.kernels import proportional_quotas, score_logits, select_ranks, window_ranks
 from fastkd.kernels.jit import njit
+from fastkd.machine import usable_cores
 
 KEEP_RATIO = 0.5
 SEED = 0
@@ -285,7 +285,7 @@ def measure(
     looped["over_ours"] = looped["extrapolated_s"] / lines[OURS]["median_s"]
     looped["over_floor"] = looped["extrapolated_s"] / lines[FLOOR]["median_s"]
     report = {
-        "machine": doctor.machine(),
+        "machine": machine.describe(),
         "versions": {name: metadata.version(name) for name in VERSIONS},
         "threads": usable_cores(),
         "samples": samples,

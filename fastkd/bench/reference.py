@@ -27,8 +27,8 @@ from fastkd.artifacts import Artifact
 from fastkd.data.encode import JPG
 from fastkd.data.extract import read_table
 from fastkd.data.order import epoch_order
-from fastkd.doctor import usable_cores
 from fastkd.engine.schedule import learning_rates
+from fastkd.machine import usable_cores
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Loss, Recipe, View
 from fastkd.stages.training_setup import prepare

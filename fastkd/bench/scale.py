@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from fastkd import console, distributed, doctor
+from fastkd import console, distributed, machine
 from fastkd import recipe as recipes
 from fastkd.bench import charts, machine_line
 from fastkd.bench.workbench import Epochs, Workbench, steps_for, summary
-from fastkd.doctor import usable_cores
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import FastkdError, InputError
+from fastkd.machine import usable_cores
 
 SEGMENT_S = 2.0
 SPREAD = ("median", "least", "most")
@@ -91,7 +91,7 @@ def measure(
         "batch_size": recipe.train.batch_size,
         "gradient_bytes": found[counts[0]][0]["gradient_bytes"],
         "precision": runtime.precision,
-        "machine": doctor.machine(),
+        "machine": machine.describe(),
         "gpu": runtime.gpu,
         "threads": threads,
         "segments": rounds * repeats,

@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.config
 from rich.table import Table
 
-from fastkd import console, doctor
+from fastkd import console, machine
 from fastkd.bench import charts, machine_line
 from fastkd.bench.breakdown import changed
 from fastkd.bench.workbench import (
@@ -84,7 +84,7 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
         "teacher": bench.teacher_model,
         "image_hw": list(stall.pop("image_hw")),
         "batch_size": size,
-        "machine": doctor.machine(),
+        "machine": machine.describe(),
         "gpu": own.gpu,
         "threads": torch.get_num_threads(),
         "repeats": repeats,

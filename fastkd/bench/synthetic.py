@@ -23,8 +23,8 @@ import numpy as np
 from PIL import Image
 
 from fastkd import console
-from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
+from fastkd.machine import usable_cores
 
 COMMON_SIZES = {(375, 500): 0.32, (500, 375): 0.08, (333, 500): 0.16, (500, 333): 0.04, (500, 500): 0.03}
 """Share of the images with that height and width; all others are drawn from the distributions below."""

@@ -20,7 +20,7 @@ from ffcv.loader import Loader as FfcvLoader
 from ffcv.pipeline.graph import Node
 from ffcv.transforms import ToTensor
 
-from fastkd import doctor
+from fastkd import machine
 from fastkd.artifacts import Artifact
 from fastkd.data import readahead
 from fastkd.data.epoch_iterator import EpochThread
@@ -28,9 +28,9 @@ from fastkd.data.readahead import ReadAhead
 from fastkd.data.row_store import StoredRows
 from fastkd.data.views import ViewDecoder, Views
 from fastkd.distributed import current
-from fastkd.doctor import usable_cores
 from fastkd.errors import ArtifactError, InputError, LoaderError
 from fastkd.kernels.views import COLUMNS
+from fastkd.machine import usable_cores
 
 BATCHES_AHEAD = 2
 _compiled: dict[Any, Any] = {}
@@ -309,7 +309,7 @@ class Loader:
             sizes[positions],
             shares=current().local_size,
             file_bytes=self._bytes,
-            available_bytes=doctor.memory()[1],
+            available_bytes=machine.memory()[1],
             read_before=bool(self._was_read[positions].all()),
         ):
             return None

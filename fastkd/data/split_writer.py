@@ -39,8 +39,8 @@ from fastkd.data.ffcv_format import (
 from fastkd.data.isolated_process import Report
 from fastkd.data.notices import MAX_NAMES, Found, kinds
 from fastkd.data.writer_api import MapDataset, WriterOptions
-from fastkd.doctor import usable_cores
 from fastkd.errors import FastkdError, InputError
+from fastkd.machine import usable_cores
 
 _NEXT, _END, _CURRENT = 0, 1, 2  # shared integers: next sample, end of the file, then the sample of each worker
 _CHUNK = 64

@@ -62,8 +62,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {"kd": kd_loss}
 
 Each is called as ``loss(student_BK, labels_B, teacher_BK, alpha=, gamma=, temperature=, label_smoothing=)``, may
 ignore any of these settings, and returns the loss of each sample (float32 [B]). The teacher's logits are known up to a
-constant per row, and may contain -inf (a masked class). With ``labels.reshape``, the default, they have the std of their
-class.
+constant per row, and may contain -inf (a masked class). With ``labels.reshape``, the default, they have the standard
+deviation of their class.
 """
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.distributed import ProcessGroup, current
-from fastkd.doctor import usable_cores
 from fastkd.errors import InputError
+from fastkd.machine import usable_cores
 from fastkd.recipe import Optim
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

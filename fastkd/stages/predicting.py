@@ -11,9 +11,9 @@ import torch
 from fastkd import console
 from fastkd.console import printable
 from fastkd.data.image_files import LOOKED_FOR, left_out_text, list_images
-from fastkd.doctor import usable_cores
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
+from fastkd.machine import usable_cores
 from fastkd.stages.trained_student import Student
 
 BATCH_SIZE, MAX_BATCH_PIXELS = 64, 1 << 24  # images per batch; fewer if they are large

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastkd import console, doctor, models
+from fastkd import console, machine, models
 from fastkd import recipe as recipes
 from fastkd.distributed import current
 from fastkd.engine.runtime import Runtime
@@ -91,7 +91,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {
-        "machine": doctor.machine(),
+        "machine": machine.describe(),
         "torch_threads": torch.get_num_threads(),
         "device": str(runtime.device),
         "processes": current().size,

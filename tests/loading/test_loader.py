@@ -9,8 +9,8 @@ from harness import seconds
 
 from fastkd.data import epoch_iterator
 from fastkd.data.loader import Loader
-from fastkd.doctor import usable_cores
 from fastkd.errors import ArtifactError, InputError, LoaderError
+from fastkd.machine import usable_cores
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fastkd import models, pipeline, recipe
-from fastkd.doctor import usable_cores
 from fastkd.engine import losses
 from fastkd.errors import InputError
+from fastkd.machine import usable_cores
 from fastkd.pipeline import Pipeline
 from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare

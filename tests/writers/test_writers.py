@@ -377,7 +377,7 @@ def test_arrays_that_promise_terabytes(tmp_path):
 def test_arrays_that_unpack_to_more_than_memory(tmp_path, monkeypatch):
     npz_with_header(tmp_path / "a.npz", (8, 1000, 1000), 8_000_000)
     assert (tmp_path / "a.npz").stat().st_size < 20_000
-    monkeypatch.setitem(sys.modules, "fastkd.doctor", types.SimpleNamespace(memory=lambda: (10**7, 10**7)))
+    monkeypatch.setitem(sys.modules, "fastkd.machine", types.SimpleNamespace(memory=lambda: (10**7, 10**7)))
     with pytest.raises(InputError, match=r"takes 0.0 GB, and 0.0 GB of memory are free; write your own writer"):
         read("arrays", file=str(tmp_path / "a.npz"))
 
