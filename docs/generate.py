@@ -21,7 +21,6 @@ from fastkd.__main__ import COMMANDS
 from fastkd.data.writer_api import WriterOptions, load_writer, writer_names
 from fastkd.recipe import Recipe
 
-STAGE_LINES = ("write", "score", "prune", "label", "setup", "compile", "train", "evaluate")
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 MARKED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -177,48 +176,33 @@ SAVINGS = DOCS / "figures" / "quickstart_savings.json"
 
 
 def savings_summary() -> str:
-    """Return the time and accuracy of the demo's ways of training: a few rows, for the README."""
-    ways = list(_savings()["ways"].values())
-    rows = [
-        ("first student (s), with scoring and pruning", "first_student_s", "{:.1f}"),
-        ("each additional student (s)", "further_student_s", "{:.1f}"),
-        ("test top-1 (%)", "top1", "{:.2%}"),
-    ]
-    return _markdown(["", *(way["title"] for way in ways)], [_row(label, ways, *how) for label, *how in rows])
+    """Return the rows of the demo's table that the README shows."""
+    shown = {
+        "first student (s)": "first student (s), with scoring and pruning",
+        "each additional student (s)": "each additional student (s)",
+        "test top-1 (%)": "test top-1 (%)",
+    }
+    head, *rows = _savings_rows()
+    return _markdown([head, *([shown[label], *figures] for label, *figures in rows if label in shown)])
 
 
 def savings_table() -> str:
-    """Return the whole table of the demo."""
-    ways = list(_savings()["ways"].values())
-    stages = dict.fromkeys(name for name in STAGE_LINES if any(name in way["stages"] for way in ways))
-    lines = [[f"{name} (s)", *(_figure(way["stages"].get(name), "{:.1f}") for way in ways)] for name in stages]
-    vanilla, reference = (_savings()["ways"][name] for name in ("vanilla", "reference"))
-    for which, name in (("first student", "first_student_s"), ("each additional student", "further_student_s")):
-        lines.append(_row(f"**{which} (s)**", ways, name, "{:.1f}"))
-        lines.append([f"{which}, speed-up over vanilla KD", *(f"{vanilla[name] / way[name]:.2f}×" for way in ways)])
-        lines.append(
-            [f"{which}, speed-up over the reference", *(f"{reference[name] / way[name]:.2f}×" for way in ways)]
-        )
-    lines.append(_row("images/s while training", ways, "images_per_s", "{:,.0f}"))
-    lines.append(_row("data wait", ways, "data_wait_share", "{:.1%}"))
-    lines.append(_row("**test top-1**", ways, "top1", "{:.2%}"))
-    return _markdown(["", *(way["title"] for way in ways)], lines)
+    """Return the demo's table, as the benchmark prints it."""
+    return _markdown(_savings_rows())
 
 
-def _savings() -> dict[str, Any]:
-    return json.loads(SAVINGS.read_text(encoding="utf-8"))
+def _savings_rows() -> list[list[str]]:
+    """Return head and rows of the table that `bench savings` prints."""
+    from fastkd.bench.savings import table
+
+    columns = table(json.loads(SAVINGS.read_text(encoding="utf-8"))).columns
+    head = [str(column.header).replace("\n", " ") for column in columns]
+    return [head, *map(list, zip(*(map(str, column.cells) for column in columns), strict=True))]
 
 
-def _row(label: str, ways: list[dict[str, Any]], name: str, form: str) -> list[str]:
-    return [label, *(_figure(way.get(name), form) for way in ways)]
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def _markdown(rows: list[list[str]]) -> str:
+    head, *others = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *others]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
