@@ -12,6 +12,7 @@ COMMANDS = {
     "check": "verify checksums, and compare stored logits with the teacher",
     "export": "export a student for use elsewhere, or the kept samples as a data set",
     "predict": "classify images with a trained student",
+    "study": "train a grid of students over several seeds, and compare them with baselines",
     "report": "make a page with charts about one or more runs",
     "artifacts": "list artifacts, and delete those that nothing needs",
     "recipes": "list, show or copy the recipes that ship with fastkd",

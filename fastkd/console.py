@@ -194,8 +194,27 @@ Update = Callable[[int, str], None]
 """``update(done, info)``: how many are done by now, and a few words beside the bar."""
 
 
+_brief = False
+
+
+@contextlib.contextmanager
+def brief(chosen: bool = True) -> Iterator[None]:
+    """Print nothing inside but progress, warnings and errors, if so chosen."""
+    global _brief
+    before, _brief = _brief, _brief or chosen
+    try:
+        yield
+    finally:
+        _brief = before
+
+
 def say(message: str) -> None:
     """Print a line of what is going on."""
+    if not _brief:
+        _line(message)
+
+
+def _line(message: str) -> None:
     if out.is_terminal:
         out.print(message, markup=False)
     else:
@@ -204,6 +223,8 @@ def say(message: str) -> None:
 
 def heading(message: str) -> None:
     """Announce a stage."""
+    if _brief:
+        return
     if out.is_terminal:
         out.print(f"\n{message}", markup=False, style="bold")
     else:
@@ -212,6 +233,8 @@ def heading(message: str) -> None:
 
 def show(table: Table) -> None:
     """Print a table; into a file it is as wide as it needs to be."""
+    if _brief:
+        return
     (out if out.is_terminal else _Screen(highlight=False, width=200, emoji=False, quiet=out.quiet)).print(table)
 
 
@@ -325,7 +348,7 @@ def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) ->
             last = now
             left = clock((total - done) / max(rate(done), 1e-9))
             more = f", {info}" if info else ""
-            say(f"{label}: {done:,}/{total:,}, {_figure(rate(done))} {unit}/s, {left} left{more}")
+            _line(f"{label}: {done:,}/{total:,}, {_figure(rate(done))} {unit}/s, {left} left{more}")
             sys.stdout.flush()
 
     yield line

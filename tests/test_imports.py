@@ -24,11 +24,11 @@ LEAVES = {"errors", "validation", "console", "distributed", "caches", "machine"}
 ARRAYS_AND_FILES = {"recipe", "artifacts", "kernels"}
 PARTS = {"data", "models", "engine"}  # never each other: stages put them together
 ABOVE_STAGES = LEAVES | ARRAYS_AND_FILES | PARTS | {"stages"}
-PACKAGES = {"report", "export", "bench"}  # above the pipeline; nothing below imports them
+PACKAGES = {"report", "export", "bench", "study"}  # above the pipeline; nothing below imports them
 ABOVE_PIPELINE = {"dry_run", "public_loader", "verification", "cost_estimate"}
 COMMANDS = {
     *("write", "score", "prune", "label", "train", "check", "predict", "recipes"),
-    *("artifacts.__main__", "report.__main__", "export.__main__", "bench.__main__", "cli"),
+    *("artifacts.__main__", "report.__main__", "export.__main__", "bench.__main__", "study.__main__", "cli"),
 }
 
 ALLOWED: dict[str, set[str]] = {
@@ -57,6 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "verification": ABOVE_STAGES | {"pipeline"},
     **dict.fromkeys(PACKAGES, ABOVE_STAGES | {"pipeline"}),
     "bench": ABOVE_STAGES | {"pipeline", "report", "cost_estimate"},
+    "study": ABOVE_STAGES | {"pipeline", "report", "cost_estimate"},
     **{
         unit: LEAVES
         | PACKAGES

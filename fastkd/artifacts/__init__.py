@@ -6,7 +6,7 @@ determine its content, hashed into its ``key``, the keys of its parents, its cos
 file, and a digest of all that: any damaged byte is detected.
 """
 
-from fastkd.artifacts.building import BEGUN, Built, build, in_use, remove
+from fastkd.artifacts.building import BEGUN, Built, build, claim, in_use, is_claimed, remove
 from fastkd.artifacts.files import file_digest, fsync, write_whole
 from fastkd.artifacts.manifest import (
     FORMAT_VERSION,
@@ -49,12 +49,14 @@ __all__ = [
     "Manifest",
     "build",
     "canonical",
+    "claim",
     "differences",
     "digest_of",
     "file_digest",
     "find",
     "fsync",
     "in_use",
+    "is_claimed",
     "key_of",
     "load",
     "nearest",

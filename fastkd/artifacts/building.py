@@ -224,6 +224,45 @@ def _tidy(path: Path, scratch: str | None) -> None:
         shutil.rmtree(path / scratch, ignore_errors=True)
 
 
+def _claim_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.claim")
+
+
+@contextlib.contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Context manager that claims the work on an artifact for this process; yields whether it succeeded.
+
+    It never waits, so that several processes can share a list of artifacts. The claim of a process that dies is
+    released by the operating system.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(_claim_file(path))
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot write here ({error.strerror}); choose another place") from None
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def is_claimed(path: Path) -> bool:
+    """Return whether a process holds the claim on an artifact."""
+    if not _claim_file(path).exists():
+        return False
+    with claim(path) as claimed:
+        return not claimed
+
+
 def in_use(path: Path) -> bool:
     """Return whether a process is building or deleting the artifact at `path`, or may be."""
     if not _lock_file(path).exists():

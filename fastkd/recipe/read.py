@@ -20,7 +20,7 @@ MAX_OVERRIDE = 4096
 """Longest override."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(path: str | Path, overrides: Sequence[str] = (), *settings: Mapping[str, Any]) -> Recipe:
     """Read a recipe and apply ``a.b=c`` overrides.
 
     Parameters
@@ -29,6 +29,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         A YAML file. ``recipes/NAME.yaml`` falls back to the included recipe of that name. Relative paths in it are
         relative to the working directory, except `teacher.recipe`, which is relative to this file. The returned recipe
         contains absolute paths.
+    settings
+        Nested settings that are applied after the overrides.
 
     Raises
     ------
@@ -36,8 +38,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         The file is missing or malformed, or there are unknown keys, wrong types or values out of range; lists all.
     """
     file = locate(path)
-    given, changes = _read(file), settings_of(overrides)
-    values = _merged(given, changes)
+    values = _read(file)
+    for changes in (settings_of(overrides), *settings):
+        values = _merged(values, changes)
     teacher = values.get("teacher")
     if isinstance(teacher, dict) and isinstance(own := teacher.get("recipe"), str) and own and own[0] != "~":
         values["teacher"] = teacher | {"recipe": os.path.join(file.parent, own)}

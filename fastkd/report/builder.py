@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fastkd import __version__, console
 from fastkd.artifacts import MANIFEST, PARTIAL, read_manifest
-from fastkd.console import clock, printable
+from fastkd.console import clock
 from fastkd.errors import FastkdError, InputError
 from fastkd.report import plots
 from fastkd.report.fonts import class_names, writable
 from fastkd.report.runs import Exported, Group, RunFacts, Stat, differing, exports, grouped, noise_points, read
+from fastkd.report.template import environment
 
 if TYPE_CHECKING:
     from fastkd.report.inspection import ClassAccuracy, Samples, Selection
@@ -247,18 +247,11 @@ def what_was_kept(run: RunFacts, selection: "Selection") -> str:
 
 def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], exported: Sequence[Exported] = ()) -> str:
     """Fill the template; whatever comes from outside is escaped."""
-    environment = Environment(
-        loader=PackageLoader("fastkd.report", "."),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else printable(value),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"clock": clock, "percent": percent, "spread": spread, "thousands": "{:,}".format}
+    templates = environment()
+    templates.filters |= {"percent": percent, "spread": spread, "thousands": "{:,}".format}
     lead = next((group for group in groups if not group.is_vanilla), groups[0])
     vanilla = next((group for group in groups if group.is_measure_of(lead)), None)
-    return environment.get_template("report.html.j2").render(
+    return templates.get_template("report.html.j2").render(
         groups=groups,
         lead=lead,
         run=lead.lead,

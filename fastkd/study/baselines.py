@@ -1,0 +1,45 @@
+"""The baselines of a recipe: random selection, all data for as many steps, and full KD."""
+
+from typing import Literal
+
+from fastkd.recipe import Prune, Recipe
+
+Baseline = Literal["random", "same_steps", "full"]
+BASELINES: tuple[Baseline, ...] = ("random", "same_steps", "full")
+
+
+def baseline(recipe: Recipe, which: Baseline) -> Recipe | None:
+    """Return a baseline of a recipe, with the same student, loss and labels. None: it does not exist for this recipe.
+
+    Parameters
+    ----------
+    which
+        ``random``: class-balanced random selection of as many samples. ``same_steps``: all data, for as many steps of
+        the student, rounded to whole epochs. ``full``: all data, for as many epochs.
+    """
+    if which == "full":
+        return recipe.model_copy(update={"prune": Prune()})
+    prune = recipe.prune
+    if prune.dynamic or prune.method == "list" or prune.keep_ratio == 1:  # its number of steps is not known, or full's
+        return None
+    if which == "random":
+        kept = {name: getattr(prune, name) for name in ("keep_ratio", "seed", "min_per_class")}
+        return recipe.model_copy(update={"prune": Prune(method="random", **kept)})
+    epochs = recipe.train.epochs
+    if (fewer := round(epochs * prune.keep_ratio)) < 1 or fewer == epochs:
+        return None
+    return in_epochs(recipe.model_copy(update={"prune": Prune()}), fewer)
+
+
+def in_epochs(recipe: Recipe, epochs: int) -> Recipe:
+    """Return a recipe with another number of epochs; everything that is scheduled in epochs is scaled with it."""
+    share = epochs / recipe.train.epochs
+    sizes = {round(epoch * share): px for epoch, px in recipe.train.progressive_px.items()}
+    milestones = tuple(milestone * share for milestone in recipe.optim.milestones_epochs)
+    warmup = recipe.optim.warmup_epochs * share
+    return recipe.model_copy(
+        update={
+            "train": recipe.train.model_copy(update={"epochs": epochs, "progressive_px": sizes}),
+            "optim": recipe.optim.model_copy(update={"milestones_epochs": milestones, "warmup_epochs": warmup}),
+        }
+    )

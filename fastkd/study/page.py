@@ -1,0 +1,123 @@
+"""study.html: the results of a study on one page, and its charts as PNG files."""
+
+import math
+from collections.abc import Mapping
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from fastkd import __version__
+from fastkd.artifacts import write_whole
+from fastkd.console import clock
+from fastkd.report import plots
+from fastkd.report.template import environment
+from fastkd.study.baselines import BASELINES
+from fastkd.study.results import NAMES, temporary
+from fastkd.study.tables import percent
+
+COLUMNS = 3
+PANEL_IN = 3.5
+LEGEND_LINE_IN = 0.22
+TIMES = {
+    "further": ("further_student_s", "Top-1 against the time of an additional student"),
+    "first": ("first_student_s", "Top-1 against the time of the first student"),
+}
+
+
+def write(report: Mapping[str, Any], folder: Path) -> Path:
+    """Write study.html and its charts; return the path of the page."""
+    titles = [arm["title"] for cell in report["cells"] for arm in cell["arms"]]
+    charts = {}
+    with plots.style(titles):
+        if any("holdout" in arm for cell in report["cells"] for arm in cell["arms"]):
+            figures = {f"accuracy-{name}-student": against_time(report, *how) for name, how in TIMES.items()}
+            figures |= {"differences": differences(report)} if _compared(report) else {}
+            for name, figure in figures.items():
+                plots.png(figure, folder / f"{name}.png")
+                charts[name] = Markup(plots.svg(figure, name))
+    templates = environment("fastkd.study")
+    templates.filters["percent"] = percent
+    text = templates.get_template("study.html.j2").render(
+        report=report,
+        charts=charts,
+        palette=plots.PALETTE,
+        baselines=BASELINES,
+        names=NAMES,
+        version=__version__,
+    )
+    page = folder / "study.html"
+    write_whole(page, text.encode(), temporary(page))
+    return page
+
+
+def against_time(report: Mapping[str, Any], time: str, title: str) -> Figure:
+    """Draw the mean hold-out top-1 ± std of each arm against the seconds of a student, with one panel for each cell."""
+    cells = report["cells"]
+    arms = list(dict.fromkeys(arm["title"] for cell in cells for arm in cell["arms"]))
+    colours = dict(zip(arms, cycle(plots.SERIES), strict=False))
+    markers = dict(zip(arms, cycle("oooooossssss^^^^^^"), strict=False))
+    figure, panels = _panels(len(cells), title, legend=len(arms))
+    for panel, cell in zip(panels, cells, strict=True):
+        panel.set_title(cell["title"], fontsize=10)
+        for arm in cell["arms"]:
+            if "holdout" in arm:
+                panel.errorbar(
+                    arm[time],
+                    100 * arm["holdout"]["mean"],
+                    yerr=100 * (arm["holdout"]["std"] or 0.0),
+                    fmt=markers[arm["title"]],
+                    color=colours[arm["title"]],
+                    ms=6,
+                    lw=1.2,
+                )
+        panel.set(xlim=(0, None), ylabel="top-1, hold-out (%)", xlabel="time")
+        panel.margins(x=0.1, y=0.15)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda s, _: clock(s, whole=True)))
+        panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 3, 6, 10]))
+    handles = [Line2D([], [], color=colours[arm], marker=markers[arm], ls="", label=arm) for arm in arms]
+    figure.legend(handles=handles, loc="outside lower left", ncols=min(3, len(panels)))
+    return figure
+
+
+def differences(report: Mapping[str, Any]) -> Figure:
+    """Draw how far each arm is above class-balanced random selection on the hold-out, with 95 % intervals."""
+    rows = _compared(report)
+    figure = Figure(figsize=(2 * PANEL_IN, 0.9 + 0.3 * len(rows)))
+    axes = figure.add_subplot()
+    axes.set_title("Difference to random selection on the hold-out, 95 % interval")
+    for y, (cell, arm, found) in enumerate(rows):
+        colour = plots.SERIES[0] if arm == cell["chosen"] else plots.MUTED
+        axes.errorbar(found["mean"], y, xerr=found["ci95"], fmt="o", color=colour, ms=5, lw=1.4)
+    axes.axvline(0, color=plots.INK, lw=1)
+    axes.set_yticks(range(len(rows)), [f"{arm}: {cell['title']}" for cell, arm, _ in rows])
+    axes.set(xlabel="points of top-1", ylim=(len(rows) - 0.5, -0.5))
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _compared(report: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str, Mapping[str, float]]]:
+    """Return the arms that are compared with random selection: cell, title and difference."""
+    return [
+        (cell, arm["title"], arm["differences"]["random"])
+        for cell in report["cells"]
+        for arm in cell["arms"]
+        if "random" in arm["differences"]
+    ]
+
+
+def _panels(count: int, title: str, *, legend: int) -> tuple[Figure, list[Axes]]:
+    columns = min(COLUMNS, count)
+    rows = math.ceil(count / columns)
+    height = 2.6 * rows + 0.5 + LEGEND_LINE_IN * math.ceil(legend / min(3, count))
+    figure = Figure(figsize=(max(PANEL_IN * columns, 5.2), height))
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=plots.INK)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for unused in axes[count:]:
+        unused.set_visible(False)
+    return figure, list(axes[:count])
