@@ -43,7 +43,7 @@ PROBE_TIMEOUT_S = 180  # importing torch and ffcv on a cold disk takes a while
 OK, MISSING, NOTE, FACT = "ok", "missing", "note", ""
 KEY_PACKAGES = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "pydantic", "timm", "torch", "torchvision")
 EXTRAS = {
-    "bench": "bench savings with several seeds",
+    "bench": "study and bench savings with several seeds",
     "digits": "the writer digits",
     "export": "exporting a student as ONNX",
     "tensorboard": "log.tensorboard",

@@ -25,6 +25,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from fastkd import artifacts, cli, models, recipe
 from fastkd.__main__ import COMMANDS
+from fastkd.study.grid import read_study
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -38,6 +39,7 @@ PARSED_ONLY = {
     "export runs/quickstart": "takes 4 s, and the first page's command that makes the same of another RUN is run",
     "report runs/quickstart": "takes 6 s; likewise",
     "report runs/savings": "takes 6 s; likewise, and tests/report compares RUNs",
+    "study mine.yaml": "trains for a minute; tests/study runs one",
     "write image_folder data/imagenet": "nobody has the images at hand; the same with others is run",
     "write fashion_mnist": "reads files that not every machine has, or downloads 30 MB; tests/writers",
 }
@@ -132,7 +134,10 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_the_network(tm
 def test_recipes_on_the_pages_are_valid(page, tmp_path):
     """As they stand there."""
     for language, text in FENCED.findall(page.read_text()):
-        if language == "yaml":
+        if language == "yaml" and "\nvary:" in text:
+            (tmp_path / "study.yaml").write_text(text)
+            assert read_study(str(tmp_path / "study.yaml"), {}).vary
+        elif language == "yaml":
             (tmp_path / "mine.yaml").write_text(text)
             assert recipe.load(tmp_path / "mine.yaml").name
 
