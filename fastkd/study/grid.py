@@ -131,6 +131,8 @@ class Arm:
         Titles of the arms of the cell that are its baselines.
     is_variant
         Whether it is one of the varied combinations. False: it is a baseline only.
+    role
+        Which baseline it is, if it is one only.
     """
 
     title: str
@@ -138,6 +140,7 @@ class Arm:
     trials: list[Trial]
     baselines: dict[Baseline, str] = field(default_factory=dict)
     is_variant: bool = True
+    role: Baseline | None = None
 
 
 @dataclass
@@ -243,7 +246,7 @@ def _add(cells: dict[str, Cell], varied: dict[str, Any], trials: list[Trial], wa
         others = [Trial(one.tuned, other) for one in trials if (other := baseline(one.recipe, which))]
         if len(others) == len(trials):
             words = _baseline_title(which, others[0].recipe)
-            other = Arm(", ".join(filter(None, [words, _words(shared)])), shared, others, is_variant=False)
+            other = Arm(", ".join(filter(None, [words, _words(shared)])), shared, others, is_variant=False, role=which)
             arm.baselines[which] = _merged(cell, other).title
 
 

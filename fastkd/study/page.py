@@ -10,11 +10,9 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastkd import __version__
 from fastkd.artifacts import write_whole
-from fastkd.console import clock
 from fastkd.report import plots
 from fastkd.report.template import environment
 from fastkd.study.baselines import BASELINES
@@ -24,6 +22,7 @@ from fastkd.study.tables import percent
 COLUMNS = 3
 PANEL_IN = 3.5
 LEGEND_LINE_IN = 0.22
+UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
 TIMES = {
     "further": ("further_student_s", "Top-1 against the time of an additional student"),
     "first": ("first_student_s", "Top-1 against the time of the first student"),
@@ -59,7 +58,9 @@ def write(report: Mapping[str, Any], folder: Path) -> Path:
 def against_time(report: Mapping[str, Any], time: str, title: str) -> Figure:
     """Draw the mean hold-out top-1 ± std of each arm against the seconds of a student, with one panel for each cell."""
     cells = report["cells"]
-    arms = list(dict.fromkeys(arm["title"] for cell in cells for arm in cell["arms"]))
+    arms = list(dict.fromkeys(_series(arm) for cell in cells for arm in cell["arms"]))
+    slowest_s = max(arm[time] for cell in cells for arm in cell["arms"] if "holdout" in arm)
+    unit, seconds = next((name, s) for name, s in UNITS.items() if slowest_s >= 2 * s or s == 1)
     colours = dict(zip(arms, cycle(plots.SERIES), strict=False))
     markers = dict(zip(arms, cycle("oooooossssss^^^^^^"), strict=False))
     figure, panels = _panels(len(cells), title, legend=len(arms))
@@ -68,21 +69,24 @@ def against_time(report: Mapping[str, Any], time: str, title: str) -> Figure:
         for arm in cell["arms"]:
             if "holdout" in arm:
                 panel.errorbar(
-                    arm[time],
+                    arm[time] / seconds,
                     100 * arm["holdout"]["mean"],
                     yerr=100 * (arm["holdout"]["std"] or 0.0),
-                    fmt=markers[arm["title"]],
-                    color=colours[arm["title"]],
+                    fmt=markers[_series(arm)],
+                    color=colours[_series(arm)],
                     ms=6,
                     lw=1.2,
                 )
-        panel.set(xlim=(0, None), ylabel="top-1, hold-out (%)", xlabel="time")
+        panel.set(xlim=(0, None), ylabel="top-1, hold-out (%)", xlabel=unit)
         panel.margins(x=0.1, y=0.15)
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda s, _: clock(s, whole=True)))
-        panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 3, 6, 10]))
     handles = [Line2D([], [], color=colours[arm], marker=markers[arm], ls="", label=arm) for arm in arms]
     figure.legend(handles=handles, loc="outside lower left", ncols=min(3, len(panels)))
     return figure
+
+
+def _series(arm: Mapping[str, Any]) -> str:
+    """Return the name of an arm in the legend, which cells share."""
+    return "all data, as many steps" if arm["role"] == "same_steps" else str(arm["title"])
 
 
 def differences(report: Mapping[str, Any]) -> Figure:
@@ -90,7 +94,7 @@ def differences(report: Mapping[str, Any]) -> Figure:
     rows = _compared(report)
     figure = Figure(figsize=(2 * PANEL_IN, 0.9 + 0.3 * len(rows)))
     axes = figure.add_subplot()
-    axes.set_title("Difference to random selection on the hold-out, 95 % interval")
+    _title(figure, "Difference to random selection on the hold-out, 95 % interval")
     for y, (cell, arm, found) in enumerate(rows):
         colour = plots.SERIES[0] if arm == cell["chosen"] else plots.MUTED
         axes.errorbar(found["mean"], y, xerr=found["ci95"], fmt="o", color=colour, ms=5, lw=1.4)
@@ -116,8 +120,12 @@ def _panels(count: int, title: str, *, legend: int) -> tuple[Figure, list[Axes]]
     rows = math.ceil(count / columns)
     height = 2.6 * rows + 0.5 + LEGEND_LINE_IN * math.ceil(legend / min(3, count))
     figure = Figure(figsize=(max(PANEL_IN * columns, 5.2), height))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=plots.INK)
+    _title(figure, title)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for unused in axes[count:]:
         unused.set_visible(False)
     return figure, list(axes[:count])
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=11.5, fontweight="bold", color=plots.INK)

@@ -115,6 +115,7 @@ def _arm(arm: Arm, trial: Trial, runs: Mapping[int, RunFacts]) -> dict[str, Any]
         "title": arm.title,
         "settings": arm.settings,
         "variant": arm.is_variant,
+        "role": None if arm.is_variant else arm.role,
         "tuned": trial.tuned,
         "seeds": list(runs),
         "runs": {seed: str(run.path) for seed, run in runs.items()},

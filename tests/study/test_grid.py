@@ -76,7 +76,7 @@ def test_invalid_combinations_are_skipped_by_name(study_of):
     (words,) = grid.skipped
     assert words == "prune.method=ccs, prune.keep_ratio=0.95"
     assert "dropping the hardest" in grid.skipped[words]
-    assert list(grid.cells[1].arms)[0] == "medium"
+    assert next(iter(grid.cells[1].arms)) == "medium"
 
 
 @pytest.mark.parametrize(
