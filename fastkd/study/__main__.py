@@ -108,6 +108,7 @@ def _run(grid: Any, folder: Path, *, verbose: bool) -> cli.CommandResult:
     from fastkd.study import page, results, worker
     from fastkd.study.tables import table
 
+    worker.refuse_other_data(grid)
     costs = worker.Costs()
     console.say(worker.overview(grid, costs))
     _show_skipped(grid)
@@ -118,9 +119,10 @@ def _run(grid: Any, folder: Path, *, verbose: bool) -> cli.CommandResult:
     console.show(table(report))
     for cell in report["cells"]:
         console.say(cell["conclusion"])
-    for title, reason in failed.items():
+    for title, reason in report["failed"].items():
         console.say(f"failed: {title}: {reason}")
-    error = FastkdError(f"{len(failed)} of {len(grid.students)} students could not be trained") if failed else None
+    count = len(report["failed"])
+    error = FastkdError(f"{count} of {len(grid.students)} students failed or are damaged") if count else None
     facts = {"path": str(folder / "study.json"), "page": str(html), **report}
     return cli.CommandResult(f"study: {folder / 'study.json'}, {html}", facts, error)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.artifacts import write_whole
-from fastkd.errors import ArtifactError
+from fastkd.errors import FastkdError
 from fastkd.report.runs import RunFacts, read
 from fastkd.study.baselines import BASELINES, Baseline
 from fastkd.study.comparison import Difference, holm, verdict
@@ -31,13 +31,18 @@ def collect(grid: Grid, failed: Mapping[str, str]) -> dict[str, Any]:
     val is reported only for the chosen arm and its baselines, so that it takes no part in the choice. p-values on val
     are adjusted over the cells.
 
-    Raises
-    ------
-    ArtifactError
-        A RUN is damaged, or students were trained on different data.
+    Parameters
+    ----------
+    failed
+        The error of each student that could not be trained, by its title. Damaged RUNs are added in the result.
     """
-    runs = {one.path: read(one.path) for one in grid.students if one.is_finished}
-    _refuse_mixed(runs)
+    runs, failed = {}, dict(failed)
+    for student in grid.students:
+        if student.is_finished:
+            try:
+                runs[student.path] = read(student.path)
+            except FastkdError as error:
+                failed[student.title] = str(error)
     cells = [_cell(grid, cell, runs) for cell in grid.cells]
     _adjust(cells)
     for cell in cells:
@@ -48,20 +53,11 @@ def collect(grid: Grid, failed: Mapping[str, str]) -> dict[str, Any]:
         "seeds": list(grid.seeds),
         "students": len(grid.students),
         "finished": len(runs),
-        "failed": dict(failed),
+        "failed": failed,
         "skipped": grid.skipped,
         "machines": _machines(runs),
         "cells": cells,
     }
-
-
-def _refuse_mixed(runs: Mapping[Path, RunFacts]) -> None:
-    found: dict[str, Path] = {}
-    for path, run in runs.items():
-        found.setdefault(run.artifact.manifest.inputs["data"], path)
-    if len(found) > 1:
-        one, other = list(found.values())[:2]
-        raise ArtifactError(f"{one} and {other} were trained on different data: use another --out for the new data")
 
 
 def _machines(runs: Mapping[Path, RunFacts]) -> list[str]:

@@ -1,5 +1,6 @@
 """Train the students of a study, together with any number of other processes that run the same command."""
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from fastkd import artifacts, console, cost_estimate, pipeline
 from fastkd.console import clock
 from fastkd.engine.runtime import Runtime
-from fastkd.errors import FastkdError
+from fastkd.errors import FastkdError, InputError
 from fastkd.recipe import Recipe
 from fastkd.study.grid import Grid, Student
 
@@ -33,8 +34,9 @@ class Costs:
         """Read the cost of the students that have been finished since the last call."""
         for student in students:
             if student.path not in self.seconds and student.is_finished:
-                timing = json.loads((student.path / "timing.json").read_bytes())
-                self.seconds[student.path] = timing["further_student_s"]
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: the results report it
+                    timing = json.loads((student.path / "timing.json").read_bytes())
+                    self.seconds[student.path] = float(timing["further_student_s"])
 
     def left_s(self, students: Sequence[Student], base: Recipe) -> float | None:
         """Return the predicted seconds of the unfinished students. None: unknown.
@@ -43,7 +45,7 @@ class Costs:
         any finished student, else that of plan.json (`bench plan`).
         """
         finished = [student for student in students if student.path in self.seconds]
-        left = [student for student in students if student.path not in self.seconds]
+        left = [student for student in students if not student.is_finished]
         if not left:
             return 0.0
         if not finished:
@@ -75,14 +77,33 @@ def _planned_s(base: Recipe) -> float | None:
     return planned and planned["train"]
 
 
+def refuse_other_data(grid: Grid) -> None:
+    """Check that finished students were trained on the data that the others will be trained on.
+
+    Raises
+    ------
+    InputError
+        The data set has been written again since.
+    """
+    keys: dict[str, str] = {}
+    for student in grid.students:
+        folder = student.recipe.data.path
+        if student.is_finished and (Path(folder) / artifacts.MANIFEST).exists():
+            key = keys.setdefault(folder, artifacts.read_manifest(Path(folder)).key)
+            if artifacts.read_manifest(student.path).inputs.get("data") != key:
+                raise InputError(
+                    f"{student.path}: was trained on other images than {folder} contains now: choose another --out"
+                )
+
+
 def overview(grid: Grid, costs: Costs) -> str:
     """Return one line: how many students there are, how many are finished, and the predicted time of the others."""
     students = grid.students
     costs.update(students)
     running = sum(artifacts.is_claimed(one.path) for one in students if not one.is_finished)
-    left, left_s = len(students) - len(costs.seconds), costs.left_s(students, grid.base)
+    left, left_s = sum(not one.is_finished for one in students), costs.left_s(students, grid.base)
     by_others = f", {running} of them in progress in other processes" if running else ""
-    line = f"study: {len(students)} students: {len(costs.seconds)} finished, {left} to train{by_others}"
+    line = f"study: {len(students)} students: {len(students) - left} finished, {left} to train{by_others}"
     if not left:
         return line
     if left_s is None:
@@ -134,8 +155,6 @@ def _train(grid: Grid, student: Student, costs: Costs, failed: dict[str, str], *
         return
     costs.update(students)
     left_s = costs.left_s(students, grid.base)
+    took_s = costs.seconds.get(student.path, 0.0)
     ahead = f"; about {clock(left_s)} left in one process" if left_s else ""
-    console.say(
-        f"study: top-1 {run.facts['top1']['holdout']:.2%} on the hold-out after "
-        f"{clock(costs.seconds[student.path])}{ahead}"
-    )
+    console.say(f"study: top-1 {run.facts['top1']['holdout']:.2%} on the hold-out after {clock(took_s)}{ahead}")

@@ -94,12 +94,37 @@ def test_a_student_that_fails_is_reported_and_the_others_are_trained(study, comm
     monkeypatch.setattr(worker.pipeline, "train", fail_random)
     code, text = command(study_command.main, *study)
     assert code == 1
-    assert "2 of 8 students could not be trained" in text
+    assert "2 of 8 students failed or are damaged" in text
     report = json.loads((tmp_path / "study" / "study.json").read_bytes())
     assert report["finished"] == 6
     assert all("broken here" in reason for reason in report["failed"].values())
     (cell,) = report["cells"]
     assert set(cell["differences"]) == {"same_steps", "full"}
+
+
+def test_a_damaged_student_is_reported_and_the_others_count(study, command, tmp_path):
+    quick = [*study, "train.epochs=1", "--baselines", "random"]
+    assert command(study_command.main, *quick)[0] == 0
+    weights = sorted((tmp_path / "study" / "students").glob("*/student.safetensors"))[0]
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert command(study_command.main, *quick)[0] == 1
+    report = json.loads((tmp_path / "study" / "study.json").read_bytes())
+    assert report["finished"] == report["students"] - 1 == 3
+    (reason,) = report["failed"].values()
+    assert str(weights.parent) in reason
+
+
+def test_a_study_of_other_images_is_refused_before_it_trains(study, command, tmp_path, reseal):
+    quick = [*study, "train.epochs=1", "--seeds", "1", "--baselines", "none"]
+    assert command(study_command.main, *quick)[0] == 0
+    (run,) = (path.parent for path in (tmp_path / "study" / "students").glob("*/student.safetensors"))
+    inputs = json.loads((run / artifacts.MANIFEST).read_bytes())["inputs"]
+    reseal(run, inputs=inputs | {"data": "0" * 32})
+    code, text = command(study_command.main, *quick)
+    assert code == 2
+    assert "was trained on other images" in text
 
 
 @pytest.mark.parametrize("option", ["prune.method", "=1", "prune.method=[", "seed=1,2", "prune.methd=a"])
