@@ -45,7 +45,7 @@ class Costs:
         any finished student, else that of plan.json (`bench plan`).
         """
         finished = [student for student in students if student.path in self.seconds]
-        left = [student for student in students if not student.is_finished]
+        left = [one for one in students if one.path not in self.seconds and not one.is_finished]
         if not left:
             return 0.0
         if not finished:
