@@ -411,7 +411,7 @@ def label(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
     """
     if recipe.num_views is None:
         raise InputError(
-            f"recipe {recipe.name} trains on the plain view, whose labels the SUBSET holds: give a data.view.family"
+            f"recipe {recipe.name} trains on the evaluation view, labelled in the SUBSET: give a data.view.family"
         )
     pipeline = Pipeline(recipe, {"label"} if force else frozenset())
     return pipeline.labels, not pipeline.costs["label"].reused

@@ -130,7 +130,7 @@ def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_reci
     assert artifacts.load(run, "RUN").facts["top1"]["val"] > 0
     code, text = command(train.main, tiny_recipe.path, another_teacher)
     assert code == 0
-    assert "this recipe has been trained" in text
+    assert "this recipe was trained before" in text
     assert text.splitlines()[-1].endswith(f"RUN: {run}")
     code, text = command(train.main, tiny_recipe.path, another_teacher, "--force", "train")
     assert "train: built" in text
@@ -231,7 +231,7 @@ def test_the_json_of_train_is_that_of_its_run_and_errors_are_told_as_ever(comman
     assert code == 0
     run = artifacts.load(text.strip().partition("RUN: ")[2], "RUN")
     code, text = command(train.main, tiny_recipe.path, "--json")
-    assert "this recipe has been trained" in text
+    assert "this recipe was trained before" in text
     told = json_in(text)
     assert told["path"] == str(run.path)
     assert told["built"] is False
@@ -341,7 +341,11 @@ def test_ctrl_c_is_130_and_our_other_errors_are_1(command, monkeypatch, tiny_rec
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (OSError(errno.EROFS, "Read-only file system", "/data/x"), 2, "/data/x: Read-only file system: choose a place"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/data/x"),
+            2,
+            "/data/x: Read-only file system: choose a",
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/data/x"),
             2,
@@ -516,7 +520,7 @@ def test_prune_wants_a_recipe_or_arrays(command, arrays):
     assert command(prune.main, "--keep-ratio", "0.5")[0] == 2
     code, text = command(prune.main, "--logits", str(arrays / "z.npy"))
     assert code == 2
-    assert "--logits goes with --labels and --out" in text
+    assert "--logits needs --labels and --out" in text
 
 
 # Savings --------------------------------------------------------------------------------------------------------------

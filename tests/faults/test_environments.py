@@ -157,7 +157,7 @@ def test_the_doctor__tells_of_caches_that_have_no_place(may_be_nobody, place):
         pytest.skip("only root may run as another user")
     (line,) = [one for one in words(place.as_nobody("doctor")).splitlines() if one.split()[1:2] == ["caches"]]
     assert line.split()[0] == "note"
-    assert "usual folders of numba, matplotlib" in line
+    assert "default folders of numba, matplotlib" in line
     assert "NUMBA_CACHE_DIR" in line
 
 

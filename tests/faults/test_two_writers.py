@@ -62,7 +62,7 @@ def test_two_processes_that_build_the_same__one_makes_it_and_the_other_waits_and
     codes = [running.end() for running in (first, second)]
     assert [code for code, _ in codes] == [0, 0], codes
     (_, said_first), (_, said_second) = codes
-    reused = {"write": "reused: it was written before", "score": "score: reused", "train": "has been trained"}[name]
+    reused = {"write": "reused: it was written before", "score": "score: reused", "train": "was trained before"}[name]
     assert reused in said_second
     assert reused not in said_first
     there, alone, file = result(name)
