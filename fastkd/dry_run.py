@@ -18,7 +18,7 @@ from fastkd.recipe import Recipe
 from fastkd.stages.label_format import row_bytes
 from fastkd.stages.selection import listed_rows
 from fastkd.stages.store import MissingError
-from fastkd.stages.training import CHECKPOINTS, begun_otherwise, run_key_fields
+from fastkd.stages.training import CHECKPOINTS, other_recipe_error, run_key_fields
 from fastkd.stages.writing import refuse_foreign, write
 
 
@@ -125,7 +125,7 @@ def _is_begun(pipeline: Pipeline, stage: str, partial: Path) -> bool:
         key = json.loads((partial / BEGUN).read_bytes())["key"]
         other = stage == "train" and key != artifacts.key_of("RUN", run_key_fields(pipeline.training_inputs))
         if other and any((partial / CHECKPOINTS).glob("step-*")):
-            raise begun_otherwise(pipeline.recipe, partial)
+            raise other_recipe_error(pipeline.recipe, partial)
     return True
 
 

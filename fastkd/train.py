@@ -41,7 +41,7 @@ def main(
     resolved = recipe.load(path, overrides or ())
     if resume and resume.name.endswith(artifacts.PARTIAL):
         resume = resume.with_name(resume.name.removesuffix(artifacts.PARTIAL))
-    if resume and not _was_begun(resume):
+    if resume and not _was_started(resume):
         raise InputError(f"--resume {resume}: no run was started there")
     if dry_run:
         return _dry_run(resolved, frozenset(force or ()), resume)
@@ -68,11 +68,11 @@ def main(
     )
 
 
-def _was_begun(run: Path) -> bool:
+def _was_started(run: Path) -> bool:
     """Return whether there is a RUN at a path, unfinished or finished, as seen by the main process."""
-    from fastkd.stages.distributed_build import decided_by_leader
+    from fastkd.stages.distributed_build import decided_by_main
 
-    return decided_by_leader(lambda: run.exists() or artifacts.partial_of(run).exists())
+    return decided_by_main(lambda: run.exists() or artifacts.partial_of(run).exists())
 
 
 def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:

@@ -86,7 +86,7 @@ def test_a_data_set_that_is_not_written_leaves_all_else_open(tiny_recipe, tiny_n
     assert [step.path for step in told] == [tmp_path / "new", None, None, None, None]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is not empty and holds no fastkd data set"):
+    with pytest.raises(InputError, match="is not empty and is not a fastkd data set"):
         dry_run(tiny_recipe(*overrides))
 
 

@@ -426,7 +426,7 @@ def test_what_is_no_export_is_never_touched(tiny, subset, tmp_path, force):
     before = snapshot(tmp_path)
     for name, text in (
         ("data", "holds a data set that is not an export"),
-        ("mine", "is not empty and holds no fastkd data set"),
+        ("mine", "is not empty and is not a fastkd data set"),
         ("file", "is not a directory"),
         (labels.path.name, "holds a LABELS"),
     ):

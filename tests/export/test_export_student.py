@@ -119,7 +119,7 @@ def test_the_same_student_is_reused_and_another_is_not_written_over(tiny_run, ti
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for force in (False, True):
-        with pytest.raises(InputError, match="is not empty and holds no fastkd STUDENT"):
+        with pytest.raises(InputError, match="is not empty and is not a fastkd STUDENT"):
             export_student(tiny_run.path, tmp_path / "mine", force=force)
     assert (tmp_path / "mine" / "thesis.tex").exists()
     with pytest.raises(InputError, match="is inside the RUN"):
@@ -129,7 +129,7 @@ def test_the_same_student_is_reused_and_another_is_not_written_over(tiny_run, ti
 def test_a_run_that_does_not_say_how_images_are_cut_is_refused(tiny_run, tmp_path):
     """As those of an earlier fastkd."""
     run = copy_of(tiny_run, tmp_path / "old", without="crop_ratio")
-    with pytest.raises(ArtifactError, match="does not say crop_ratio: an earlier fastkd trained it"):
+    with pytest.raises(ArtifactError, match="lacks crop_ratio, since it was written by an early version"):
         open_student(run.path)
 
 

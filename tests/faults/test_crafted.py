@@ -60,14 +60,14 @@ MODEL = {
     "a number as name of the net": (changed(model=7), "model"),
     "no name of the net": (changed(model=...), "model: missing"),
     "a list": (lambda whole: [whole], "model.json"),
-    "no JSON": ("{", "no JSON"),
-    "JSON of a hundred thousand levels": (DEEP, "no JSON"),
+    "not valid JSON": ("{", "not valid JSON"),
+    "JSON of a hundred thousand levels": (DEEP, "not valid JSON"),
     "a number of ten thousand digits": ('{"num_classes": ' + "9" * 10_000 + "}", "model.json"),
 }
 TOLD = {
     "timing.json": {
-        "no JSON": ("seconds", "no JSON"),
-        "JSON of a hundred thousand levels": (DEEP, "no JSON"),
+        "not valid JSON": ("seconds", "not valid JSON"),
+        "JSON of a hundred thousand levels": (DEEP, "not valid JSON"),
         "no stages": (changed(stages=...), "stages: missing"),
         "a stage that there is not": (changed(stages=[{"stage": "x", "seconds": 1.0, "reused": False}]), "stages.0"),
         "a time that is no number": (changed(step_s=float("nan")), "step_s"),
@@ -84,7 +84,7 @@ TOLD = {
         "versions as numbers": (changed(versions={"torch": 2}), "versions.torch"),
     },
     "metrics.jsonl": {
-        "no JSON": ("{\n", "line 1: no JSON"),
+        "not valid JSON": ("{\n", "line 1: not valid JSON"),
         "a list": ("[]\n", "line 1"),
         "a look without its epoch": ('{"event": "evaluate", "split": "val", "top1": 1}\n', "epoch: missing"),
         "a loss that is no number": (
@@ -95,7 +95,7 @@ TOLD = {
             '{"event": "steps", "step": ' + "9" * 40 + ', "loss": 1, "data_wait_share": 0}\n',
             "step",
         ),
-        "JSON of a hundred thousand levels": (DEEP + "\n", "line 1: no JSON"),
+        "JSON of a hundred thousand levels": (DEEP + "\n", "line 1: not valid JSON"),
     },
     "resolved.yaml": {
         "aliases that make gigabytes": (BOMB, "an alias"),
@@ -105,7 +105,7 @@ TOLD = {
         "no YAML": ("{{{{", "not YAML"),
         "no training": ("name: x\nseed: 0\n", "train: missing"),
     },
-    "model.json": {name: MODEL[name] for name in ("too few class names", "no JSON")},
+    "model.json": {name: MODEL[name] for name in ("too few class names", "not valid JSON")},
 }
 
 

@@ -290,6 +290,6 @@ def test_a_terminal_that_is_closed__stops_a_training_where_it_can_go_on(slowed, 
     process.process.send_signal(signal.SIGHUP)
     code, said = process.end()
     assert code == 129, said
-    assert "the same command resumes from the last checkpoint" in said
+    assert "run the same command again to resume from the last checkpoint" in said
     with contextlib.suppress(OSError):
         assert list((place.folder / "runs").glob(f"*{artifacts.PARTIAL}"))

@@ -223,7 +223,7 @@ def test_a_run_that_goes_on_in_another_precision__says_so_and_tells_both(tiny_re
         pipeline.train(tiny_recipe("train.precision=fp32"), out=tmp_path / "run")
     stop_after(10**9)
     found, _ = pipeline.train(tiny_recipe("train.precision=bf16"), out=tmp_path / "run")
-    assert "was begun in fp32, and goes on in bf16" in capfd.readouterr().err
+    assert "started in fp32, resumed in bf16" in capfd.readouterr().err
     told = json.loads(found.file("env.json").read_text())
     assert [told["precision"]] + [one["precision"] for one in told["earlier"]] == ["bf16", "fp32"]
 
@@ -304,5 +304,5 @@ def test_a_damaged_beginning_of_scores__is_scored_anew_and_says_so(tiny_recipe, 
     file.write_bytes(data)
     monkeypatch.setattr(teacher_pass, "predict", real)
     scores, _ = pipeline.score(loaded)
-    assert "the SCORES begun are damaged; scoring again" in capfd.readouterr().err
+    assert "the unfinished SCORES are damaged; scoring again" in capfd.readouterr().err
     assert scores.manifest.files == whole.manifest.files

@@ -185,12 +185,12 @@ def test_a_root_that_is_a_file_empty_or_missing__is_refused_in_words(pets, tmp_p
 
 def test_a_data_set_in_its_source_or_around_it__is_refused(pets, tmp_path):
     options = {"root": str(pets), "workers": 1}
-    with pytest.raises(InputError, match=r"lies in the source's folder .*train; choose a directory outside"):
+    with pytest.raises(InputError, match=r"is inside the source folder .*train; choose a directory outside"):
         write("image_folder", pets / "train/out", options)
     assert not any(path.name.startswith((".out", "out")) for path in (pets / "train").iterdir())
     out = write("image_folder", tmp_path / "out", options)[0].path
     shutil.move(pets, out / "pets")
-    with pytest.raises(InputError, match=r"the source \(root=.*\) lies in it; choose another directory"):
+    with pytest.raises(InputError, match=r"the source \(root=.*\); choose another directory"):
         write("image_folder", out, {"root": str(out / "pets")}, force=True)
     assert (out / "pets/train/cat/a.png").is_file()
 

@@ -352,7 +352,7 @@ def test_a_damaged_half_is_labelled_anew(tiny_recipe, monkeypatch, capfd, tmp_pa
         (partial / "views" / "v0001.npy").unlink()
     capfd.readouterr()
     labels, _ = pipeline.label(loaded)
-    assert "the labels begun of view 1 is damaged; labelling it again" in capfd.readouterr().err
+    assert "the unfinished labels of view 1 are damaged; labelling it again" in capfd.readouterr().err
     live = live_rows(Pipeline(loaded), 1)
     assert (np.abs(labels.array("views/v0001.npy") - live) <= allowed(live)).all()
 
@@ -448,7 +448,7 @@ def test_a_view_begun_in_another_precision_is_made_in_one(tiny_recipe, monkeypat
         with pytest.raises(KeyboardInterrupt):
             pipeline.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=bf16"))
     labels, _ = pipeline.label(tiny_recipe(*VIEWS, "labels.views=2", "train.precision=fp32"))
-    assert "was begun in bf16; labelling it again" in capfd.readouterr().out
+    assert "was started in bf16; labelling it again" in capfd.readouterr().out
     assert [one["precision"] for one in labels.facts["each"]] == ["fp32", "fp32"]
 
 
@@ -563,8 +563,8 @@ def test_check_names_the_worst_row_that_is_not_the_teachers(tiny_recipe, reseal,
     reseal(labels.path)
     code, said = command(check.main, tiny_recipe.path, *overrides, "--pairs", "500", "--seed", "0")
     assert code == 2
-    assert "differ from the teacher's: the worst, sample_id " in said
-    assert " in view 2, is off by " in said
+    assert "differ from the teacher's output: the largest error, of sample_id " in said
+    assert " in view 2, is " in said
 
 
 def test_rows_of_nan_are_not_the_teachers(tiny_recipe, reseal):
@@ -574,7 +574,7 @@ def test_rows_of_nan_are_not_the_teachers(tiny_recipe, reseal):
     rows[7] = np.nan
     np.save(labels.path / "views/v0000.npy", rows)
     reseal(labels.path)
-    with pytest.raises(ArtifactError, match="1 of 75 rows drawn differ from the teacher's"):
+    with pytest.raises(ArtifactError, match="1 of 75 rows differ from the teacher's"):
         check_recipe(loaded, pairs=75)
 
 
