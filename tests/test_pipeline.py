@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_student_and_another_does_not(tiny_recipe, 
 
 
 def test_stored_labels_train_as_a_live_teacher_does(tiny_recipe):
-    """In the plain view the stored rows are those that the live teacher gives, but for float16."""
+    """In the evaluation view the stored rows are those that the live teacher gives, but for float16."""
     stored, _ = pipeline.train(tiny_recipe("labels.mode=stored"))
     online, _ = pipeline.train(tiny_recipe("labels.mode=online"))
     np.testing.assert_allclose(losses(stored), losses(online), rtol=5e-3)
