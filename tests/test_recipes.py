@@ -49,7 +49,7 @@ def test_copy_takes_the_teacher_along_and_overwrites_nothing(run, tmp_path):
     (tmp_path / "recipe.schema.json").unlink()
     code, text = run("copy", "rn50_r18")
     assert code == 2
-    assert "rn50_r18.yaml: there already" in text
+    assert "rn50_r18.yaml: exists with other contents" in text
     assert Path("rn50_r18.yaml").read_text() == "mine"
     assert not Path("recipe.schema.json").exists()
 
