@@ -126,7 +126,7 @@ def _is_other_output(path: Path) -> bool:
 def over_time(groups: Sequence[Group]) -> list[Chart]:
     """Draw accuracy and loss during training, and the time of each stage."""
     summary = "; ".join(
-        f"{g.title}: {percent(g.top1)} after {clock(g.additional_s.mean)} (additional student), "
+        f"{g.title}: {percent(g.top1)} after {clock(g.further_s.mean)} (additional student), "
         f"{clock(g.first_s.mean)} (first student)"
         for g in groups
     )
@@ -303,7 +303,7 @@ def conclusion(subject: Group, vanilla: Group | None, noise: float) -> str:
     )
     if subject.first_run.machine != vanilla.first_run.machine:
         return f"Times are not compared: vanilla KD ran on another machine or in another precision. {accuracy}"
-    additional, first = (getattr(subject, n).mean / getattr(vanilla, n).mean for n in ("additional_s", "first_s"))
+    additional, first = (getattr(subject, n).mean / getattr(vanilla, n).mean for n in ("further_s", "first_s"))
     return (
         f"Compared with vanilla KD, an additional student takes {additional:.2f} of the time ({1 / additional:.1f}×), "
         f"and the first student, with all stages before it, {first:.2f} ({1 / first:.1f}×). {accuracy}"

@@ -125,8 +125,8 @@ def top1_over_time(groups: Sequence[Group]) -> Figure:
                 times, top1 = [e.at_s or 0.0 for e in evaluations], [100 * e.top1 for e in evaluations]
                 axes.plot(times, top1, color=colour, lw=1.2, ls=(0, (3, 2)))
             level = 100 * run.top1
-            axes.plot((run.additional_s, run.first_s), (level, level), color=colour, lw=1, alpha=0.5)
-            axes.plot(run.additional_s, level, "o", color=colour, ms=7)
+            axes.plot((run.further_s, run.first_s), (level, level), color=colour, lw=1, alpha=0.5)
+            axes.plot(run.further_s, level, "o", color=colour, ms=7)
             axes.plot(run.first_s, level, "o", mec=colour, mfc=PANEL, ms=7, mew=1.6)
     axes.set(xlim=(0, None), ylabel="top-1 (%)", xlabel="time")
     axes.margins(y=0.18)

@@ -115,7 +115,7 @@ class RunFacts:
         return float(self.artifact.facts.get("trained_share", 1.0))
 
     @property
-    def additional_s(self) -> float:
+    def further_s(self) -> float:
         """Wall seconds as an additional student."""
         return float(self.timing["further_student_s"])
 
@@ -214,9 +214,9 @@ class Group:
         return self.stat(lambda run: run.top1)
 
     @property
-    def additional_s(self) -> Stat:
+    def further_s(self) -> Stat:
         """Wall seconds of an additional student."""
-        return self.stat(lambda run: run.additional_s)
+        return self.stat(lambda run: run.further_s)
 
     @property
     def first_s(self) -> Stat:
