@@ -338,7 +338,7 @@ def test_labels_of_another_subset_are_not_taken(tiny, subset, ids, tmp_path):
     other = make_subset(subset.path.with_name("subset-2"), tiny, ids[1:])
     wrong = make_labels(subset.path.with_name("labels-2"), other)
     assert export_dataset(subset.path, tmp_path / "out")[0].facts["export"]["labels"] is None
-    text = rf"made for the SUBSET of key {other.key}, and .*has the key {subset.key}"
+    text = rf"made for the SUBSET of key {other.key}, but .*has the key {subset.key}"
     with pytest.raises(ArtifactError, match=text):
         export_dataset(subset.path, tmp_path / "out2", labels=wrong.path)
     with pytest.raises(ArtifactError, match="holds a SUBSET, where a LABELS is expected"):

@@ -113,7 +113,7 @@ def test_the_same_student_is_reused_and_another_is_not_written_over(tiny_run, ti
     out = shutil.copytree(tiny_student.path, tmp_path / "out")
     assert export_student(tiny_run.path, out)[1] is False
     other = copy_of(tiny_run, tmp_path / "other")
-    with pytest.raises(ArtifactError, match="made from other inputs"):
+    with pytest.raises(ArtifactError, match="made from other key fields"):
         export_student(other.path, out)
     assert export_student(other.path, out, force=True)[1] is True
     (tmp_path / "mine").mkdir()

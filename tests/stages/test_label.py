@@ -190,7 +190,7 @@ def test_the_label_command(tiny_recipe, command):
     code, said = command(label.main, tiny_recipe.path, *VIEWS, "labels.views=2")
     assert code == 0
     assert "75 samples × 2 views" in said
-    assert "in 2 views: 0.0 MB (6 bytes an image and view)" in said  # what it will need is said before
+    assert "in 2 views: 0.0 MB (6 bytes per image and view)" in said  # what it will need is said before
 
 
 def test_a_teacher_may_see_the_same_boxes_at_another_resolution(tiny_recipe):
@@ -334,7 +334,7 @@ def test_what_the_disk_has_no_room_for_is_not_begun(tiny_recipe, monkeypatch):
     _ = Pipeline(loaded).subset
     usage = shutil.disk_usage("/")._replace(free=899)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(FastkdError, match=r"labelling 150 rows needs 0\.0 MB, and 0\.0 MB are free"):
+    with pytest.raises(FastkdError, match=r"labelling 150 rows needs 0\.0 MB, but 0\.0 MB are free"):
         pipeline.label(loaded)
 
 
