@@ -1,12 +1,12 @@
-# `make` lists what there is. Every target sets up what it needs first; a finished set-up costs a fraction of a second.
+# `make` lists the targets. Each target runs the set-up first, which takes a fraction of a second if it is complete.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak docs lint check clean
 
 PYTHON_IN_VENV := .venv/bin/python
-# One pytest worker per usable core, up to 8 (each holds a torch of its own and compiles its own kernels).
-# OMP_NUM_THREADS is unset for the count since nproc heeds it.
+# One pytest worker per usable core, up to 8 (each loads torch and compiles kernels).
+# OMP_NUM_THREADS is unset for the count, since nproc uses it.
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); [ $$n -le 8 ] && echo $$n || echo 8)
-# More options of pytest, such as --cpu-bf16=yes, which stands in for a CPU that computes in bf16.
+# Additional options of pytest, such as --cpu-bf16=yes, which simulates a CPU with bf16.
 TEST_OPTIONS ?=
 
 help: ## list the targets
@@ -15,21 +15,21 @@ help: ## list the targets
 setup: ## system libraries (apt) and .venv with pinned packages; PYTHON=... chooses the interpreter
 	@./setup.sh
 
-demo: setup ## distil on Fashion-MNIST, with and without pruning, and print what was saved
+demo: setup ## train on Fashion-MNIST with and without pruning, and print times and accuracies
 	$(PYTHON_IN_VENV) -m fastkd.bench savings recipes/quickstart.yaml --no-breakdown
 
-# One torch thread per worker, or the workers fight over the cores. Numba keeps its threads: FFCV's loaders ask for two.
-# worksteal hands each worker a run of neighbouring tests, so that a file's fixtures and compiled kernels are mostly made
-# once, and levels the end, where a whole file per worker (loadfile) would leave one core idle behind the longest file.
+# One torch thread per worker, so that the workers do not compete for cores. Numba keeps its threads: FFCV's loaders need two.
+# worksteal gives each worker a sequence of neighbouring tests, so most fixtures and kernels of a file are built once. At the
+# end it balances the load; with one file per worker (loadfile), cores would be idle while the longest file runs.
 test: ## the tests that need no GPU, on all cores
 	@./setup.sh tests
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not soak' $(TEST_OPTIONS)
 
-soak: ## hundreds of broken-off epochs and killed trainings, one after another: the better part of an hour; prints its figures
+soak: ## long tests: hundreds of interrupted epochs and killed trainings; about 40 minutes; prints its figures
 	@./setup.sh tests
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m soak -s
 
-docs: setup ## write the generated parts of docs/ anew, and build site/index.html
+docs: setup ## regenerate the generated parts of docs/, and build site/index.html
 	$(PYTHON_IN_VENV) docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(PYTHON_IN_VENV) -m mkdocs build --strict
 
@@ -38,7 +38,7 @@ lint: setup ## ruff (rules and format) and mypy
 	$(PYTHON_IN_VENV) -m ruff format --check .
 	$(PYTHON_IN_VENV) -m mypy
 
-check: lint test ## everything before a commit: lint and tests
+check: lint test ## lint and tests; run it before a commit
 
 clean: ## remove caches and build leftovers; keeps .venv, data and runs
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,20 +1,20 @@
 #!/bin/sh
-# From a bare machine to a working .venv: system libraries, Python environment, pinned packages. `make setup` runs this.
+# Sets up system libraries, the Python environment .venv, and pinned packages. `make setup` runs this.
 #
-# `./setup.sh tests` also installs what some tests need and are skipped without; `make test` runs it so.
-# Safe to run again: a finished set-up is recognised by its stamp and costs nothing, and only what is missing is installed.
+# `./setup.sh tests`, used by `make test`, also installs programs without which some tests are skipped.
+# Safe to run again: only missing parts are installed, and a stamp file marks a complete set-up.
 # PYTHON=/path/to/python3.12 chooses the interpreter (>= 3.11); otherwise it is that of the active conda or virtual
 # environment, or else the newest on PATH.
 set -eu
 cd "$(dirname "$0")"
 
 VENV=.venv
-STAMP=$VENV/.fastkd-setup # written last, so a half-made environment has none
+STAMP=$VENV/.fastkd-setup # written last, so an incomplete environment has none
 # ffcv has no wheels: it is compiled against OpenCV and libturbojpeg. The python3 packages are for the system's Python.
 APT_PACKAGES="build-essential pkg-config libopencv-dev libturbojpeg0-dev python3-dev python3-venv"
-APT_DATASET=dataset-fashion-mnist # wanted, not needed: its writer downloads the files where the package is absent
+APT_DATASET=dataset-fashion-mnist # optional: without the package, the writer downloads the files
 
-# wanted by tests: a browser for the report's page, and what two hosts on one machine are made of
+# for tests: a browser for the report page, and tools to simulate two hosts on one machine
 APT_TESTS="chromium iproute2 bindfs"
 
 say() { echo "setup: $*"; }
@@ -25,13 +25,13 @@ die() {
 
 # --- system libraries ---------------------------------------------------------------------------------------------
 
-not_installed() { # prints those of the given packages that dpkg does not know as installed
+not_installed() { # prints the given packages that are not installed
     for package; do
         [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || printf '%s ' "$package"
     done
 }
 
-may_be_root() { # sudo may ask for a password only where somebody can type one
+may_be_root() { # sudo may ask for a password only on a terminal
     [ "$(id -u)" -eq 0 ] && return
     command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }
 }
@@ -42,7 +42,7 @@ as_root() {
 
 apt_get() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -q "$@"; }
 
-libraries_found() { # what compiling ffcv takes, whoever installed it (ffcv itself asks for opencv4, then opencv)
+libraries_found() { # the libraries that compiling ffcv needs, from any source (ffcv searches opencv4, then opencv)
     command -v g++ >/dev/null && command -v pkg-config >/dev/null || return 1
     pkg-config --exists libturbojpeg && { pkg-config --exists opencv4 || pkg-config --exists opencv; }
 }
@@ -59,10 +59,10 @@ install_libraries_with_apt() {
         libraries_found || die "these packages are missing and need root or sudo: $missing
   Run:  apt-get update && apt-get install -y $missing
   and then 'make setup' again."
-        say "note: not installed by apt, but compiler and libraries are there, so going on: $missing"
+        say "note: not installed by apt, but compiler and libraries were found; continuing without: $missing"
         return 0
     fi
-    apt_get update || say "note: 'apt-get update' failed; going on with the package lists as they are"
+    apt_get update || say "note: 'apt-get update' failed; continuing with the existing package lists"
     if [ -n "$dataset" ] && ! apt-cache show $APT_DATASET >/dev/null 2>&1; then
         say "note: apt has no $APT_DATASET here; its writer will download Fashion-MNIST"
         dataset=
@@ -73,7 +73,7 @@ install_libraries_with_apt() {
     apt_get install -y --no-install-recommends $missing $dataset || die "apt-get could not install: $missing$dataset"
 }
 
-install_for_tests() { # each on its own: what apt does not have, or may not be installed, costs only the tests that need it
+install_for_tests() { # one by one: if a package cannot be installed, only the tests that need it are skipped
     command -v apt-get >/dev/null && command -v dpkg-query >/dev/null || return 0
     # shellcheck disable=SC2086
     missing=$(not_installed $APT_TESTS)
@@ -82,7 +82,7 @@ install_for_tests() { # each on its own: what apt does not have, or may not be i
         say "note: not installed, so the tests that need them are skipped: $missing"
         return 0
     fi
-    apt_get update || say "note: 'apt-get update' failed; going on with the package lists as they are"
+    apt_get update || say "note: 'apt-get update' failed; continuing with the existing package lists"
     for package in $missing; do
         apt_get install -y --no-install-recommends "$package" ||
             say "note: $package cannot be installed; the tests that need it are skipped"
@@ -93,9 +93,9 @@ install_libraries() {
     if command -v apt-get >/dev/null && command -v dpkg-query >/dev/null; then
         install_libraries_with_apt
     elif ! libraries_found; then
-        die "this system has no apt. Compiling ffcv takes g++, pkg-config, and the headers of OpenCV 4 and libturbojpeg,
+        die "this system has no apt. Compiling ffcv needs g++, pkg-config, and the headers of OpenCV 4 and libturbojpeg,
   which pkg-config must find as 'opencv4' and 'libturbojpeg'. Install them with the system's package manager or from
-  conda-forge (see README.md), then run 'make setup' again."
+  conda-forge (see CONTRIBUTING.md), then run 'make setup' again."
     fi
 }
 
@@ -104,7 +104,7 @@ install_libraries() {
 version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-find_python() { # prints the interpreter to use; each is run, since a name on PATH may be a shim with nothing behind it
+find_python() { # prints the interpreter to use; each is run first, since a name on PATH may be a broken shim
     if [ -n "${PYTHON:-}" ]; then
         is_new_enough "$PYTHON" || die "PYTHON=$PYTHON does not run or is older than 3.11"
         echo "$PYTHON"
@@ -112,7 +112,7 @@ find_python() { # prints the interpreter to use; each is run, since a name on PA
     fi
     for active in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
         if [ -n "$active" ] && is_new_enough "$active/bin/python"; then
-            # The interpreter that it was made from: the active environment may be $VENV, which is about to be removed.
+            # Its base interpreter, since the active environment may be $VENV, which may be removed.
             "$active/bin/python" -c 'import sys; print(sys._base_executable)'
             return
         fi
@@ -127,11 +127,11 @@ find_python() { # prints the interpreter to use; each is run, since a name on PA
   PYTHON=/path/to/python3.12 make setup"
 }
 
-fingerprint() { # of all that decides what the finished environment holds; the path, since the install is editable
+fingerprint() { # of everything that determines the environment; includes the path, since the install is editable
     echo "$(pwd) $(version_of $VENV/bin/python) $(cat pyproject.toml constraints.txt setup.sh | cksum)"
 }
 
-venv_is_sound() { # it runs, has pip, and is of the version that was asked for
+venv_is_sound() { # it runs, has pip, and has the requested version
     $VENV/bin/python -m pip --version >/dev/null 2>&1 && is_new_enough $VENV/bin/python || return 1
     [ -z "${PYTHON:-}" ] || [ "$(version_of "$PYTHON")" = "$(version_of $VENV/bin/python)" ]
 }
@@ -148,15 +148,15 @@ make_venv() {
 import ensurepip, os, sys, sysconfig, venv
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' 2>/dev/null || die \
         "$python ($version) lacks venv or its C headers. On Debian or Ubuntu:  apt-get install python${version%.*}-venv python${version%.*}-dev"
-    say "making $VENV with $python ($version)"
+    say "creating $VENV with $python ($version)"
     rm -rf $VENV
     "$python" -m venv $VENV
 }
 
 install_packages() {
     say "installing the packages of constraints.txt (torch with CUDA is a download of some GB; ffcv is compiled)"
-    # First pip itself: those that come with Python differ in how they build an sdist. Builds are constrained too: ffcv's
-    # setup.py imports distutils, which Python 3.12 and later have from setuptools alone, and not from every release of it.
+    # First upgrade pip: the versions included with Python build sdists differently. Builds are constrained, too: ffcv's
+    # setup.py imports distutils, which Python 3.12 and later get only from some releases of setuptools.
     { $VENV/bin/python -m pip install -c constraints.txt --upgrade pip &&
         $VENV/bin/python -m pip install -c constraints.txt --build-constraint constraints.txt \
             -e '.[bench,dev,digits,docs,export,tensorboard,timm]'; } ||
@@ -169,7 +169,7 @@ import onnx, onnxruntime, onnxscript, tensorboard
 import hypothesis, material, mkdocs, mypy, pytest, xdist'
 }
 
-# --- all of it ----------------------------------------------------------------------------------------------------
+# --- main ---------------------------------------------------------------------------------------------------------
 
 [ "${1:-}" != tests ] || install_for_tests
 if is_finished; then
@@ -180,8 +180,8 @@ install_libraries
 rm -f $STAMP
 venv_is_sound || make_venv
 install_packages
-if ! packages_import; then # pip believes its records; an interrupted install may have left fewer files than they say
-    say "$VENV is damaged: making it anew"
+if ! packages_import; then # after an interrupted install, files that pip has recorded may be missing
+    say "$VENV is damaged: creating it again"
     make_venv
     install_packages
     packages_import || die "the packages are installed but do not import; 'python3 fastkd/doctor.py' may say why"

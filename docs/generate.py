@@ -1,7 +1,7 @@
 """Write the generated parts of these pages and of the README: ``python docs/generate.py``.
 
-A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; `PARTS` says what makes each, and
-tests/test_docs.py keeps them in step.
+A part is between ``<!-- generated: NAME -->`` and ``<!-- end -->``. `PARTS` names the function that generates it;
+tests/test_docs.py checks that all parts are up to date.
 """
 
 import inspect
@@ -35,13 +35,13 @@ def recipe_reference() -> str:
 
 
 def writer_reference() -> str:
-    """Return the options that all writers have, and those of each that ships with fastkd."""
+    """Return the options of all writers, and those of each included writer."""
     lines = ["### All writers", "", *_table(WriterOptions)]
     for name in writer_names():
         writer = load_writer(name)
-        told = re.sub(r"(?m)^    python -m .*\n+", "", writer.doc)
+        description = re.sub(r"(?m)^    python -m .*\n+", "", writer.doc)
         own = _table(writer.options_model, without=WriterOptions)
-        lines += ["", f"### `{name}`", "", told, "", *own]
+        lines += ["", f"### `{name}`", "", description, "", *own]
     return "\n".join([*lines, ""])
 
 
@@ -61,7 +61,7 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 
 def _table(model: type[BaseModel], without: type[BaseModel] | None = None) -> list[str]:
-    """Return the lines of a table of a model's fields; of those of `without` only what is changed."""
+    """Return a table of the fields of a model, without unchanged fields of `without`."""
     schema = model.model_json_schema()
     known = without.model_json_schema()["properties"] if without else {}
     lines = ["| Key | Value | Default | Meaning |", "|---|---|---|---|"]
@@ -75,7 +75,7 @@ def _table(model: type[BaseModel], without: type[BaseModel] | None = None) -> li
 
 
 def _kind(spec: dict[str, Any]) -> str:
-    """Say in words what a value may be."""
+    """Describe the type and the bounds of a value."""
     if "anyOf" in spec:
         return " or ".join(_kind(one) for one in spec["anyOf"])
     if "enum" in spec or "const" in spec:
@@ -110,12 +110,12 @@ def command_file(name: str) -> Path:
 
 
 def command_reference() -> str:
-    """Return what each command is for, with its arguments and an example."""
+    """Return the purpose, arguments and an example of each command."""
     return "\n".join(line for name in COMMANDS if name != "doctor" for line in _command(name))
 
 
 def _command(name: str) -> Iterator[str]:
-    with mock.patch.object(cli, "run") as run:  # what the module gives it is what it is made of
+    with mock.patch.object(cli, "run") as run:  # records the functions of the command
         runpy.run_path(str(command_file(name)), run_name="__main__")
     functions, named = run.call_args.args, run.call_args.kwargs.get("named", False)
     yield from (f"## {name}", "")
@@ -148,7 +148,7 @@ def _one_command(call: str, command: Any, doc: str) -> Iterator[str]:
 
 
 def _word(argument: Any) -> str:
-    """Return what stands for an argument in a call."""
+    """Return the placeholder of an argument in a call."""
     word = str(argument.metavar or argument.name.upper())
     if argument.nargs < 0 and not re.search(r"…|\.\.\.", word):
         word += " …"
@@ -165,18 +165,18 @@ def _default(value: Any) -> str:
 
 
 def fault_table() -> str:
-    """Return what happens when things go wrong, as the tests that inject it are named."""
+    """Return the table of fault tests, from their names."""
     return str(runpy.run_path(str(ROOT / "tests" / "faults" / "table.py"))["table"]())
 
 
 # Measured figures, from the JSON that a benchmark wrote ---------------------------------------------------------------
 
 SAVINGS = DOCS / "figures" / "quickstart_savings.json"
-"""What ``make demo`` wrote to runs/savings-quickstart/savings.json, with its command, date and machine."""
+"""A copy of runs/savings-quickstart/savings.json, written by ``make demo``, with command, date and machine."""
 
 
 def savings_summary() -> str:
-    """Return the rows of the demo's table that the README shows."""
+    """Return the main rows of the table of the demo, for the README."""
     shown = {
         "first student (s)": "first student (s), with scoring and pruning",
         "each additional student (s)": "each additional student (s)",
@@ -187,7 +187,7 @@ def savings_summary() -> str:
 
 
 def savings_table() -> str:
-    """Return the demo's table, as the benchmark prints it."""
+    """Return the full table of the demo, as the benchmark prints it."""
     return _markdown(_savings_rows())
 
 
@@ -217,7 +217,7 @@ PARTS: dict[str, Callable[[], str]] = {
 
 
 def renewed(text: str) -> str:
-    """Return a page's text with its generated parts as they are now."""
+    """Return the text of a page with regenerated parts."""
     return MARKED.sub(lambda match: match[1] + PARTS[match[2]]() + match[3], text)
 
 

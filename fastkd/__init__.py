@@ -1,8 +1,8 @@
 """Knowledge distillation on pruned data with stored teacher logits.
 
-For a training loop of one's own: `Loader`, `kd_loss`, `load_recipe`. ``import fastkd`` is cheap: nothing heavy (torch,
-numba, ffcv) is imported until one of these, or a submodule that needs it, is asked for. Where these can keep their
-caches nowhere, importing sets their environment variables to a temporary folder: see `fastkd.caches`.
+For your own training loop: `Loader`, `kd_loss`, `load_recipe`. ``import fastkd`` is cheap: torch, numba and ffcv are
+imported only when one of these functions, or a submodule that needs them, is used. If they have no writable cache
+folder, importing fastkd sets their environment variables to a temporary one; see `fastkd.caches`.
 """
 
 import importlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Loader", "__version__", "kd_loss", "load_recipe", "shipped"]
 
-_HOMES = {
+_LAZY = {
     "Loader": ("fastkd.public_loader", "Loader"),
     "kd_loss": ("fastkd.engine.losses", "kd_loss"),
     "load_recipe": ("fastkd.recipe", "load"),
@@ -29,9 +29,9 @@ _HOMES = {
 
 
 def _working_directory_last() -> None:
-    """Look for modules in the working directory last, if this is ``python -m fastkd.COMMAND``.
+    """Move the working directory to the end of ``sys.path``, if this is ``python -m fastkd.COMMAND``.
 
-    Python looks there first, so that a ``numpy.py`` or ``select.py`` of the user's would stand for the library.
+    Python puts it first, so a user's ``numpy.py`` or ``select.py`` would be imported instead of the library.
     """
     after = getattr(sys, "orig_argv", [])[1:]
     named = after[after.index("-m") + 1 : after.index("-m") + 2] if "-m" in after else []
@@ -46,18 +46,18 @@ def _working_directory_last() -> None:
 
 
 _working_directory_last()
-caches.provide()  # before numba, torch or matplotlib is imported by anything
+caches.provide()  # before numba, torch or matplotlib is imported
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
+    module, attribute = _LAZY[name]
     return getattr(importlib.import_module(module), attribute)
 
 
 def shipped(folder: str) -> Path:
-    """Return where `writers` or `recipes` lie: inside the package of a wheel, at the top of a checkout."""
+    """Return the folder of `writers` or `recipes`: inside the package of a wheel, or at the top of a checkout."""
     package = Path(__file__).parent
     inside = package / f"_{folder}"
     return inside if inside.is_dir() else package.parent / folder

@@ -1,10 +1,10 @@
-"""Where numba, torch and matplotlib keep what they compile and fetch, where their usual places cannot be written to.
+"""Provides cache folders for numba, torch and matplotlib if their default folders are not writable.
 
-Without a writable place numba refuses to import a cached function, and torch and matplotlib fail or start anew each
-time. A container that runs under a random uid, without a home, from a read-only image, has no such place. `provide`,
-which ``import fastkd`` calls, then sets the library's own environment variable to a private temporary folder.
+Without a writable cache, numba refuses to import a cached function, and torch and matplotlib fail or compile again each
+time. This happens, for example, in a container with a random uid, no home directory and a read-only image. `provide`,
+which ``import fastkd`` calls, then sets the environment variable of each library to a private temporary folder.
 
-Needs the standard library alone, from Python 3.8 on: `fastkd.doctor` loads this file where nothing is installed.
+Uses only the standard library, from Python 3.8 on: `fastkd.doctor` loads this file before anything is installed.
 """
 
 from __future__ import annotations
@@ -17,51 +17,51 @@ from typing import NamedTuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 _USER_VARIABLES = ("LOGNAME", "USER", "LNAME", "USERNAME")
-"""What `getpass.getuser` looks at before it asks for the entry of the uid."""
+"""Variables that `getpass.getuser` reads before the user entry of the uid."""
 
 
 class Place(NamedTuple):
-    """Where a library keeps its files.
+    """The cache folder of a library.
 
     Attributes
     ----------
     what
         The library.
     variable
-        The environment variable that moves it.
+        The environment variable that sets it.
     usual
-        Folders that it takes, the first that can be written to; empty where it can find none.
-    read_only_will_do
-        It also works with a folder that is there already and cannot be written to.
+        Default folders, of which the library uses the first writable one; empty if it has none.
+    read_only_suffices
+        Whether an existing folder that is not writable is good enough.
     """
 
     what: str
     variable: str
     usual: list[str]
-    read_only_will_do: bool = False
+    read_only_suffices: bool = False
 
     @property
     def usable(self) -> bool:
-        """Tell whether the library finds a place by itself."""
-        return any(writable(one) or (self.read_only_will_do and os.path.isdir(one)) for one in self.usual)
+        """Whether the library finds a usable folder by itself."""
+        return any(writable(one) or (self.read_only_suffices and os.path.isdir(one)) for one in self.usual)
 
 
 numba_can_cache = True
-"""Whether numba has a place at all; where not, its functions are compiled in each process (`fastkd.kernels.jit`)."""
+"""Whether numba has a cache folder. If not, its functions are compiled in each process (`fastkd.kernels.jit`)."""
 moved: list[Place] = []
-"""What has no place of its own."""
+"""The libraries without a usable default folder."""
 moved_to: str | None = None
-"""Where that was moved; None where there is no temporary folder either."""
+"""The folder that replaces the defaults. None: there is no temporary folder either."""
 
 
 def writable(folder: str) -> bool:
-    """Tell whether files can be made in a folder, or the folder itself where it is not there yet."""
+    """Return whether a folder is writable, or can be created."""
     while not os.path.lexists(folder):
         parent = os.path.dirname(folder)
         if parent == folder:
             return False
         folder = parent
-    effective = os.access in os.supports_effective_ids  # those that opening a file goes by
+    effective = os.access in os.supports_effective_ids  # opening a file checks the effective ids
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK, effective_ids=effective)
 
 
@@ -73,13 +73,13 @@ def _absolute(path: str) -> str:
 
 
 def home() -> str | None:
-    """Return the home directory; None where there is neither HOME nor an entry for the uid."""
+    """Return the home directory. None: there is neither HOME nor a user entry for the uid."""
     found = os.path.expanduser("~")
     return found if os.path.isabs(found) else None
 
 
 def user() -> str | None:
-    """Return what `getpass.getuser` returns; None where it finds no name."""
+    """Return the result of `getpass.getuser`. None: it finds no name."""
     named = [os.environ[name] for name in _USER_VARIABLES if os.environ.get(name)]
     if named:
         return named[0]
@@ -92,14 +92,14 @@ def user() -> str | None:
 
 
 def temporary() -> str | None:
-    """Return the folder for temporary files, as `tempfile` chooses it; None where there is none."""
+    """Return the folder for temporary files, as `tempfile` chooses it. None: there is none."""
     named = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
     found = (_absolute(one) for one in (*named, "/tmp", "/var/tmp", "/usr/tmp", ".") if one)
     return next((one for one in found if os.path.isdir(one) and writable(one)), None)
 
 
 def places() -> list[Place]:
-    """Return where each library keeps its files, as this process's environment says."""
+    """Return the cache folder of each library, given the environment of this process."""
     own = os.environ.get
     at_home = home()
     caches = own("XDG_CACHE_HOME") or (at_home and os.path.join(at_home, ".cache"))
@@ -113,7 +113,7 @@ def places() -> list[Place]:
         return [os.path.join(base, *parts)] if base else []
 
     numba = [os.path.join(HERE, "kernels", "__pycache__"), *inside(caches, "numba")]
-    if own("NUMBA_CACHE_DIR"):  # it goes on to the others where it cannot write to that one
+    if own("NUMBA_CACHE_DIR"):  # numba tries the others if it is not writable
         numba = [_absolute(own("NUMBA_CACHE_DIR", "")), *numba]
     matplotlib = [*inside(configs, "matplotlib"), *inside(caches, "matplotlib")]
     if not all(writable(one) for one in matplotlib):  # it needs both
@@ -129,7 +129,7 @@ def places() -> list[Place]:
 
 
 def _inductor() -> list[str]:
-    """Return where torch.compile keeps its files: named after the user, among all temporary files."""
+    """Return the default folder of torch.compile: named after the user, in the temporary folder."""
     folder, name = temporary(), user()
     if folder is None or name is None:
         return []
@@ -137,7 +137,7 @@ def _inductor() -> list[str]:
 
 
 def private() -> str | None:
-    """Return a temporary folder that is this user's alone, made if need be; None where there is none."""
+    """Return a private temporary folder of this user; it is created if needed. None: not possible."""
     base = temporary()
     if base is None:
         return None
@@ -149,11 +149,11 @@ def private() -> str | None:
     except OSError:
         return None
     own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
-    return folder if own and writable(folder) else None  # what lies in there is loaded as code
+    return folder if own and writable(folder) else None  # its files are loaded as code
 
 
 def provide() -> None:
-    """Give each library that has no place of its own one in the private folder."""
+    """Set the cache folders of libraries without a usable default to the private folder."""
     global numba_can_cache, moved_to
     moved.extend(one for one in places() if not one.usable)
     if not moved:
@@ -170,16 +170,15 @@ def provide() -> None:
 
 
 def note() -> str:
-    """Return a line about what was moved, and how to choose another place; empty where nothing was."""
+    """Return a message about replaced cache folders, and how to choose others; empty if there are none."""
     if not moved:
         return ""
     what, variables = ", ".join(one.what for one in moved), ", ".join(one.variable for one in moved)
     if moved_to is None:
         return (
-            f"caches: neither the usual folders of {what} nor a temporary one can be written to; what these compile "
-            f"is compiled again each time. To choose others, set {variables}"
+            f"caches: neither the default folders of {what} nor a temporary folder is writable, so nothing is cached. "
+            f"To choose others, set {variables}"
         )
     return (
-        f"caches: the usual folders of {what} cannot be written to; {moved_to} is used. "
-        f"To choose others, set {variables}"
+        f"caches: the default folders of {what} are not writable; {moved_to} is used. To choose others, set {variables}"
     )

@@ -1,4 +1,4 @@
-"""``python -m fastkd.check ARTIFACT|RECIPE``: checksums, and the teacher against what is stored."""
+"""``python -m fastkd.check ARTIFACT|RECIPE``: verify checksums, and compare stored logits with the teacher."""
 
 import secrets
 from pathlib import Path
@@ -10,17 +10,17 @@ from fastkd import artifacts, cli, console, recipe
 
 
 def main(
-    path: Annotated[str, typer.Argument(metavar="ARTIFACT|RECIPE", help="An artifact's directory, or a recipe.")],
+    path: Annotated[str, typer.Argument(metavar="ARTIFACT|RECIPE", help="Directory of an artifact, or a recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    pairs: Annotated[int, typer.Option(min=1, help="How many (sample, view) the teacher is asked about again.")] = 256,
-    seed: Annotated[int | None, typer.Option(min=0, help="Which of them; default: others each time.")] = None,
+    pairs: Annotated[int, typer.Option(min=1, help="Number of (sample, view) pairs to compare.")] = 256,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the pairs. Default: a new one each time.")] = None,
     no_code: cli.NoCode = False,
 ) -> cli.CommandResult:
-    """Verify every checksum; of a recipe, also re-run its teacher on random views and compare with what is stored.
+    """Verify all checksums. For a recipe, also run its teacher on random views and compare the stored logits.
 
-    Exits with 2 where something is damaged or not the teacher's.
+    The exit code is 2 if a file is damaged or stored logits differ from the teacher's.
 
-    JSON keys: path, whole, compared, seed (null of an artifact).
+    JSON keys: path, whole, compared, seed (null for an artifact).
 
     Example: python -m fastkd.check recipes/quickstart.yaml --pairs 1000
     """
@@ -31,7 +31,7 @@ def main(
         artifact = check_artifact(Path(path))
         more = " (to compare it with the teacher, give the recipe instead)"
         stored = artifact.manifest.kind in ("SCORES", "SUBSET", "LABELS")
-        return _told(path, f"{artifact.manifest.kind}: all is whole{more * stored}", 0, None)
+        return _result(path, f"{artifact.manifest.kind}: all checksums match{more * stored}", 0, None)
     resolved = recipe.load(path, overrides or ())
 
     seed = secrets.randbits(31) if seed is None else seed
@@ -39,11 +39,11 @@ def main(
     from fastkd.verification import check_recipe
 
     found = check_recipe(resolved, pairs=pairs, seed=seed)
-    return _told(path, "all is as it should be", sum(one.pairs for one in found), seed)
+    return _result(path, "all checksums and logits match", sum(one.pairs for one in found), seed)
 
 
-def _told(path: str, said: str, compared: int, seed: int | None) -> cli.CommandResult:
-    return cli.CommandResult(f"check: {said}", {"path": path, "whole": True, "compared": compared, "seed": seed})
+def _result(path: str, conclusion: str, compared: int, seed: int | None) -> cli.CommandResult:
+    return cli.CommandResult(f"check: {conclusion}", {"path": path, "whole": True, "compared": compared, "seed": seed})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every command shares: parsing by typer, and one place where errors become messages and exit codes."""
+"""Shared by all commands: parsing by typer, and conversion of errors to messages and exit codes."""
 
 import atexit
 import contextlib
@@ -28,27 +28,28 @@ from fastkd.validation import NO_CODE
 if TYPE_CHECKING:
     from fastkd.artifacts import Artifact
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings, errors and the last line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only warnings, errors and the last line.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and everything else to stderr.")]
 NoCode = Annotated[
-    bool, typer.Option("--no-code", help=f"Refuse a recipe whose writer is a file: it would run. As {NO_CODE}=1.")
+    bool,
+    typer.Option("--no-code", help=f"Refuse a recipe whose writer is a file: its code would run. As {NO_CODE}=1."),
 ]
 WARNINGS = "warnings"
-"""The key, in every command's JSON object, of the list of warnings."""
+"""Key of the list of warnings in the JSON object of every command."""
 
 
 @dataclass(frozen=True)
 class CommandResult:
-    """What a command ends with.
+    """The result of a command.
 
     Attributes
     ----------
     line
-        Its last line.
+        The last line that it prints.
     facts
-        What `--json` prints instead, together with the warnings.
+        The object that `--json` prints instead, together with the warnings.
     error
-        Raised once that is printed: where a part of what was asked for failed.
+        Raised after printing, if a part of the work failed.
     """
 
     line: str
@@ -57,28 +58,28 @@ class CommandResult:
 
     @classmethod
     def of(cls, line: str, artifact: "Artifact", built: bool, **more: Any) -> "CommandResult":
-        """Tell of an artifact."""
+        """Return the result of building an artifact, with its path, kind, key and cost."""
         about = {"path": str(artifact.path), "kind": artifact.manifest.kind, "key": artifact.key}
         return cls(line, about | {"built": built, "cost_s": artifact.cost_s} | more)
 
 
 def forbid_code(forbidden: bool) -> None:
-    """Let this process, and those that it starts, run no writer that is a file, if so chosen."""
+    """If `forbidden`, refuse writers that are files, in this process and in those that it starts."""
     if forbidden:
         os.environ[NO_CODE] = "1"
 
 
 def run(*commands: Callable[..., CommandResult | None], named: bool = False, together: bool = False) -> None:
-    """Run a command, or of several (`named`) the one that the first argument names, and exit.
+    """Run a command and exit. With `named`, the first argument selects one of several commands.
 
-    With `together`, the processes that torchrun starts do it as one.
+    With `together`, the processes that torchrun starts run the command jointly.
 
     Exit codes: 0 done; 2 the user's input is wrong; 130 interrupted, 143 terminated, 129 the terminal was closed; 1
-    anything else. A traceback is shown only for what is neither one of the project's own errors, which explain
-    themselves, nor of the operating system (`explained`). A command works on where nobody reads its output any more;
-    where that cannot be written for another reason, such as a full disk, it does its work and then exits with 1.
+    anything else. A traceback is shown only for errors that are neither fastkd's own nor of the operating system
+    (`explained`). If stdout is closed, the command continues. If stdout cannot be written for another reason, such as
+    a full disk, the command finishes its work and then exits with 1.
     """
-    with console.lasting_streams() as failure:
+    with console.safe_streams() as failure:
         try:
             _run(commands, named=named, together=together)
         finally:
@@ -94,22 +95,22 @@ def _run(commands: Sequence[Callable[..., CommandResult | None]], *, named: bool
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console.err, show_path=False)]
     )
     signal.signal(signal.SIGTERM, _terminate)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # unless ignored, as by nohup
         signal.signal(signal.SIGHUP, _hang_up)
-    atexit.register(gc.freeze)  # the last collection, of all that torch and numba hold, takes 1.3 s, and frees nothing
+    atexit.register(gc.freeze)  # the garbage collection at exit takes 1.3 s and frees nothing
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown", cls=_Group)
     for command in commands:
         name = command.__name__.rstrip("_") if named else None  # `list_` is called `list`
         needed = [p for p in inspect.signature(command).parameters.values() if p.default is p.empty]
         app.command(name, no_args_is_help=bool(needed), cls=_Command)(as_command(command, together=together))
     if named:
-        app.callback()(lambda: None)  # makes typer expect a name even where there is only one command
+        app.callback()(lambda: None)  # makes typer expect a name even if there is only one command
     app()
 
 
 @contextlib.contextmanager
 def _printable_errors() -> Iterator[None]:
-    """Make the messages of typer's own errors printable: they quote the words given, which may be names of files."""
+    """Make the messages of typer's own errors printable: they quote arguments, such as file names."""
     try:
         yield
     except Exception as error:
@@ -144,7 +145,7 @@ def _hang_up(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextlib.contextmanager
 def _processes(together: bool) -> Iterator[bool]:
-    """Work with the other processes of a job inside, if so chosen; yield whether this one speaks for all."""
+    """Join the processes of a torchrun job inside, if `together`; yield whether this is the main process."""
     if not together:
         yield True
         return
@@ -155,40 +156,41 @@ def _processes(together: bool) -> Iterator[bool]:
 
 
 def as_command(command: Callable[..., CommandResult | None], *, together: bool = False) -> Callable[..., None]:
-    """Return what typer makes a command of: errors become messages and exit codes.
+    """Return a function for typer that converts errors to messages and exit codes.
 
-    One that returns `CommandResult` has ``--quiet`` and ``--json``.
+    A command that returns `CommandResult` gets the options ``--quiet`` and ``--json``.
     """
     signature = inspect.signature(command)
 
     @functools.wraps(command)
     def guarded(*args: Any, quiet: bool = False, as_json: bool = False, **kwargs: Any) -> None:
         console.forget_warnings()
-        if said := caches.note():
-            console.warn(said)
+        if notice := caches.note():
+            console.warn(notice)
         try:
-            with console.quieted(quiet), _processes(together) as leads:
-                # With --json, stdout is the object's alone, whatever libraries print.
+            with console.quieted(quiet), _processes(together) as is_main:
+                # With --json, stdout contains only the object; other prints go to stderr.
                 with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-                    told = command(*args, **kwargs)
-                if told and leads:
+                    result = command(*args, **kwargs)
+                if result and is_main:
                     warnings = console.warnings_since(0)
-                    line = json.dumps({**told.facts, WARNINGS: warnings}) if as_json else console.printable(told.line)
+                    facts = {**result.facts, WARNINGS: warnings}
+                    line = json.dumps(facts) if as_json else console.printable(result.line)
                     print(line, flush=True)
-                if told and told.error:
-                    raise told.error
+                if result and result.error:
+                    raise result.error
         except HungUp as stopped:
             _stop(str(stopped) or "the terminal was closed", 129)
-        except Terminated as stopped:  # the text, if there is one, tells where
+        except Terminated as stopped:  # the text, if any, names the process
             _stop(str(stopped) or "terminated", 143)
         except KeyboardInterrupt as stopped:
             _stop(str(stopped) or "interrupted", 130)
         except FastkdError as error:
             _stop(str(error), error.exit_code)
         except Exception as error:
-            if not (told_of := explained(error)):
+            if not (explanation := explained(error)):
                 raise
-            _stop(*told_of)
+            _stop(*explanation)
 
     parameters = list(signature.parameters.values())
     if signature.return_annotation is CommandResult:
@@ -200,35 +202,35 @@ def as_command(command: Callable[..., CommandResult | None], *, together: bool =
 
 _PLACES = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _PLACES |= {errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV}
-"""Errors about a path itself: another one, or another right to it, mends them."""
+"""Errors that another path, or other permissions, would fix."""
 _HINTS = {
-    errno.EROFS: "choose a place that can be written to",
-    errno.EACCES: "choose another place, or change the permissions",
-    errno.EPERM: "choose another place, or change the permissions",
+    errno.EROFS: "choose a directory that is writable",
+    errno.EACCES: "choose another directory, or change the permissions",
+    errno.EPERM: "choose another directory, or change the permissions",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit, for example with: ulimit -n 4096",
     errno.ENFILE: "close other programs, or raise the system's limit (fs.file-max)",
     errno.ENOMEM: "free some memory, or use fewer workers",
     errno.EAGAIN: "raise the limit of processes (ulimit -u), or use fewer workers",
-    errno.EIO: "is the disk all right?",
-    errno.ESTALE: "the network file system has lost it: mount it again",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "the network file system has lost the file: mount it again",
 }
 
 
 def explained(error: Exception) -> tuple[str, int] | None:
-    """Return a line and an exit code for an error of the operating system; None: it is a fault of the program.
+    """Return message and exit code for an error of the operating system. None: it is a bug.
 
-    The code is 2 where a path cannot be used: nearly all paths are the user's. Stages explain the errors of their
-    artifacts themselves; this is for all others.
+    The code is 2 if a path cannot be used, since nearly all paths are the user's. Stages explain the errors of their
+    artifacts themselves.
     """
     if isinstance(error, OSError):
         return _explained_os(error)
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch, on a GPU
     if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
         detail = " ".join(str(error).split())[:200]
         return f"out of memory{f' ({detail})' if detail else ''}: use smaller batches or fewer workers", 1
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, of ~
-        return "there is no home directory (no HOME, and no entry for this uid): give full paths instead of ~", 2
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, for ~
+        return "there is no home directory (no HOME, and no user entry of this uid): give paths without ~", 2
     return None
 
 
@@ -240,7 +242,7 @@ def _explained_os(error: OSError) -> tuple[str, int] | None:
     ]
     place = " → ".join(dict.fromkeys(names))
     if error.errno in FULL:
-        return f"{place or 'the disk'}: no space left ({error.strerror}): free some, and give the same command again", 1
+        return f"{place or 'the disk'}: no space left ({error.strerror}): free some, and run the same command again", 1
     if error.errno == errno.ENOENT and not names:
         return f"{error.strerror}: the working directory may have been deleted; change to another", 1
     hint = _HINTS.get(error.errno)

@@ -1,8 +1,8 @@
-"""What a person sees: one look for all commands, and plain timestamped lines where there is no terminal.
+"""Output of all commands: tables and progress bars on a terminal, otherwise plain lines with timestamps.
 
-Two rules hold for all that is printed. Foreign text (names of classes and files, errors of libraries) is made
-`printable`, so that it cannot steer the terminal. Nothing dies of telling: inside `lasting_streams`, what a stream's
-encoding cannot express is replaced, and a stream that is closed or broken swallows the rest.
+Text from outside (names of classes and files, errors of libraries) is made `printable`, so that it cannot control the
+terminal. Printing never raises: inside `safe_streams`, characters that the encoding lacks are replaced, and output to
+a closed or broken stream is discarded.
 """
 
 import codecs
@@ -25,13 +25,13 @@ from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
 
-# Foreign text --------------------------------------------------------------------------------------------------------
+# Text from outside ---------------------------------------------------------------------------------------------------
 
 _UNPRINTABLE = {
     *range(0x20),  # C0
     *range(0x7F, 0xA0),  # DEL, C1
-    *(0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # marks and overrides of direction
-    *(0x2028, 0x2029, 0xFEFF),  # separators of lines, byte order mark
+    *(0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # direction marks and overrides
+    *(0x2028, 0x2029, 0xFEFF),  # line separators, byte order mark
     *range(0xFFF9, 0xFFFC),  # annotations
     *range(0xE0000, 0xE0080),  # tags: invisible
     *range(0xD800, 0xE000),  # surrogates
@@ -43,7 +43,7 @@ _ESCAPES_IN_TEXT = {code: escape for code, escape in _ESCAPES.items() if code no
 
 
 def printable(text: str | os.PathLike[str], *, one_line: bool = False) -> str:
-    """Return a text with control characters, direction overrides, invalid UTF-8 and the like escaped.
+    """Escape control characters, direction overrides, invalid UTF-8 and the like in a text.
 
     Parameters
     ----------
@@ -56,14 +56,14 @@ def printable(text: str | os.PathLike[str], *, one_line: bool = False) -> str:
 
 
 class _Screen(Console):
-    """A console on which foreign text cannot do anything but be read."""
+    """A console that makes all text printable."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Make the text printable before it is measured and laid out."""
         return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Make printable what did not come as a plain string."""
+        """Make text of other renderables printable."""
         for segment in super().render(renderable, options):
             text = segment.text if segment.control else printable(segment.text)
             yield segment if text == segment.text else Segment(text, segment.style)
@@ -75,12 +75,12 @@ _PLAIN = str.maketrans(
     {"→": "->", "←": "<-", "…": "...", "×": "x", "’": "'", "‘": "'", "“": '"', "”": '"', "±": "+-", "−": "-", "–": "-"}
     | {"·": ".", "≈": "~", "≥": ">=", "≤": "<=", "σ": "sigma", "α": "alpha", "γ": "gamma", "ⁿ": "^n", "•": "*"}
 )
-_GONE = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET}
-"""Errors of a stream that nobody reads any more: a pipe or terminal that was closed."""
+_CLOSED = {errno.EPIPE, errno.EIO, errno.EBADF, errno.ECONNRESET}
+"""Errors of a pipe or terminal that was closed by its reader."""
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace what an encoding lacks: our own signs by plain ones, anything else by an escape."""
+    """Replace characters that an encoding lacks: the signs that fastkd uses by ASCII, all others by escapes."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(_PLAIN)
@@ -90,18 +90,18 @@ def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
 codecs.register_error("fastkd", _replace)
 
 
-class _Lasting(io.RawIOBase):
-    """Writes to a stream for as long as that goes; what it cannot write is lost without an exception.
+class _SafeRaw(io.RawIOBase):
+    """Writes to a stream. Data that cannot be written is discarded without an exception.
 
     Attributes
     ----------
     lost : OSError or None
-        The last error, unless somebody just stopped to read.
+        The last error, unless the reader closed the stream.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self._gone = False
+        self._closed = False
         self.lost: OSError | None = None
 
     def writable(self) -> bool:
@@ -113,61 +113,61 @@ class _Lasting(io.RawIOBase):
         return int(self._stream.fileno())
 
     def isatty(self) -> bool:
-        """Tell whether the stream below is a terminal."""
+        """Return whether the stream below is a terminal."""
         return bool(self._stream.isatty())
 
     def write(self, data: Any) -> int:
-        """Write all of the data, or lose the rest."""
+        """Write the data, or discard what cannot be written."""
         left = memoryview(data).cast("B")
         size = len(left)
-        while left and not self._gone:
+        while left and not self._closed:
             try:
                 written = self._stream.write(left)
-                if written is None:  # set to non-blocking by whoever shares it, and full just now
+                if written is None:  # another process has set it to non-blocking, and its buffer is full
                     select.select([], [self._stream], [], 1.0)
                     continue
                 left = left[written:]
             except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno not in _GONE:
+                if isinstance(error, OSError) and error.errno not in _CLOSED:
                     self.lost = error  # a full disk may have room later
                     break
-                self._gone = True
+                self._closed = True
         return size
 
 
-def _lasting(stream: TextIO | None) -> TextIO | None:
-    """Return a stream like a given one that does not raise; None: it has no bytes below, so that it is left alone."""
+def _safe(stream: TextIO | None) -> TextIO | None:
+    """Return a stream that does not raise, for a given one. None: it has no binary buffer, and is used as it is."""
     if stream is None:  # it was closed before Python started
         return open(os.devnull, "w", encoding="utf-8", errors="replace")
     buffer = getattr(stream, "buffer", None)
-    if buffer is None or isinstance(getattr(buffer, "raw", None) or buffer, _Lasting):
+    if buffer is None or isinstance(getattr(buffer, "raw", None) or buffer, _SafeRaw):
         return None
     with contextlib.suppress(OSError, ValueError):
         stream.flush()
-    raw: Any = _Lasting(getattr(buffer, "raw", buffer))
+    raw: Any = _SafeRaw(getattr(buffer, "raw", buffer))
     return io.TextIOWrapper(raw, encoding=stream.encoding, errors="fastkd", line_buffering=True)
 
 
 def _occupy_descriptors() -> None:
-    """See that descriptors 0 to 2 are open: the next file would get one, and whatever prints would write into it."""
+    """Open descriptors 0 to 2 if they are closed; otherwise the next file would get one, and prints would go to it."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
 
 
 @contextlib.contextmanager
-def lasting_streams() -> Iterator[Callable[[], OSError | None]]:
-    """Let stdout and stderr not raise inside, whatever becomes of them; yields what tells how stdout failed, if it did.
+def safe_streams() -> Iterator[Callable[[], OSError | None]]:
+    """Make stdout and stderr never raise inside. Yields a function that returns the error of stdout, if it failed.
 
-    A reader that went away (a closed pipe or terminal) is no failure.
+    A closed pipe or terminal does not count as a failure.
     """
     _occupy_descriptors()
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     before = sys.stdout, sys.stderr
-    stdout, stderr = (_lasting(stream) for stream in before)
+    stdout, stderr = (_safe(stream) for stream in before)
     sys.stdout, sys.stderr = stdout or sys.stdout, stderr or sys.stderr
 
     def failure() -> OSError | None:
@@ -185,13 +185,13 @@ def lasting_streams() -> Iterator[Callable[[], OSError | None]]:
         sys.stdout, sys.stderr = before
 
 
-# What is said --------------------------------------------------------------------------------------------------------
+# Messages ------------------------------------------------------------------------------------------------------------
 
 out: Console = _Screen(highlight=False, soft_wrap=True, emoji=False)
 err: Console = _Screen(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Update = Callable[[int, str], None]
-"""``update(done, info)``: how many are done by now, and a few words beside the bar."""
+"""``update(done, info)``: number of items done so far, and a short text shown with the bar."""
 
 
 _brief = False
@@ -199,7 +199,7 @@ _brief = False
 
 @contextlib.contextmanager
 def brief(chosen: bool = True) -> Iterator[None]:
-    """Print nothing inside but progress, warnings and errors, if so chosen."""
+    """Context manager in which only progress, warnings and errors are printed."""
     global _brief
     before, _brief = _brief, _brief or chosen
     try:
@@ -209,7 +209,7 @@ def brief(chosen: bool = True) -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """Print a line of what is going on."""
+    """Print a line to stdout."""
     if not _brief:
         _line(message)
 
@@ -222,7 +222,7 @@ def _line(message: str) -> None:
 
 
 def heading(message: str) -> None:
-    """Announce a stage."""
+    """Print the heading of a stage."""
     if _brief:
         return
     if out.is_terminal:
@@ -232,7 +232,7 @@ def heading(message: str) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table; into a file it is as wide as it needs to be."""
+    """Print a table. Without a terminal, its width is not limited to that of a screen."""
     if _brief:
         return
     (out if out.is_terminal else _Screen(highlight=False, width=200, emoji=False, quiet=out.quiet)).print(table)
@@ -240,7 +240,7 @@ def show(table: Table) -> None:
 
 @contextlib.contextmanager
 def quieted(quiet: bool = True) -> Iterator[None]:
-    """Print nothing to stdout inside, if so chosen; warnings and errors go to stderr as ever."""
+    """Print nothing to stdout inside, if `quiet`. Warnings and errors still go to stderr."""
     before, out.quiet = out.quiet, out.quiet or quiet
     try:
         yield
@@ -249,19 +249,19 @@ def quieted(quiet: bool = True) -> Iterator[None]:
 
 
 _warnings: list[str] = []
-_hand_on: Callable[[str], None] | None = None
+_forward: Callable[[str], None] | None = None
 
 
-def hand_on_warnings(to: Callable[[str], None] | None) -> None:
-    """Have warnings given to a function instead of printed: a child process hands them to its parent."""
-    global _hand_on
-    _hand_on = to
+def forward_warnings(to: Callable[[str], None] | None) -> None:
+    """Pass warnings to a function instead of printing them: child processes forward theirs to the parent."""
+    global _forward
+    _forward = to
 
 
 def warn(message: str) -> None:
     """Print a warning to stderr, unless the same one was printed before."""
-    if _hand_on is not None:
-        _hand_on(message)
+    if _forward is not None:
+        _forward(message)
     elif message not in _warnings:
         err.print(f"warning: {message}", markup=False, style="yellow")
     _warnings.append(message)
@@ -273,12 +273,12 @@ def warning_mark() -> int:
 
 
 def warnings_since(mark: int) -> list[str]:
-    """Return the warnings that were given since a mark was taken, each once, printed or not."""
+    """Return the warnings since a mark, each once, including those that were not printed again."""
     return list(dict.fromkeys(_warnings[mark:]))
 
 
 def forget_warnings() -> None:
-    """Forget all warnings, so that each is printed again: a command starts."""
+    """Forget all warnings, so that each is printed again. Called when a command starts."""
     _warnings.clear()
 
 
@@ -288,7 +288,7 @@ def error(message: str) -> None:
 
 
 def clock(seconds: float, *, whole: bool = False) -> str:
-    """Return a time as a person says it: 40.2 s, 3:20 min, 2:05 h; `whole`: 40 s."""
+    """Format seconds: 40.2 s, 3:20 min, 2:05 h; with `whole`, 40 s."""
     if seconds < 120:
         return f"{seconds:g} s" if whole else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -296,7 +296,7 @@ def clock(seconds: float, *, whole: bool = False) -> str:
 
 
 class _Progress(Progress):
-    """A bar, with what is said of it on a line of its own: beside it there is no room on a narrow terminal."""
+    """A progress bar with its info text on a separate line, since narrow terminals have no room beside the bar."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
@@ -311,12 +311,12 @@ def _figure(rate: float) -> str:
 
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) -> Iterator[Update]:
-    """Show how far a long task is: a bar with rate and ETA on a terminal, else a line every 10 s.
+    """Show the progress of a long task: a bar with rate and ETA on a terminal, otherwise a line every 10 s.
 
     Parameters
     ----------
     begun
-        How many were done before, where it is gone on with.
+        Number of items done before this process, if the task is resumed.
     """
     start = time.monotonic()
 
@@ -356,7 +356,7 @@ def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) ->
 
 @contextlib.contextmanager
 def bars(unit: str = "images") -> Iterator[Callable[[str, int, int], None]]:
-    """Show one bar after another: yields ``progress(label, done, total)``, where a new label begins a new bar."""
+    """Yield ``progress(label, done, total)``; each new label starts a new bar."""
     with contextlib.ExitStack() as stack:
         updates: dict[str, Update] = {}
 

@@ -1,6 +1,6 @@
-"""``python -m fastkd.doctor``: describe this machine, and name what is missing with the command that installs it.
+"""``python -m fastkd.doctor``: describe this machine, and list missing dependencies with the command to install them.
 
-Uses only the standard library, so that it runs where nothing is installed yet (``python3 fastkd/doctor.py``, from
+Uses only the standard library, so that it runs before anything is installed (``python3 fastkd/doctor.py``, from
 Python 3.8 on). Exit code: 0 if everything needed is there, else 2.
 """
 
@@ -166,10 +166,10 @@ def build_findings(ffcv_imports: bool) -> list[Finding]:
     """Check what building ffcv requires. If ffcv imports, missing parts are notes only."""
     absent = NOTE if ffcv_imports else MISSING
 
-    def finding(name: str, found: str, why_not: str, mend: str) -> Finding:
+    def finding(name: str, found: str, why_not: str, fix: str) -> Finding:
         if found:
             return Finding(OK, name, found)
-        return Finding(absent, name, f"{why_not} (needed to build ffcv)", "" if ffcv_imports else mend)
+        return Finding(absent, name, f"{why_not} (needed to build ffcv)", "" if ffcv_imports else fix)
 
     pkg_config = shutil.which("pkg-config") or ""
     unseen = "not found by pkg-config" if pkg_config else "unknown without pkg-config"
@@ -253,8 +253,8 @@ def python_finding() -> Finding:
     hint = f"; this checkout has its own Python: {venv} -m fastkd.doctor" if own else ""
     if sys.version_info >= (3, 11):  # noqa: UP036 (this file also runs on older versions)
         return Finding(OK, "Python", text + hint)
-    mend = install_command("python3.11", "python3.11-venv", "python3.11-dev", conda="python=3.11")
-    return Finding(MISSING, "Python", f"{text}, but fastkd needs 3.11 or later{hint}", mend)
+    fix = install_command("python3.11", "python3.11-venv", "python3.11-dev", conda="python=3.11")
+    return Finding(MISSING, "Python", f"{text}, but fastkd needs 3.11 or later{hint}", fix)
 
 
 def package_command(requirement: Requirement) -> str:
@@ -289,16 +289,16 @@ def import_finding(module: str, error: str | None) -> Finding:
     """Report whether a package imports."""
     if error is None:
         return Finding(OK, f"import {module}", "works")
-    mend = package_command(Requirement(module))
+    fix = package_command(Requirement(module))
     if re.search(r"libGL|libgthread|libglib", error):  # opencv-python, which ffcv imports, links to them
-        mend = install_command("libgl1", "libglib2.0-0", conda="libgl glib")
+        fix = install_command("libgl1", "libglib2.0-0", conda="libgl glib")
     elif error != "not installed":
-        mend = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {module}"
-    return Finding(MISSING, f"import {module}", error, mend)
+        fix = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir {module}"
+    return Finding(MISSING, f"import {module}", error, fix)
 
 
 def data_finding(folders: Sequence[Path]) -> Finding:
-    """Look for the files of Fashion-MNIST. If they are missing, that is a note: the writer downloads them."""
+    """Search the files of Fashion-MNIST. Missing files are only a note, since the writer downloads them."""
     for folder in folders:
         if all((folder / name).is_file() for name in FASHION_MNIST):
             return Finding(OK, "Fashion-MNIST", str(folder))
@@ -309,7 +309,7 @@ def data_finding(folders: Sequence[Path]) -> Finding:
 
 
 def data_folders() -> list[Path]:
-    """Return where the Fashion-MNIST writer looks: the Debian package, then the download folder of torchvision."""
+    """Return the folders that the Fashion-MNIST writer searches: the Debian package, then torchvision's downloads."""
     debian = Path("/usr/share/datasets/fashion-mnist")
     home = os.path.expanduser("~")  # unchanged without HOME and an entry for the uid
     cached = Path(home, ".cache", "fastkd", "fashion_mnist", "FashionMNIST", "raw")
@@ -396,12 +396,12 @@ def examine() -> dict[str, Any]:
     }
 
 
-def commands(mends: Sequence[str]) -> list[str]:
+def commands(fixes: Sequence[str]) -> list[str]:
     """Return the commands in order, each once. System packages come first, joined into one command."""
     merged: dict[str, list[str]] = {}
-    for mend in mends:
-        found = re.match(r"(.*apt-get install -y|conda install -c conda-forge) (.*)", mend)
-        head, tail = (found.group(1), found.group(2).split()) if found else (mend, [])
+    for fix in fixes:
+        found = re.match(r"(.*apt-get install -y|conda install -c conda-forge) (.*)", fix)
+        head, tail = (found.group(1), found.group(2).split()) if found else (fix, [])
         merged.setdefault(head, []).extend(word for word in tail if word not in merged.get(head, []))
     by_system_first = sorted(merged, key=lambda head: not merged[head])
     return [" ".join([head, *merged[head]]) for head in by_system_first]
@@ -431,12 +431,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     options = parser.parse_args(arguments)
     report = examine()
-    if not tell(json.dumps(report, indent=2) if options.json else as_text(report)):
+    if not write_line(json.dumps(report, indent=2) if options.json else as_text(report)):
         return 1
     return 0 if report["ok"] else 2
 
 
-def tell(text: str) -> bool:
+def write_line(text: str) -> bool:
     """Print a text. Return False if stdout cannot be written, other than to a closed pipe."""
     if sys.stdout is None:  # closed
         return True
@@ -446,7 +446,7 @@ def tell(text: str) -> bool:
         print(text, flush=True)
     except OSError as error:
         with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # where the rest is flushed at exit
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # the rest is flushed there at exit
         if error.errno != errno.EPIPE:
             print(f"error: standard output: cannot be written ({error.strerror})", file=sys.stderr)
             return False

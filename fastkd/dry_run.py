@@ -1,4 +1,4 @@
-"""What training a recipe would take: what exists, and what would be built. Nothing is written."""
+"""Dry run: which artifacts of a recipe exist, and which would be built. Nothing is written."""
 
 import contextlib
 import json
@@ -18,27 +18,27 @@ from fastkd.recipe import Recipe
 from fastkd.stages.label_format import row_bytes
 from fastkd.stages.selection import listed_rows
 from fastkd.stages.store import MissingError
-from fastkd.stages.training import CHECKPOINTS, begun_otherwise, run_key_fields
+from fastkd.stages.training import CHECKPOINTS, other_recipe_error, run_key_fields
 from fastkd.stages.writing import refuse_foreign, write
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """What would become of a stage.
+    """What training would do for a stage.
 
     Attributes
     ----------
     state
-        "reuse", "build", "again" (forced), "go on" (begun, and broken off), "grow" (LABELS that lack views) or "fetch"
-        (public weights).
+        "reuse", "build", "again" (forced), "go on" (resume an interrupted build), "grow" (LABELS that lack views) or
+        "fetch" (public weights).
     path
-        None: not known before what comes before it is there.
+        None: not known until the stages before have been built.
     seconds : float or None
-        What it cost when it was built, for what is reused.
+        Cost of building it, if it is reused.
     size : int or None
-        Bytes: on the disk of what is reused, else to be written.
+        Bytes on disk if it is reused; otherwise, bytes to be written.
     left : float
-        Share of the stage's work that is still to be done.
+        Share of the work of the stage that remains.
     """
 
     stage: str
@@ -51,7 +51,7 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The stages of a recipe in their order, where its nets would run, and which share of train would be kept (0…1)."""
+    """The stages of a recipe in order, the runtime of its networks, and the share of samples to keep (0…1)."""
 
     steps: list[PlannedStage]
     runtime: Runtime
@@ -59,7 +59,7 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), out: Path | None = None) -> DryRun:
-    """Return what `fastkd.pipeline.train` would do, and refuse what it would refuse at once.
+    """Return what `fastkd.pipeline.train` would do, and raise the errors that it would raise at once.
 
     Everything after a missing artifact is assumed to be missing too, since its key depends on that artifact.
     """
@@ -105,7 +105,7 @@ def _artifact(pipeline: Pipeline, stage: Stage, out: Path | None) -> Artifact | 
 
 
 def _existing(pipeline: Pipeline, name: str, artifact: Artifact, size: int | None, *, forced: bool) -> PlannedStage:
-    """Return what would become of a stage whose artifact exists."""
+    """Return what training would do for a stage whose artifact exists."""
     views = pipeline.recipe.num_views or 0
     if forced:
         return PlannedStage(name, "again", artifact.path, size=size)
@@ -125,7 +125,7 @@ def _is_begun(pipeline: Pipeline, stage: str, partial: Path) -> bool:
         key = json.loads((partial / BEGUN).read_bytes())["key"]
         other = stage == "train" and key != artifacts.key_of("RUN", run_key_fields(pipeline.training_inputs))
         if other and any((partial / CHECKPOINTS).glob("step-*")):
-            raise begun_otherwise(pipeline.recipe, partial)
+            raise other_recipe_error(pipeline.recipe, partial)
     return True
 
 
@@ -168,7 +168,7 @@ def _keep_ratio(pipeline: Pipeline) -> float:
 
 
 def _bytes(pipeline: Pipeline, stage: str, dataset: Artifact | None) -> int | None:
-    """Return the size of what a stage would write. None: not known yet."""
+    """Return the bytes that a stage would write. None: not known yet."""
     recipe = pipeline.recipe
     if dataset is None or stage in ("write", "teacher"):
         return None

@@ -1,14 +1,14 @@
-"""The project's own errors: the only exceptions that a user is meant to see.
+"""Errors for users. Each message says what is wrong, where, what was expected, and how to fix it.
 
-Each says what is wrong, where, what was expected, and how to mend it. Commands print the message, without a
-traceback, and exit with the class's ``exit_code``. This module is a leaf: any other may import it.
+Commands print the message without a traceback, and exit with the ``exit_code`` of the class. This module imports no
+other module of fastkd.
 """
 
 import errno
 import importlib.util
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""The numbers of the OSErrors that a full disk raises."""
+"""Values of ``OSError.errno`` for a full disk."""
 
 
 class FastkdError(Exception):
@@ -28,11 +28,11 @@ class ArtifactError(InputError):
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM); it unwinds as it does on Ctrl-C."""
+    """The process received SIGTERM. It is handled like Ctrl-C."""
 
 
 class HungUp(Terminated):
-    """The terminal was closed (SIGHUP); the process unwinds as it does on Ctrl-C."""
+    """The terminal was closed (SIGHUP). It is handled like Ctrl-C."""
 
 
 class LoaderError(FastkdError):
@@ -40,16 +40,16 @@ class LoaderError(FastkdError):
 
 
 _MODULES = {"scikit-learn": "sklearn"}
-"""Packages whose module has another name."""
+"""Names of modules that differ from those of their packages."""
 
 
 def require(purpose: str, *packages: str) -> None:
-    """Refuse what needs packages that are not installed: optional dependencies of fastkd.
+    """Check that optional dependencies are installed.
 
     Raises
     ------
     InputError
-        One of them is missing; it says how to install them.
+        A package is missing; the message says how to install it.
     """
     missing = [name for name in packages if importlib.util.find_spec(_MODULES.get(name, name)) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""``python -m fastkd.label RECIPE``: the teacher over the kept samples, in the views that students see → LABELS."""
+"""``python -m fastkd.label RECIPE``: run the teacher on the augmented views of the kept samples → LABELS."""
 
 from typing import Annotated
 
@@ -10,10 +10,10 @@ from fastkd import cli, recipe
 def main(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    force: Annotated[bool, typer.Option(help="Label again although these LABELS are there.")] = False,
+    force: Annotated[bool, typer.Option(help="Label again, even if these LABELS exist.")] = False,
     no_code: cli.NoCode = False,
 ) -> cli.CommandResult:
-    """Run the teacher over the views of the kept samples that students will see, and store its reshaped logits.
+    """Run the teacher on all augmented views of the kept samples, and store its logits.
 
     JSON keys: path, kind, key, built, cost_s, count, views, bytes.
 

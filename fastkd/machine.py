@@ -1,6 +1,6 @@
-"""Processor, cores, memory and disk of this machine, from the standard library alone.
+"""Processor, cores, memory and disk of this machine.
 
-It runs where nothing is installed, from Python 3.8 on: `fastkd.doctor` loads this file there.
+Uses only the standard library, from Python 3.8 on: `fastkd.doctor` loads this file before anything is installed.
 """
 
 from __future__ import annotations

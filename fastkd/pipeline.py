@@ -19,7 +19,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError, require
 from fastkd.recipe import Recipe
 from fastkd.stages import labelling, pruning, scoring, training
-from fastkd.stages.distributed_build import built_by_leader, decided_by_leader, is_shared, read_once_seen
+from fastkd.stages.distributed_build import built_by_main, decided_by_main, is_shared, read_once_seen
 from fastkd.stages.images import ImageSource, teacher_px
 from fastkd.stages.label_format import LabelFormat, format_of, view_names
 from fastkd.stages.pruning import prune_arrays
@@ -143,7 +143,7 @@ class Pipeline:
         if not self.store.build or world.size == 1:
             return self._dataset()
         dataset = self._dataset() if world.is_main else None
-        key = decided_by_leader(lambda: dataset and dataset.key)
+        key = decided_by_main(lambda: dataset and dataset.key)
         # Each machine may have its own copy. A shared one may not be visible to another machine yet.
         path, here = Path(self.recipe.data.path), world.is_main or self._has_dataset(str(key))
         if not all(world.gather(here)) and is_shared(path.parent) and not here:
@@ -256,7 +256,7 @@ class Pipeline:
 
         if not self.store.build:
             return self.note("prune", *build())
-        subset, built = built_by_leader(build)
+        subset, built = built_by_main(build)
         current().check_equal("SUBSET", subset_key_fields(subset))
         return self.note("prune", subset, built)
 
@@ -411,7 +411,7 @@ def label(recipe: Recipe, *, force: bool = False) -> tuple[Artifact, bool]:
     """
     if recipe.num_views is None:
         raise InputError(
-            f"recipe {recipe.name} trains on the plain view, whose labels the SUBSET holds: give a data.view.family"
+            f"recipe {recipe.name} trains on the evaluation view, labelled in the SUBSET: give a data.view.family"
         )
     pipeline = Pipeline(recipe, {"label"} if force else frozenset())
     return pipeline.labels, not pipeline.costs["label"].reused

@@ -1,4 +1,4 @@
-"""``python -m fastkd.predict RUN IMAGES…``: what a trained student sees in images."""
+"""``python -m fastkd.predict RUN IMAGES…``: classify images with a trained student."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def main(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a RUN, or of a student that was exported.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of them.")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes are told of each image.")] = 3,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a RUN, or of an exported student.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of images.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print for each image.")] = 3,
 ) -> cli.CommandResult:
-    """Tell the most probable classes of images from anywhere.
+    """Classify images: print the most probable classes of each.
 
-    Images are decoded, cut and resized as those were that the student was evaluated on. One that cannot be read is an
-    error line of its own, the others go on, and the exit code is 2 at the end.
+    Images are decoded, cropped and resized as in the evaluation of the student. If an image cannot be read, an error is
+    printed, the others are still classified, and the exit code is 2.
 
-    JSON keys: model, images (of each: image, and top or error).
+    JSON keys: model, images (for each: image, and top or error).
 
     Example: python -m fastkd.predict runs/quickstart-01234567 boot.png photos/ --top 5
     """
@@ -36,27 +36,27 @@ def main(
     files = find_images(images)
     table = Table(title=f"predict: {student.described['model']}", title_justify="left")
     table.add_column("image", overflow="fold")
-    told = min(top, len(student.classes))
-    for place in range(told):
+    count = min(top, len(student.classes))
+    for place in range(count):
         table.add_column(f"{place + 1}.", overflow="fold")
         table.add_column("", justify="right")
-    images_told: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     broken = 0
     for prediction in predict(student, files):
         if prediction.logits is None:
             broken += 1
             console.error(f"{prediction.path}: {prediction.error}")
-            images_told.append({"image": str(prediction.path), "error": str(prediction.error)})
+            results.append({"image": str(prediction.path), "error": str(prediction.error)})
             continue
-        best = _best(prediction, student.classes, told)
-        images_told.append({"image": str(prediction.path), "top": best})
+        best = _best(prediction, student.classes, count)
+        results.append({"image": str(prediction.path), "top": best})
         cells = [cell for one in best for cell in (one["class"], f"{one['probability']:.2%}")]
         table.add_row(*map(escape, (str(prediction.path), *cells)))
     if broken < len(files):
         console.show(table)
     return cli.CommandResult(
-        f"predict: {len(files) - broken} of {len(files)} images, by {student.described['model']}",
-        {"model": student.described["model"], "images": images_told},
+        f"predict: {len(files) - broken} of {len(files)} images classified by {student.described['model']}",
+        {"model": student.described["model"], "images": results},
         InputError(f"{broken} of {len(files)} images could not be read") if broken else None,
     )
 

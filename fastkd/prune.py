@@ -1,4 +1,4 @@
-"""``python -m fastkd.prune RECIPE`` or ``--logits Z.npy --labels Y.npy``: what to keep → SUBSET."""
+"""``python -m fastkd.prune RECIPE`` or ``--logits Z.npy --labels Y.npy``: select samples → SUBSET."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,25 +15,25 @@ from fastkd.validation import explain
 def main(
     path: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="A recipe's YAML file.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    logits: Annotated[Path | None, typer.Option(help="Logits [N, K] of your own, .npy; instead of a recipe.")] = None,
+    logits: Annotated[Path | None, typer.Option(help="Your own logits [N, K], .npy, instead of a recipe.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Labels [N] in 0 … K−1, .npy.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the SUBSET of --logits goes.")] = None,
-    keep_ratio: Annotated[float, typer.Option(help="Share to keep, above 0 and at most 1.")] = 0.5,
+    out: Annotated[Path | None, typer.Option(help="Output directory, with --logits.")] = None,
+    keep_ratio: Annotated[float, typer.Option(help="Share of the samples to keep, above 0 and at most 1.")] = 0.5,
     method: Annotated[
         str, typer.Option(help="medium, easy, hard, random, random_unbalanced, ccs, beta or list.")
     ] = "medium",
     score: Annotated[
         str, typer.Option(help="cross_entropy, entropy, margin, least_confidence, el2n or std.")
     ] = "cross_entropy",
-    quota: Annotated[str, typer.Option(help="proportional or uniform (as the reference).")] = "proportional",
-    min_per_class: Annotated[int, typer.Option(help="Keep this many of each class at least.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of methods that draw.")] = 0,
+    quota: Annotated[str, typer.Option(help="proportional, or uniform (like the reference code).")] = "proportional",
+    min_per_class: Annotated[int, typer.Option(help="Smallest number of samples to keep of each class.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of methods that select at random.")] = 0,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="More of a recipe's prune: window_centre=0.3 …"),
+        typer.Option("--set", metavar="KEY=VALUE", help="Other keys of the recipe section prune: window_centre=0.3 …"),
     ] = None,
-    reshape: Annotated[bool, typer.Option(help="Rescale stored logits by σ of their class.")] = True,
-    force: Annotated[bool, typer.Option(help="Select again although this SUBSET is there.")] = False,
+    reshape: Annotated[bool, typer.Option(help="Rescale stored logits to σ of their class.")] = True,
+    force: Annotated[bool, typer.Option(help="Select again, even if this SUBSET exists.")] = False,
     no_code: cli.NoCode = False,
 ) -> cli.CommandResult:
     """Select the samples to keep and store their reshaped logits.
@@ -49,7 +49,7 @@ def main(
         raise InputError("give either a RECIPE, or --logits with --labels and --out")
     if logits is not None:
         if labels is None or out is None:
-            raise InputError("--logits goes with --labels and --out")
+            raise InputError("--logits needs --labels and --out")
         given = {"method": method, "score": score, "keep_ratio": keep_ratio, "quota": quota, "seed": seed}
         given["min_per_class"] = min_per_class
         given |= recipe.settings_of(settings or [])
@@ -64,7 +64,7 @@ def main(
         artifact, built = _of_recipe(recipe.load(str(path), overrides or ()), force)
     facts = artifact.facts
     return cli.CommandResult.of(
-        f"SUBSET: {artifact.path} {'built' if built else 'was there'}: "
+        f"SUBSET: {artifact.path} {'built' if built else 'reused'}: "
         f"{facts['count']:,} of {facts['of']:,} samples ({facts['keep_ratio']:.2%})",
         artifact,
         built,
@@ -73,7 +73,7 @@ def main(
 
 
 def _of_recipe(resolved: recipe.Recipe, force: bool) -> tuple[Artifact, bool]:
-    """Build the SUBSET of a recipe, and draw it in a folder beside it, named as it is, with ``.pictures``."""
+    """Build the SUBSET of a recipe, and draw plots of it in a folder beside it, with the suffix ``.pictures``."""
     from fastkd.artifacts.inventory import PICTURES
     from fastkd.distributed import current
     from fastkd.pipeline import Pipeline
@@ -84,7 +84,7 @@ def _of_recipe(resolved: recipe.Recipe, force: bool) -> tuple[Artifact, bool]:
         from fastkd.report.subset_plots import draw  # matplotlib takes a second
 
         for file in draw(pipeline, subset, subset.path.with_name(subset.path.name + PICTURES)):
-            console.say(f"picture: {file}")
+            console.say(f"plot: {file}")
     return subset, not pipeline.costs["prune"].reused
 
 

@@ -205,7 +205,7 @@ def _open_train(recipe: Recipe) -> _Source:
     loader.full_batches(len(inputs.sample_ids))
     teacher = teacher_source(inputs)
     views = [None] if recipe.num_views is None else range(recipe.num_views)
-    rows = {view: teacher.stored(view) for view in views}  # what is open stays, even if it is deleted
+    rows = {view: teacher.stored(view) for view in views}  # open files stay readable even if they are deleted
     return _Source(
         loader,
         inputs.sample_ids,

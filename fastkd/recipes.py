@@ -1,4 +1,4 @@
-"""``python -m fastkd.recipes list|show|copy|schema``: the recipes that ship with fastkd."""
+"""``python -m fastkd.recipes list|show|copy|schema``: the recipes that are included with fastkd."""
 
 import difflib
 import json
@@ -16,18 +16,18 @@ from fastkd import cli, console, recipe, shipped
 from fastkd.errors import InputError
 
 SCHEMA = "recipe.schema.json"
-"""Lies beside the recipes, which name it for editors."""
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A recipe's name, as `list` prints it.")]
+"""File beside the recipes; they refer to it for editors."""
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe, as printed by `list`.")]
 
 
 def list_() -> cli.CommandResult:
-    """List the recipes, each with the first line of its head.
+    """List the recipes, each with the first line of its description.
 
-    JSON keys: recipes (of each: name, about, path).
+    JSON keys: recipes (for each: name, about, path).
 
     Example: python -m fastkd.recipes list
     """
-    table = Table("recipe", "what it is", box=None, pad_edge=False)
+    table = Table("recipe", "description", box=None, pad_edge=False)
     recipes = [
         {
             "name": file.stem,
@@ -43,7 +43,7 @@ def list_() -> cli.CommandResult:
 
 
 def show(name: Name) -> cli.CommandResult:
-    """Print a recipe as it is written.
+    """Print a recipe.
 
     JSON keys: name, path, text.
 
@@ -55,12 +55,12 @@ def show(name: Name) -> cli.CommandResult:
 
 
 def copy(name: Name) -> cli.CommandResult:
-    """Copy a recipe into the current directory, with the recipe of its teacher and the schema for editors.
+    """Copy a recipe to the current directory, with the recipe of its teacher and the schema for editors.
 
-    Nothing is overwritten: where a file of that name holds something else, nothing is copied.
+    Nothing is overwritten: if another file of that name exists, nothing is copied.
 
-    These recipes run no code but fastkd's. A recipe from elsewhere may name a writer that is a file: training with it
-    runs that file. `--no-code` of score, prune, label, train and check refuses such a recipe.
+    Included recipes run only fastkd's own code. Other recipes may name a writer that is a file, which training would
+    run. `--no-code` of score, prune, label, train and check refuses such recipes.
 
     JSON keys: path, copied.
 
@@ -71,19 +71,19 @@ def copy(name: Name) -> cli.CommandResult:
     files = [file, *([Path(teacher.recipe)] if teacher and teacher.recipe else []), file.with_name(SCHEMA)]
     new = [f for f in files if not (Path(f.name).is_file() and Path(f.name).read_bytes() == f.read_bytes())]
     if taken := [f.name for f in new if os.path.lexists(f.name)]:
-        raise InputError(f"{', '.join(taken)}: there already, and another; move it away or copy into another directory")
+        raise InputError(f"{', '.join(taken)}: exists with other contents; move it, or copy to another directory")
     for source in new:
         shutil.copyfile(source, source.name)
-    console.say(f"copied: {', '.join(f.name for f in new) or 'nothing, all of it is there already'}")
+    console.say(f"copied: {', '.join(f.name for f in new) or 'nothing; all files exist already'}")
     return cli.CommandResult(
-        f"train it: python -m fastkd.train {file.name}", {"path": file.name, "copied": [f.name for f in new]}
+        f"to train it: python -m fastkd.train {file.name}", {"path": file.name, "copied": [f.name for f in new]}
     )
 
 
 def schema() -> None:
-    """Print the JSON schema of recipes, by which editors complete and check them.
+    """Print the JSON schema of recipes, which editors use for completion and validation.
 
-    A recipe names it in a comment: # yaml-language-server: $schema=recipe.schema.json
+    A recipe refers to it in a comment: # yaml-language-server: $schema=recipe.schema.json
 
     Example: python -m fastkd.recipes schema > recipe.schema.json
     """
@@ -101,7 +101,7 @@ def _find(name: str) -> Path:
     if stem not in known:
         near = difflib.get_close_matches(stem, known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-        raise InputError(f"recipe {name!r}: none of that name ships with fastkd{hint}")
+        raise InputError(f"recipe {name!r}: there is no included recipe of that name{hint}")
     return known[stem]
 
 

@@ -1,4 +1,4 @@
-"""``python -m fastkd.score RECIPE``: the teacher over all of train → SCORES."""
+"""``python -m fastkd.score RECIPE``: run the teacher on the training set → SCORES."""
 
 from typing import Annotated
 
@@ -10,10 +10,10 @@ from fastkd import cli, recipe
 def main(
     path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    force: Annotated[bool, typer.Option(help="Score again although these SCORES are there.")] = False,
+    force: Annotated[bool, typer.Option(help="Score again, even if these SCORES exist.")] = False,
     no_code: cli.NoCode = False,
 ) -> cli.CommandResult:
-    """Run the teacher over all of train, in the plain view, and store its logits.
+    """Run the teacher on the evaluation view of all training samples, and store its logits.
 
     JSON keys: path, kind, key, built, cost_s, count, classes, top1, chance, at_chance, moved_classes.
 

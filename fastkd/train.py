@@ -1,4 +1,4 @@
-"""``python -m fastkd.train RECIPE``: the whole way from a data set to a distilled student → RUN."""
+"""``python -m fastkd.train RECIPE``: run all stages, from the data set to the trained student → RUN."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ def main(
         Path | None, typer.Option(metavar="RUN", help="Resume the run at this path, instead of the default path.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be built and what reused; write nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be built or reused; write nothing.")
     ] = False,
     no_code: cli.NoCode = False,
 ) -> cli.CommandResult:
@@ -41,7 +41,7 @@ def main(
     resolved = recipe.load(path, overrides or ())
     if resume and resume.name.endswith(artifacts.PARTIAL):
         resume = resume.with_name(resume.name.removesuffix(artifacts.PARTIAL))
-    if resume and not _was_begun(resume):
+    if resume and not _was_started(resume):
         raise InputError(f"--resume {resume}: no run was started there")
     if dry_run:
         return _dry_run(resolved, frozenset(force or ()), resume)
@@ -49,7 +49,7 @@ def main(
 
     run, built = pipeline.train(resolved, out=resume, source=Path(path), force=frozenset(force or ()))
     if not built:
-        console.say("this recipe has been trained (--force train: train again)")
+        console.say("this recipe was trained before; --force train trains it again")
     timing = json.loads(run.file("timing.json").read_bytes())
     console.show(_summary(resolved.name, run, timing))
     for name in ("student.safetensors", "metrics.jsonl"):
@@ -68,11 +68,11 @@ def main(
     )
 
 
-def _was_begun(run: Path) -> bool:
+def _was_started(run: Path) -> bool:
     """Return whether there is a RUN at a path, unfinished or finished, as seen by the main process."""
-    from fastkd.stages.distributed_build import decided_by_leader
+    from fastkd.stages.distributed_build import decided_by_main
 
-    return decided_by_leader(lambda: run.exists() or artifacts.partial_of(run).exists())
+    return decided_by_main(lambda: run.exists() or artifacts.partial_of(run).exists())
 
 
 def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
@@ -94,11 +94,11 @@ def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
 
 
 STATES = {
-    "reuse": "is reused",
+    "reuse": "would be reused",
     "build": "would be built",
     "again": "would be built again",
-    "go on": "was begun, would resume",
-    "grow": "lacks views, would be extended",
+    "go on": "interrupted, would resume",
+    "grow": "lacks views, which would be added",
     "fetch": "would be downloaded",
 }
 
@@ -109,37 +109,37 @@ def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -
     from fastkd.dry_run import dry_run
 
     console.out.print(recipe.dump(resolved), end="", markup=False)
-    told = dry_run(resolved, force=force, out=out)
-    seconds = expected(resolved, told.runtime, told.keep_ratio)
-    table = Table(title=f"dry run: {resolved.name}: nothing was written", title_justify="left")
+    plan = dry_run(resolved, force=force, out=out)
+    seconds = expected(resolved, plan.runtime, plan.keep_ratio)
+    table = Table(title=f"dry run of {resolved.name} (nothing was written)", title_justify="left")
     table.add_column("stage")
     table.add_column("")
     table.add_column("where", overflow="fold")
     table.add_column("time", justify="right")
     table.add_column("MB", justify="right")
     ahead_s, unknown = 0.0, []
-    for step in told.steps:
+    for step in plan.steps:
         if step.state == "reuse":
-            time = f"{duration(step.seconds or 0.0)}, spent"
+            time = f"{duration(step.seconds or 0.0)} (already spent)"
         elif seconds and step.stage in seconds:
             ahead_s += step.left * seconds[step.stage]
             time = f"≈ {duration(step.left * seconds[step.stage])}"
         else:
             unknown.append(step.stage)
             time = "?"
-        where = str(step.path) if step.path else "known once what comes before it is there"
+        where = str(step.path) if step.path else "depends on the stages before"
         table.add_row(
             step.stage, STATES[step.state], escape(where), time, f"{step.size / 1e6:,.1f}" if step.size else "?"
         )
     console.show(table)
     if seconds is None:
-        ahead = "how long it would take: python -m fastkd.bench plan RECIPE measures that for a minute, here"
+        ahead = "to predict the time, run python -m fastkd.bench plan RECIPE, which measures for a minute"
     else:
-        beside = f"; not in it: {', '.join(unknown)}" if unknown else ""
-        ahead = f"ahead: about {duration(ahead_s)} by {plan_folder(resolved) / 'plan.json'}{beside}"
+        without = f", without {', '.join(unknown)}" if unknown else ""
+        ahead = f"remaining time: about {duration(ahead_s)}{without} (from {plan_folder(resolved) / 'plan.json'})"
     steps = [
         {"stage": s.stage, "state": s.state, "path": s.path and str(s.path), "cost_s": s.seconds, "bytes": s.size}
-        for s in told.steps
+        for s in plan.steps
     ]
     return cli.CommandResult(ahead, {"recipe": resolved.name, "stages": steps, "ahead_s": None if unknown else ahead_s})
 

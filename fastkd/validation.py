@@ -1,6 +1,6 @@
-"""Turns pydantic's errors into the project's: all at once, each with path, value, what was expected, nearest key.
+"""Converts errors of pydantic to messages with path, value, what was expected, and the nearest key.
 
-And what a recipe may ask for: whether it may run code.
+Also decides whether a recipe may run code.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fastkd.errors import InputError
 
 NO_CODE = "FASTKD_NO_CODE"
-"""Environment variable: set to 1 (also by ``--no-code``), no writer that is a file is run."""
+"""Environment variable: if set to 1 (also by ``--no-code``), writers that are files are refused."""
 _SHOWN = 200
 
 Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
@@ -21,7 +21,7 @@ Deviation = Annotated[float, Field(ge=1e-6, le=1e4, allow_inf_nan=False)]
 
 
 class ChannelStatistics(BaseModel):
-    """Mean and standard deviation of each channel of a network's input, in units of 0…1, as ``model.json`` has them."""
+    """Mean and standard deviation of each channel of a network's input, for pixels in 0…1, as in ``model.json``."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
@@ -30,17 +30,17 @@ class ChannelStatistics(BaseModel):
 
 
 def is_file_name(writer: str) -> bool:
-    """Tell whether a writer is given by the path of a file, rather than by the name of one that ships with fastkd."""
+    """Return whether a writer is the path of a file, rather than the name of an included writer."""
     return writer.endswith(".py") or os.sep in writer
 
 
 def refuse_code(writer: str | None, where: str) -> None:
-    """Refuse a writer that is a file, if `NO_CODE` is set: whoever imports it runs it.
+    """Refuse a writer that is a file if `NO_CODE` is set, since importing it runs its code.
 
     Raises
     ------
     InputError
-        It is a file, and none may be run.
+        The writer is a file, and `NO_CODE` is set.
     """
     forbidden = os.environ.get(NO_CODE, "").strip().lower() not in ("", "0", "false", "no", "off")
     if forbidden and writer is not None and is_file_name(writer):
@@ -58,7 +58,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
     for e in error.errors():
         path = [str(part) for part in e["loc"]]
-        where = ".".join(path) or "(the whole)"
+        where = ".".join(path) or "(top level)"
         if e["type"] == "extra_forbidden":
             known = _fields_at(model, path[:-1])
             near = difflib.get_close_matches(path[-1], known, 1)
@@ -70,14 +70,14 @@ def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
         else:
             expected = e["msg"].removeprefix("Input ") + _hint(e["type"], e["input"], where)
             if e["type"] == "model_type":
-                expected = f"expected a section with keys of its own: {', '.join(_fields_at(model, path))}"
+                expected = f"expected a section with the keys {', '.join(_fields_at(model, path))}"
             elif e["type"] == "tuple_type":
                 expected = "expected a list, in brackets"
             yield f"{where}: {_shown(e['input'])} is wrong: {expected}"
 
 
 def _hint(kind: str, value: Any, where: str) -> str:
-    """Return what to write instead, where YAML's forms or percents are what a person gets wrong."""
+    """Return what to write instead, for common mistakes with YAML and percentages."""
     if kind == "less_than_equal" and where.endswith("_ratio") and 1 < value <= 100:
         return f": it is a share, {value / 100:g} for {value:g} %"
     if kind in ("bool_type", "bool_parsing"):
@@ -90,8 +90,8 @@ def _hint(kind: str, value: Any, where: str) -> str:
 def _shown(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no integer of thousands of digits
-        return "a number of thousands of digits"
+    except ValueError:  # Python does not format integers with thousands of digits
+        return "a number with thousands of digits"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} …"
 
 

@@ -1,4 +1,4 @@
-"""Verify the artifacts of a recipe, and that stored labels are still what its teacher computes."""
+"""Verify the artifacts of a recipe, and compare stored labels with what its teacher computes."""
 
 import numpy as np
 
@@ -17,16 +17,16 @@ def check_recipe(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Com
     Parameters
     ----------
     pairs : int
-        How many (sample, view) pairs are drawn from the SUBSET's rows, and as many from the LABELS.
+        Number of (sample, view) pairs to draw from the rows of the SUBSET, and the same number from the LABELS.
     seed : int
-        Of the draw.
+        Seed of the draw.
 
     Raises
     ------
     InputError
         An artifact that the recipe needs has not been built yet.
     ArtifactError
-        One is damaged, or rows differ from the teacher's; names the worst.
+        An artifact is damaged, or rows differ from the teacher's; names the worst row.
     """
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
     pipeline = Pipeline(recipe, build=False)
@@ -45,23 +45,23 @@ def check_recipe(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Com
     labels = check_artifact(pipeline.labels.path) if recipe.uses_labels else None
     if not has_teacher:
         console.say(
-            "the teacher cannot be asked: of an export it is given by teacher.recipe=null, teacher.model and "
-            "teacher.weights"
+            "the teacher is not part of an export, so stored labels are not compared with it; to compare them, give "
+            "teacher.recipe=null, teacher.model and teacher.weights"
         )
         return []
     ids_M = np.asarray(subset.array("indices.npy"))
     sigma_K = np.asarray(subset.array("class_std.npy"))
     checker = RowChecker(images, pipeline.teacher, pipeline.runtime, sigma_K, recipe.labels.reshape)
-    plain, dense = StoredRows(ids_M, [subset.array("logits.npy")]), label_format(images.num_classes, None, 1.0)
+    rows, dense = StoredRows(ids_M, [subset.array("logits.npy")]), label_format(images.num_classes, None, 1.0)
     precision: dict[int | None, str] = {None: str(subset.manifest.settings["precision"])}
-    found = [checker.compare(subset, dense, precision, ids_M, lambda view: plain, pairs=pairs, seed=seed)]
+    found = [checker.compare(subset, dense, precision, ids_M, lambda view: rows, pairs=pairs, seed=seed)]
     if labels:
-        own: dict[int | None, str] = {v: str(one["precision"]) for v, one in enumerate(labels.facts["each"])}
+        precisions: dict[int | None, str] = {v: str(one["precision"]) for v, one in enumerate(labels.facts["each"])}
         form = pipeline.label_format
 
         def opened(view: int | None) -> StoredRows:
             assert view is not None
             return open_view(labels, ids_M, view)
 
-        found.append(checker.compare(labels, form, own, ids_M, opened, pairs=pairs, seed=seed))
+        found.append(checker.compare(labels, form, precisions, ids_M, opened, pairs=pairs, seed=seed))
     return found

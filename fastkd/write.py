@@ -1,4 +1,4 @@
-"""``python -m fastkd.write WRITER OUT_DIR [key=value …]``: turn a source of images into a data set."""
+"""``python -m fastkd.write WRITER OUT_DIR [key=value …]``: convert images to a data set."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,18 +15,18 @@ from fastkd.stages.writing import write
 
 def main(
     writer: Annotated[
-        str, typer.Argument(metavar="WRITER", help="Name of a writer (below) or path of a file of your own.")
+        str, typer.Argument(metavar="WRITER", help="Name of a writer (below), or path of your own file.")
     ],
-    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="The data set: a new directory.")],
+    out_dir: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Output: a new directory.")],
     options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="The writer's options.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a data set that was written there before.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing data set.")] = False,
 ) -> cli.CommandResult:
     """See _help()."""
     console.heading(f"write {writer} → {out_dir}")
     with console.bars() as progress:
         artifact, written = write(writer, out_dir, _key_values(options or []), force=force, progress=progress)
     facts, counts = artifact.facts, artifact.facts["counts"]
-    for text in facts.get(WARNINGS, ()):  # what was warned of when it was written holds where it is reused
+    for text in facts.get(WARNINGS, ()):  # also if the data set is reused
         console.warn(text)
     size = sum(stamp.size for stamp in artifact.manifest.files.values())
     done = f"written in {artifact.cost_s:.1f} s" if written else "reused: it was written before, with the same options"
@@ -53,9 +53,9 @@ def _key_values(words: list[str]) -> dict[str, Any]:
             raise InputError(f"{word!r}: {key} is given twice")
         try:
             parsed = plain_yaml.parse(value, word) if value else ""
-        except InputError:  # a tag, a colon in a path
+        except InputError:  # a tag, or a colon in a path
             parsed = value
-        # What YAML takes for a mapping is text, such as a path: no option is of this type.
+        # No option is a mapping: what YAML parses as one is text, such as a path.
         options[key] = parsed if isinstance(parsed, str | bool | int | float | list | None) else value
     return options
 
@@ -63,7 +63,7 @@ def _key_values(words: list[str]) -> dict[str, Any]:
 def _help() -> str:
     # "\n\n" keeps typer's markdown from joining the lines.
     shipped = "\n\n".join(f"- `{name}`: {(load_writer(name).doc or name).splitlines()[0]}" for name in writer_names())
-    return f"""Turn a source of images into a data set: train.beton, val.beton and a manifest.
+    return f"""Convert images to a data set: train.beton, val.beton and a manifest.
 
 Example: `python -m fastkd.write fashion_mnist data/fashion_mnist`
 
@@ -71,12 +71,12 @@ Example: `python -m fastkd.write image_folder data/pets root=~/pets max_resoluti
 
 JSON keys: path, kind, key, built, cost_s, counts, classes, skipped, bytes.
 
-Writers (the head of `writers/NAME.py` tells a writer's own options):
+Writers (`writers/NAME.py` describes the options of each):
 
 {shipped}
 
 Options of every writer: `mode=raw|jpg|smart`, `max_resolution=PIXELS`, `jpeg_quality=90`,
-`smart_threshold_bytes=65536`, `on_error=fail|skip` (a corrupt image), `workers=0` (one a core)."""
+`smart_threshold_bytes=65536`, `on_error=fail|skip` (a corrupt image), `workers=0` (one per core)."""
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_a_stream_that_fails_raises_nothing(monkeypatch, error):
     """One that nobody reads any more is no failure; one that cannot be written is."""
     raw = Raw(error)
     monkeypatch.setattr(sys, "stdout", stream_over(raw))
-    with console.lasting_streams() as failure:
+    with console.safe_streams() as failure:
         print("one")
         console.say("two")
         sys.stdout.flush()
@@ -142,7 +142,7 @@ def test_a_stream_that_fails_raises_nothing(monkeypatch, error):
 def test_all_is_written_to_a_stream_that_takes_little(monkeypatch):
     raw = Raw(most=3)
     monkeypatch.setattr(sys, "stdout", stream_over(raw))
-    with console.lasting_streams() as failure:
+    with console.safe_streams() as failure:
         print("a line that is longer")
         assert failure() is None
     assert raw.found == b"a line that is longer\n"
@@ -159,7 +159,7 @@ def test_all_is_written_to_a_stream_that_takes_little(monkeypatch):
 def test_what_an_encoding_lacks_is_replaced(monkeypatch, encoding, found):
     raw = Raw()
     monkeypatch.setattr(sys, "stdout", stream_over(raw, encoding))
-    with console.lasting_streams():
+    with console.safe_streams():
         print("80 → 20 ± 1 ×é日\udcff")
     assert raw.found == found
 
@@ -167,7 +167,7 @@ def test_what_an_encoding_lacks_is_replaced(monkeypatch, encoding, found):
 def test_streams_that_are_closed_are_no_hindrance(monkeypatch):
     for name in ("stdout", "stderr", "stdin"):
         monkeypatch.setattr(sys, name, None)
-    with console.lasting_streams() as failure:
+    with console.safe_streams() as failure:
         console.say("x")
         console.error("y")
         print("z")

@@ -86,7 +86,7 @@ def test_a_data_set_that_is_not_written_leaves_all_else_open(tiny_recipe, tiny_n
     assert [step.path for step in told] == [tmp_path / "new", None, None, None, None]
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="is not empty and holds no fastkd data set"):
+    with pytest.raises(InputError, match="is not empty and is not a fastkd data set"):
         dry_run(tiny_recipe(*overrides))
 
 
@@ -183,7 +183,7 @@ def test_the_command_prints_the_recipe_and_a_line_per_stage(command, tiny_recipe
     code, text = command(train.main, tiny_recipe.path, "seed=3", "--dry-run")
     assert code == 0
     assert "seed: 3\n" in text
-    for words in ("teacher", "is reused", "would be built", "known once what comes before it is there", "bench plan"):
+    for words in ("teacher", "would be reused", "would be built", "depends on the stages before", "bench plan"):
         assert words in text
     assert not (tmp_path / "artifacts").exists()
 
@@ -203,7 +203,7 @@ def test_seconds_come_from_the_plan_that_was_measured_for_this_here(command, tin
     assert cost_estimate.expected(tiny_recipe("student.model=cifar/resnet14"), runtime) is None
     assert cost_estimate.expected(tiny_recipe("train.batch_size=30"), runtime) is None
     code, text = command(train.main, tiny_recipe.path, "--dry-run")
-    assert "ahead: about" in text
+    assert "remaining time: about" in text
     assert "≈" in text
     here = machine.describe()
     monkeypatch.setattr(machine, "describe", lambda: here | {"cpu": "another"})

@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_student_and_another_does_not(tiny_recipe, 
 
 
 def test_stored_labels_train_as_a_live_teacher_does(tiny_recipe):
-    """In the plain view the stored rows are those that the live teacher gives, but for float16."""
+    """In the evaluation view the stored rows are those that the live teacher gives, but for float16."""
     stored, _ = pipeline.train(tiny_recipe("labels.mode=stored"))
     online, _ = pipeline.train(tiny_recipe("labels.mode=online"))
     np.testing.assert_allclose(losses(stored), losses(online), rtol=5e-3)
@@ -295,7 +295,7 @@ def test_a_teacher_whose_logits_are_not_finite_is_refused(tiny_recipe, tmp_path)
 def test_a_teacher_with_a_teacher_is_refused(tiny_recipe, tmp_path):
     path = tmp_path / "chained.yaml"
     path.write_text(tiny_recipe.path.read_text().replace("teacher.yaml", "student.yaml"))
-    with pytest.raises(InputError, match="it has a teacher itself"):
+    with pytest.raises(InputError, match="must not have a `teacher` itself"):
         pipeline.train(recipe.load(path))
 
 
@@ -334,7 +334,7 @@ def test_a_guessed_normalisation_is_told_with_the_scores_and_set_by_the_recipe(t
     weights.write_bytes((tiny_teacher / "student.safetensors").read_bytes())
     given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {weights}}}")
     (warning,) = Pipeline(recipe.load(given)).scores.facts[artifacts.WARNINGS]
-    assert f"teacher: nothing beside {weights} says which mean and std" in warning
+    assert f"teacher: the mean and std that {weights} was trained with are unknown" in warning
     assert "set teacher.mean and teacher.std" in warning
     stated = recipe.load(given, ["teacher.mean=[0.3, 0.3, 0.3]", "teacher.std=[0.2, 0.2, 0.2]"])
     assert artifacts.WARNINGS not in Pipeline(stated).scores.facts
@@ -357,7 +357,7 @@ def test_a_teacher_of_the_same_classes_in_another_order_is_refused(tiny_recipe, 
     weights = described(tiny_teacher, tmp_path / "named", classes=["cat", "1", "2"])
     given = given_by(tiny_recipe, f"{{model: cifar/resnet8, weights: {weights}}}")
     scores, _ = pipeline.score(recipe.load(given))
-    assert any("classes of other names, 1 of 3: class 0 is 'cat'" in one for one in scores.facts[artifacts.WARNINGS])
+    assert any("1 of 3 classes have other names in" in one for one in scores.facts[artifacts.WARNINGS])
 
 
 def test_a_teacher_that_is_another_net_than_its_run_says_is_refused(tiny_recipe, tiny_teacher):
@@ -396,7 +396,7 @@ def test_a_teacher_that_learns_from_the_hold_out_is_refused(tiny_recipe, tiny, t
     teacher = tmp_path / "teacher.yaml"
     text = teacher.read_text()
     teacher.write_text(text.replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, holdout_ratio: 0.1}}"))
-    with pytest.raises(InputError, match=r"data\.holdout_ratio=0\.2, and in teacher\.recipe it is 0\.1"):
+    with pytest.raises(InputError, match=r"data\.holdout_ratio=0\.2, but in teacher\.recipe it is 0\.1"):
         teacher_run(tiny_recipe.path, "data.holdout_ratio=0.2")
     assert teacher_run(tiny_recipe.path, "data.holdout_ratio=0.1").manifest.inputs["holdout_ratio"] == 0.1
 
@@ -412,7 +412,7 @@ def test_a_teacher_that_was_trained_at_another_side_is_told(tiny_recipe, tiny, t
     teacher.write_text(teacher.read_text().replace(f"{{path: {tiny.path}}}", f"{{path: {tiny.path}, input_px: 12}}"))
     pipe = Pipeline(tiny_recipe())
     assert pipe.teacher_run.manifest.inputs["view"]["input_px"] == 12
-    told = "was trained on images of 12 x 12 pixels, and scores and labels at 16 x 16, where it is less accurate"
+    told = "was trained on images of 12 x 12 pixels, but scores and labels at 16 x 16, where it is less accurate"
     assert any(told in one for one in pipe.scores.facts[artifacts.WARNINGS])
     assert artifacts.WARNINGS not in Pipeline(tiny_recipe("teacher.input_px=12")).scores.facts
 
@@ -423,13 +423,16 @@ def test_a_teacher_that_was_trained_at_another_side_is_told(tiny_recipe, tiny, t
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("student.model=torchvision/vit_b_16",), "student.model=torchvision/vit_b_16 does not take images of 16 x 16"),
-        (("student.model=torchvision/alexnet",), "Set data.input_px to a side that it takes"),
+        (
+            ("student.model=torchvision/vit_b_16",),
+            "torchvision/vit_b_16 does not accept images of 16 x 16",
+        ),
+        (("student.model=torchvision/alexnet",), "Set data.input_px to a size that it accepts"),
         (
             ("student.model=torchvision/alexnet", "data.input_px=224", "train.progressive_px={0: 32}"),
-            "does not take images of 32 x 32 pixels",
+            "does not accept images of 32 x 32 pixels",
         ),
-        (("student.model=torchvision/resnet18", "train.batch_size=1"), "in training on 1 at once"),
+        (("student.model=torchvision/resnet18", "train.batch_size=1"), "in training with batches of 1"),
         (("prune.keep_ratio=0.1",), r"train\.batch_size=25: larger than the 15 samples"),
         (("prune={method: list, ids: none.npy}",), r"none\.npy"),
         (("student.weights=WEIGHTS",), "the checkpoint's classifier has 5 classes, the model is built for 3"),
@@ -458,7 +461,7 @@ def test_nets_are_tried_before_the_data_is_written_where_the_recipe_says_the_siz
     loaded = tiny_recipe(
         f"data.path={tmp_path / 'new'}", "data.writer=arrays", "data.input_px=32", "student.model=torchvision/alexnet"
     )
-    with pytest.raises(InputError, match="does not take images of 32 x 32"):
+    with pytest.raises(InputError, match="does not accept images of 32 x 32"):
         pipeline.train(loaded)
     assert not (tmp_path / "new").exists()
 
@@ -466,8 +469,8 @@ def test_nets_are_tried_before_the_data_is_written_where_the_recipe_says_the_siz
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("data.holdout_ratio=0.001",), r"data\.holdout_ratio=0\.001: of 150 samples that keeps 0 aside"),
-        (("data.holdout_ratio=0.999",), r"that keeps 150 aside, and leaves 0 to train on"),
+        (("data.holdout_ratio=0.001",), r"data\.holdout_ratio=0\.001: of 150 samples it holds out 0"),
+        (("data.holdout_ratio=0.999",), r"it holds out 150, and leaves 0 to train on"),
         (("data.view.family=flip", "labels.topk=3"), r"labels\.topk=3: expected fewer than the 3 classes"),
     ],
 )
@@ -484,7 +487,9 @@ def test_what_has_no_effect_and_an_average_that_stays_behind_are_told_with_the_r
     run, _ = pipeline.train(tiny_recipe("train.ema_decay=0.999", "optim.betas=[0.5, 0.6]", "train.epochs=1"))
     told = run.facts[artifacts.WARNINGS]
     assert any("optim.betas=(0.5, 0.6) has no effect with optim.name=sgd" in one for one in told)
-    assert any("train.ema_decay=0.999 over 3 steps: 100% of the average are still the weights" in one for one in told)
+    assert any(
+        "train.ema_decay=0.999 over 3 steps: 100% of the average are still the initial weights" in one for one in told
+    )
 
 
 @pytest.mark.parametrize(
@@ -499,7 +504,7 @@ def test_batches_that_no_memory_holds_are_refused_in_words(tiny_recipe, stage, o
     loaded = tiny_recipe(*overrides)
     pipe = Pipeline(loaded)
     batch_size = getattr(loaded, "score" if stage == "score" else "labels").batch_size
-    with pytest.raises(InputError, match=r"take [\d,.]+ GB, and this machine has [\d,.]+ GB of memory: give a smaller"):
+    with pytest.raises(InputError, match=r"need [\d,.]+ GB, but this machine has [\d,.]+ GB of memory: give a smaller"):
         pipe.loader("train", batch_size, input_px=pipe.images.teacher_px)
 
 

@@ -33,7 +33,7 @@ def test_show_prints_a_recipe_as_it_is(run):
         assert run("show", name) == (0, (ROOT / "recipes" / "quickstart.yaml").read_text())
     code, text = run("show", "quickstrat")
     assert code == 2
-    assert "none of that name ships with fastkd; did you mean 'quickstart'?" in text
+    assert "there is no included recipe of that name; did you mean 'quickstart'?" in text
 
 
 def test_copy_takes_the_teacher_along_and_overwrites_nothing(run, tmp_path):
@@ -44,12 +44,12 @@ def test_copy_takes_the_teacher_along_and_overwrites_nothing(run, tmp_path):
     assert recipe.load(loaded.teacher.recipe).name == "quickstart-teacher"
     code, text = run("copy", "quickstart")
     assert code == 0
-    assert "all of it is there already" in text
+    assert "all files exist already" in text
     Path("rn50_r18.yaml").write_text("mine")
     (tmp_path / "recipe.schema.json").unlink()
     code, text = run("copy", "rn50_r18")
     assert code == 2
-    assert "rn50_r18.yaml: there already" in text
+    assert "rn50_r18.yaml: exists with other contents" in text
     assert Path("rn50_r18.yaml").read_text() == "mine"
     assert not Path("recipe.schema.json").exists()
 

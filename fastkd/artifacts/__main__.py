@@ -23,7 +23,7 @@ def ls(paths: Folders = None) -> cli.CommandResult:
 
     Files are not verified; see python -m fastkd.check ARTIFACT.
 
-    JSON keys: artifacts (of each: path, state, kind, key, parents, bytes, changed, note, left_over, used_by), bytes.
+    JSON keys: artifacts (for each: path, state, kind, key, parents, bytes, changed, note, left_over, used_by), bytes.
 
     Example: python -m fastkd.artifacts ls data runs
     """
@@ -81,16 +81,16 @@ def gc(
         else:
             deleted.append(one)
     freed = sum(one.bytes for one in deleted)
-    said = f"{inventory.megabytes(freed)} freed ({freed:,} bytes)"
+    summary = f"{inventory.megabytes(freed)} freed ({freed:,} bytes)"
     if failed:
-        console.say(f"gc: {said}")
+        console.say(f"gc: {summary}")
         raise InputError(f"{failed} of {len(unneeded)} folders could not be deleted")
-    return _result(said, unneeded, deleted)
+    return _result(summary, unneeded, deleted)
 
 
-def _result(said: str, unneeded: "Sequence[Found]", deleted: "Sequence[Found]" = ()) -> cli.CommandResult:
+def _result(summary: str, unneeded: "Sequence[Found]", deleted: "Sequence[Found]" = ()) -> cli.CommandResult:
     return cli.CommandResult(
-        f"gc: {said}",
+        f"gc: {summary}",
         {
             "unneeded": [str(one.path) for one in unneeded],
             "deleted": [str(one.path) for one in deleted],

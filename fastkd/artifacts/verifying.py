@@ -119,8 +119,8 @@ class Artifact:
             except OSError as error:
                 what = f"cannot be read any more ({error.strerror})"
             raise ArtifactError(
-                f"{file}: {what} while it was in use; what was computed since then is not kept. Put the file back, and "
-                f"the same command goes on; or delete {self.path} and build it again."
+                f"{file}: {what} while it was in use; what was computed since then is not kept. Restore the file "
+                f"and run the same command again to resume, or delete {self.path} and build it again."
             )
 
     def array(self, name: str) -> np.ndarray:

@@ -105,14 +105,14 @@ def serve(descriptor: int, caller: int) -> None:
 def _outcome(channel: Connection) -> tuple[str, Any]:
     process = os.getpid()
 
-    def hand_on(text: str) -> None:
+    def forward(text: str) -> None:
         if os.getpid() == process:
             channel.send(("warning", text))
         else:  # a forked worker, which must not write to the channel that it shares
-            console.hand_on_warnings(None)
+            console.forward_warnings(None)
             console.warn(text)
 
-    console.hand_on_warnings(hand_on)
+    console.forward_warnings(forward)
     try:
         target, argument = channel.recv()
         module, function = target.split(":")

@@ -1,1 +1,1 @@
-"""Export a RUN's student, or the kept samples of a SUBSET as a data set."""
+"""Export the student of a RUN, or the kept samples of a SUBSET as a data set."""

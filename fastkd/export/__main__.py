@@ -1,4 +1,4 @@
-"""``python -m fastkd.export RUN|SUBSET OUT``: a student for use elsewhere, or the kept samples as a data set."""
+"""``python -m fastkd.export RUN|SUBSET OUT``: export a student, or the kept samples as a data set."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,29 +10,27 @@ from fastkd.errors import InputError
 
 
 def main(
-    path: Annotated[
-        Path, typer.Argument(metavar="RUN|SUBSET", help="Directory of a RUN or a SUBSET, as train and prune print it.")
-    ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="What is made: a new directory.")],
+    path: Annotated[Path, typer.Argument(metavar="RUN|SUBSET", help="Directory of a RUN or a SUBSET.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output: a new directory.")],
     data: Annotated[
         Path | None,
-        typer.Option(metavar="DATASET", help="Of a SUBSET: the data set that was pruned, where it is not found."),
+        typer.Option(metavar="DATASET", help="For a SUBSET: the data set that was pruned, if it is not found."),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(metavar="LABELS", help="Of a SUBSET: the labels to take along; default: those beside it."),
+        typer.Option(metavar="LABELS", help="For a SUBSET: the LABELS to include. Default: those beside it."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> cli.CommandResult:
-    """Make what a RUN or a SUBSET holds usable elsewhere.
+    """Export the student of a RUN, or the kept samples of a SUBSET.
 
-    Of a RUN: its student as ONNX, as torch.export's .pt2 and as weights, with model.json, which says what images it
-    takes. Both files take uint8 images and hold the normalisation; what they say is compared with the net.
+    For a RUN: the student as ONNX, as .pt2 (torch.export) and as weights, with model.json, which describes its input.
+    Both graphs take uint8 images and include the normalisation; their logits are compared with those of the network.
 
-    Of a SUBSET: the samples that it keeps, and the labels made for it, as a data set that needs nothing else. Images
-    are copied as they are stored; samples keep their ids, and the data set its mean and std.
+    For a SUBSET: the kept samples and their LABELS, as a self-contained data set. Images are copied as they are stored.
+    Sample ids, mean and std do not change.
 
-    JSON keys: path, kind, key, built, cost_s. Of a RUN also: model, worst_difference. Of a SUBSET also: counts, bytes.
+    JSON keys: path, kind, key, built, cost_s. For a RUN also model, worst_difference; for a SUBSET counts, bytes.
 
     Example: python -m fastkd.export runs/quickstart-01234567 student
 
@@ -41,7 +39,7 @@ def main(
     if artifacts.read_manifest(path).kind != "RUN":
         return _export_subset(path, out, data, labels, force)
     if data is not None or labels is not None:
-        raise InputError(f"{path}: is a RUN, whose student needs neither --data nor --labels")
+        raise InputError(f"{path}: is a RUN; --data and --labels are for a SUBSET")
     return _export_run(path, out, force)
 
 
@@ -54,11 +52,11 @@ def _export_run(run: Path, out: Path, force: bool) -> cli.CommandResult:
     files = {name: stamp for name, stamp in artifact.manifest.files.items() if name != "model.json"}
     for name, stamp in files.items():
         worst = artifact.facts["worst_difference"].get(name)
-        told = "the weights" if worst is None else f"off the net by {worst:.1g} of the largest logit, at most"
-        console.say(f"{artifact.path / name}: {stamp.size / 1e6:,.1f} MB; {told}")
-    console.say(f"{artifact.path / 'model.json'}: what images it takes, and what it gives")
+        note = "the weights" if worst is None else f"largest error {worst:.1g}, relative to the largest logit"
+        console.say(f"{artifact.path / name}: {stamp.size / 1e6:,.1f} MB; {note}")
+    console.say(f"{artifact.path / 'model.json'}: description of input and output")
     done = f"built in {artifact.cost_s:.1f} s" if built else "reused: it was exported before"
-    console.say(f"try it: python -m fastkd.predict {artifact.path} IMAGES…")
+    console.say(f"to try it: python -m fastkd.predict {artifact.path} IMAGES…")
     return cli.CommandResult.of(
         f"STUDENT: {artifact.path} ({artifact.facts['model']}), {done}",
         artifact,
@@ -78,12 +76,12 @@ def _export_subset(subset: Path, out: Path, data: Path | None, labels: Path | No
     size = origin["bytes"]
     files = size["dataset"] + size["labels"]
     kept, of = facts["counts"]["train"], origin["counts"]["train"]
-    done = f"built in {artifact.cost_s:.1f} s" if built else "reused: it was exported before, from the same"
+    done = f"built in {artifact.cost_s:.1f} s" if built else "reused: it was exported before from the same SUBSET"
     console.say(
-        f"what remains of the train images' bytes: {_share(size['images'], size['images_parent'])}; "
-        f"of the files, with val{' and the labels' if size['labels'] else ''}: {_share(files, size['parent'])}"
+        f"size of the train images: {_share(size['images'], size['images_parent'])}; "
+        f"of all files, with val{' and labels' if size['labels'] else ''}: {_share(files, size['parent'])}"
     )
-    console.say(f"train from it: python -m fastkd.train RECIPE data.path={artifact.path}")
+    console.say(f"to train on it: python -m fastkd.train RECIPE data.path={artifact.path}")
     return cli.CommandResult.of(
         f"DATASET: {artifact.path}: {kept:,} of {of:,} train images, {facts['counts']['val']:,} val images; {done}",
         artifact,

@@ -1,4 +1,4 @@
-"""export: a SUBSET and the LABELS made for it → a DATASET of the kept samples that needs nothing else."""
+"""export: copy the kept samples of a SUBSET, and its LABELS → a self-contained DATASET."""
 
 import os
 import shutil
@@ -30,53 +30,52 @@ def export_dataset(
     force: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Artifact, bool]:
-    """Publish the samples that a SUBSET keeps as a DATASET of their own.
+    """Publish the kept samples of a SUBSET as a DATASET.
 
-    Images are copied as they are stored. Samples keep the ids, and the data set the mean and std, that they have where
-    they come from, so that nets see the same pixels and views, and rows of labels are found by the same ids. ``val`` is
-    copied whole; copies of the SUBSET and the LABELS lie in ``subset`` and ``labels``.
+    Images are copied as they are stored. Sample ids, mean and std are those of the original DATASET, so networks see
+    the same pixels and views, and labels are found by the same ids. ``val`` is copied completely. The folders
+    ``subset`` and ``labels`` contain copies of the SUBSET and the LABELS.
 
     Parameters
     ----------
     subset
         Directory of the SUBSET.
     out
-        Where the data set is published. A directory that holds anything but an earlier export is refused, `force` or
-        not.
+        Output directory. A directory with other contents than an earlier export is refused, even with `force`.
     data
-        Directory of the DATASET that was pruned, or of an export of it that has the samples. Default: where the SUBSET
-        says that it was; else X, where the SUBSET lies in X.artifacts.
+        Directory of the DATASET that was pruned, or of an export of it that contains the samples. Default: the path
+        recorded in the SUBSET; otherwise X, if the SUBSET is in X.artifacts.
     labels
-        Directory of the LABELS. Default: those of this SUBSET that lie beside it, if there are any.
+        Directory of the LABELS. Default: the LABELS of this SUBSET that are beside it, if there are any.
     force
-        Export again where an earlier export is.
+        Replace an earlier export.
     progress
         Called with ("train", images copied, total).
 
     Returns
     -------
     artifact, built
-        `built` is False where `out` held this export already.
+        `built` is False if `out` already held this export.
 
     Raises
     ------
     InputError
-        `subset` is something else, `data` cannot be found, `data` has not the samples, there are several LABELS to
-        choose from, `out` is taken.
+        `subset` is not a SUBSET, `data` is not found or does not contain the samples, there are several LABELS, or
+        `out` has other contents.
     ArtifactError
-        Something is missing or damaged, or was made from something else.
+        An artifact is missing or damaged, or was made from another one.
     FastkdError
-        The disk is full, or has too little room to begin with.
+        The disk is full, or too small for the export.
     """
     target = _absolute(out)
     sources = _open(_absolute(subset), data, labels)
     for source in (a.path.resolve() for a in (sources.data, sources.subset, sources.labels) if a):
         if source.is_relative_to(target.resolve()) or target.resolve().is_relative_to(source):
-            raise InputError(f"{target}: is, holds or lies within {source}, which is exported; choose another place")
+            raise InputError(f"{target}: overlaps {source}, which is exported; choose another directory")
     refuse_foreign(target)
     if target.exists() and "export" not in read_manifest(target).facts:
-        raise InputError(f"{target}: holds a data set that is no export; choose another directory; nothing was touched")
-    # Of copies, of sealing and publishing; of images `extract` tells.
+        raise InputError(f"{target}: holds a data set that is not an export; choose another directory")
+    # For errors while copying files and publishing; `extract` explains those while writing images.
     with full_disk_explained(target, "the next run starts over", setting="another OUT"):
         artifact, built = artifacts.build(
             target,
@@ -103,15 +102,17 @@ def export_dataset(
 
 @dataclass(frozen=True)
 class _Sources:
-    """What goes into an export.
+    """The artifacts that an export is made from.
 
     Attributes
     ----------
     origin : dict
-        Key, counts and bytes of the DATASET that the SUBSET was chosen from, as ``facts["export"]`` has them: `data`
-        may be an export of it.
+        Key, counts and bytes of the DATASET that was pruned, in the form of ``facts["export"]``. `data` may be an
+        export of it.
+    table
+        The table of samples of ``train.beton`` of `data`.
     sample_ids, positions : int64 [M]
-        Of the kept samples, ascending, and where they stand in `table`, that of the ``train.beton`` of `data`.
+        Ids of the kept samples, ascending, and their positions in `table`.
     """
 
     subset: Artifact
@@ -124,7 +125,7 @@ class _Sources:
 
     @property
     def keys(self) -> dict[str, str | None]:
-        """What tells one export from another."""
+        """The fields that identify an export."""
         return {
             "dataset": self.origin["dataset"],
             "subset": self.subset.key,
@@ -135,7 +136,7 @@ class _Sources:
 
 
 def _open(path: Path, data: str | os.PathLike[str] | None, labels: str | os.PathLike[str] | None) -> _Sources:
-    """Open all that goes into an export, and see that it belongs together."""
+    """Open the artifacts to export, and check that they belong together."""
     if (kind := read_manifest(path).kind) != "SUBSET":
         raise InputError(f"{path}: is of kind {kind}; expected a SUBSET, as python -m fastkd.prune makes it")
     subset = artifacts.load(path, "SUBSET")
@@ -147,7 +148,7 @@ def _open(path: Path, data: str | os.PathLike[str] | None, labels: str | os.Path
     table = read_table(dataset.file("train.beton"))
     if len(table.metadata) != dataset.facts["counts"]["train"]:
         raise ArtifactError(
-            f"{table.file}: holds {len(table.metadata)} samples, the manifest says {dataset.facts['counts']['train']}; "
+            f"{table.file}: holds {len(table.metadata)} samples instead of {dataset.facts['counts']['train']}; "
             "write the data set again"
         )
     origin = _origin(subset, dataset, table)
@@ -156,14 +157,14 @@ def _open(path: Path, data: str | os.PathLike[str] | None, labels: str | os.Path
     expected = list(subset.facts["class_counts"])
     if counts != expected:
         raise InputError(
-            f"{dataset.path}: the samples that {path} keeps have other labels here: per class {_few(counts)}, not "
+            f"{dataset.path}: the samples kept by {path} have other labels in it: {_few(counts)} per class instead of "
             f"{_few(expected)}; give the data set that was pruned: --data DATASET"
         )
     return _Sources(subset, dataset, _labels(subset, labels), origin, table, sample_ids, positions)
 
 
 def _content(*sources: Artifact | None) -> str:
-    """Return what identifies the very bytes of some artifacts, which their keys do not (32 hex digits)."""
+    """Return a digest of the exact bytes of artifacts, which their keys do not determine (32 hex digits)."""
     stamps = [[name, stamp.xxh3_128] for a in sources if a for name, stamp in sorted(a.manifest.files.items())]
     return xxhash.xxh3_128_hexdigest(artifacts.canonical(stamps).encode())
 
@@ -183,12 +184,12 @@ def _data_path(subset: Artifact, given: str | os.PathLike[str] | None) -> Path:
     for place in places:
         if place.exists():
             return place
-    looked = f" (looked at {', '.join(map(str, places))})" if places else ""
-    raise InputError(f"{subset.path}: which data set was pruned is not known here{looked}; give it: --data DATASET")
+    searched = f" (searched {', '.join(map(str, places))})" if places else ""
+    raise InputError(f"{subset.path}: the data set that was pruned is not found{searched}; give it: --data DATASET")
 
 
 def _origin(subset: Artifact, data: Artifact, table: Table) -> dict[str, Any]:
-    """Return what is known of the DATASET that the SUBSET was chosen from, having seen that `data` is that or of it."""
+    """Return key, counts and bytes of the DATASET that was pruned; check that `data` is it, or an export of it."""
     files = {name: data.file(name).stat().st_size for name in _BETONS}
     size = {"parent": sum(files.values()), "images_parent": int(table.sizes.sum())}
     itself = {"dataset": data.key, "counts": data.facts["counts"], "bytes": size}
@@ -198,13 +199,13 @@ def _origin(subset: Artifact, data: Artifact, table: Table) -> dict[str, Any]:
         rows = len(subset.array("difficulty.npy"))
         if rows != len(table.metadata):
             raise InputError(
-                f"{data.path}: holds {len(table.metadata)} train samples, and {subset.path} was chosen from {rows}; "
-                "give the data set that the logits are of: --data DATASET"
+                f"{data.path}: holds {len(table.metadata)} train samples, but {subset.path} was selected from {rows}; "
+                "give the data set of the logits: --data DATASET"
             )
         if not np.array_equal(table.sample_ids, np.arange(rows)):
             raise InputError(
-                f"{data.path}: is an export, whose samples are not numbered as the rows of the logits that "
-                f"{subset.path} was chosen from; give the data set that it was exported from: --data DATASET"
+                f"{data.path}: is an export, whose sample ids are not the rows of the logits that {subset.path} was "
+                "selected from; give the data set that it was exported from: --data DATASET"
             )
         return itself
     if chosen_from == data.key:
@@ -216,7 +217,7 @@ def _origin(subset: Artifact, data: Artifact, table: Table) -> dict[str, Any]:
             "bytes": {name: earlier["bytes"][name] for name in size},
         }
     raise ArtifactError(
-        f"{subset.path}: was chosen from the DATASET of key {chosen_from}, and {data.path} has the key {data.key}; "
+        f"{subset.path}: was selected from the DATASET of key {chosen_from}, but {data.path} has the key {data.key}; "
         "give the data set that was pruned: --data DATASET"
     )
 
@@ -227,7 +228,7 @@ def _labels(subset: Artifact, given: str | os.PathLike[str] | None) -> Artifact 
         labels = artifacts.load(_absolute(given), "LABELS")
         if (made_for := labels.manifest.parents.get("SUBSET")) != subset.key:
             raise ArtifactError(
-                f"{labels.path}: was made for the SUBSET of key {made_for}, and {subset.path} has the key {subset.key}"
+                f"{labels.path}: was made for the SUBSET of key {made_for}, but {subset.path} has the key {subset.key}"
             )
         if not _made_for(labels.manifest, subset):
             raise ArtifactError(f"{labels.path}: was made before {subset.path} was built again; label again")
@@ -243,7 +244,7 @@ def _labels(subset: Artifact, given: str | os.PathLike[str] | None) -> Artifact 
 
 
 def _made_for(labels: Manifest, subset: Artifact) -> bool:
-    """Tell whether rows are stored for just these samples of a SUBSET."""
+    """Return whether LABELS hold rows of exactly the samples of a SUBSET."""
     asked = subset_key_fields(subset)
     made = {name: labels.inputs.get(name) for name in asked}
     return labels.parents.get("SUBSET") == subset.key and made == asked
@@ -263,7 +264,7 @@ def _fill(directory: Path, sources: _Sources, progress: Progress | None) -> Buil
     for folder, artifact in copies.items():
         for name in artifact.manifest.files:
             stamps[f"{folder}/{name}"] = _copy(artifact, name, directory / folder / name)
-        # As it was opened: labels may have grown since.
+        # The manifest as it was opened: LABELS may have got more views since.
         artifacts.write_manifest(directory / folder, artifact.manifest)
 
     val_height, val_width = read_table(directory / "val.beton").largest
@@ -297,8 +298,8 @@ def _need_space(directory: Path, sources: _Sources, copies: Mapping[str, Artifac
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise FastkdError(
-            f"{directory.parent}: the export needs {needed:,} bytes, and {free:,} are free; free some or export "
-            "elsewhere"
+            f"{directory.parent}: the export needs {needed:,} bytes, but {free:,} are free; free some space or export "
+            "to another disk"
         )
 
 
@@ -307,12 +308,12 @@ def _size(artifact: Artifact) -> int:
 
 
 def _copy(artifact: Artifact, name: str, target: Path) -> FileStamp:
-    """Copy a file and read the copy back; a link would share any damage."""
+    """Copy a file and verify the copy. A hard link would share later damage."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(artifact.file(name), target)
     stamp = artifact.manifest.files[name]
     if target.stat().st_size != stamp.size or file_digest(target) != stamp.xxh3_128:
-        raise FastkdError(f"{target}: reads back otherwise than {artifact.path / name}; is the disk all right?")
+        raise FastkdError(f"{target}: differs from {artifact.path / name} after copying; check the disk")
     return stamp
 
 

@@ -1,4 +1,4 @@
-"""deploy: the student of a RUN → a STUDENT, for use without fastkd: ONNX, torch.export, weights and what they take."""
+"""export: the student of a RUN → STUDENT: ONNX, torch.export, weights, and a description of the input."""
 
 import json
 import os
@@ -21,39 +21,39 @@ from fastkd.stages.writing import refuse_foreign
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED_BATCHES = (1, 2, 5)  # the graphs are traced with 2
 TOLERANCE = 1e-3
-"""How far a logit of a written file may be off, over the largest of all: measured are some 1e-6."""
+"""Largest accepted error of a logit of an exported graph, relative to the largest logit; about 1e-6 is measured."""
 
 
 def export_student(
     run: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False
 ) -> tuple[Artifact, bool]:
-    """Publish a RUN's student in formats that need neither fastkd nor the data.
+    """Publish the student of a RUN in formats that need neither fastkd nor the data.
 
-    ``student.onnx`` and ``student.pt2`` (torch.export) take uint8 images [B, 3, H, W], RGB, of any number B, and give
-    float32 logits [B, K]; the normalisation is inside. ``student.safetensors`` holds the weights, ``model.json`` says
-    how images are cut, and how far both files were off the net when they were run on random images.
+    ``student.onnx`` and ``student.pt2`` (torch.export) take uint8 RGB images [B, 3, H, W] with any B, and return
+    float32 logits [B, K]; the normalisation is included. ``student.safetensors`` contains the weights. ``model.json``
+    describes the preprocessing, and the largest error of both graphs on random images.
 
     Parameters
     ----------
     out
-        A new directory. One that holds anything but an earlier export is refused, `force` or not.
+        Output directory. A directory with other contents than an earlier export is refused, even with `force`.
 
     Returns
     -------
     artifact, built
-        `built` is False where `out` held this student already.
+        `built` is False if `out` already held this student.
 
     Raises
     ------
     InputError
-        `run` is no RUN, `out` is taken, a package for ONNX is missing.
+        `run` is not a RUN, `out` has other contents, or a package for ONNX is missing.
     FastkdError
-        The net cannot be exported, or what was written says something else than the net.
+        The network cannot be exported, or an exported graph computes other logits than the network.
     """
     source, target = Path(run), Path(os.path.abspath(Path(out).expanduser()))
     require("exporting a student", *ONNX_PACKAGES)
     if target.is_relative_to(source.resolve()):
-        raise InputError(f"{target}: lies within the RUN; choose another place")
+        raise InputError(f"{target}: is inside the RUN; choose another directory")
     loaded = artifacts.load(source, "RUN")
     refuse_foreign(target, "STUDENT")
     stamps = loaded.manifest.files
@@ -70,7 +70,7 @@ def export_student(
 
 
 def _fill(directory: Path, student: Student) -> Built:
-    """Write the files, and run them."""
+    """Write the files, and check the graphs."""
     shutil.copyfile(student.artifact.file("student.safetensors"), directory / "student.safetensors")
     height, width = student.input_hw
     draw = torch.Generator().manual_seed(0)
@@ -82,8 +82,8 @@ def _fill(directory: Path, student: Student) -> Built:
     for name, difference in worst.items():
         if not difference <= TOLERANCE:
             raise FastkdError(
-                f"{name}: its logits are off by {difference:.2g} of the largest, where {TOLERANCE:g} is allowed: this "
-                "net cannot be exported with the torch and onnx that are installed"
+                f"{name}: its logits differ from the network's by {difference:.2g} of the largest, more than "
+                f"{TOLERANCE:g}: this network cannot be exported with the installed versions of torch and onnx"
             )
     described = student.described | {
         "preprocessing": _preprocessing(student.described),
@@ -103,7 +103,7 @@ def _fill(directory: Path, student: Student) -> Built:
 def _write(directory: Path, student: Student, images: Tensor) -> None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of exporters about themselves
+            warnings.simplefilter("ignore")  # the exporters warn about their own internals
             batch = torch.export.Dim.DYNAMIC
             program = torch.export.export(student.net, (images,), dynamic_shapes=({0: batch},))
             torch.export.save(program, directory / "student.pt2")
@@ -119,14 +119,14 @@ def _write(directory: Path, student: Student, images: Tensor) -> None:
             )
     except OSError:
         raise
-    except Exception as error:  # exporters fail in any way there is
+    except Exception as error:  # exporters raise exceptions of any type
         first = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise FastkdError(f"{student.described['model']} cannot be exported: {first}") from error
 
 
 def _worst_differences(directory: Path, student: Student, images: list[Tensor]) -> dict[str, float]:
-    """Return how far each file's logits are off the net's at most, over the largest of all."""
-    # Else ONNX Runtime writes an id into the user's cache folder, and sends events to its makers.
+    """Return the largest error of the logits of each graph, relative to the largest logit."""
+    # Otherwise ONNX Runtime writes an id to the user's cache folder, and sends telemetry.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
@@ -147,16 +147,16 @@ def _worst_differences(directory: Path, student: Student, images: list[Tensor]) 
 
 
 def _preprocessing(described: dict[str, Any]) -> list[str]:
-    """Say in words what happens to an image before the net sees it."""
-    (height, width), ratio, shrunk = (
+    """Describe the preprocessing of an image, step by step."""
+    (height, width), ratio, max_px = (
         described["input_hw"],
         described["crop_ratio"],
         described["stored"]["max_resolution"],
     )
     steps = ["decode to RGB, 8 bits a channel; an EXIF orientation is ignored, alpha dropped"]
-    if shrunk:
-        steps.append(f"if its longer side exceeds {shrunk} pixels, shrink it to that (OpenCV's INTER_AREA)")
+    if max_px:
+        steps.append(f"if its longer side exceeds {max_px} pixels, shrink it to that (OpenCV's INTER_AREA)")
     if ratio is not None:
-        steps.append(f"cut the centred square of side int({ratio:g} * its shorter side)")
+        steps.append(f"crop the centred square of side int({ratio:g} * its shorter side)")
     steps.append(f"resize to {height} x {width} pixels (height x width; OpenCV's INTER_AREA), if it has another size")
     return [*steps, "arrange as uint8 [batch, 3, height, width]"]

@@ -1,1 +1,1 @@
-"""Pages that compare RUNs: times, accuracies, curves, and where students are wrong."""
+"""HTML reports on RUNs: times, accuracies, curves, and errors by class."""

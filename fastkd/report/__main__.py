@@ -1,4 +1,4 @@
-"""``python -m fastkd.report RUN [RUN …]``: one page about runs, and its charts as PNG files."""
+"""``python -m fastkd.report RUN [RUN …]``: an HTML report on runs, and its charts as PNG files."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,19 +9,19 @@ from fastkd import cli
 
 
 def main(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN …]", help="Directories that train printed.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN …]", help="Directories of RUNs.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where it goes; default: beside the first RUN, as RUN.report.")
+        Path | None, typer.Option(metavar="DIR", help="Output directory. Default: RUN.report, beside the first RUN.")
     ] = None,
     evaluate: Annotated[
-        bool, typer.Option(help="Run student and teacher over val, for the accuracy on each class.")
+        bool, typer.Option(help="Run student and teacher on val, for the accuracy of each class.")
     ] = True,
 ) -> cli.CommandResult:
-    """Write report.html: accuracy, time, the selection, samples, and how to reproduce it; of several runs, compared.
+    """Write report.html: accuracy, time, selection, samples, and how to reproduce a run; several runs are compared.
 
-    The page needs nothing else and no network. Runs that differ only in their seed are summed up as mean ± std. What
-    needs the data, the teacher or the selection is left out where these are gone, and the page says so. A student that
-    was exported is told of where it lies beside its RUN, or is given as well.
+    The page is a single file and needs no network. Runs that differ only in their seed are reported as mean ± std.
+    Sections that need the data set, the teacher or the SUBSET are left out if these are missing, with a note. Exported
+    students are listed if they are beside their RUN, or are given as arguments.
 
     JSON keys: path, runs.
 

@@ -1,4 +1,4 @@
-"""report: what RUNs were, reached and cost, as one page that needs nothing else, and its charts as PNG files."""
+"""report: write a self-contained HTML page about RUNs, and its charts as PNG files."""
 
 import shlex
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure, with what it shows in words, for who cannot see it, and what stands below it."""
+    """A figure, with a text alternative for screen readers, and a caption."""
 
     name: str
     figure: Figure
@@ -36,13 +36,13 @@ class Chart:
 
     @property
     def svg(self) -> Markup:
-        """As it stands in the page."""
+        """The figure as SVG, for the page."""
         return Markup(plots.svg(self.figure, self.name))
 
 
 @dataclass(frozen=True)
 class Found:
-    """What could be found out beside the RUNs themselves; where it could not, `why` says so by the section's name."""
+    """Results that need more than the RUNs themselves. For each missing section, `why` contains the reason, by name."""
 
     run: RunFacts
     selection: "Selection | None"
@@ -53,53 +53,54 @@ class Found:
 
     @property
     def guesses_missing(self) -> bool:
-        """Tell whether samples are shown without what the teacher says of them."""
+        """Whether samples are shown without the teacher's prediction."""
         shown = [one for group in self.samples or () for one in (*group.kept, *group.dropped)]
         return any(one.guess is None for one in shown)
 
 
 def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = True) -> Path:
-    """Write `report.html` and its charts about RUNs, and return the page's path.
+    """Write `report.html` and its charts for RUNs, and return the path of the page.
 
     Parameters
     ----------
     out
-        A directory; default: beside the first RUN, named as it is, with ``.report``.
+        Output directory. Default: beside the first RUN, with the suffix ``.report``.
     evaluate
-        Run the student and its teacher over val, for the accuracy on each class.
+        Run the student and its teacher on val, for the accuracy of each class.
 
     Raises
     ------
     ArtifactError
         A RUN is missing or damaged.
     InputError
-        `out` lies in an artifact, or cannot be written.
+        `out` is inside an artifact, or cannot be written.
     """
     students = [path for path in paths if (path / MANIFEST).exists() and read_manifest(path).kind == "STUDENT"]
-    meant = [path for path in paths if path not in students and not _is_beside(path)]
-    given = [read(path) for path in dict.fromkeys(path.resolve() for path in meant)]
-    runs = list({run.artifact.key: run for run in reversed(given)}.values())[::-1]  # one student is one, however often
+    candidates = [path for path in paths if path not in students and not _is_other_output(path)]
+    given = [read(path) for path in dict.fromkeys(path.resolve() for path in candidates)]
+    runs = list({run.artifact.key: run for run in reversed(given)}.values())[::-1]  # copies count once
     if not runs:
         raise InputError(
-            f"{paths[0]}: is no RUN; give {'the one that it was exported from' if students else 'those beside it'}"
+            f"{paths[0]}: is not a RUN; "
+            f"give {'the RUN that it was exported from' if students else 'the RUNs beside it'}"
         )
     if len(runs) < len(given):
-        console.warn(f"report: {len(given) - len(runs)} runs are of a recipe and seed that others are of; left out")
+        console.warn(f"report: left out {len(given) - len(runs)} duplicate runs, of the same recipe and seed as others")
     out = out or runs[0].path.with_name(runs[0].path.name + SUFFIX)
     inside = next((p for p in (out.absolute(), *out.absolute().parents) if (p / "manifest.json").exists()), None)
     if inside:
-        raise InputError(f"--out {out}: lies in an artifact ({inside}); artifacts are never written to: choose another")
+        raise InputError(f"--out {out}: is inside an artifact ({inside}); choose another directory")
     groups = grouped(runs)
     exported = [one for run in runs for one in exports(run, students)]
     for path in students:
         if path.resolve() not in {one.path for one in exported}:
-            console.warn(f"report: {path} was exported from none of these runs; left out")
+            console.warn(f"report: left out {path}: it was not exported from any of these runs")
     texts = [*(group.title for group in groups), *(name for run in runs for name in run.classes)]
     with plots.style(texts):
         found = inspect(runs, evaluate=evaluate)
         names = found.run.classes
         charts = drawn = [*over_time(groups), *of_classes(found, names)]
-        if any(writable(text) != text for text in texts):  # what a browser can write a PNG may not
+        if any(writable(text) != text for text in texts):  # browsers have fonts that matplotlib may lack
             titled = [replace(group, title=writable(group.title)) for group in groups]
             drawn = [*over_time(titled), *of_classes(found, class_names(names))]
         try:
@@ -107,7 +108,7 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
             for chart in drawn:
                 plots.png(chart.figure, out / f"{chart.name}.png")
             if found.sheet:
-                plots.png(found.sheet, out / "samples.png")  # a PNG alone: the page has its own
+                plots.png(found.sheet, out / "samples.png")  # as PNG only: the page shows its own samples
             page = out / "report.html"
             page.write_text(render(groups, found, charts, exported), encoding="utf-8")
         except OSError as error:
@@ -115,54 +116,55 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
     return page
 
 
-def _is_beside(path: Path) -> bool:
-    """Tell whether a folder is what ``runs/*`` brings along: a report, or a RUN that is not finished."""
-    if beside := path.name.endswith((SUFFIX, PARTIAL)):
-        console.warn(f"report: {path} is no finished RUN; left out")
-    return beside
+def _is_other_output(path: Path) -> bool:
+    """Return whether a folder is a report or an unfinished RUN, which ``runs/*`` also matches; if so, warn."""
+    if other := path.name.endswith((SUFFIX, PARTIAL)):
+        console.warn(f"report: left out {path}: it is not a finished RUN")
+    return other
 
 
 def over_time(groups: Sequence[Group]) -> list[Chart]:
-    """Draw how the students came along, and where the time went."""
-    said = "; ".join(
-        f"{g.title}: {percent(g.top1)} after {clock(g.further_s.mean)} alone, {clock(g.first_s.mean)} with all before"
+    """Draw accuracy and loss during training, and the time of each stage."""
+    summary = "; ".join(
+        f"{g.title}: {percent(g.top1)} after {clock(g.further_s.mean)} (additional student), "
+        f"{clock(g.first_s.mean)} (first student)"
         for g in groups
     )
-    waits = "; ".join(f"{g.title}: {100 * g.data_wait_share.mean:.1f} % in all" for g in groups)
+    waits = "; ".join(f"{g.title}: {100 * g.data_wait_share.mean:.1f} % of the training time" for g in groups)
     stages = "; ".join(f"{g.title}: " + ", ".join(f"{s.name} {clock(s.seconds)}" for s in g.stages) for g in groups)
-    looked = any(look.split == "holdout" for g in groups for run in g.runs for look in run.evaluations)
+    has_holdout = any(e.split == "holdout" for g in groups for run in g.runs for e in run.evaluations)
     over_epochs = Chart(
         "top1-over-epochs",
         plots.top1_over_epochs(groups),
-        f"Top-1 against epochs. {said}",
-        "Early looks are on the hold-out; val is looked at once, after the last epoch.",
+        f"Top-1 against epochs. {summary}",
+        "During training the hold-out is evaluated; val is evaluated once, after the last epoch.",
     )
     return [
         Chart(
             "top1-over-time",
             plots.top1_over_time(groups),
-            f"Top-1 against wall time. {said}",
-            "Filled: what this student took by itself. Ring: with all that was made before it charged to it.",
+            f"Top-1 against wall time. {summary}",
+            "Filled: time of an additional student. Ring: time of the first student, with all stages before it.",
         ),
-        *([over_epochs] if looked else []),
+        *([over_epochs] if has_holdout else []),
         Chart(
             "loss",
             plots.loss_over_epochs(groups),
             "Training loss over epochs, one line per run",
-            "Heights compare only between runs with the same loss and the same teacher’s logits; shapes always do.",
+            "Values are comparable only between runs with the same loss function and the same teacher logits.",
         ),
         Chart(
             "data-wait",
             plots.data_wait_over_epochs(groups),
             f"Data wait over epochs. {waits}",
-            "Host time before a batch had arrived, from before it was asked for: an upper bound on stall, which only "
-            "fastkd.bench step measures.",
+            "Share of time between requesting a batch and its arrival on the host: an upper bound on the stall, which "
+            "fastkd.bench step measures directly.",
         ),
         Chart(
             "time",
             plots.time_by_stage(groups),
             f"Seconds by stage. {stages}",
-            "Hatched: reused, by one seed at least, and charged at what it cost when it was built."
+            "Hatched: reused by at least one seed, and counted with the time that building it took."
             if any(stage.reused for g in groups for stage in g.stages)
             else "Nothing was reused.",
         ),
@@ -170,7 +172,7 @@ def over_time(groups: Sequence[Group]) -> list[Chart]:
 
 
 def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> Found:
-    """Look at the parents of the first run that has a selection, else of the first."""
+    """Inspect the parents of the first run that has a SUBSET; if there is none, of the first run."""
     from fastkd.report.inspection import Inspector  # torch and FFCV take seconds
 
     run = next((one for one in runs if "SUBSET" in one.artifact.manifest.parents), runs[0])
@@ -182,8 +184,8 @@ def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> Found:
         except (FastkdError, OSError, RuntimeError) as error:  # torch's: out of memory
             why[name] = str(error)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, MemoryError) as error:
-            # What lies beside a RUN may say anything; the page does without it.
-            why[name] = f"what was found is not as fastkd writes it ({type(error).__name__}: {error})"
+            # Artifacts beside a RUN may contain anything; the page then leaves the section out.
+            why[name] = f"its artifacts are not as fastkd writes them ({type(error).__name__}: {error})"
         return None
 
     selection = attempt("selection", lambda: inspector.selection)
@@ -196,25 +198,25 @@ def inspect(runs: Sequence[RunFacts], *, evaluate: bool) -> Found:
 
 
 def of_classes(found: Found, names: Sequence[str]) -> list[Chart]:
-    """Draw the selection and the accuracy on each class, under the names given."""
+    """Draw the selection and the accuracy of each class, with the given class names."""
     charts: list[Chart] = []
     if selection := found.selection:
         kept, of = int(selection.kept.sum()), len(selection.kept)
         sizes_K = selection.class_sizes
-        unknown = " How many there were to choose from is not known: the DATASET and the SCORES are gone."
+        unknown = " The sizes of the classes are not known: the DATASET and the SCORES are gone."
         charts += [
             Chart(
                 "difficulty",
                 plots.difficulty(selection.difficulty, selection.kept, selection.score),
                 f"Histogram of difficulty ({selection.score}) of {of:,} samples, {kept:,} of them kept",
                 f"Difficulty is {'minus ' * selection.is_negated}the teacher’s {selection.score.replace('_', '-')} "
-                f"on the plain view. {what_was_kept(found.run, selection)}",
+                f"on the evaluation view. {what_was_kept(found.run, selection)}",
             ),
             Chart(
                 "classes",
                 plots.classes(names, selection.class_counts, sizes_K, selection.sigma),
                 f"{'Samples' if sizes_K is None else 'Share'} kept and σ of the teacher’s logits for each class",
-                "σ is the mean standard deviation of the teacher’s logits on a class: how loudly it speaks of it."
+                "σ is the mean standard deviation of the teacher’s logits over the samples of a class."
                 + unknown * (sizes_K is None),
             ),
         ]
@@ -223,20 +225,20 @@ def of_classes(found: Found, names: Sequence[str]) -> list[Chart]:
             Chart(
                 "accuracy-by-class",
                 plots.accuracy_by_class(names, by_class.student, by_class.teacher),
-                "Top-1 of student and teacher on each class of val",
+                "Top-1 of student and teacher for each class of val",
                 f"Measured for this page on val, {int(by_class.count.sum()):,} images, in {by_class.precision}; "
-                "sorted by how far the student trails.",
+                "sorted by the difference between student and teacher.",
             )
         )
     return charts
 
 
 def what_was_kept(run: RunFacts, selection: "Selection") -> str:
-    """Say which method kept how much: of one that chooses while it trains, what share it trained on."""
+    """Describe how many samples a method kept; for a dynamic method, the share of images that it trained on."""
     kept, of = int(selection.kept.sum()), len(selection.kept)
     if run.dynamic:
         return (
-            f"{run.dynamic} drops none of them for good: by their losses it chose anew in each epoch, and trained on "
+            f"{run.dynamic} drops no sample permanently: it selects by loss in each epoch, and trained on "
             f"{run.trained_share:.1%} of the images of all epochs."
         )
     return f"{selection.method} kept {kept:,} of {of:,} samples ({kept / of:.1%})."
@@ -246,20 +248,20 @@ def what_was_kept(run: RunFacts, selection: "Selection") -> str:
 
 
 def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], exported: Sequence[Exported] = ()) -> str:
-    """Fill the template; whatever comes from outside is escaped."""
+    """Render the template. All text from recipes and data is escaped."""
     templates = environment()
     templates.filters |= {"percent": percent, "spread": spread, "thousands": "{:,}".format}
-    lead = next((group for group in groups if not group.is_vanilla), groups[0])
-    vanilla = next((group for group in groups if group.is_measure_of(lead)), None)
+    subject = next((group for group in groups if not group.is_vanilla), groups[0])
+    vanilla = next((group for group in groups if group.is_baseline_of(subject)), None)
     return templates.get_template("report.html.j2").render(
         groups=groups,
-        lead=lead,
-        run=lead.lead,
+        subject=subject,
+        run=subject.first_run,
         vanilla=vanilla,
-        comparable=vanilla is not None and vanilla.lead.machine == lead.lead.machine,
-        conclusion=conclusion(lead, vanilla, noise_points(groups)),
-        differs=differing([group.lead for group in groups]),
-        same_machine=all(group.lead.machine == lead.lead.machine for group in groups),
+        comparable=vanilla is not None and vanilla.first_run.machine == subject.first_run.machine,
+        conclusion=conclusion(subject, vanilla, noise_points(groups)),
+        differs=differing([group.first_run for group in groups]),
+        same_machine=all(group.first_run.machine == subject.first_run.machine for group in groups),
         found=found,
         exported=exported,
         charts={chart.name: chart for chart in charts},
@@ -267,10 +269,10 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], expor
         stage_colours=plots.STAGE_COLOURS,
         stage_names={stage.name for group in groups for stage in group.stages},
         warnings=list(dict.fromkeys(one for group in groups for run in group.runs for one in run.warnings)),
-        commands=commands(lead),
-        resolved=(lead.lead.path / "resolved.yaml").read_text(encoding="utf-8", errors="replace"),
-        environment=environment_of(lead.lead),
-        fingerprints=fingerprints(lead.lead),
+        commands=commands(subject),
+        resolved=(subject.first_run.path / "resolved.yaml").read_text(encoding="utf-8", errors="replace"),
+        environment=environment_of(subject.first_run),
+        fingerprints=fingerprints(subject.first_run),
         cwd=_working_directory(),
         version=__version__,
     )
@@ -280,47 +282,47 @@ def _working_directory() -> str:
     try:
         return str(Path.cwd())
     except OSError:
-        return "a folder that is not there any more"
+        return "a folder that no longer exists"
 
 
-def conclusion(lead: Group, vanilla: Group | None, noise: float) -> str:
-    """Say what the comparison with vanilla KD allows to conclude; nothing where there is none, or no fair one."""
-    if vanilla is None or vanilla is lead:
+def conclusion(subject: Group, vanilla: Group | None, noise: float) -> str:
+    """Return the conclusion of the comparison with vanilla KD; empty if there is no comparable run of it."""
+    if vanilla is None or vanilla is subject:
         return ""
-    gap = 100 * (lead.top1.mean - vanilla.top1.mean)
+    gap = 100 * (subject.top1.mean - vanilla.top1.mean)
     points = f"{gap:+.2f}".replace("-", "−")
     accuracy = (
-        f"Its top-1 is {points} points against vanilla KD’s; differences below {noise:.1f} points are noise here."
+        f"Its top-1 differs from that of vanilla KD by {points} points; differences below {noise:.1f} points are noise."
     )
-    if lead.lead.machine != vanilla.lead.machine:
-        return f"Times are not compared with vanilla KD’s: it ran on another machine or in other precision. {accuracy}"
-    further, first = (getattr(lead, n).mean / getattr(vanilla, n).mean for n in ("further_s", "first_s"))
+    if subject.first_run.machine != vanilla.first_run.machine:
+        return f"Times are not compared: vanilla KD ran on another machine or in another precision. {accuracy}"
+    additional, first = (getattr(subject, n).mean / getattr(vanilla, n).mean for n in ("further_s", "first_s"))
     return (
-        f"An additional student takes {further:.2f} of vanilla KD’s time ({1 / further:.1f}×), the first, with all "
-        f"before it charged, {first:.2f} ({1 / first:.1f}×). {accuracy}"
+        f"Compared with vanilla KD, an additional student takes {additional:.2f} of the time ({1 / additional:.1f}×), "
+        f"and the first student, with all stages before it, {first:.2f} ({1 / first:.1f}×). {accuracy}"
     )
 
 
 def commands(group: Group) -> list[tuple[str, str]]:
-    """Return what reproduces a group's first RUN, adds a seed, and verifies it: (what for, command)."""
-    run = group.lead
+    """Return the commands that reproduce a group's first RUN, add a seed, and verify it: (purpose, command)."""
+    run = group.first_run
     resolved = run.path / "resolved.yaml"
     train = ["python", "-m", "fastkd.train", str(resolved)]
     teacher = run.resolved["teacher"]
-    if teacher and teacher["recipe"]:  # as the run had it: relative to the folder it was started from
+    if teacher and teacher["recipe"]:  # relative to the folder that the run was started from
         train.append(f"teacher.recipe={Path(teacher['recipe']).absolute()}")
     return [
-        ("The same student, from whatever is there", shlex.join(train)),
+        ("Train the same student, reusing existing artifacts", shlex.join(train)),
         (
-            "Another seed: an additional student",
+            "Train an additional student with another seed",
             shlex.join([*train, f"seed={max(one.seed for one in group.runs) + 1}"]),
         ),
-        ("Are its files whole?", shlex.join(["python", "-m", "fastkd.check", str(run.path)])),
+        ("Verify the checksums of its files", shlex.join(["python", "-m", "fastkd.check", str(run.path)])),
     ]
 
 
 def environment_of(run: RunFacts) -> list[tuple[str, str]]:
-    """Return what a RUN was made with: (what, which)."""
+    """Return the environment of a RUN: (name, value)."""
     env, machine = run.env, run.env["machine"]
     compiled = f"compiled ({env['compile']})" if env["compile"] else "not compiled"
     layout = "channels_last" if env["channels_last"] else "contiguous"
@@ -333,7 +335,7 @@ def environment_of(run: RunFacts) -> list[tuple[str, str]]:
 
 
 def fingerprints(run: RunFacts) -> list[tuple[str, str]]:
-    """Return the keys of a RUN, of what it was made from, and of its teacher's weights: (what, key)."""
+    """Return the keys of a RUN, of its parents, and the digest of its teacher's weights: (name, key)."""
     manifest = run.artifact.manifest
     teacher = manifest.inputs.get("teacher", {}).get("weights")
     return [
@@ -345,10 +347,10 @@ def fingerprints(run: RunFacts) -> list[tuple[str, str]]:
 
 
 def percent(stat: Stat) -> str:
-    """Return accuracies as points: 88.35 %, or 88.35 ± 0.12 % of several seeds."""
+    """Format an accuracy in percent: 88.35 %, or 88.35 ± 0.12 % for several seeds."""
     return f"{100 * stat.mean:.2f}" + (f" ± {100 * stat.std:.2f}" if stat.std is not None else "") + " %"
 
 
 def spread(stat: Stat, form: str = "{:.1f}", scale: float = 1.0) -> str:
-    """Return mean ± standard deviation in a format."""
+    """Format mean ± standard deviation."""
     return form.format(scale * stat.mean) + (f" ± {form.format(scale * stat.std)}" if stat.std is not None else "")

@@ -1,7 +1,7 @@
-"""What can still be found out about a RUN: the selection, samples, accuracy by class.
+"""Inspects a RUN by its parents: the selection, samples, and the accuracy of each class.
 
-Its parents are looked for where the recipe of the RUN says, by their keys. They may be gone, or others by now:
-everything here raises one of the project's errors then, whose message says why.
+Parents are searched by their keys, at the paths of the RUN's recipe. If one is missing or was replaced, an error of
+`fastkd.errors` says why.
 """
 
 import base64
@@ -31,24 +31,24 @@ EVAL_BATCH_SIZE = 256
 THUMBNAIL_PX = 96
 PER_GROUP = 8
 GROUPS = (("easy", 0.0, 0.1), ("medium", 0.45, 0.55), ("hard", 0.9, 1.0))
-"""Ranks of difficulty within a class, of which samples are shown."""
+"""Ranges of difficulty ranks within a class, from which samples are shown."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which samples were kept, by difficulty and by class.
+    """The kept samples, by difficulty and by class.
 
     Attributes
     ----------
     difficulty : float32 [n]
-        Of the samples that could be chosen: those of train but the hold-out.
+        Of the training samples without the hold-out.
     kept : bool [n]
     labels : int64 [n] or None
-        None: neither the DATASET nor the SCORES are there.
+        None: the DATASET and the SCORES are missing.
     class_counts : int64 [K]
-        How many samples of each class were kept.
+        Number of kept samples of each class.
     sigma : float64 [K]
-        σ of the teacher's logits on each class.
+        σ of the teacher's logits of each class.
     """
 
     subset: Artifact
@@ -62,18 +62,18 @@ class Selection:
 
     @property
     def class_sizes(self) -> np.ndarray | None:
-        """How many samples of each class there were to choose from (int64 [K])."""
+        """Number of samples of each class before the selection (int64 [K])."""
         return None if self.labels is None else np.bincount(self.labels, minlength=len(self.sigma))
 
     @property
     def is_negated(self) -> bool:
-        """Tell whether difficulty is minus the score: a large one is easy."""
+        """Whether difficulty is the negative of the score, since a large score is easy."""
         return SCORES[self.score] < 0
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of train, to be shown."""
+    """A training sample to show."""
 
     sample_id: int
     uri: str
@@ -83,18 +83,18 @@ class Sample:
 
     @property
     def score_text(self) -> str:
-        """As it stands below the picture."""
+        """The score, formatted for the caption of the image."""
         return "<0.001" if 0 <= self.score < 0.001 else f"{self.score:.2g}"
 
     @property
     def is_doubted(self) -> bool:
-        """Tell whether the teacher guesses another class."""
+        """Whether the teacher predicts another class."""
         return self.guess is not None and self.guess != self.label
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Samples of one difficulty."""
+    """Samples of one range of difficulty."""
 
     name: str
     kept: list[Sample]
@@ -103,17 +103,18 @@ class Samples:
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """What share of each class of val a net gets right.
+    """Accuracy of student and teacher on each class of val.
 
     Attributes
     ----------
     student, teacher : float64 [K]
-        NaN where val has no such class.
+        NaN if val has no samples of a class.
     count : int64 [K]
-    confusions : list of (label, guess, how often)
-        The student's most frequent.
+        Number of samples of each class.
+    confusions : list of (label, prediction, count)
+        The most frequent errors of the student.
     without_teacher : str
-        Why there is no teacher beside it.
+        The reason, if `teacher` is None.
     """
 
     student: np.ndarray
@@ -135,37 +136,37 @@ class ClassAccuracy:
 
 
 class Inspector:
-    """A RUN with the pipeline of its recipe, in which nothing is built."""
+    """Inspects a RUN with the pipeline of its recipe. Nothing is built."""
 
     def __init__(self, run: RunFacts) -> None:
         self.run = run
 
     @cached_property
     def _unseen(self) -> Pipeline:
-        """The pipeline of its recipe, before its DATASET is looked at."""
+        """The pipeline of its recipe, before its DATASET is opened."""
         recipe = self.run.recipe
-        train = recipe.train.model_copy(update={"compile": False})  # takes longer than one pass
+        train = recipe.train.model_copy(update={"compile": False})  # compiling takes longer than one pass
         return Pipeline(recipe.model_copy(update={"train": train}), build=False)
 
     @cached_property
     def pipeline(self) -> Pipeline:
-        """The artifacts of its recipe, the DATASET being the one that it learned from."""
+        """The pipeline of its recipe, after checking that the DATASET is the one that it was trained on."""
         dataset = self._unseen.dataset
         if dataset.key != self.run.artifact.manifest.parents["DATASET"]:
-            raise ArtifactError(f"{dataset.path}: is not the DATASET that {self.run.path} was made from")
+            raise ArtifactError(f"{dataset.path}: is not the DATASET that {self.run.path} was trained on")
         return self._unseen
 
     def _find(self, kind: Kind, key: str) -> Artifact:
-        """Return what bears a key, though what it was made from may be gone."""
+        """Return the artifact with a key. Its own parents may be missing."""
         folder = self._unseen.store.directory
         for path, manifest in artifacts.published(folder, kind):
             if manifest.key == key:
                 return artifacts.load(path, kind)
-        raise InputError(f"{folder}: the {kind} that this student learned from is not there any more")
+        raise InputError(f"{folder}: the {kind} that this student was trained on no longer exists")
 
     @cached_property
     def _scores(self) -> Artifact | None:
-        """The SCORES by which samples were selected, if they are there."""
+        """The SCORES by which samples were selected, if they exist."""
         try:
             return self._find("SCORES", self.selection_of.manifest.parents["SCORES"])
         except InputError:
@@ -173,27 +174,27 @@ class Inspector:
 
     @cached_property
     def selection_of(self) -> Artifact:
-        """The SUBSET that it learned from."""
+        """The SUBSET that it was trained on."""
         run, export = self.run, None
         if "SUBSET" not in run.artifact.manifest.parents:
             if run.dynamic:
                 raise InputError(
-                    f"{run.dynamic} chose anew in each epoch, and trained on {run.trained_share:.1%} of the images of "
-                    "all epochs; there is no list of samples that were kept"
+                    f"{run.dynamic} selects in each epoch, and trained on {run.trained_share:.1%} of the images of all "
+                    "epochs; there is no fixed list of kept samples"
                 )
-            raise InputError("this student learned from all of its data set: nothing was selected")
-        with suppress(FastkdError, OSError):  # also where the data are gone
+            raise InputError("this student was trained on its whole data set, without a selection")
+        with suppress(FastkdError, OSError):  # also if the data set is missing
             export = self.pipeline.images.export
         if export:
-            raise InputError(f"{self.pipeline.dataset.path} is an export: what was left out is not in it")
+            raise InputError(f"{self.pipeline.dataset.path} is an export, which contains only the kept samples")
         return self._find("SUBSET", run.artifact.manifest.parents["SUBSET"])
 
     @cached_property
     def selection(self) -> Selection:
-        """Which samples were kept, as far as the SUBSET tells; their labels are the DATASET's, or the SCORES'."""
+        """The kept samples. Labels are those of the DATASET; if it is missing, those of the SCORES."""
         subset = self.selection_of
         inputs = subset.manifest.inputs
-        difficulty_N = np.asarray(subset.array("difficulty.npy"))  # as many as the facts say, or it is refused
+        difficulty_N = np.asarray(subset.array("difficulty.npy"))  # loading checks its shape
         ids = split_holdout(len(difficulty_N), inputs["holdout_ratio"])[0]
         return Selection(
             subset,
@@ -207,14 +208,14 @@ class Inspector:
         )
 
     def _labels(self) -> np.ndarray | None:
-        """Return the labels of train (int64 [N]); None where they are gone."""
+        """Return the labels of train (int64 [N]). None: they are missing."""
         try:
             return self.pipeline.loader("train", 1).labels()
         except (FastkdError, OSError):
             return None if self._scores is None else np.asarray(self._scores.array("labels.npy"))
 
     def samples(self) -> list[Samples]:
-        """Return easy, medium and hard samples, kept and dropped: of each, some evenly spread over the classes."""
+        """Return easy, medium and hard samples, kept and dropped, evenly spread over the classes."""
         selection, pipeline = self.selection, self.pipeline
         names, ids = pipeline.dataset.facts["classes"], pipeline.images.train_ids
         y_n = pipeline.loader("train", 1).labels()[ids]
@@ -249,14 +250,14 @@ class Inspector:
         return subset_plots.contact_sheet(self.pipeline, np.asarray(subset.array("difficulty.npy")), kept)
 
     def _images(self, ids: np.ndarray) -> dict[int, str]:
-        """Load samples as the student sees them, as data URIs."""
+        """Return the images that the student sees, as data URIs."""
         if not len(ids):
             return {}
         batches = self.pipeline.loader("train", 1).batches(ids, last="pad")
         return {int(b.sample_ids[0]): data_uri(b.images[0].permute(1, 2, 0).numpy()) for b in batches}
 
     def accuracy_by_class(self) -> ClassAccuracy:
-        """Run the student, and the teacher where it can be had, over val."""
+        """Run the student, and the teacher if it is available, on val."""
         pipeline, run = self.pipeline, self.run
         net = models.build(run.recipe.student.model, pipeline.images.num_classes)
         models.load_weights(net, run.path, name=run.recipe.student.model)
@@ -267,7 +268,7 @@ class Inspector:
         try:
             theirs_N, _ = self._predict(self._teacher(), pipeline.images.teacher_px, "teacher")
             teacher_K = _by_class(theirs_N == label_N, label_N, count_K)
-        except (InputError, RuntimeError) as error:  # torch's: out of memory, a net that takes no such images
+        except (InputError, RuntimeError) as error:  # torch: out of memory, or unsupported image size
             why = str(error)
         names = pipeline.dataset.facts["classes"]
         wrong = Counter(zip(label_N[guess_N != label_N].tolist(), guess_N[guess_N != label_N].tolist(), strict=True))
@@ -282,17 +283,15 @@ class Inspector:
 
     def _teacher(self) -> nn.Module:
         if self.run.recipe.teacher is None:
-            raise InputError("this student had none")
+            raise InputError("this student was trained without a teacher")
         teacher = self.pipeline.teacher
-        told = self.run.artifact.manifest.inputs.get("teacher", {})
-        if told.get("weights") != teacher.key_fields["weights"]:
-            raise ArtifactError(
-                "the teacher that the recipe leads to now is not the one that this student learned from"
-            )
+        recorded = self.run.artifact.manifest.inputs.get("teacher", {})
+        if recorded.get("weights") != teacher.key_fields["weights"]:
+            raise ArtifactError("the weights of the recipe's teacher have changed since this student was trained")
         return teacher.net
 
     def _predict(self, net: nn.Module, input_px: int | None, who: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return what a net takes each sample of val for, and what each is (int64 [N])."""
+        """Return the predicted and the true class of each sample of val (int64 [N])."""
         ids = np.arange(self.pipeline.dataset.facts["counts"]["val"])
         loader = self.pipeline.loader("val", min(EVAL_BATCH_SIZE, len(ids)), input_px=input_px)
         guesses, done = [], 0
@@ -305,7 +304,7 @@ class Inspector:
 
 
 def data_uri(image_HWC: np.ndarray) -> str:
-    """Return an image as a page can hold it: small ones exactly, others as a JPEG of at most `THUMBNAIL_PX`."""
+    """Return an image as a data URI: small ones as PNG, others as JPEG thumbnails of at most `THUMBNAIL_PX`."""
     image = Image.fromarray(np.ascontiguousarray(image_HWC))
     small = max(image.size) <= THUMBNAIL_PX // 2
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
@@ -318,7 +317,7 @@ def data_uri(image_HWC: np.ndarray) -> str:
 
 
 def _spread(wanted_n: np.ndarray, y_n: np.ndarray) -> np.ndarray:
-    """Return some of the wanted positions, evenly spread over the classes (int64)."""
+    """Return up to `PER_GROUP` of the given positions, evenly spread over the classes (int64)."""
     found = np.flatnonzero(wanted_n)
     found = found[np.argsort(y_n[found], kind="stable")]
     return found[np.unique(np.linspace(0, len(found) - 1, PER_GROUP).round().astype(int))] if len(found) else found

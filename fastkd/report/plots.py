@@ -1,4 +1,4 @@
-"""The charts of a report: each a matplotlib figure, on the page as SVG in either theme and beside it as PNG."""
+"""The charts of a report as matplotlib figures: written as SVG in the page, with light and dark theme, and as PNG."""
 
 import io
 import re
@@ -38,10 +38,10 @@ PALETTE = {  # light, dark; contrast with the panel at least 4.5 for text and 3 
 INK, MUTED, RULE, PALE, PANEL = (PALETTE[name][0] for name in ("ink", "muted", "rule", "pale", "panel"))
 SERIES = tuple(PALETTE[name][0] for name in ("blue", "orange", "teal", "plum", "olive", "ink"))
 STAGE_COLOURS = dict(zip(STAGES, ("olive", "teal", "plum", "ink", "muted", "orange", "blue", "pale"), strict=True))
-"""Names in the palette, so that the page's own table can be the legend."""
+"""Colour of each stage, by its name in the palette: the table of stages in the page serves as legend."""
 
-WIDTH_IN, ROW_IN = 5.2, 0.27  # a chart is as wide as a phone can show without shrinking its letters; a line of a list
-MANY_CLASSES = 24  # as many are named; of more, the two ends
+WIDTH_IN, ROW_IN = 5.2, 0.27  # width of a chart, legible on a phone; height of a row
+MANY_CLASSES = 24  # up to this number of classes all are shown; otherwise only the lowest and highest
 STYLE: Any = {  # matplotlib types these by a literal of all its settings
     "font.size": 10,
     "text.parse_math": False,  # names may hold dollar signs
@@ -75,23 +75,23 @@ STYLE: Any = {  # matplotlib types these by a literal of all its settings
 
 @contextmanager
 def style(texts: Sequence[str] = ()) -> Iterator[None]:
-    """Draw as the report looks, with fonts for all letters of some texts that fonts are there for."""
+    """Apply the style of the report, with fonts for the characters of the given texts."""
     with mpl.rc_context({**STYLE, "font.family": families(texts)}):
         yield
 
 
 def svg(figure: Figure, name: str) -> str:
-    """Return a figure as an SVG element to stand in a page.
+    """Return a figure as an SVG element for a page.
 
-    Its colours are the page's (CSS variables named as in `PALETTE`), so that it follows the theme; its letters are
-    text; `name` keeps its ids apart from those of other figures.
+    Colours are CSS variables named as in `PALETTE`, so that the figure follows the theme. Text stays text. `name`
+    is a prefix that makes ids unique in the page.
     """
     stream = io.StringIO()
     with (
         mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}),
         warnings.catch_warnings(),
     ):
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # browsers have other fonts
         figure.savefig(stream, format="svg", transparent=True)
     text = stream.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -106,7 +106,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def png(figure: Figure, file: Path) -> Path:
-    """Write a figure as it looks in light."""
+    """Write a figure as PNG, in the light theme."""
     with mpl.rc_context({"text.parse_math": False}):
         figure.savefig(file, dpi=150)
     return file
@@ -116,41 +116,40 @@ def png(figure: Figure, file: Path) -> Path:
 
 
 def top1_over_time(groups: Sequence[Group]) -> Figure:
-    """Draw what each student reached, and after which time: alone, and with all that was made before it."""
+    """Draw the top-1 of each student against its time: as an additional student, and as the first one."""
     figure, axes = _chart("Accuracy against wall time")
     for group, colour in _coloured(groups):
         for run in group.runs:
-            looks = [look for look in run.evaluations if look.split == "holdout" and look.at_s is not None]
-            if len(looks) > 1:
-                axes.plot(
-                    [k.at_s or 0.0 for k in looks], [100 * k.top1 for k in looks], color=colour, lw=1.2, ls=(0, (3, 2))
-                )
-            times, level = (run.further_s, run.first_s), 100 * run.top1
-            axes.plot(times, (level, level), color=colour, lw=1, alpha=0.5)
-            axes.plot(times[0], level, "o", color=colour, ms=7)
-            axes.plot(times[1], level, "o", mec=colour, mfc=PANEL, ms=7, mew=1.6)
+            evaluations = [e for e in run.evaluations if e.split == "holdout" and e.at_s is not None]
+            if len(evaluations) > 1:
+                times, top1 = [e.at_s or 0.0 for e in evaluations], [100 * e.top1 for e in evaluations]
+                axes.plot(times, top1, color=colour, lw=1.2, ls=(0, (3, 2)))
+            level = 100 * run.top1
+            axes.plot((run.further_s, run.first_s), (level, level), color=colour, lw=1, alpha=0.5)
+            axes.plot(run.further_s, level, "o", color=colour, ms=7)
+            axes.plot(run.first_s, level, "o", mec=colour, mfc=PANEL, ms=7, mew=1.6)
     axes.set(xlim=(0, None), ylabel="top-1 (%)", xlabel="time")
     axes.margins(y=0.18)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: clock(s, whole=True)))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 3, 6, 10]))
     marks = [
-        Line2D([], [], color=MUTED, marker="o", ls="", label="val, this student alone"),
-        Line2D([], [], mec=MUTED, mfc=PANEL, marker="o", ls="", label="val, all before it included"),
+        Line2D([], [], color=MUTED, marker="o", ls="", label="val, additional student"),
+        Line2D([], [], mec=MUTED, mfc=PANEL, marker="o", ls="", label="val, first student"),
     ]
     if any(len([k for k in run.evaluations if k.split == "holdout"]) > 1 for group in groups for run in group.runs):
-        marks.append(Line2D([], [], color=MUTED, lw=1.2, ls=(0, (3, 2)), label="hold-out, while it trains"))
+        marks.append(Line2D([], [], color=MUTED, lw=1.2, ls=(0, (3, 2)), label="hold-out, during training"))
     _legend(figure, groups, marks)
     return figure
 
 
 def top1_over_epochs(groups: Sequence[Group]) -> Figure:
-    """Draw the looks at the hold-out, and the one look at val that ends each run."""
+    """Draw the evaluations on the hold-out, and the final evaluation on val."""
     figure, axes = _chart("Accuracy against epochs")
     for group, colour in _coloured(groups):
         for run in group.runs:
-            looks = [look for look in run.evaluations if look.split == "holdout"]
-            x = [look.epoch + 1 for look in looks]
-            axes.plot(x, [100 * look.top1 for look in looks], "-", color=colour, lw=1.4, marker=".", ms=5)
+            evaluations = [e for e in run.evaluations if e.split == "holdout"]
+            x = [e.epoch + 1 for e in evaluations]
+            axes.plot(x, [100 * e.top1 for e in evaluations], "-", color=colour, lw=1.4, marker=".", ms=5)
             axes.plot(run.epochs, 100 * run.top1, "o", color=colour, ms=7)
     axes.set(ylabel="top-1 (%)")
     _epochs_below(axes)
@@ -166,7 +165,7 @@ def top1_over_epochs(groups: Sequence[Group]) -> Figure:
 
 
 def loss_over_epochs(groups: Sequence[Group]) -> Figure:
-    """Draw the training loss, as it was logged."""
+    """Draw the training loss."""
     figure, axes = _chart("Training loss")
     lows, highs = [], []
     for group, colour in _coloured(groups):
@@ -188,12 +187,12 @@ def loss_over_epochs(groups: Sequence[Group]) -> Figure:
 
 
 def data_wait_over_epochs(groups: Sequence[Group]) -> Figure:
-    """Draw the share of each epoch's time, up to then, that went by before a batch had arrived."""
+    """Draw the share of the time of each epoch so far that was spent waiting for data."""
     figure, axes = _chart("Data wait")
     for group, colour in _coloured(groups):
         for run in group.runs:
             x, share = run.curve("data_wait_share")
-            for part in np.split(np.arange(len(x)), 1 + np.flatnonzero(np.diff(np.ceil(x)))):  # begins anew each epoch
+            for part in np.split(np.arange(len(x)), 1 + np.flatnonzero(np.diff(np.ceil(x)))):  # per epoch
                 axes.plot(x[part], 100 * share[part], color=colour, lw=1.5, marker="." if len(part) == 1 else "")
             _mark_resumes(axes, run, colour)
     axes.set(ylabel="of the epoch's time so far (%)")
@@ -207,14 +206,14 @@ def data_wait_over_epochs(groups: Sequence[Group]) -> Figure:
 
 
 def time_by_stage(groups: Sequence[Group]) -> Figure:
-    """Draw two bars per way: what an additional student takes, and what the first takes with all stages before it."""
+    """Draw two bars per group: the time of an additional student, and of the first, with all stages before it."""
     slots = 3 * len(groups)
-    figure, axes = _chart("What a student takes", 0.75 + 0.33 * slots)
+    figure, axes = _chart("Time of a student", 0.75 + 0.33 * slots)
     longest = max(group.first_s.mean for group in groups)
     for at, group in enumerate(groups):
         y = 3 * at
         axes.text(0, y, _short(group.title, 52), fontsize=10, fontweight="bold", va="center")
-        for row, label, own_only in ((y + 0.85, "further", True), (y + 1.75, "first", False)):
+        for row, label, own_only in ((y + 0.85, "additional", True), (y + 1.75, "first", False)):
             end = 0.0
             for stage in group.stages:
                 if own_only and stage.before:
@@ -235,13 +234,13 @@ def time_by_stage(groups: Sequence[Group]) -> Figure:
 
 
 def difficulty(difficulty_n: np.ndarray, kept_n: np.ndarray, score: str) -> Figure:
-    """Draw how difficult samples are, and which were kept."""
-    return histogram(difficulty_n, kept_n, score, "Difficulty, and what was kept", (WIDTH_IN, 3.3))
+    """Draw the difficulty of all samples, and of the kept ones."""
+    return histogram(difficulty_n, kept_n, score, "Difficulty of all and of the kept samples", (WIDTH_IN, 3.3))
 
 
 def classes(names: Sequence[str], kept_K: np.ndarray, size_K: np.ndarray | None, sigma_K: np.ndarray) -> Figure:
-    """Draw for each class how many samples were kept, as a share where the sizes are known, beside σ of its logits."""
-    shown, told = ends(sigma_K)
+    """Draw how many samples of each class were kept (as a share, if the sizes are known), and σ of its logits."""
+    shown, note = ends(sigma_K)
     kept = (
         (kept_K, "Kept", "{:,.0f}") if size_K is None else (100 * kept_K / np.maximum(size_K, 1), "Kept (%)", "{:.0f}")
     )
@@ -259,15 +258,15 @@ def classes(names: Sequence[str], kept_K: np.ndarray, size_K: np.ndarray | None,
         axes.grid(visible=False)
     left.set_yticks(range(len(shown)), [_short(names[c], 18) for c in shown], color=INK)
     left.set_ylim(len(shown) - 0.4, -0.6)
-    if told:
-        figure.supxlabel(f"by σ: {told}", fontsize=9, color=MUTED)
+    if note:
+        figure.supxlabel(f"by σ: {note}", fontsize=9, color=MUTED)
     return figure
 
 
 def accuracy_by_class(names: Sequence[str], student_K: np.ndarray, teacher_K: np.ndarray | None) -> Figure:
-    """Draw the accuracy on each class: the student's, joined with the teacher's where there is one."""
+    """Draw the accuracy of the student on each class, and of the teacher if there is one."""
     gap_K = student_K - teacher_K if teacher_K is not None else student_K
-    shown, told = ends(gap_K)
+    shown, note = ends(gap_K)
     figure, axes = _chart("Accuracy by class", 1.25 + ROW_IN * len(shown))
     y = np.arange(len(shown))
     if teacher_K is not None:
@@ -275,16 +274,16 @@ def accuracy_by_class(names: Sequence[str], student_K: np.ndarray, teacher_K: np
         axes.plot(100 * teacher_K[shown], y, "o", mec=SERIES[1], mfc=PANEL, ms=7, mew=1.6, label="teacher", zorder=2)
     axes.plot(100 * student_K[shown], y, "o", color=SERIES[0], ms=7, label="student", zorder=3)
     axes.set_yticks(y, [_short(names[c], 20) for c in shown], color=INK)
-    axes.set(ylim=(len(shown) - 0.3, -0.7), xlabel="top-1 (%)" + (f"; {told}" if told else ""))
+    axes.set(ylim=(len(shown) - 0.3, -0.7), xlabel="top-1 (%)" + (f"; {note}" if note else ""))
     axes.margins(x=0.06)
     figure.legend(*_reversed_handles(axes), loc="outside lower left", ncols=2, handletextpad=0.3)
     return figure
 
 
 def ends(value_K: np.ndarray) -> tuple[np.ndarray, str]:
-    """Return the classes to name, by ascending value: all, or of many those at both ends with words that say so."""
+    """Return the classes to show, by ascending value (all, or only both ends), and a note if some are left out."""
     order = np.argsort(value_K, kind="stable")
-    order = order[np.isfinite(value_K[order])]  # classes that are there
+    order = order[np.isfinite(value_K[order])]  # classes without samples are NaN
     if len(order) <= MANY_CLASSES:
         return order, ""
     half = MANY_CLASSES // 2
@@ -312,7 +311,7 @@ def _coloured(groups: Sequence[Group]) -> Iterator[tuple[Group, str]]:
 
 
 def _legend(figure: Figure, groups: Sequence[Group], marks: Sequence[Line2D]) -> None:
-    """Name the groups below a chart, if there are several, and then what its marks mean."""
+    """Add a legend of the groups, if there are several, and of the marks."""
     lines = [Line2D([], [], color=c, lw=3, label=_short(g.title, 44)) for g, c in _coloured(groups)]
     handles = [*(lines if len(groups) > 1 else []), *marks]
     if handles:
@@ -322,7 +321,7 @@ def _legend(figure: Figure, groups: Sequence[Group], marks: Sequence[Line2D]) ->
 
 def _resumed_mark(groups: Sequence[Group]) -> list[Line2D]:
     resumed = any(run.resumes for group in groups for run in group.runs)
-    return [Line2D([], [], color=MUTED, lw=1, ls=":", label="went on from a checkpoint")] if resumed else []
+    return [Line2D([], [], color=MUTED, lw=1, ls=":", label="resumed from a checkpoint")] if resumed else []
 
 
 def _mark_resumes(axes: Axes, run: RunFacts, colour: str) -> None:

@@ -1,4 +1,4 @@
-"""What RUNs tell of themselves, grouped where they differ in nothing but the seed."""
+"""Reads the contents of RUNs, and groups RUNs that differ only in their seed."""
 
 import math
 import shlex
@@ -20,14 +20,14 @@ from fastkd.stages import run_schema
 from fastkd.validation import explain
 
 BEFORE = ("write", "score", "prune", "label")
-"""Stages that come before a student, and that additional students do not pay for again."""
+"""Stages before the training of a student, whose artifacts additional students reuse."""
 STAGES = (*BEFORE, "setup", "compile", "train", "evaluate")
 SEED_NOISE_POINTS = 0.3
-"""Differences of top-1 that the seed alone is known to make."""
+"""Differences in top-1, in points, that are known to come from the seed alone."""
 
 
 class Evaluation(NamedTuple):
-    """One evaluation; `at_s`: seconds that the student had taken by then; None in what an early fastkd wrote."""
+    """One evaluation. `at_s` is the time of the student until then, in seconds; early versions did not record it."""
 
     split: str
     epoch: int
@@ -37,14 +37,14 @@ class Evaluation(NamedTuple):
 
 
 class Resume(NamedTuple):
-    """Where a training went on from a checkpoint, and the seconds of work that were lost."""
+    """The step at which a training resumed from a checkpoint, and the seconds of work that were lost."""
 
     step: int
     lost_s: float
 
 
 class Stage(NamedTuple):
-    """What a stage took, in the mean over a group's runs."""
+    """The time of a stage, as the mean over the runs of a group."""
 
     name: str
     seconds: float
@@ -52,25 +52,25 @@ class Stage(NamedTuple):
 
     @property
     def before(self) -> bool:
-        """Tell whether additional students do without it."""
+        """Whether additional students reuse its artifact."""
         return self.name in BEFORE
 
 
 class Stat(NamedTuple):
-    """Mean over seeds; `std` is the sample standard deviation, None of one run."""
+    """Mean over seeds. `std` is the sample standard deviation; None for a single run."""
 
     mean: float
     std: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Stat":
-        """Sum values up."""
+        """Compute both from values."""
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All that a RUN holds but the weights."""
+    """The contents of a RUN, without the weights."""
 
     artifact: Artifact
     resolved: dict[str, Any]
@@ -81,52 +81,52 @@ class RunFacts:
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """Directory of the RUN."""
         return self.artifact.path
 
     @property
     def seed(self) -> int:
-        """Of the initialisation and the order."""
+        """Seed of the initial weights and of the order of samples."""
         return int(self.resolved["seed"])
 
     @property
     def epochs(self) -> int:
-        """How many it was trained for."""
+        """Number of epochs."""
         return int(self.resolved["train"]["epochs"])
 
     @property
     def top1(self) -> float:
-        """On val, once, after the last epoch (0…1)."""
+        """Top-1 on val after the last epoch (0…1)."""
         return float(self.artifact.facts["top1"]["val"])
 
     @property
     def warnings(self) -> list[str]:
-        """What was warned of while it was trained, and while what it was made from was built."""
+        """Warnings given during the training, and while its artifacts were built."""
         return [str(one) for one in self.artifact.facts.get(artifacts.WARNINGS, ())]
 
     @property
     def dynamic(self) -> str | None:
-        """Name of the method that chose samples anew in each epoch, if one did."""
+        """Name of the dynamic selection method. None: the samples were selected before the training."""
         return self.resolved["prune"]["method"] if "trained_share" in self.artifact.facts else None
 
     @property
     def trained_share(self) -> float:
-        """Share of the images of all epochs that it was trained on: what a dynamic method leaves (0…1)."""
+        """Share of the images of all epochs that it was trained on; below 1 with a dynamic method (0…1)."""
         return float(self.artifact.facts.get("trained_share", 1.0))
 
     @property
     def further_s(self) -> float:
-        """Wall seconds of what this student alone took."""
+        """Wall seconds as an additional student."""
         return float(self.timing["further_student_s"])
 
     @property
     def first_s(self) -> float:
-        """Wall seconds with all that was made before it."""
+        """Wall seconds as the first student, including all stages before."""
         return float(self.timing["first_student_s"])
 
     @property
     def machine(self) -> dict[str, Any]:
-        """What times depend on."""
+        """The machine and the settings that times depend on."""
         machine = self.env["machine"]
         return {"cpu": machine["cpu"], "cores": machine["cores"]} | {
             name: self.env[name] for name in ("gpu", "device", "precision", "torch_threads", "compile")
@@ -134,38 +134,38 @@ class RunFacts:
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """Its evaluations, in their order; of two of one epoch, the later."""
+        """Evaluations in order. If an epoch was evaluated twice on a split, the later one."""
         found = {
             (e["split"], e["epoch"]): Evaluation(e["split"], e["epoch"], e["top1"], e.get("at_s"), e.get("images"))
             for e in self.events
             if e["event"] == "evaluate"
         }
-        return sorted(found.values(), key=lambda look: look.epoch)
+        return sorted(found.values(), key=lambda evaluation: evaluation.epoch)
 
     @cached_property
     def resumes(self) -> list[Resume]:
-        """Where it went on from a checkpoint."""
+        """The steps at which it resumed from a checkpoint."""
         return [Resume(e["step"], e["lost_s"]) for e in self.events if e["event"] == "resumed"]
 
     def place(self, step: float) -> float:
-        """Return how many epochs had gone by after so many steps."""
+        """Convert steps to epochs."""
         ends = np.cumsum([0, *(epoch["steps"] for epoch in self.timing["epochs"])])
         return float(np.interp(step, ends, np.arange(len(ends))))
 
     def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return what was logged of a figure, over epochs; of two lines about one step, the later."""
+        """Return epochs and values of a logged metric. If a step was logged twice, the later value."""
         logged = {e["step"]: e[name] for e in self.events if e["event"] == "steps"}
         steps = sorted(logged)
         return np.array([self.place(s) for s in steps]), np.array([logged[s] for s in steps])
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe that it was made by, whole.
+        """The full recipe of the RUN.
 
         Raises
         ------
         InputError
-            This fastkd does not take such a recipe.
+            The recipe is not valid for this version of fastkd.
         """
         try:
             return Recipe.model_validate(self.resolved)
@@ -175,42 +175,42 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Exported:
-    """A student for use elsewhere, made of a RUN."""
+    """An exported student of a RUN."""
 
     path: Path
     manifest: Manifest
 
     @property
     def quoted(self) -> str:
-        """Where it lies, as a shell takes it."""
+        """Its path, quoted for a shell."""
         return shlex.quote(str(self.path))
 
     @property
     def files(self) -> list[tuple[str, int, float | None]]:
-        """What it holds: name, bytes, and of graphs how far they are off the net, over the largest logit."""
+        """Its files: name, bytes, and for graphs the largest error of a logit, relative to the largest logit."""
         off = self.manifest.facts["worst_difference"]
         return [(name, stamp.size, off.get(name)) for name, stamp in sorted(self.manifest.files.items())]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed."""
+    """Runs that differ only in their seed."""
 
     title: str
     runs: tuple[RunFacts, ...]
 
     @property
-    def lead(self) -> RunFacts:
-        """The first of them."""
+    def first_run(self) -> RunFacts:
+        """The first of its runs."""
         return self.runs[0]
 
     def stat(self, of: Callable[[RunFacts], float]) -> Stat:
-        """Return mean and standard deviation of a figure over the runs."""
+        """Return mean and standard deviation of a value over the runs."""
         return Stat.of([of(run) for run in self.runs])
 
     @property
     def top1(self) -> Stat:
-        """On val (0…1)."""
+        """Top-1 on val (0…1)."""
         return self.stat(lambda run: run.top1)
 
     @property
@@ -225,27 +225,27 @@ class Group:
 
     @property
     def images_per_s(self) -> Stat:
-        """While training."""
+        """Images per second while training."""
         return self.stat(lambda run: run.timing["images_per_s"])
 
     @property
     def data_wait_share(self) -> Stat:
-        """Of the training time (0…1)."""
+        """Share of the training time spent waiting for data (0…1)."""
         return self.stat(lambda run: run.timing["data_wait_share"])
 
     @property
     def is_vanilla(self) -> bool:
-        """Tell whether it is vanilla KD: all data, a teacher at every step, its logits as they are."""
-        return way(self.lead.resolved) == VANILLA
+        """Whether it is vanilla KD: all data, a live teacher, and unchanged logits."""
+        return variant(self.first_run.resolved) == VANILLA
 
-    def is_measure_of(self, other: "Group") -> bool:
-        """Tell whether it is what vanilla KD makes of another group's data, student and teacher."""
-        own, theirs = self.lead.artifact.manifest.inputs, other.lead.artifact.manifest.inputs
+    def is_baseline_of(self, other: "Group") -> bool:
+        """Whether it is vanilla KD with the data, student and teacher of another group."""
+        own, theirs = self.first_run.artifact.manifest.inputs, other.first_run.artifact.manifest.inputs
         return self.is_vanilla and all(own.get(name) == theirs.get(name) for name in COMPARED)
 
     @property
     def stages(self) -> list[Stage]:
-        """What each stage took; one is reused where it was in any of the runs."""
+        """The time of each stage. `reused` if any of the runs reused its artifact."""
         each = [{s["stage"]: s for s in run.timing["stages"]} for run in self.runs]
         names = [name for name in (*STAGES, *each[0]) if name in each[0]]
         return [
@@ -260,16 +260,16 @@ class Group:
 
 VANILLA = "vanilla KD"
 COMPARED = ("data", "holdout_ratio", "student", "teacher")
-"""Inputs of a RUN in which students must agree for their times and accuracies to be compared."""
+"""Key fields of a RUN that must be equal for a comparison of times and accuracies."""
 
 
 def read(path: Path) -> RunFacts:
-    """Read what a RUN tells, after verifying it.
+    """Verify a RUN and read its contents.
 
     Raises
     ------
     ArtifactError
-        It is none, is damaged, or says what no RUN says.
+        It is not a RUN, is damaged, or contains invalid values.
     """
     run = artifacts.load(path, "RUN")
     resolved = run.file("resolved.yaml")
@@ -286,7 +286,7 @@ def read(path: Path) -> RunFacts:
 
 
 def exports(run: RunFacts, given: Sequence[Path]) -> list[Exported]:
-    """Return the students that were exported from a RUN: those that lie beside it, and which of the given ones are."""
+    """Return the students that were exported from a RUN, among those beside it and the given ones."""
     found = {path.resolve(): manifest for path, manifest in artifacts.published(run.path.parent, "STUDENT")}
     found |= {path.resolve(): artifacts.load(path, "STUDENT").manifest for path in given}
     own = [Exported(path, m) for path, m in found.items() if m.parents.get("RUN") == run.artifact.key]
@@ -295,8 +295,8 @@ def exports(run: RunFacts, given: Sequence[Path]) -> list[Exported]:
     return own
 
 
-def way(resolved: Mapping[str, Any]) -> str:
-    """Say in a few words how a student was trained."""
+def variant(resolved: Mapping[str, Any]) -> str:
+    """Return a short name of how a student was trained, as the title of its group."""
     if resolved["teacher"] is None:
         return "no teacher"
     prune, labels = resolved["prune"], resolved["labels"]
@@ -310,7 +310,7 @@ def way(resolved: Mapping[str, Any]) -> str:
 
 
 def grouped(runs: Sequence[RunFacts]) -> list[Group]:
-    """Put runs together that differ in nothing but the seed, and give each group a name of its own."""
+    """Group runs that differ only in their seed, and give each group a unique title."""
     found: dict[str, list[RunFacts]] = {}
     for run in runs:
         inputs = {name: value for name, value in run.artifact.manifest.inputs.items() if name != "seed"}
@@ -318,7 +318,7 @@ def grouped(runs: Sequence[RunFacts]) -> list[Group]:
     members = list(found.values())
     first, titles = runs[0], []
     for one, *_ in members:
-        parts = [way(one.resolved)]
+        parts = [variant(one.resolved)]
         if one.resolved["student"]["model"] != first.resolved["student"]["model"]:
             parts.append(one.resolved["student"]["model"])
         if one.epochs != first.epochs:
@@ -333,7 +333,7 @@ def grouped(runs: Sequence[RunFacts]) -> list[Group]:
 def differing(runs: Sequence[RunFacts]) -> list[tuple[str, list[Any]]]:
     """Return the settings in which runs differ, by their path in the recipe, with the value of each run.
 
-    Names, seeds, places and what is written down are left out: they do not make another student.
+    Names, seeds, paths and logging are left out: they do not affect the student.
     """
     leaves = [dict(_leaves(run.resolved)) for run in runs]
     names = dict.fromkeys(name for own in leaves for name in own)
@@ -355,16 +355,16 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def noise_points(groups: Sequence[Group]) -> float:
-    """Return how many points of top-1 groups may differ by without meaning anything; see `noise_of`."""
-    counts = [look.images for group in groups for look in group.lead.evaluations if look.split == "val" and look.images]
+    """Return the difference in top-1, in points, below which groups do not differ significantly; see `noise_of`."""
+    counts = [e.images for group in groups for e in group.first_run.evaluations if e.split == "val" and e.images]
     return noise_of([group.top1 for group in groups], min(counts, default=None))
 
 
 def noise_of(tops: Sequence[Stat], val_count: int | None) -> float:
-    """Return how many points accuracies (0…1) may differ by without meaning anything.
+    """Return the difference of accuracies (0…1), in points, below which they do not differ significantly.
 
-    The largest of: what seeds are known to do, one standard error of the difference of two accuracies on a val of this
-    size (None: not known), and twice the largest standard deviation seen over seeds.
+    The maximum of `SEED_NOISE_POINTS`, one standard error of the difference of two accuracies on a val of this size
+    (None: unknown), and twice the largest standard deviation over seeds.
     """
     sampling = [100 * math.sqrt(2 * top.mean * (1 - top.mean) / val_count) for top in tops] if val_count else []
     return max(SEED_NOISE_POINTS, *sampling, *(200 * top.std for top in tops if top.std is not None))

@@ -1,4 +1,4 @@
-"""Pictures of a selection: what was kept, and what easy and hard samples look like."""
+"""Plots of a SUBSET: difficulty of the kept samples, and examples of easy and hard samples."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ def draw(pipeline: "Pipeline", subset: Artifact, directory: Path) -> list[Path]:
 def histogram(
     difficulty_N: np.ndarray, kept_N: np.ndarray, score: str, title: str, size_in: tuple[float, float] = (8, 3.6)
 ) -> Figure:
-    """Draw how difficult the samples are (cross-entropy on a logarithmic axis: most are easy), and which are kept."""
+    """Draw the difficulty of all and of the kept samples (cross-entropy on a logarithmic axis: most are easy)."""
     figure = Figure(figsize=size_in, layout="constrained")
     axes = figure.add_subplot()
     logarithmic = score == "cross_entropy"
@@ -51,8 +51,8 @@ def histogram(
     edges = np.linspace(shown_N.min(), shown_N.max() + 1e-9, 61)
     axes.hist(shown_N, edges.tolist(), color=DROPPED, label=f"all {len(shown_N):,}")
     axes.hist(shown_N[kept_N], edges.tolist(), color=KEPT, label=f"kept {int(kept_N.sum()):,}")
-    turned = "−" if SCORES[score] < 0 else ""
-    axes.set_xlabel(f"difficulty: {'log₁₀ of ' if logarithmic else turned}{score}", color=INK)
+    sign = "−" if SCORES[score] < 0 else ""
+    axes.set_xlabel(f"difficulty: {'log₁₀ of ' if logarithmic else sign}{score}", color=INK)
     axes.set_ylabel("samples", color=INK)
     axes.set_title(printable(title), color=INK, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
@@ -61,7 +61,7 @@ def histogram(
 
 
 def contact_sheet(pipeline: "Pipeline", difficulty_N: np.ndarray, kept: np.ndarray) -> Figure:
-    """Draw the easiest, the medium and the hardest samples of a few classes; those kept have a frame."""
+    """Draw the easiest, medium and hardest samples of a few classes; kept samples have a frame."""
     loader = pipeline.loader("train", 1)
     y_N, names = loader.labels(), class_names(pipeline.dataset.facts["classes"])
     ids = pipeline.images.train_ids
@@ -97,5 +97,5 @@ def contact_sheet(pipeline: "Pipeline", difficulty_N: np.ndarray, kept: np.ndarr
         grid[line][0].set_ylabel(names[c], rotation=0, ha="right", va="center", fontsize=9, color=INK)
     for group, (name, _) in enumerate(GROUPS):
         grid[0][group * PER_GROUP].set_title(name, loc="left", fontsize=10, color=INK)
-    figure.suptitle("framed: kept; below each: its score", x=0.99, ha="right", fontsize=9, color=INK)
+    figure.suptitle("framed: kept; below each image: its score", x=0.99, ha="right", fontsize=9, color=INK)
     return figure

@@ -10,7 +10,7 @@ _MOVED = {
     "export": "fastkd.export.dataset:export_dataset",
     "deploy": "fastkd.export.student:export_student",
 }
-"""Functions that were found here until version 0.2."""
+"""New locations of functions that were in this module until version 0.2."""
 
 
 def __getattr__(name: str) -> Any:

@@ -17,8 +17,8 @@ from fastkd.stages.label_format import LabelFormat, centred_rows
 from fastkd.stages.teacher import LoadedTeacher
 
 TOLERANCE = {"fp32": 2.0**-10, "fp16": 2.0**-6, "bf16": 2.0**-3}
-"""Largest accepted error of a stored number, relative to the largest logit of its row. float16 alone causes at most
-2⁻¹¹; in lower precision the rounding inside the network adds to it (bf16: up to 2⁻⁵ for a ResNet-8; fp16 was not
+"""Largest accepted error of a stored logit, relative to the largest logit of its row. float16 storage causes at most
+2⁻¹¹; rounding inside the network adds to it in lower precision (bf16: up to 2⁻⁵ for a ResNet-8; fp16 was not
 measured)."""
 
 
@@ -29,11 +29,11 @@ class Comparison:
     Attributes
     ----------
     pairs, wrong : int
-        Number of rows compared, and of those beyond the tolerance.
+        Number of rows compared, and number of rows beyond the tolerance.
     worst_error, allowed : float
         Relative to the largest logit of the row.
     worst_sample_id, worst_view
-        Where the worst error is; None stands for the evaluation view.
+        The row with the worst error. View None is the evaluation view.
     """
 
     pairs: int
@@ -46,14 +46,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class RowChecker:
-    """What stored rows are compared with.
+    """Compares stored rows with the output of the teacher.
 
     Attributes
     ----------
     class_std : float64 [K]
-        σ of each class, of the SUBSET.
+        σ of each class, from the SUBSET.
     reshape
-        Whether rows were given the σ of their class.
+        Whether rows were rescaled to σ of their class.
     """
 
     images: ImageSource
@@ -80,17 +80,17 @@ class RowChecker:
         artifact
             The SUBSET or LABELS that holds the rows.
         precisions
-            The precision that each view was made in.
+            The precision in which each view was labelled.
         sample_ids : int64 [M]
         open_view
             Opens the rows of a view.
         pairs, seed
-            How many are drawn, and the seed of the draw.
+            Number of pairs to draw, and the seed of the draw.
 
         Raises
         ------
         ArtifactError
-            Rows differ from the teacher's; names the worst.
+            Rows differ from the teacher's output; names the worst row.
         """
         now = self.runtime.precision
         allowed = {view: max(TOLERANCE[now], TOLERANCE[then]) for view, then in precisions.items()}
@@ -130,21 +130,21 @@ class RowChecker:
 
 def _report(artifact: Artifact, result: Comparison, made_in: list[str], now: str) -> None:
     """Print the result, or raise it as an error."""
-    where = "the plain view" if result.worst_view is None else f"view {result.worst_view}"
+    where = "the evaluation view" if result.worst_view is None else f"view {result.worst_view}"
     worst = (
-        f"the worst, sample_id {result.worst_sample_id} in {where}, is off by {result.worst_error:.2g} of its largest "
-        f"logit, where {result.allowed:.2g} is allowed (made in {' and '.join(made_in)}, compared in {now})"
+        f"the largest error, of sample_id {result.worst_sample_id} in {where}, is {result.worst_error:.2g} of its "
+        f"largest logit; {result.allowed:.2g} is allowed (labelled in {' and '.join(made_in)}, compared in {now})"
     )
     if result.wrong:
         raise ArtifactError(
-            f"{artifact.path}: {result.wrong} of {result.pairs} rows drawn differ from the teacher's: {worst}. "
+            f"{artifact.path}: {result.wrong} of {result.pairs} rows differ from the teacher's output: {worst}. "
             f"Delete {artifact.path} and build it again."
         )
     console.say(f"{artifact.manifest.kind} {artifact.path}: {result.pairs} rows match the teacher: {worst}")
 
 
 def _draw(total: int, count: int, seed: int, name: str) -> np.ndarray:
-    """Draw up to `count` different numbers of 0 … total − 1, all of them where there are no more (int64)."""
+    """Draw up to `count` different integers from 0 … total − 1 (int64)."""
     if count >= total:
         return np.arange(total)
     drawn = (hash64(np.arange(2 * count), seed, name) % np.uint64(total)).astype(np.int64)

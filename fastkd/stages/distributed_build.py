@@ -1,8 +1,8 @@
 """Building artifacts with several processes on shared storage.
 
-The main process decides by what it sees on disk, and sends its decision to the others. The others never look first: a
-network file system may cache for a minute that a file did not exist. They wait until they see exactly the file that the
-main process named, by an artifact's digest or a checkpoint's name.
+Only the main process reads the disk to decide what to build or resume; it sends its decision to the others. The others
+do not check first whether a file exists: a network file system may cache for a minute that it did not. They wait until
+they see exactly the file that the main process named, by the digest of an artifact or the name of a checkpoint.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from fastkd.errors import ArtifactError, InputError
 T = TypeVar("T")
 SEEN_WITHIN_S = 150.0
 """Seconds that a process waits for a file that another has written; NFS caches for up to 60 s."""
-_LOOK_EVERY_S = 0.1
+_POLL_S = 0.1
 
 
 def build_together(
@@ -35,9 +35,9 @@ def build_together(
     Raises
     ------
     InputError
-        A process would build something else, or does not see the directory of the main process.
+        A process has other key fields, or does not see the directory of the main process.
     ArtifactError
-        A source was changed meanwhile, as seen by one of the processes.
+        One of the processes found that a source was changed during the build.
     """
     world = current()
     if world.size == 1:
@@ -52,21 +52,21 @@ def build_together(
             world.barrier()
         return found(path, kind, world.broadcast("")), begun
 
-    def lead(directory: Path) -> Built:
+    def build_as_main(directory: Path) -> Built:
         world.broadcast(True)
         result = builder(directory)
         world.barrier()  # no process writes there any more
         return result
 
-    artifact, built = artifacts.build(path, kind, inputs, lead, may_publish=world.raise_failure, **options)
+    artifact, built = artifacts.build(path, kind, inputs, build_as_main, may_publish=world.raise_failure, **options)
     if not built:
         world.broadcast(False)
     world.broadcast(artifact.manifest.digest)
     return artifact, built
 
 
-def built_by_leader(build: Callable[[], tuple[Artifact, bool]]) -> tuple[Artifact, bool]:
-    """Let the main process find or build an artifact on shared storage; the others then open it."""
+def built_by_main(build: Callable[[], tuple[Artifact, bool]]) -> tuple[Artifact, bool]:
+    """Find or build an artifact on shared storage in the main process, and open it in the others."""
     world = current()
     if world.is_main:
         artifact, built = build()
@@ -77,8 +77,8 @@ def built_by_leader(build: Callable[[], tuple[Artifact, bool]]) -> tuple[Artifac
     return found(Path(path), kind, digest), built
 
 
-def decided_by_leader(decide: Callable[[], T]) -> T:
-    """Return, in all processes, what `decide` returns in the main one."""
+def decided_by_main(decide: Callable[[], T]) -> T:
+    """Call `decide` in the main process, and return its result in all processes."""
     world = current()
     return world.broadcast(decide() if world.is_main else None)  # type: ignore[return-value]
 
@@ -89,15 +89,15 @@ def found(path: Path, kind: Kind, digest: str) -> Artifact:
     Raises
     ------
     ArtifactError
-        It is damaged, and stays so.
+        It is still damaged after `SEEN_WITHIN_S`.
     InputError
         It does not appear.
     """
 
-    def look() -> Artifact | None:
+    def read() -> Artifact | None:
         return artifacts.load(path, kind) if artifacts.read_manifest(path).digest == digest else None
 
-    return _waited_for(path, look)
+    return _waited_for(path, read)
 
 
 def seen(path: Path) -> Path:
@@ -123,12 +123,12 @@ def read_once_seen(path: Path, read: Callable[[Path], T | None]) -> T:
 
 
 def is_shared(folder: Path) -> bool:
-    """Return whether this process sees what the main one writes into a folder. All processes must call it.
+    """Return whether this process sees files that the main one writes to a folder. All processes must call it.
 
-    The test file has a new name: no file system has cached that it did not exist.
+    The test file has a new name, so no file system has cached that it does not exist.
     """
     world = current()
-    mark = folder / decided_by_leader(lambda: f".fastkd-{uuid.uuid4().hex}")
+    mark = folder / decided_by_main(lambda: f".fastkd-{uuid.uuid4().hex}")
     with contextlib.suppress(OSError):
         if world.is_main:
             mark.touch()
@@ -141,25 +141,25 @@ def is_shared(folder: Path) -> bool:
     return visible
 
 
-def _waited_for(path: Path, look: Callable[[], T | None]) -> T:
-    """Call `look` until it returns a value. Errors of artifacts that are only partly visible are ignored."""
+def _waited_for(path: Path, read: Callable[[], T | None]) -> T:
+    """Call `read` until it returns a value. Errors of artifacts that are only partly visible are ignored."""
     give_up = time.monotonic() + SEEN_WITHIN_S
     while True:
         problem: Exception | None = None
         try:
-            if (value := look()) is not None:
+            if (value := read()) is not None:
                 return value
         except (ArtifactError, OSError) as error:
             problem = error
         if time.monotonic() > give_up:
             break
         current().raise_failure()
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(_POLL_S)
         with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # makes NFS look again
+            os.listdir(path.parent)  # makes NFS refresh its cache
     if isinstance(problem, ArtifactError) and path.exists():
         raise problem
     raise InputError(
-        f"{path}: process {current().rank} does not see what process 0 wrote there: data.artifacts_dir and "
+        f"{path}: written by process 0, but not visible to process {current().rank}: data.artifacts_dir and "
         "train.runs_dir must be on storage that all machines share"
     )

@@ -1,4 +1,4 @@
-"""The images of a recipe: which samples there are, and how loaders present them to student and teacher."""
+"""The images of a recipe: its samples, and how they are loaded for student and teacher."""
 
 import os
 from functools import cached_property
@@ -17,14 +17,14 @@ from fastkd.recipe import Data, Recipe
 
 
 class ImageSource:
-    """A DATASET as a recipe reads it.
+    """A DATASET with the loading options of a recipe.
 
     Parameters
     ----------
     dataset : Artifact
         The DATASET, or an exported one, which contains its SUBSET and LABELS.
     recipe : Recipe
-        Its sections ``data`` and ``labels``, and the teacher's resolution, decide how images are read.
+        Its sections ``data`` and ``labels``, and the resolution of the teacher, are used.
 
     Attributes
     ----------
@@ -157,7 +157,7 @@ class ImageSource:
         red, green, blue = usable_std(facts["std"])
         if [red, green, blue] != facts["std"]:  # written by a version that did not check
             console.warn(
-                f"{self.dataset.path}: a channel is constant over all of train; its standard deviation is taken as 1"
+                f"{self.dataset.path}: a channel is constant over all of train; its standard deviation is set to 1"
             )
         return models.Normalisation(tuple(facts["mean"]), (red, green, blue))
 
@@ -181,7 +181,7 @@ def refuse_beyond_memory(batch_size: int, image_hw: list[int]) -> None:
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
         raise InputError(
-            f"batches of {batch_size:,} images of {height} x {width} pixels, {BATCHES_AHEAD + 2} at a time, take "
-            f"{needed / 1e9:,.1f} GB, and this machine has {available / 1e9:,.1f} GB of memory: give a smaller "
+            f"batches of {batch_size:,} images of {height} x {width} pixels, {BATCHES_AHEAD + 2} at a time, need "
+            f"{needed / 1e9:,.1f} GB, but this machine has {available / 1e9:,.1f} GB of memory: give a smaller "
             "score.batch_size, labels.batch_size or train.batch_size, or a smaller data.input_px"
         )

@@ -37,7 +37,7 @@ class LabelFormat(Protocol):
 
     @property
     def key_fields(self) -> dict[str, Any]:
-        """Return what the key of LABELS says of the format."""
+        """Fields of the format in the key of LABELS."""
 
     def encode(self, rows_MK: np.ndarray) -> Sequence[np.ndarray]:
         """Return the columns of float32 rows [M, K]."""
@@ -55,7 +55,7 @@ class DenseFormat:
 
     @classmethod
     def select(cls, num_classes: int, topk: int | None, temperature: float) -> "DenseFormat | None":
-        """Return this format: it stores any recipe's labels."""
+        """Return this format, which supports all recipes."""
         return cls(num_classes, temperature)
 
     @property
@@ -65,7 +65,7 @@ class DenseFormat:
 
     @property
     def key_fields(self) -> dict[str, Any]:
-        """Return what the key of LABELS says of the format: nothing, this is the default."""
+        """Fields of the format in the key of LABELS: none, since it is the default."""
         return {}
 
     def encode(self, rows_MK: np.ndarray) -> Sequence[np.ndarray]:
@@ -95,13 +95,13 @@ class TopkFormat:
         Raises
         ------
         InputError
-            As many logits as there are classes, or more classes than 16 bits can number.
+            `topk` is not smaller than the number of classes, or there are more classes than 16-bit indices allow.
         """
         if topk is None:
             return None
         if topk >= num_classes or num_classes > MAX_TOPK_CLASSES:
             raise InputError(
-                f"labels.topk={topk}: expected fewer than the {num_classes} classes, of which there may be 65,536"
+                f"labels.topk={topk}: expected fewer than the {num_classes} classes, and at most 65,536 classes"
             )
         return cls(num_classes, temperature, topk)
 
@@ -112,7 +112,7 @@ class TopkFormat:
 
     @property
     def key_fields(self) -> dict[str, Any]:
-        """Return what the key of LABELS says of the format."""
+        """Fields of the format in the key of LABELS."""
         return {"topk": self.k, "temperature": self.temperature}
 
     def encode(self, rows_MK: np.ndarray) -> Sequence[np.ndarray]:
@@ -122,8 +122,8 @@ class TopkFormat:
     def errors(self, stored: Sequence[np.ndarray], live_BK: np.ndarray) -> np.ndarray:
         """Return the largest of three errors (float64 [B]).
 
-        The differences of stored logits, and by how much a logit that is not stored exceeds them, both relative to the
-        largest live logit; and the difference of the others' probability.
+        The error of stored logits, and the excess of a logit that is not stored over them, both relative to the largest
+        live logit; and the error of the probability of the others.
         """
         indices_Bk, logits_Bk, tail_B1 = stored
         indices_Bk = indices_Bk.astype(np.int64)
@@ -138,7 +138,7 @@ class TopkFormat:
 
 
 FORMATS = (TopkFormat, DenseFormat)
-"""The formats. The first whose `select` returns one is used."""
+"""All formats. The first one whose `select` does not return None is used."""
 
 
 def label_format(num_classes: int, topk: int | None, temperature: float) -> LabelFormat:
@@ -184,7 +184,7 @@ def open_view(labels: Artifact, sample_ids: np.ndarray, view: int) -> StoredRows
 
 
 def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, reshape: bool) -> np.ndarray:
-    """Return the rows to store (float32 [M, K]): logits minus their mean, with σ of their class if `reshape`.
+    """Return the rows to store (float32 [M, K]): logits minus their mean, rescaled to σ of their class if `reshape`.
 
     Raises
     ------

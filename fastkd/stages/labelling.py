@@ -17,7 +17,7 @@ from fastkd.engine.inference import Predicted
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError
 from fastkd.recipe import Labels
-from fastkd.stages.distributed_build import build_together, decided_by_leader, seen
+from fastkd.stages.distributed_build import build_together, decided_by_main, seen
 from fastkd.stages.images import ImageSource
 from fastkd.stages.label_format import LabelFormat, centred_rows, row_bytes, view_files
 from fastkd.stages.resumable import Progress, RowFile, full_disk_explained, need_space, subset_key_fields
@@ -26,12 +26,12 @@ from fastkd.stages.teacher import LoadedTeacher
 from fastkd.stages.teacher_pass import run_pass
 
 VIEWS_PER_PASS = 8
-"""Views that are cut from one decoded image in a pass; each is an open file and a part of the batch."""
+"""Maximum number of views per pass, cut from the same decoded image. Each is an open file and a part of the batch."""
 
 
 @dataclass(frozen=True)
 class Labeller:
-    """What the views of one LABELS artifact are made from.
+    """What the views of one LABELS artifact are computed from.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ def build_labels(
             return max(views, artifacts.load(path, "LABELS").facts["views"])
         return views
 
-    views = decided_by_leader(views_to_make)
+    views = decided_by_main(views_to_make)
     progress = artifacts.progress_file(path)
     if force:
         progress.unlink(missing_ok=True)
@@ -133,34 +133,34 @@ def find_labels(
     fields = label_key_fields(images, teacher_fields, subset, form)
     path = store.artifact_path("LABELS", fields)
     found = artifacts.find(path, "LABELS", fields, {"DATASET": images.dataset.key, "SUBSET": subset.key})
-    assert found is not None  # artifact_path has looked
+    assert found is not None  # artifact_path has checked
     return found
 
 
 def exported_labels(
     images: ImageSource, teacher_fields: Mapping[str, Any], subset: Artifact, form: LabelFormat, views: int
 ) -> Artifact:
-    """Open the LABELS inside an exported DATASET, if they are of the views that the recipe asks for.
+    """Open the LABELS inside an exported DATASET, if they have the views of the recipe.
 
     Raises
     ------
     InputError
         There are none, or they have too few views.
     ArtifactError
-        They are of other views; names what differs.
+        They are of different views; names the differences.
     """
     path, fields = images.dataset.path, label_key_fields(images, teacher_fields, subset, form)
     labels = artifacts.load(path / "labels", "LABELS") if (path / "labels").exists() else None
     if labels and (phrases := artifacts.differences(fields, labels.manifest.inputs)):
         raise ArtifactError(
-            f"{path}: was exported with labels of other views than the recipe asks for: {'; '.join(phrases)}. "
+            f"{path}: was exported with labels of other views than those of the recipe: {'; '.join(phrases)}. "
             "Change the recipe, or export again"
         )
     if labels is None or labels.facts["views"] < views:
-        held = f"labels of {labels.facts['views']} views" if labels else "no labels but those of the plain view"
+        held = f"labels of {labels.facts['views']} views" if labels else "only the labels of the evaluation view"
         raise InputError(
-            f"{path}: was exported with {held}, and the recipe asks for {views}: label them on the machine that has "
-            "the teacher (python -m fastkd.label RECIPE) and export again, or set labels.views"
+            f"{path}: was exported with {held}, but the recipe needs {views} views: label them on the machine that has "
+            "the teacher (python -m fastkd.label RECIPE) and export again, or change labels.views"
         )
     return labels
 
@@ -197,8 +197,8 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
     total, left = len(wanted) * len(kept), sum(len(kept) - progress.rows(v) for v in wanted)
     earlier_s = sum(progress.views[v]["cost_s"] for v in wanted if v in progress.views)
     console.heading(
-        f"label: {labeller.teacher.key_fields['model']} over {len(kept):,} samples in {len(wanted)} views: "
-        f"{total * per_row / 1e6:,.1f} MB ({per_row} bytes an image and view)"
+        f"label: {labeller.teacher.key_fields['model']} on {len(kept):,} samples in {len(wanted)} views: "
+        f"{total * per_row / 1e6:,.1f} MB ({per_row} bytes per image and view)"
     )
     if left < total:
         console.say(f"label: resuming: {total - left:,} of {total:,} rows exist")
@@ -209,7 +209,7 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
         return Built()
     expected = {name for v in range(views) for name, _, _ in view_files(labeller.form, v)}
     for file in folder.iterdir():
-        if file.name not in expected:  # begun when more views were asked for
+        if file.name not in expected:  # from an interrupted run with more views
             file.unlink()
     each = existing.facts["each"] if existing else []
     facts = {
@@ -238,7 +238,7 @@ def _adopt(directory: Path, existing: Artifact) -> Mapping[str, FileStamp]:
 
 
 def _drop_damaged(labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]) -> None:
-    """Forget the progress of views that cannot be resumed; the main process decides for all."""
+    """Discard the progress of views that cannot be resumed; the main process decides."""
     world = current()
     for v in wanted if world.is_main else ():
         if v in progress.views and not _can_resume(labeller, folder, progress, v):
@@ -247,10 +247,10 @@ def _drop_damaged(labeller: Labeller, folder: Path, progress: Progress, wanted: 
 
 
 def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int) -> bool:
-    """Return whether the rows of a view are as they were left, and in this precision."""
+    """Return whether the rows of a view are unchanged, and in this precision."""
     state, count = progress.views[view], len(labeller.sample_ids)
     if state["rows"] < count and state["precision"] != labeller.runtime.precision:
-        console.say(f"label: view {view} was begun in {state['precision']}; labelling it again")
+        console.say(f"label: view {view} was started in {state['precision']}; labelling it again")
         return False
     digests = []
     for name, dtype, width in view_files(labeller.form, view):
@@ -260,7 +260,7 @@ def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int)
         except FileNotFoundError:
             digests.append("")
     if digests != state["digests"]:
-        console.warn(f"label: the labels begun of view {view} is damaged; labelling it again")
+        console.warn(f"label: the unfinished labels of view {view} are damaged; labelling it again")
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Checks of logits before anything is trained on them: at chance, in another class order, or not logits at all."""
+"""Checks of logits before training on them: accuracy at chance level, permuted classes, values that are not logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,9 +8,9 @@ import numpy as np
 from fastkd import console
 from fastkd.kernels import agreement, chance_limits
 
-LOOKED_AT = 1 << 17
+COMPARED_ROWS = 1 << 17
 """Number of evenly spread rows whose predicted classes are compared with the labels."""
-GLANCED_AT = 2048
+EXAMINED_ROWS = 2048
 """Number of evenly spread rows whose values are examined."""
 SHOWN = 5
 NEAR_ONE = 1e-2  # of a row's sum: float16 keeps three digits
@@ -24,7 +24,7 @@ def judge_logits(
     whose: str,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Warn of logits that are at chance, in another class order, or not logits; return the facts for a manifest.
+    """Warn of logits at chance level, with permuted classes, or that are not logits; return facts for a manifest.
 
     Parameters
     ----------
@@ -32,11 +32,11 @@ def judge_logits(
         May be a memory map. Finite.
     labels_N : int64 [N]
     top1 : float
-        Share of all rows whose largest value is the label's.
+        Top-1 accuracy over all rows.
     stage
         Name of the stage, for warnings.
     whose
-        Where the logits are from, for warnings: "the teacher".
+        Source of the logits, for warnings: "the teacher".
 
     Returns
     -------
@@ -45,14 +45,14 @@ def judge_logits(
         significantly higher; `moved_classes`, how many classes are predicted as another one.
     """
     N, K = logits_NK.shape
-    warn_of_form(_rows(logits_NK, GLANCED_AT), stage, whose)
+    warn_of_form(_rows(logits_NK, EXAMINED_ROWS), stage, whose)
     chance, limit = chance_limits(labels_N, K)
     at_chance = top1 <= limit
     if at_chance:
         console.warn(
             f"{stage}: {whose} is at chance: its top-1 is {top1:.2%}, and always predicting the largest class gives "
             f"{chance:.2%} ({limit:.2%} would be significant for {N:,} samples of {K:,} classes). A student learns "
-            "nothing from it. Are these its weights, its normalisation (teacher.mean, teacher.std) and its classes?"
+            "nothing from it. Check its weights, its normalisation (teacher.mean, teacher.std) and its classes"
         )
     moved = _warn_of_other_order(logits_NK, labels_N, stage, whose, class_names)
     return {"chance": chance, "at_chance": at_chance, "moved_classes": moved}
@@ -61,9 +61,9 @@ def judge_logits(
 def _warn_of_other_order(
     logits_NK: np.ndarray, labels_N: np.ndarray, stage: str, whose: str, class_names: Sequence[str] | None
 ) -> int:
-    """Warn if the classes of the logits are in another order than the labels; return how many are."""
+    """Warn if the classes of the logits are in another order than the labels; return the number of moved classes."""
     N, K = logits_NK.shape
-    rows = slice(None, None, max(1, -(-N // LOOKED_AT)))
+    rows = slice(None, None, max(1, -(-N // COMPARED_ROWS)))
     predicted_R, y_R = _top_classes(logits_NK[rows]), labels_N[rows]
     found = agreement(predicted_R, y_R, K)
     moved = found.moved if len(found.moved) > 1 else found.moved[:0]  # an exchange involves at least two
@@ -71,10 +71,10 @@ def _warn_of_other_order(
         names = class_names or [str(c) for c in range(K)]
         shown = ", ".join(f"{names[y]!r} is predicted as {names[p]!r}" for p, y in moved[:SHOWN])
         console.warn(
-            f"{stage}: the classes of {whose} are in another order than the labels: of {len(moved)} classes more than "
-            f"half of the images are predicted as one other class each ({shown}{', …' if len(moved) > SHOWN else ''}). "
-            f"Its top-1 is {found.top1:.2%}; with these classes exchanged it would be {found.moved_top1:.2%}. Put its "
-            "classes, or the data set's, into the order of the other"
+            f"{stage}: the classes of {whose} are in another order than the labels: for {len(moved)} classes, more "
+            f"than half of the images are predicted as one other class ({shown}{', …' if len(moved) > SHOWN else ''}). "
+            f"Its top-1 is {found.top1:.2%}; with these classes exchanged it would be {found.moved_top1:.2%}. Reorder "
+            "its classes, or those of the data set"
         )
     return len(moved)
 
@@ -85,18 +85,18 @@ def warn_of_form(z_RK: np.ndarray, stage: str, whose: str) -> None:
     sums_R = z_RK.sum(axis=1)
     if z_RK.min() >= 0 and z_RK.max() <= 1 + NEAR_ONE and np.abs(sums_R - 1).max() <= NEAR_ONE:
         console.warn(
-            f"{stage}: the values of {whose} are probabilities: none is negative and every row sums to 1. Losses would "
-            "treat them as logits, of a nearly uniform teacher. Give logits, or np.log(np.maximum(p, 1e-8))"
+            f"{stage}: the values of {whose} are probabilities: none is negative and every row sums to 1. As logits, "
+            "they would be those of a nearly uniform teacher. Give logits, or np.log(np.maximum(p, 1e-8))"
         )
     elif (np.mod(z_RK, 1) == 0).all() and z_RK.any():
         console.warn(
-            f"{stage}: all values of {whose} are whole numbers, from {z_RK.min():g} to {z_RK.max():g}: are these "
-            "logits, and not classes, votes or one-hot labels?"
+            f"{stage}: all values of {whose} are whole numbers, from {z_RK.min():g} to {z_RK.max():g}. Expected "
+            "logits, not classes, votes or one-hot labels"
         )
     if len(z_RK) > 1 and (z_RK == z_RK[0]).all():
         console.warn(
-            f"{stage}: {whose} gives all samples the same values: its output does not depend on the image. Are these "
-            "its weights, and its normalisation?"
+            f"{stage}: {whose} gives all samples the same values: its output does not depend on the image. Check its "
+            "weights and its normalisation"
         )
 
 

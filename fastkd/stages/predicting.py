@@ -48,7 +48,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     Raises
     ------
     InputError
-        A folder without images, one that cannot be read, or a link that leads to itself or upwards.
+        A folder without images, one that cannot be read, or a link to itself or to a parent folder.
     """
     found: list[Path] = []
     for path in paths:
@@ -67,8 +67,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 def predict(student: Student, paths: Sequence[Path]) -> Iterator[Prediction]:
     """Yield the student's output for image files, in their order; in float32, on a GPU if there is one.
 
-    Preprocessing is that of evaluation: images are decoded, shrunk, stored, cropped and resized as those of the
-    student's data set were.
+    Preprocessing is that of evaluation: images are decoded, shrunk, encoded, cropped and resized like those of the
+    student's data set.
     """
     runtime = Runtime.choose("auto", "fp32", channels_last=True, compile=False)
     net = runtime.to_device(student.net)
@@ -88,7 +88,7 @@ def predict(student: Student, paths: Sequence[Path]) -> Iterator[Prediction]:
 
 
 def _view(student: Student, path: Path) -> np.ndarray | str:
-    """Return the network's input for an image, or why there is none."""
+    """Return the network's input for an image, or the reason why it cannot be read."""
     try:
         return student.view(path.read_bytes())
     except OSError as error:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # importing torch takes seconds; selecting from logits does n
     from fastkd.stages.images import ImageSource
 
 MANY_CLASSES, UNUSUAL, MANY_NAMES = 20, 10, 10
-_BEGINS_ANEW = "the next run starts over"
+_STARTS_OVER = "the next run starts over"
 
 
 def subset_fields(scores: Artifact, images: "ImageSource", settings: Prune, *, reshape: bool) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def build_subset(
         )
         return _fill(directory, candidates, settings, reshape=reshape)
 
-    with full_disk_explained(path.parent, _BEGINS_ANEW):
+    with full_disk_explained(path.parent, _STARTS_OVER):
         return artifacts.build(
             path,
             "SUBSET",
@@ -85,12 +85,12 @@ def build_subset(
 
 
 def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
-    """Open the SUBSET inside an exported DATASET, if it was selected as a recipe with a teacher says.
+    """Open the SUBSET inside an exported DATASET. With a teacher in the recipe, its selection must match the recipe.
 
     Raises
     ------
     InputError
-        The recipe would keep other samples, or store other logits; names what differs.
+        The recipe would keep other samples, or store other logits; names the differences.
     ArtifactError
         It is not the SUBSET that was exported, or it belongs to another DATASET.
     """
@@ -120,7 +120,7 @@ def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The samples that a selection chooses from.
+    """The samples to select from.
 
     Attributes
     ----------
@@ -130,7 +130,7 @@ class Candidates:
     train_ids : int64 [T]
         Ids of the samples that may be kept.
     class_names
-        None: numbers stand for them.
+        None: the class numbers are used.
     file
         Name of the user's file that the logits are from; None: SCORES, which have been checked.
     """
@@ -190,7 +190,7 @@ def prune_arrays(
     }
     if out.exists() and not (out / artifacts.MANIFEST).exists():
         raise InputError(f"--out {out}: something else is there already; choose a new directory")
-    with full_disk_explained(out.parent, _BEGINS_ANEW, setting="--out"):
+    with full_disk_explained(out.parent, _STARTS_OVER, setting="--out"):
         return artifacts.build(
             out,
             "SUBSET",
@@ -267,7 +267,7 @@ def _print_selection(
     count_K: np.ndarray,
     accuracy_K: np.ndarray,
 ) -> None:
-    """Print what was kept, in all and by class, and warn of what a student would suffer from."""
+    """Print the number of kept samples, in total and by class, and warn of selections that harm a student."""
     count, total, actual = facts["count"], facts["of"], facts["keep_ratio"]
     if settings.min_per_class and count > (asked_count := round(settings.keep_ratio * total)):
         console.warn(
@@ -294,11 +294,11 @@ def _warn_of_empty(names: list[str], kept_K: np.ndarray, settings: Prune) -> Non
     empty = [names[c] for c in np.flatnonzero(kept_K == 0)]
     if not empty:
         return
-    mend = "add samples of them to prune.ids" if settings.method == "list" else "set prune.min_per_class=1 or more"
+    fix = "add samples of them to prune.ids" if settings.method == "list" else "set prune.min_per_class=1 or more"
     console.warn(
         f"prune: {len(empty)} of {len(names)} classes keep no sample: {', '.join(empty[:MANY_NAMES])}"
-        f"{', …' if len(empty) > MANY_NAMES else ''}. A student never sees them, and is wrong on all of them: "
-        f"{mend}, or keep more"
+        f"{', …' if len(empty) > MANY_NAMES else ''}. A student cannot learn these classes: "
+        f"{fix}, or keep more samples"
     )
 
 

@@ -109,13 +109,13 @@ class RowFile:
 
 @dataclass
 class Progress:
-    """How far a pass of the teacher has come. Stored beside the artifact until it is complete, to resume from.
+    """The progress of a pass of the teacher, stored beside the unfinished artifact, to resume from.
 
     Attributes
     ----------
     views
-        For each view that was begun (scoring has one, 0): the number of its `rows` on disk, the xxh3-128 of each of its
-        files up to there (`digests`), the `precision` it is made in, and the seconds spent on it (`cost_s`).
+        For each view that was started (scoring has one, 0): the number of its `rows` on disk, the xxh3-128 of these
+        rows in each of its files (`digests`), the `precision`, and the seconds spent on it (`cost_s`).
     """
 
     file: Path
@@ -148,11 +148,11 @@ class Progress:
 def check_float16(rows: np.ndarray) -> None:
     """Refuse reshaped logits that exceed float16."""
     if (largest := np.abs(rows).max()) > _FLOAT16_MAX:
-        raise InputError(f"reshaped logits reach {largest:.3g}: beyond float16; the teacher's logits are too large")
+        raise InputError(f"reshaped logits reach {largest:.3g}, more than float16 can hold; check the teacher")
 
 
 def subset_key_fields(subset: Artifact) -> dict[str, str]:
-    """Return the key fields that say for which samples rows are stored, and with which σ.
+    """Return the key fields that determine which samples rows are stored for, and which σ they have.
 
     A SUBSET that is rebuilt under the same key, on another machine or in another precision, may differ in them.
     """
@@ -165,7 +165,7 @@ def subset_key_fields(subset: Artifact) -> dict[str, str]:
 
 
 def need_space(directory: Path, needed: int, what: str) -> None:
-    """Refuse to start what does not fit on the disk.
+    """Check that a build fits on the disk.
 
     Raises
     ------
@@ -175,8 +175,8 @@ def need_space(directory: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise FastkdError(
-            f"{directory.parent}: {what} needs {needed / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free: free some, "
-            "or put artifacts elsewhere with data.artifacts_dir"
+            f"{directory.parent}: {what} needs {needed / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free: free some, "
+            "or set data.artifacts_dir to another disk"
         )
 
 
@@ -199,6 +199,6 @@ def full_disk_explained(directory: Path, then: str, *, setting: str = "data.arti
         there = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
         free = shutil.disk_usage(there).free
         raise FastkdError(
-            f"{directory}: no space left ({error.strerror}; {free / 1e6:,.1f} MB free): free some, or write elsewhere "
-            f"with {setting}; {then}"
+            f"{directory}: no space left ({error.strerror}; {free / 1e6:,.1f} MB free): free some space, or change "
+            f"{setting}; {then}"
         ) from None

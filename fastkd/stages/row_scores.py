@@ -15,7 +15,7 @@ def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray, own: str | None = 
     Parameters
     ----------
     own
-        Name of the file, if the logits are a user's.
+        Name of the file, if the logits were given by the user.
 
     Raises
     ------
@@ -28,17 +28,17 @@ def score_chunks(logits_NK: np.ndarray, labels_N: np.ndarray, own: str | None = 
         parts = []
         for start in range(0, len(labels_N), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            with np.errstate(over="ignore"):  # what is beyond float32 is not finite then
+            with np.errstate(over="ignore"):  # values beyond float32 become inf
                 z_NK = np.ascontiguousarray(logits_NK[rows], np.float32)
             parts.append(score_logits(z_NK, labels_N[rows]))
         scores = Scores(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     bad = np.flatnonzero(~scores.finite)
     if len(bad):
-        told = f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}"
+        problem = f"{len(bad)} rows of the teacher's logits are not finite, first row {bad[0]}"
         if own is None:
-            raise InputError(f"{told}: check the teacher's weights, or score in train.precision=fp32")
+            raise InputError(f"{problem}: check the teacher's weights, or score in train.precision=fp32")
         z_K = np.asarray(logits_NK[bad[0]])
         kind = "NaN" if np.isnan(z_K).any() else "inf" if (z_K == np.inf).any() else "-inf"
-        mend = "; where -inf masks a class, give a number far below the others, such as -1e4" if kind == "-inf" else ""
-        raise InputError(f"{own}: {told}, which holds {kind}{mend}")
+        fix = "; to mask a class, use a number far below the others, such as -1e4" if kind == "-inf" else ""
+        raise InputError(f"{own}: {problem}, which contains {kind}{fix}")
     return scores

@@ -32,7 +32,7 @@ def write_recipe(directory: Path, recipe: recipes.Recipe, source: Path | None) -
 def write_student(
     directory: Path, recipe: recipes.Recipe, images: ImageSource, net: models.Normalised, input_hw: tuple[int, int]
 ) -> None:
-    """Write the weights, and in model.json what a user of the student must know."""
+    """Write the weights, and model.json, which describes the input of the student."""
     models.save_weights(net.net, directory / "student.safetensors")
     normalisation = images.normalisation
     described = {
@@ -57,11 +57,11 @@ def timing(
     Parameters
     ----------
     costs
-        Of the stages before training. That of the teacher's training is reported on its own line.
+        Costs of the stages before training. The training of the teacher is reported separately.
     seconds
-        Of the student itself, by what they were spent on.
+        Time of the student itself, by stage.
     epochs
-        A summary of each.
+        A summary of each epoch.
     """
     before = {name: cost for name, cost in costs.items() if name not in ("teacher", "train")}
     own_s = sum(seconds.values())
@@ -85,7 +85,7 @@ def timing(
 
 
 def environment(runtime: Runtime) -> dict[str, Any]:
-    """Return the machine, device, precision and versions that a run is made with."""
+    """Return the machine, device, precision and versions of a run."""
     versions = {}
     for name in VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -114,7 +114,7 @@ def write_environment(runtime: Runtime, path: Path, *, begun: bool) -> None:
             if before != now:
                 earlier.append(before)
             if before["precision"] != now["precision"]:
-                console.warn(f"train: was begun in {before['precision']}, and goes on in {now['precision']}")
+                console.warn(f"train: started in {before['precision']}, resumed in {now['precision']}")
     write_json(path, {**now, "earlier": earlier})
 
 

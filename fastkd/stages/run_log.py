@@ -1,4 +1,4 @@
-"""The log of a training while it runs: metrics, times, and how far it has come."""
+"""The log of a training: metrics, times, and progress."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ class Cost:
 
 
 class Stopwatch:
-    """Wall time, by what it was spent on."""
+    """Measures wall time by stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -40,7 +40,7 @@ class Stopwatch:
             self._open = None
 
     def charge(self, what: str, seconds: float) -> None:
-        """Add seconds."""
+        """Add seconds to `what`."""
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
 
     def so_far(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Schema of the files of a RUN and of an exported student: types and bounds of everything that is read from them.
+"""Schemas of the files of a RUN and of an exported student: types and bounds of all values that are read.
 
 A RUN may come from an untrusted source, and correct checksums do not change that. Files are validated before their
 contents are used or memory is allocated for them; a violation is one error that names the file and the field. Unknown
@@ -48,7 +48,7 @@ class Described(Record, ChannelStatistics):
     @model_validator(mode="after")
     def _one_name_each(self) -> "Described":
         if len(self.classes) != self.num_classes:
-            raise ValueError(f"`classes` holds {len(self.classes)} names, `num_classes` is {self.num_classes}")
+            raise ValueError(f"`classes` holds {len(self.classes)} names, but `num_classes` is {self.num_classes}")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("`classes` holds a name twice")
         return self
@@ -241,7 +241,7 @@ def validated(value: Any, model: type[R], where: Path | str) -> R:
     except ValidationError as error:
         raise ArtifactError(f"{where}: is not what fastkd writes:\n{explain(error, model)}") from None
     except RecursionError:
-        raise ArtifactError(f"{where}: is not what fastkd writes: too deep") from None
+        raise ArtifactError(f"{where}: is not what fastkd writes: too deeply nested") from None
 
 
 def read_json(file: Path, max_bytes: int = MAX_BYTES) -> Any:
@@ -259,7 +259,7 @@ def read_json(file: Path, max_bytes: int = MAX_BYTES) -> Any:
     except OSError as error:
         raise ArtifactError(f"{file}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file}: no JSON ({' '.join(str(error).split())[:200]})") from None
+        raise ArtifactError(f"{file}: not valid JSON ({' '.join(str(error).split())[:200]})") from None
 
 
 def read_record(file: Path, model: type[R]) -> R:
@@ -273,7 +273,7 @@ def read_events(file: Path) -> list[dict[str, Any]]:
     Raises
     ------
     ArtifactError
-        The file is not such a list; names the first wrong line.
+        A line is invalid; names the first one.
     """
     if (size := file.stat().st_size) > MAX_METRICS_BYTES:
         raise ArtifactError(f"{file}: {size} bytes; expected at most {MAX_METRICS_BYTES}")
@@ -286,7 +286,7 @@ def read_events(file: Path) -> list[dict[str, Any]]:
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ArtifactError(f"{where}: no JSON ({' '.join(str(error).split())[:200]})") from None
+                raise ArtifactError(f"{where}: not valid JSON ({' '.join(str(error).split())[:200]})") from None
             kind = value.get("event") if isinstance(value, dict) else None
             validated(value, _EVENTS.get(kind, Event) if isinstance(kind, str) else Event, where)
             events.append(value)

@@ -1,4 +1,4 @@
-"""score: one pass of the teacher over all of train, in the evaluation view → SCORES."""
+"""score: run the teacher on the evaluation view of all training samples → SCORES."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from fastkd.distributed import current
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.recipe import Score
-from fastkd.stages.distributed_build import build_together, decided_by_leader, seen
+from fastkd.stages.distributed_build import build_together, decided_by_main, seen
 from fastkd.stages.images import ImageSource
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.resumable import Progress, RowFile, full_disk_explained, need_space
@@ -79,15 +79,15 @@ def build_scores(
 def _fill(
     directory: Path, progress: Progress, loader: Loader, teacher: LoadedTeacher, settings: Score, runtime: Runtime
 ) -> Built:
-    """Run the teacher over all of train, from the row up to which an interrupted pass is complete."""
-    console.heading(f"score: {teacher.key_fields['model']} over train")
+    """Run the teacher on all training samples; an interrupted pass resumes at its first missing row."""
+    console.heading(f"score: {teacher.key_fields['model']} on train")
     for warning in teacher.warnings:  # they concern these logits
         console.warn(warning)
     world, file = current(), directory / "logits.npy"
     classes = loader.dataset.facts["classes"]
     count, K, dtype = loader.count, len(classes), np.dtype(settings.dtype)
     begun = progress.views.get(0)
-    done = decided_by_leader(lambda: _rows_to_keep(file, dtype, count, K, progress, runtime.precision))
+    done = decided_by_main(lambda: _rows_to_keep(file, dtype, count, K, progress, runtime.precision))
     earlier_s = begun["cost_s"] if begun and done else 0.0
     if done:
         console.say(f"score: resuming: {done:,} of {count:,} rows exist")
@@ -123,7 +123,7 @@ def _rows_to_keep(file: Path, dtype: np.dtype, count: int, K: int, progress: Pro
         with RowFile(file, dtype, count, K, done=rows) as stored:
             if stored.digest == begun["digests"][0]:
                 return rows
-        console.warn("score: the SCORES begun are damaged; scoring again")
+        console.warn("score: the unfinished SCORES are damaged; scoring again")
     return 0
 
 

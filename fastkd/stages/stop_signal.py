@@ -31,8 +31,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            heeded = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
-            self._before = {number: signal.signal(number, self._ask) for number in heeded}
+            handled = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._ask) for number in handled}
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -40,7 +40,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def reason(self) -> KeyboardInterrupt:
-        """Return the exception to raise once it is safe. All processes must call it.
+        """Return the exception to raise after the current step. All processes must call it.
 
         If a signal reached a process other than the main one, the text names that process.
         """
@@ -60,5 +60,5 @@ class StopRequest:
             raise self.reason()
         if not self.requested and current().is_main:
             with contextlib.suppress(OSError):  # print may hold a lock
-                os.write(2, b"\nstopping after this step" + self._counts * b"; once more stops at once" + b"\n")
+                os.write(2, b"\nstopping after this step" + self._counts * b"; a second signal stops at once" + b"\n")
         self.requested = True

@@ -1,4 +1,4 @@
-"""Where the artifacts of a recipe lie, and which of them are built again."""
+"""The folder of the artifacts of a recipe."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fastkd.errors import InputError
 
 
 class MissingError(InputError):
-    """An artifact that a recipe needs has not been built, and must not be built now."""
+    """An artifact is missing, and `ArtifactStore.build` is False."""
 
     def __init__(self, kind: Kind, path: Path) -> None:
         super().__init__(f"{path}: no {kind} for this recipe yet: python -m fastkd.train RECIPE builds it")

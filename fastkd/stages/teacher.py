@@ -1,4 +1,4 @@
-"""The teacher: its weights, its normalisation, and whether it fits the data set and the recipe."""
+"""Loads the teacher: weights and normalisation, with checks against the data set and the recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,16 +34,16 @@ class LoadedTeacher:
 
 
 def load_teacher(teacher: Teacher, name: str, weights: str, images: ImageSource, runtime: Runtime) -> LoadedTeacher:
-    """Build a teacher, load its weights, and compare what is known about them with the data set.
+    """Build a teacher, load its weights, and compare their description with the data set.
 
-    The last layer computes in float32: bf16 logits have ties, and blur σ.
+    The last layer computes in float32, since bf16 logits have ties and a less precise σ.
 
     Parameters
     ----------
     teacher
         The recipe's section.
     name, weights
-        The model and its weights; of a teacher that is given by a recipe, those of its RUN.
+        The model and its weights. If the teacher is given by a recipe, those of its RUN.
 
     Raises
     ------
@@ -76,14 +76,14 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     Raises
     ------
     InputError
-        It has a teacher itself, or would train on samples that `recipe` holds out.
+        The teacher's recipe has a teacher itself, or would train on samples that `recipe` holds out.
     """
     teacher, student_train = recipe.teacher, recipe.train
     assert teacher is not None
     assert teacher.recipe is not None
     own = recipes.load(teacher.recipe, teacher.overrides)
     if own.teacher is not None:
-        raise InputError(f"teacher.recipe={teacher.recipe}: it has a teacher itself; a teacher is trained without one")
+        raise InputError(f"teacher.recipe={teacher.recipe}: must not have a `teacher` itself")
     shared = ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
     train = own.train.model_copy(update={name: getattr(student_train, name) for name in shared})
     return own.model_copy(update={"data": _teacher_data(own.data, recipe), "train": train})
@@ -99,9 +99,9 @@ def refuse_image_size(
     key, size_key
         The recipe keys to name in the error.
     image_hw
-        None: images vary in size; nothing is checked, since no loader opens them without a side.
+        None: images vary in size; nothing is checked, since the loader refuses them without a fixed size.
     batch_size
-        If given, a training step is tried too.
+        If given, a training step is tested too.
 
     Raises
     ------
@@ -115,11 +115,11 @@ def refuse_image_size(
     where = ""
     if not problem and batch_size:
         problem = models.refusal(name, 10, height, width, batch_size=min(batch_size, 2), training=True)
-        where = f", in training on {batch_size} at once" if batch_size < 2 else ", in training"
+        where = f", in training with batches of {batch_size}" if batch_size < 2 else ", in training"
     if problem:
         raise InputError(
-            f"{key}={name} does not take images of {height} x {width} pixels{where}: {problem}. Set {size_key} to a "
-            f"side that it takes{', or a larger train.batch_size' if where else ''}, or choose another net"
+            f"{key}={name} does not accept images of {height} x {width} pixels{where}: {problem}. Set {size_key} to a "
+            f"size that it accepts{', or a larger train.batch_size' if where else ''}, or choose another network"
         )
 
 
@@ -136,14 +136,14 @@ def _teacher_data(own: Data, recipe: Recipe) -> Data:
         taken["holdout_ratio"] = student.holdout_ratio
     elif own.holdout_ratio < student.holdout_ratio:
         raise InputError(
-            f"data.holdout_ratio={student.holdout_ratio:g}, and in teacher.recipe it is {own.holdout_ratio:g}: the "
-            "teacher would train on samples that the student is evaluated on. Give the same ratio in both, or none "
+            f"data.holdout_ratio={student.holdout_ratio:g}, but in teacher.recipe it is {own.holdout_ratio:g}: the "
+            "teacher would train on samples that the student is evaluated on. Set the same ratio in both, or none "
             "in the teacher's"
         )
     elif own.holdout_ratio > student.holdout_ratio:
         console.warn(
-            f"teacher: its recipe keeps {own.holdout_ratio:.2%} of train aside, this one {student.holdout_ratio:.2%}: "
-            "the teacher is trained on fewer samples than the student. Give the same data.holdout_ratio in both"
+            f"teacher: its recipe holds out {own.holdout_ratio:.2%} of train, this one {student.holdout_ratio:.2%}: "
+            "the teacher is trained on fewer samples than the student. Set the same data.holdout_ratio in both"
         )
     if "input_px" not in own.model_fields_set:
         taken["input_px"] = teacher_px(recipe)
@@ -159,23 +159,22 @@ def _normalisation(teacher: Teacher, name: str, weights: str, images: ImageSourc
     native = models.native_normalisation(name, weights)
     chosen = native or images.normalisation
     if native is None or native.guessed:
-        whose = "of the data set" if native is None else f"of the weights that are published for {name}"
+        source = "of the data set" if native is None else f"of the published weights of {name}"
         console.warn(
-            f"teacher: nothing beside {weights} says which mean and std it was trained with; taken are those "
-            f"{whose}: mean {_figures(chosen.mean)}, std {_figures(chosen.std)}. If it was trained "
-            "with others, its logits are worse than they could be: set teacher.mean and teacher.std (to these, to "
-            "silence this)"
+            f"teacher: the mean and std that {weights} was trained with are unknown; using those {source}: "
+            f"mean {_figures(chosen.mean)}, std {_figures(chosen.std)}. If it was trained with others, its logits are "
+            "less accurate: set teacher.mean and teacher.std (to the values above, to silence this warning)"
         )
     return chosen
 
 
 def _compare_classes(weights: str, trained: Any, classes: list[str]) -> None:
-    """Compare the class names stored beside a teacher's weights with those of the data set.
+    """Compare the class names stored with a teacher's weights with those of the data set.
 
     Raises
     ------
     InputError
-        They are the same in another order: every logit would belong to another class.
+        They are the same names in another order, so logits would belong to the wrong classes.
     """
     if not isinstance(trained, list) or len(trained) != len(classes) or trained == classes:
         return
@@ -184,11 +183,11 @@ def _compare_classes(weights: str, trained: Any, classes: list[str]) -> None:
     if sorted(map(str, trained)) == sorted(map(str, classes)):
         raise InputError(
             f"teacher.weights={weights}: was trained on the same classes in another order: class {shown}. Write "
-            "the data set with its classes in that order, or train a teacher on this one"
+            "the data set with its classes in that order, or train a teacher on this data set"
         )
     console.warn(
-        f"teacher: {weights} was trained on classes of other names, {len(other)} of {len(classes)}: class {shown}. If "
-        "these are other classes, its logits are wrong"
+        f"teacher: {len(other)} of {len(classes)} classes have other names in {weights}: class {shown}. If they are "
+        "different classes, its logits are wrong"
     )
 
 
@@ -198,7 +197,7 @@ def _warn_of_other_size(weights: str, trained: Any, images: ImageSource) -> None
     if isinstance(trained, list) and asked is not None and trained != asked:
         sizes = [" x ".join(map(str, size)) for size in (trained, asked)]
         console.warn(
-            f"teacher: {weights} was trained on images of {sizes[0]} pixels, and scores and labels at {sizes[1]}, "
+            f"teacher: {weights} was trained on images of {sizes[0]} pixels, but scores and labels at {sizes[1]}, "
             f"where it is less accurate: set teacher.input_px={trained[-1]}, or train it at that size"
         )
 
@@ -211,9 +210,9 @@ def _warn_of_other_holdout(weights: str, images: ImageSource) -> None:
         return
     if ratio < images.data.holdout_ratio:
         console.warn(
-            f"teacher: {weights} kept {ratio:.2%} of train aside, and this recipe keeps "
+            f"teacher: {weights} held out {ratio:.2%} of train, but this recipe holds out "
             f"{images.data.holdout_ratio:.2%}: it was trained on samples that the student is evaluated on. "
-            "Train one with the same data.holdout_ratio"
+            "Train a teacher with the same data.holdout_ratio"
         )
 
 

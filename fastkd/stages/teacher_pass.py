@@ -1,4 +1,4 @@
-"""One pass of the teacher over samples, which writes rows computed from its logits: scoring, or labelling views."""
+"""A pass of the teacher over samples that writes rows computed from its logits: used by scoring and labelling."""
 
 import itertools
 import time
@@ -16,7 +16,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.stages.resumable import Progress, RowFile
 
 SAVE_EVERY_S = 15.0
-"""Seconds between two records of how far a pass has come."""
+"""Seconds between two saves of the progress."""
 
 
 def run_pass(
@@ -31,7 +31,7 @@ def run_pass(
     progress: Progress,
     moved: Callable[[int], None],
 ) -> None:
-    """Run a network over samples, starting at the first row that is missing, and write rows made from its logits.
+    """Run a network on samples, starting at the first missing row, and write rows computed from its logits.
 
     Several processes take whole batches in turn. The rows are bit-identical to those of a single process. `progress`
     counts the rows before the first one that is not on disk.
@@ -43,7 +43,7 @@ def run_pass(
     files
         For each view, the files that store it.
     columns
-        Makes the columns of each view from the output for a batch.
+        Computes the columns of each view from the output for a batch.
     views
         Numbers of the views. None stands for the evaluation view, which is number 0 in `progress`.
     moved
@@ -74,7 +74,7 @@ def run_pass(
 
 
 class _Saver:
-    """Flushes the rows of this process; in the main process, also records how far all processes have come."""
+    """Flushes the rows of this process. In the main process, also saves the progress of all processes."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class _Saver:
         self._began = self._saved = time.perf_counter()
 
     def is_due(self) -> bool:
-        """Return whether `SAVE_EVERY_S` have passed since the last record."""
+        """Return whether `SAVE_EVERY_S` have passed since the last save."""
         return time.perf_counter() - self._saved > SAVE_EVERY_S
 
     def save(self, batches: int) -> None:

@@ -65,18 +65,18 @@ def open_student(path: Path) -> Student:
     Raises
     ------
     ArtifactError
-        It is missing or damaged, model.json is invalid, or an earlier version did not record the preprocessing.
+        It is missing or damaged, model.json is invalid, or was written by an early version without preprocessing.
     """
     artifact = artifacts.load(path)
     if artifact.manifest.kind not in ("RUN", "STUDENT"):
         raise InputError(
-            f"{path}: is of kind {artifact.manifest.kind}; expected a RUN, as python -m fastkd.train makes it"
+            f"{path}: is of kind {artifact.manifest.kind}; expected a RUN, as written by python -m fastkd.train"
         )
     file = artifact.file("model.json")
     described = run_schema.read_json(file)
     if isinstance(described, dict) and (missing := [n for n in ("crop_ratio", "stored") if n not in described]):
         raise ArtifactError(
-            f"{file}: does not say {' and '.join(missing)}: an earlier fastkd trained it; train it "
+            f"{file}: lacks {' and '.join(missing)}, since it was written by an early version of fastkd; train it "
             "again (--force train)"
         )
     checked = run_schema.validated(described, run_schema.Described, file)
@@ -95,7 +95,7 @@ def _compare_head(weights: Path, num_classes: int, said_by: Path) -> None:
         with safe_open(weights, "pt") as stream:
             shapes = [stream.get_slice(name).get_shape() for name in stream.keys()]  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{weights}: no safetensors ({error})") from None
+        raise ArtifactError(f"{weights}: not a valid safetensors file ({error})") from None
     if not any(len(shape) >= 2 and shape[0] == num_classes for shape in shapes):
         raise ArtifactError(
             f"{said_by}: num_classes: {num_classes}, but no layer in {weights.name} has as many outputs"

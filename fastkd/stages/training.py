@@ -22,7 +22,7 @@ from fastkd.engine.epoch import Epoch, StoppedError, train_epoch
 from fastkd.engine.inference import evaluate
 from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
-from fastkd.stages.distributed_build import build_together, decided_by_leader, read_once_seen
+from fastkd.stages.distributed_build import build_together, decided_by_main, read_once_seen
 from fastkd.stages.label_format import view_names
 from fastkd.stages.resumable import full_disk_explained
 from fastkd.stages.run_files import timing, write_environment, write_json, write_recipe, write_student
@@ -44,7 +44,7 @@ class Origin:
     Attributes
     ----------
     costs
-        Of the stages before training, by their names.
+        Costs of the stages before training, by their names.
     warnings
         Returns the warnings given so far.
     file
@@ -132,7 +132,7 @@ def run_key_fields(inputs: TrainingInputs) -> dict[str, Any]:
 
 
 def _unusual(train: recipes.Train) -> dict[str, Any]:
-    """Return the settings that determine the student and rarely differ from their defaults: only if they do."""
+    """Return settings that determine the student and differ from their defaults; others are not in the key."""
     settings = {name: getattr(train, name) for name in ("accumulate", "ema_decay", "sync_batchnorm")}
     usual = recipes.Train(epochs=1, batch_size=1)
     unusual: dict[str, Any] = {name: value for name, value in settings.items() if value != getattr(usual, name)}
@@ -142,7 +142,7 @@ def _unusual(train: recipes.Train) -> dict[str, Any]:
 
 
 def _student_weights(recipe: recipes.Recipe) -> str | None:
-    """Return what identifies the initial weights of a student: a file's digest, an artifact's key, or a name."""
+    """Return an identifier of the initial weights: the digest of a file, the key of an artifact, or a name."""
     weights = recipe.student.weights
     if weights is None:
         return None
@@ -152,10 +152,10 @@ def _student_weights(recipe: recipes.Recipe) -> str | None:
     return artifacts.load(path).key if path.is_dir() else weights
 
 
-def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
-    """Return the error for an unfinished RUN of another recipe; it says what differs."""
+def other_recipe_error(recipe: recipes.Recipe, directory: Path) -> InputError:
+    """Return the error for an unfinished RUN of another recipe; it names the differences."""
     phrases = []
-    with contextlib.suppress(OSError, ValueError, TypeError, InputError):  # it was being written
+    with contextlib.suppress(OSError, ValueError, TypeError, InputError):  # the file may be incomplete
         phrases = artifacts.differences(recipe.model_dump(mode="json"), recipes.read_yaml(directory / "resolved.yaml"))
     differs = f" ({'; '.join(phrases[:5])})" if phrases else ""
     return InputError(
@@ -165,12 +165,12 @@ def begun_otherwise(recipe: recipes.Recipe, directory: Path) -> InputError:
 
 
 class _Training:
-    """The training of one RUN, from the last checkpoint if there is one. All processes of a job run it at once.
+    """The training of one RUN, resumed from the last checkpoint if there is one. All processes of a job run it.
 
     Parameters
     ----------
     directory
-        Where the main process writes the RUN.
+        Directory that the main process writes.
     """
 
     def __init__(self, inputs: TrainingInputs, origin: Origin, directory: Path) -> None:
@@ -180,7 +180,7 @@ class _Training:
         self.checkpoints = directory / CHECKPOINTS
 
     def run(self) -> Built:
-        """Train, evaluate once, and write everything that a RUN contains."""
+        """Train, evaluate, and write all files of the RUN."""
         recipe, runtime, world = self.recipe, self.inputs.runtime, current()
         console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
         found = self._last_checkpoint()
@@ -204,15 +204,15 @@ class _Training:
         """
         world = current()
         found = checkpoint.newest(self.checkpoints) if world.is_main else None
-        if (name := decided_by_leader(lambda: found and found.file.name)) and not world.is_main:
+        if (name := decided_by_main(lambda: found and found.file.name)) and not world.is_main:
             found = read_once_seen(self.checkpoints / name, checkpoint.read)
         if found and found.state["key"] != self.key:
-            raise begun_otherwise(self.recipe, self.directory)
-        world.check_equal("checkpoint to go on from", {"name": found and found.file.name})
+            raise other_recipe_error(self.recipe, self.directory)
+        world.check_equal("checkpoint to resume from", {"name": found and found.file.name})
         return found
 
     def _prepare(self, found: Checkpoint | None) -> TrainingSetup:
-        """Write what the RUN is made from, and build what the first step needs."""
+        """Write the recipe and the environment, and prepare the first step."""
         world = current()
         begun = world.is_main and self.checkpoints.exists()
         if world.is_main:
@@ -228,7 +228,7 @@ class _Training:
     def _begin(self, found: Checkpoint | None) -> History:
         """Open the log, and restore the checkpoint if there is one."""
         world, setup = current(), self.setup
-        # Seeds what networks draw while they train, such as dropout.
+        # Seeds random numbers inside networks, such as dropout.
         torch.manual_seed(derive_seed(self.recipe.seed, "train" if world.is_main else f"train {world.rank}"))
         history = History(
             self.directory,
@@ -245,18 +245,18 @@ class _Training:
                 f"checkpoint; {history.earlier_s:.1f} s were spent before"
             )
             self.history = history
-            self._save()  # charges the lost work once
+            self._save()  # so that the lost work is charged only once
         return history
 
     def _save(self) -> None:
-        """Write a checkpoint, unless what the steps since the last one were trained on has changed."""
+        """Write a checkpoint, after checking that the artifacts in use have not changed."""
         self._refuse_changed()
         setup, history = self.setup, self.history
         step = history.steps_before + history.epoch.steps
         checkpoint.save(self.checkpoints, step, setup.student, setup.state, setup.per_sample_loss, history.state())
 
     def _refuse_changed(self, epoch: int | None = None) -> None:
-        """Check that nothing that training reads has changed; of LABELS, given an epoch, only the view that it reads.
+        """Check that no artifact in use has changed. Given an epoch, of LABELS only its view is checked.
 
         Raises
         ------
@@ -271,22 +271,22 @@ class _Training:
         """Train the remaining epochs; if asked to stop, write a checkpoint first."""
         try:
             self._train_epochs(stop)
-            self._save()  # evaluation and publishing may be interrupted as well
+            self._save()  # evaluation and publishing may also be interrupted
         except StoppedError:
             if math.isfinite(self.history.epoch.unlogged):
                 self._save()
-            console.say("train: stopped; the same command resumes from the last checkpoint")
+            console.say("train: stopped; run the same command again to resume from the last checkpoint")
             raise stop.reason() from None
         if current().any_of(stop.requested):
             raise stop.reason()
 
     def _train_epochs(self, stop: StopRequest) -> None:
-        """Train the remaining epochs, and write checkpoints in between.
+        """Train the remaining epochs, and write checkpoints.
 
         Raises
         ------
         StoppedError
-            A signal asked to stop; `history` is up to date.
+            A signal requested to stop; `history` is up to date.
         """
         train, history, world, images = self.recipe.train, self.history, current(), self.setup.images_per_epoch
         stop_here = AsyncAny(world, lambda: stop.requested)
@@ -350,7 +350,7 @@ class _Training:
         return accuracy
 
     def _evaluate(self, split: str, ids: np.ndarray, name: str, epoch: int) -> float:
-        """Return the top-1 on some samples; uncompiled, since compiling costs more than one evaluation saves.
+        """Return the top-1 on some samples. Not compiled: compiling takes longer than one evaluation.
 
         The processes share the batches. Batch norm statistics are those of the main process.
         """
@@ -381,13 +381,13 @@ class _Training:
             console.say(f"train: {recipe.prune.method} trained on {share:.2%} of the images of all epochs")
         console.say(
             f"train: top-1 {accuracy['val']:.2%} on val; {times['images_per_s']:,.0f} images/s, "
-            f"data wait {times['data_wait_share']:.1%}; this student took {times['further_student_s']:.1f} s, "
-            f"with all stages before it {times['first_student_s']:.1f} s"
+            f"data wait {times['data_wait_share']:.1%}; this student took {times['further_student_s']:.1f} s "
+            f"({times['first_student_s']:.1f} s with all stages before)"
         )
         if times["data_wait_share"] > LOADER_LIMITS:
             console.warn(
-                f"train: the step waited for data; {LOADING_HELP}; python -m fastkd.bench step RECIPE measures what "
-                "each step could reach"
+                f"train: the step waited for data; {LOADING_HELP}. python -m fastkd.bench step RECIPE measures the "
+                "rates of loader and step"
             )
         if warnings := self.origin.warnings():
             facts[artifacts.WARNINGS] = warnings

@@ -35,8 +35,8 @@ from fastkd.stages.selection import most_kept
 from fastkd.stages.teacher import LoadedTeacher
 
 LOADING_HELP = (
-    "more data.workers, images stored raw or smart instead of jpg, a lower max_resolution when writing, or a smaller "
-    "data.input_px would help"
+    "use more data.workers, write the data set as raw or smart instead of jpg, or with a lower max_resolution, or use "
+    "a smaller data.input_px"
 )
 MEASURED_BATCHES, MEASURED_S = 64, 0.5
 JUDGED_IMAGES = 256
@@ -46,7 +46,7 @@ LOADER_AHEAD = 1.5  # the loader should be this much faster than the step
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What a student is trained from.
+    """The artifacts and settings that a student is trained from.
 
     Attributes
     ----------
@@ -55,11 +55,11 @@ class TrainingInputs:
     labels
         None: the recipe reads no stored logits of numbered views.
     teacher
-        None: there is none, or an export takes its place.
+        None: there is no teacher, or its logits are stored.
     teacher_key_fields
         The teacher's part of the key. None: the recipe has no teacher.
     stopwatch
-        Wall time of the student, by what it was spent on.
+        Wall time of the student, by stage.
     """
 
     recipe: recipes.Recipe
@@ -99,7 +99,7 @@ class TeacherSource:
     Attributes
     ----------
     stored
-        Returns the rows that the loader reads along with a view, given its number (None: the evaluation view).
+        Returns the rows that the loader reads for a view, given its number (None: the evaluation view).
     live
         The teacher itself, if nothing is stored.
     decode
@@ -172,7 +172,7 @@ class TrainingSetup:
 
 
 def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None = None) -> None:
-    """Refuse, before anything is built for it, a student that cannot be trained as the recipe says.
+    """Check that the student can be trained, before anything is built.
 
     Parameters
     ----------
@@ -192,8 +192,8 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
         held_out, others = len(images.holdout_ids), len(images.train_ids)
         if recipe.data.holdout_ratio and not (held_out and others):
             raise InputError(
-                f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {held_out + others} samples that keeps "
-                f"{held_out} aside, and leaves {others} to train on; neither may be empty"
+                f"data.holdout_ratio={recipe.data.holdout_ratio:g}: of {held_out + others} samples it holds out "
+                f"{held_out}, and leaves {others} to train on; neither may be empty"
             )
         if recipe.teacher is not None:
             format_of(recipe, images.num_classes)
@@ -205,12 +205,12 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
     if train.ema_decay is not None and (left := train.ema_decay**steps) > STALE_AVERAGE:
         console.warn(
             f"train: train.ema_decay={train.ema_decay:g} over {steps:,} steps: {left:.0%} of the average are still the "
-            f"weights that training began with. Give a decay of {STALE_AVERAGE ** (1 / steps):.4g} or less"
+            f"initial weights. Give a decay of {STALE_AVERAGE ** (1 / steps):.4g} or less"
         )
 
 
 def prepare(inputs: TrainingInputs) -> TrainingSetup:
-    """Build everything that the first step needs, compile it, and choose the number of loader threads."""
+    """Build everything that the first step needs, compile it if the recipe says so, and set the loader threads."""
     recipe, images, runtime, stopwatch = inputs.recipe, inputs.images, inputs.runtime, inputs.stopwatch
     with stopwatch.on("setup"):
         student = _new_student(recipe, images, runtime)
@@ -219,23 +219,23 @@ def prepare(inputs: TrainingInputs) -> TrainingSetup:
             _judge_live_teacher(images, inputs.teacher, runtime)
     with stopwatch.on("compile"):
         if runtime.compile:
-            console.say("train: compiling; the first time on a machine this takes up to a minute")
+            console.say("train: compiling; this takes up to a minute the first time on a machine")
         step_s = compile_sizes(setup)
-    compile_s = stopwatch.seconds["compile"]
-    console.say(f"train: ready for the first step after {compile_s:.1f} s of compiling and warming up")
+    what = "compiling and warming up" if runtime.compile else "warming up"
+    console.say(f"train: ready for the first step after {stopwatch.seconds['compile']:.1f} s of {what}")
     with stopwatch.on("setup"):
         tune_loader_threads(setup, step_s)
     return setup
 
 
 def _judge_live_teacher(images: ImageSource, teacher: LoadedTeacher, runtime: Runtime) -> None:
-    """Warn of an unusable teacher on a few images, since there are no SCORES that would tell."""
+    """Check a live teacher on a few images, and warn if it is unusable. Scoring checks it otherwise."""
     ids = images.train_ids[:: -(-len(images.train_ids) // JUDGED_IMAGES)]
-    net = getattr(teacher.net, "_orig_mod", teacher.net)  # compiling it for these few would not pay
+    net = getattr(teacher.net, "_orig_mod", teacher.net)  # not compiled: it runs on a few images only
     batches = images.loader("train", min(len(ids), 64)).batches(ids, last="pad")
     found = [(one.logits.copy(), one.labels.copy()) for one in predict(runtime, net, batches)]
     z_RK, y_R = (np.concatenate(column) for column in zip(*found, strict=True))
-    if np.isfinite(z_RK).all():  # otherwise the loss will be reported, or a class is masked
+    if np.isfinite(z_RK).all():  # otherwise the loss check reports it, or a class is masked
         top1 = float((z_RK.argmax(axis=1) == y_R).mean())
         judge_logits(z_RK, y_R, top1, "train", "the live teacher", images.classes)
 
@@ -258,8 +258,8 @@ def build_training_setup(
     """
     train, world = recipe.train, current()
     if train.batch_size % (world.size * train.accumulate):
-        parts = f"{world.size} processes" + (f" × {train.accumulate} parts" if train.accumulate > 1 else "")
-        raise InputError(f"train.batch_size={train.batch_size}: {parts} do not divide it; give a multiple")
+        parts = f"{world.size} processes" + (f" × {train.accumulate} microbatches" if train.accumulate > 1 else "")
+        raise InputError(f"train.batch_size={train.batch_size}: is not divisible by {parts}; give a multiple")
     loader = images.loader("train", train.batch_size // world.size)
     least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if recipe.prune.dynamic else 0)
     full_batches(least, train.batch_size)
@@ -281,13 +281,13 @@ def build_training_setup(
 
 
 def compile_sizes(setup: TrainingSetup) -> float:
-    """Compile a step for each image size of the training; return the seconds of a step at the last size."""
+    """Run (and compile) a step for each image size of the training; return the seconds of a step at the last size."""
     sizes = {setup.recipe.px_of(epoch): epoch for epoch in reversed(range(setup.recipe.train.epochs))}
     return [compile_step(setup, epoch) for epoch in sorted(sizes.values())][-1]
 
 
 def compile_step(setup: TrainingSetup, epoch: int) -> float:
-    """Compile the step of an epoch; return the seconds of one more step, without the update."""
+    """Run (and compile) the step of an epoch without its update; return the seconds of a second run."""
     state, size = setup.state, setup.recipe.train.batch_size
     with closing(prefetch_to_device(setup.batches(setup.ids[:size], epoch), state.runtime)) as batches:
         batch = next(batches)
@@ -299,12 +299,12 @@ def compile_step(setup: TrainingSetup, epoch: int) -> float:
 
 
 def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
-    """Measure loading, and give the loader as many threads as keep it ahead of the step.
+    """Measure loading, and give the loader enough threads to stay ahead of the step.
 
     Parameters
     ----------
     step_s : float
-        Of a step at the last image size. Nothing is measured if the recipe sets the number of threads.
+        Seconds of a step at the last image size. Nothing is measured if the recipe sets the number of threads.
     """
     loader, size = setup.loader, setup.recipe.train.batch_size
     if setup.recipe.data.workers or loader.workers == 1:
@@ -323,12 +323,12 @@ def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
     loader.workers = max(1, min(most, math.ceil(LOADER_AHEAD * batch_s / step_s)))
     console.say(
         f"train: a step takes {1e3 * step_s:.2f} ms, loading a batch {1e3 * batch_s:.2f} ms in one thread: "
-        f"the loader gets {loader.workers} of {most}"
+        f"the loader uses {loader.workers} of {most} threads"
     )
 
 
 def _new_student(recipe: recipes.Recipe, images: ImageSource, runtime: Runtime) -> models.Normalised:
-    """Build the student on the device, initialised from the recipe's seed alone."""
+    """Build the student on the device. Its initial weights depend only on the seed of the recipe."""
     student = recipe.student
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
@@ -346,18 +346,18 @@ def derive_seed(seed: int, purpose: str) -> int:
 
 
 def teacher_source(inputs: TrainingInputs) -> TeacherSource:
-    """Return where the teacher's logits come from, as the recipe says."""
+    """Return the source of the teacher's logits for a recipe."""
     recipe, subset, labels = inputs.recipe, inputs.subset, inputs.labels
     if recipe.teacher is None:
         return TeacherSource(lambda view: None, None, lambda rows: None)
     if recipe.labels.mode == "stored":
         assert subset is not None
         ids_M = inputs.sample_ids
-        plain = StoredRows(ids_M, [subset.array("logits.npy")])
+        evaluation_rows = StoredRows(ids_M, [subset.array("logits.npy")])
 
         def stored(view: int | None) -> StoredRows:
             if view is None:
-                return plain
+                return evaluation_rows
             assert labels is not None
             return open_view(labels, ids_M, view)
 

@@ -1,4 +1,4 @@
-"""write: read a source through its writer, and publish it as .beton files → DATASET."""
+"""write: read images with a writer, and publish them as .beton files → DATASET."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def write(
         Name of a writer that fastkd includes (``fashion_mnist``), or path of a file (``my/writer.py``; see
         `fastkd.data.writer_api`).
     out_dir
-        Where the data set goes. A directory that contains anything else is refused, even with `force`.
+        Output directory. A directory with other contents is refused, even with `force`.
     options
         The writer's options.
     force
@@ -47,8 +47,8 @@ def write(
     Raises
     ------
     InputError
-        Unknown writer or option; a source that is missing, damaged or changed since it was written; `out_dir` holds
-        something else, or one of `out_dir` and the source contains the other.
+        The writer or an option is unknown, the source is missing, damaged or changed since it was written, `out_dir`
+        has other contents, or one of `out_dir` and the source contains the other.
     FastkdError
         The disk is full, or a process was killed.
     """
@@ -85,7 +85,7 @@ def _fill(
     progress: Progress | None,
 ) -> Built:
     """Write the .beton files, and return key fields and facts of the DATASET."""
-    # Taken before reading: a change during writing is noticed by the next write.
+    # Taken before reading, so that the next write detects a change during writing.
     source = before or writer.snapshot(options)
     written = write_betons(writer, options, directory, progress)
     if source is not None and source.files == 0:  # the writer has just downloaded it
@@ -125,9 +125,8 @@ def _refuse_changed(artifact: Artifact, writer: Writer, options: WriterOptions, 
         console.warn(f"{artifact.path}: used unchanged: its source is gone, so changes to it cannot be detected")
     elif what := found.difference(recorded):
         raise InputError(
-            f"{artifact.path}: its source changed since it was written: {what}. Write it again with {fix} (images, "
-            "labels and classes that are the same give the same key, so that scores stay valid), or choose another "
-            "directory"
+            f"{artifact.path}: its source changed since it was written: {what}. Write it again with {fix} (the same "
+            "images, labels and classes give the same key, so scores stay valid), or choose another directory"
         )
 
 
@@ -136,21 +135,21 @@ def _refuse_overlap(out_dir: Path, options: WriterOptions, source: Snapshot | No
     place = out_dir.resolve()
     for name, value in options:
         if isinstance(value, Path) and place in (value.resolve(), *value.resolve().parents):
-            raise InputError(f"{out_dir}: the source ({name}={value}) lies in it; choose another directory")
+            raise InputError(f"{out_dir}: contains the source ({name}={value}); choose another directory")
     for folder in source.folders if source else ():
         if folder.resolve() in place.parents:
-            raise InputError(f"{out_dir}: lies in the source's folder {folder}; choose a directory outside it")
+            raise InputError(f"{out_dir}: is inside the source folder {folder}; choose a directory outside it")
 
 
 def _identity(writer: Writer) -> dict[str, str]:
-    """Return what identifies a writer: its name, and for a user's file also the digest of its text."""
+    """Return the identity of a writer: its name, or for a user's file its path and digest."""
     if writer.path.parent == shipped("writers"):
         return {"writer": writer.name}
     return {"writer": str(writer.path), "writer_xxh3_128": file_digest(writer.path)}
 
 
 def _content(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that determine what is written, which the number of workers does not."""
+    """Return the settings that determine the contents: all but the number of workers."""
     options = {key: value for key, value in settings.get("options", {}).items() if key != "workers"}
     return settings | {"options": options}
 
@@ -159,7 +158,7 @@ def refuse_foreign(out_dir: Path, kind: Kind = "DATASET") -> None:
     """Accept a path that does not exist, an empty directory (which is removed), or an artifact of the kind."""
     if not os.path.lexists(out_dir):
         return
-    elsewhere = "choose another directory; nothing was touched"
+    elsewhere = "choose another directory; nothing was changed"
     what = "data set" if kind == "DATASET" else kind
     if not out_dir.is_dir():
         raise InputError(f"{out_dir}: is not a directory; {elsewhere}")
@@ -170,7 +169,7 @@ def refuse_foreign(out_dir: Path, kind: Kind = "DATASET") -> None:
     except OSError as error:
         raise InputError(f"{out_dir}: cannot be used ({error.strerror}); {elsewhere}") from None
     if not (out_dir / MANIFEST).is_file():
-        raise InputError(f"{out_dir}: is not empty and holds no fastkd {what}; {elsewhere}")
+        raise InputError(f"{out_dir}: is not empty and is not a fastkd {what}; {elsewhere}")
     try:
         found = read_manifest(out_dir).kind
     except ArtifactError as error:

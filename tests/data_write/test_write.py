@@ -96,7 +96,7 @@ def test_a_constant_channel_in_the_manifest(tmp_path):
     assert any("constant or nearly so over all of train" in text for text in facts["warnings"])
     older = SimpleNamespace(path=tmp_path, facts=facts | {"std": [0.0, 0.2, 0.3]})
     assert ImageSource.normalisation.fget(SimpleNamespace(dataset=older)).std == (1.0, 0.2, 0.3)
-    assert any("is taken as 1" in text for text in console.warnings_since(0))
+    assert any("is set to 1" in text for text in console.warnings_since(0))
 
 
 def test_reuse_whatever_the_workers(noise, dataset):
@@ -150,7 +150,7 @@ def test_empty_directory_will_do(noise, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("photo.jpg", "mine", "is not empty and holds no fastkd data set"),
+        ("photo.jpg", "mine", "is not empty and is not a fastkd data set"),
         ("manifest.json", '{"name": "a web app"}', "not a fastkd manifest"),
         ("manifest.json", "[]", "not a fastkd manifest"),
     ],
@@ -159,7 +159,7 @@ def test_foreign_directory_is_never_touched(noise, tmp_path, force, name, text, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text(text)
     before = snapshot(tmp_path)
-    with pytest.raises(InputError, match=f"{message}.*choose another directory; nothing was touched"):
+    with pytest.raises(InputError, match=f"{message}.*choose another directory; nothing was changed"):
         write(noise, tmp_path / "mine", OPTIONS, force=force)
     assert snapshot(tmp_path) == before
 

@@ -249,7 +249,7 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(given, monkeypatch)
     ids = pipe.images.train_ids
     monkeypatch.setattr(distributed, "_current", distributed.ProcessGroup(rank=1, size=3))
     with pytest.raises(
-        InputError, match=r"train\.batch_size=32: 3 processes × 4 parts do not divide it; give a multiple"
+        InputError, match=r"train\.batch_size=32: is not divisible by 3 processes × 4 microbatches; give a multiple"
     ):
         build_training_setup(pipe.recipe, pipe.images, pipe.runtime, ids, None, None)
 
@@ -261,7 +261,7 @@ def test_a_job_that_is_terminated_leaves_a_checkpoint_and_goes_on(given, runs, r
     job.wait_for(6, tmp_path / "runs")
     os.kill(job.process.pid, signal.SIGTERM)
     _, said = job.end(60)
-    assert said.count("train: stopped; the same command resumes from the last checkpoint") == 1
+    assert said.count("train: stopped; run the same command again to resume from the last checkpoint") == 1
     said = run(2, task(given, "train", *options))
     assert re.search(r"resuming at epoch \d, step \d, from the last checkpoint", said)
     assert trace(tmp_path / "runs") == trace(runs / "two")

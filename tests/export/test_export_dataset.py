@@ -257,7 +257,7 @@ def test_data_that_moved_is_asked_for(tiny, ids, tmp_path):
     there = shutil.copytree(tiny.path, tmp_path / "there")
     made = make_subset(tmp_path / "s", artifacts.load(there), ids)
     there.rename(tmp_path / "gone")
-    text = r"which data set was pruned is not known here \(looked at .*there\); give it: --data DATASET"
+    text = r"the data set that was pruned is not found \(searched .*there\); give it: --data DATASET"
     with pytest.raises(InputError, match=text):
         export_dataset(made.path, tmp_path / "out")
     assert export_dataset(made.path, tmp_path / "out", data=tmp_path / "gone")[1]
@@ -265,12 +265,12 @@ def test_data_that_moved_is_asked_for(tiny, ids, tmp_path):
 
 def test_data_that_is_not_known_is_asked_for(tiny, ids, tmp_path):
     made = make_subset(tmp_path / "s", tiny, ids, said=False)
-    with pytest.raises(InputError, match="is not known here; give it: --data DATASET"):
+    with pytest.raises(InputError, match="is not found; give it: --data DATASET"):
         export_dataset(made.path, tmp_path / "out")
 
 
 def test_other_data_is_refused(subset, photos, tiny, tmp_path):
-    with pytest.raises(ArtifactError, match=rf"chosen from the DATASET of key {tiny.key}, .*has the key {photos.key}"):
+    with pytest.raises(ArtifactError, match=rf"from the DATASET of key {tiny.key}, .*has the key {photos.key}"):
         export_dataset(subset.path, tmp_path / "out", data=photos.path)
     with pytest.raises(ArtifactError, match="holds a SUBSET, where a DATASET is expected"):
         export_dataset(subset.path, tmp_path / "out", data=subset.path)
@@ -305,7 +305,7 @@ def test_subset_of_ones_own_logits(tiny, own, tmp_path):
 
 
 def test_ones_own_logits_of_other_data(tiny, own, tmp_path):
-    with pytest.raises(InputError, match=r"holds 150 train samples, and .*own was chosen from 149"):
+    with pytest.raises(InputError, match=r"holds 150 train samples, but .*own was selected from 149"):
         export_dataset(own(count=149).path, tmp_path / "out", data=tiny.path)
 
 
@@ -313,14 +313,14 @@ def test_ones_own_labels_of_other_data(tiny, own, tmp_path, reseal):
     made = own()
     counts = [made.facts["class_counts"][0] - 1, made.facts["class_counts"][1] + 1, made.facts["class_counts"][2]]
     reseal(made.path, facts=made.facts | {"class_counts": counts})
-    with pytest.raises(InputError, match=r"have other labels here: per class 15, 15, 15, not 14, 16, 15; give the"):
+    with pytest.raises(InputError, match=r"other labels in it: 15, 15, 15 per class instead of 14, 16, 15; give"):
         export_dataset(made.path, tmp_path / "out", data=tiny.path)
 
 
 def test_ones_own_logits_are_not_of_an_export(tiny, own, tmp_path):
     ids = list(range(0, 150, 2))
     first, _ = export_dataset(make_subset(tmp_path / "s", tiny, ids).path, tmp_path / "first")
-    with pytest.raises(InputError, match="first: is an export, whose samples are not numbered as the rows"):
+    with pytest.raises(InputError, match="first: is an export, whose sample ids are not the rows"):
         export_dataset(own(count=75).path, tmp_path / "out", data=first.path)
 
 
@@ -338,7 +338,7 @@ def test_labels_of_another_subset_are_not_taken(tiny, subset, ids, tmp_path):
     other = make_subset(subset.path.with_name("subset-2"), tiny, ids[1:])
     wrong = make_labels(subset.path.with_name("labels-2"), other)
     assert export_dataset(subset.path, tmp_path / "out")[0].facts["export"]["labels"] is None
-    text = rf"made for the SUBSET of key {other.key}, and .*has the key {subset.key}"
+    text = rf"made for the SUBSET of key {other.key}, but .*has the key {subset.key}"
     with pytest.raises(ArtifactError, match=text):
         export_dataset(subset.path, tmp_path / "out2", labels=wrong.path)
     with pytest.raises(ArtifactError, match="holds a SUBSET, where a LABELS is expected"):
@@ -425,8 +425,8 @@ def test_what_is_no_export_is_never_touched(tiny, subset, tmp_path, force):
     labels = make_labels(tmp_path / "labels", subset)
     before = snapshot(tmp_path)
     for name, text in (
-        ("data", "holds a data set that is no export"),
-        ("mine", "is not empty and holds no fastkd data set"),
+        ("data", "holds a data set that is not an export"),
+        ("mine", "is not empty and is not a fastkd data set"),
         ("file", "is not a directory"),
         (labels.path.name, "holds a LABELS"),
     ):
@@ -446,7 +446,7 @@ def test_what_is_exported_is_never_replaced(tiny, subset, ids, tmp_path, force):
         (fewer.path, first.path, first.path / "inside"),
         (fewer.path, first.path, fewer.path),
     ):
-        with pytest.raises(InputError, match=r"is, holds or lies within .*, which is exported; choose another place"):
+        with pytest.raises(InputError, match=r"overlaps .*, which is exported; choose another directory"):
             export_dataset(source, out, data=data, force=force)
     assert snapshot(tmp_path / "first") == before
 
@@ -477,7 +477,7 @@ def test_too_little_room_is_told_beforehand(tiny, subset, tmp_path, monkeypatch)
     written = []
     monkeypatch.setattr(os, "pwrite", lambda *args: written.append(args))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
-    with pytest.raises(FastkdError, match=rf"the export needs {needed:,} bytes, and {needed - 1:,} are free") as caught:
+    with pytest.raises(FastkdError, match=rf"the export needs {needed:,} bytes, but {needed - 1:,} are free") as caught:
         export_dataset(subset.path, tmp_path / "out")
     assert not isinstance(caught.value, InputError)
     assert not written
@@ -500,7 +500,7 @@ def test_a_copy_that_is_not_one(subset, tmp_path, monkeypatch):
         Path(target).write_bytes(bytes(Path(source).stat().st_size))
 
     monkeypatch.setattr(shutil, "copyfile", wrong)
-    with pytest.raises(FastkdError, match=r"val.beton: reads back otherwise than .*val.beton; is the disk all right"):
+    with pytest.raises(FastkdError, match=r"val.beton: differs from .*val.beton after copying; check the disk"):
         export_dataset(subset.path, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
 
@@ -514,10 +514,7 @@ def test_command(subset, tiny, tmp_path, command):
     code, text = command(command_module.main, subset.path, out)
     assert code == 0
     assert "60 of 150 train images, 60 val images; built in" in text
-    assert (
-        "what remains of the train images' bytes: 0.0 of 0.1 MB (40.0%); of the files, with val and the labels: "
-        in text
-    )
+    assert "size of the train images: 0.0 of 0.1 MB (40.0%); of all files, with val and labels: " in text
     assert f"python -m fastkd.train RECIPE data.path={out}" in text
     code, text = command(command_module.main, subset.path, out, "--data", tiny.path)
     assert code == 0

@@ -82,7 +82,7 @@ def test_a_file_that_says_something_else_is_never_published(tiny_run, tmp_path, 
             next(student.net.parameters()).add_(0.1)
 
     monkeypatch.setattr(student, "_write", then_changed)
-    with pytest.raises(FastkdError, match=r"student\.onnx: its logits are off by .* of the largest"):
+    with pytest.raises(FastkdError, match=r"student\.onnx: its logits differ from the network's by .* of the largest"):
         export_student(tiny_run.path, tmp_path / "out")
     assert leftovers(tmp_path) == []
 
@@ -113,23 +113,23 @@ def test_the_same_student_is_reused_and_another_is_not_written_over(tiny_run, ti
     out = shutil.copytree(tiny_student.path, tmp_path / "out")
     assert export_student(tiny_run.path, out)[1] is False
     other = copy_of(tiny_run, tmp_path / "other")
-    with pytest.raises(ArtifactError, match="made from other inputs"):
+    with pytest.raises(ArtifactError, match="made from other key fields"):
         export_student(other.path, out)
     assert export_student(other.path, out, force=True)[1] is True
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for force in (False, True):
-        with pytest.raises(InputError, match="is not empty and holds no fastkd STUDENT"):
+        with pytest.raises(InputError, match="is not empty and is not a fastkd STUDENT"):
             export_student(tiny_run.path, tmp_path / "mine", force=force)
     assert (tmp_path / "mine" / "thesis.tex").exists()
-    with pytest.raises(InputError, match="lies within the RUN"):
+    with pytest.raises(InputError, match="is inside the RUN"):
         export_student(tiny_run.path, tiny_run.path / "student")
 
 
 def test_a_run_that_does_not_say_how_images_are_cut_is_refused(tiny_run, tmp_path):
     """As those of an earlier fastkd."""
     run = copy_of(tiny_run, tmp_path / "old", without="crop_ratio")
-    with pytest.raises(ArtifactError, match="does not say crop_ratio: an earlier fastkd trained it"):
+    with pytest.raises(ArtifactError, match="lacks crop_ratio, since it was written by an early version"):
         open_student(run.path)
 
 
@@ -138,8 +138,8 @@ def test_export_goes_by_what_it_is_given(command, tiny_run, tiny_student, tmp_pa
     code, text = command(export.main, tiny_run.path, tiny_student.path)
     assert code == 0
     assert "student.onnx: 0." in text
-    assert "off the net by" in text
+    assert "largest error" in text
     assert f"STUDENT: {tiny_student.path} (cifar/resnet8), reused: it was exported before" in text
     code, text = command(export.main, tiny_run.path, tmp_path / "more", "--labels", tmp_path)
     assert code == 2
-    assert "needs neither --data nor --labels" in text
+    assert "--data and --labels are for a SUBSET" in text

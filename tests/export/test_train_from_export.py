@@ -70,7 +70,7 @@ def test_a_student_without_a_teacher_trains_on_the_kept_samples_too(tiny_recipe,
         ("data.holdout_ratio=0.2", r"holdout_ratio is 0\.0, not 0\.2"),
         ("labels.reshape=false", "reshape is True, not False"),
         ("data.input_px=10", r"view\.input_px is None, not 10"),
-        ("labels.views=3", r"was exported with labels of 2 views, and the recipe asks for 3: label them on"),
+        ("labels.views=3", r"was exported with labels of 2 views, but the recipe needs 3 views: label them on"),
     ],
 )
 def test_what_the_export_does_not_hold_is_refused(tiny_recipe, exported, override, message):
@@ -94,7 +94,7 @@ def test_labels_of_other_views_are_refused(tiny_recipe, exported, override, mess
 def test_an_export_without_labels_says_where_to_get_them(tiny_recipe, tmp_path):
     pipe = Pipeline(tiny_recipe(*VIEWS))
     out, _ = export_dataset(pipe.subset.path, tmp_path / "out")
-    with pytest.raises(InputError, match=r"no labels but those of the plain view.*python -m fastkd\.label RECIPE"):
+    with pytest.raises(InputError, match=r"only the labels of the evaluation view.*python -m fastkd\.label RECIPE"):
         pipeline.train(tiny_recipe(*VIEWS, f"data.path={out.path}"))
     assert pipeline.train(tiny_recipe("train.epochs=1", f"data.path={out.path}"))[1]
 

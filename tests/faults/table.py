@@ -1,7 +1,7 @@
 """The table of faults, from the names of the tests that inject them: python docs/generate.py.
 
-``test_a_killed_training__goes_on_from_its_last_checkpoint`` is a line: the fault, then what happens. Names without two
-underscores in a row are of tests that inject nothing.
+``test_a_killed_training__resumes_from_its_last_checkpoint`` is a row: the fault, then the behaviour. Names without a
+double underscore belong to tests that inject no fault.
 """
 
 import ast
@@ -21,7 +21,7 @@ def names() -> Iterator[tuple[Path, str]]:
 
 def table() -> str:
     """Return the table in Markdown, a part for each file."""
-    lines = ["| What goes wrong | What happens |", "|---|---|"]
+    lines = ["| Fault | Behaviour |", "|---|---|"]
     last = None
     for file, name in names():
         if file != last:

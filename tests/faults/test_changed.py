@@ -1,4 +1,4 @@
-"""Files that are written to while a stage reads them: nothing that was computed from them is published or kept."""
+"""Files that change while a stage reads them: nothing computed from them is published or kept."""
 
 import os
 import shutil
@@ -61,7 +61,7 @@ def runs(recipe) -> list[Path]:
 
 
 @pytest.mark.parametrize("name", USED)
-def test_a_file_that_is_overwritten_in_place_while_training__ends_it_and_nothing_is_published(own, monkeypatch, name):
+def test_a_file_that_is_overwritten_during_training__stops_it_and_nothing_is_published(own, monkeypatch, name):
     """Of the same size, in the middle of an epoch; put back, the training goes on from before, to the same student."""
     recipe = own("train.checkpoint_every_s=0", *VIEWS)
     pipeline.label(recipe)
@@ -84,7 +84,7 @@ def test_a_file_that_is_overwritten_in_place_while_training__ends_it_and_nothing
         np.testing.assert_array_equal(load_file(own.data.parent / "kept" / "student.safetensors")[key], expected)
 
 
-def test_a_file_that_is_overwritten_with_its_old_times__is_seen_all_the_same(own, monkeypatch):
+def test_a_file_that_is_overwritten_with_its_old_times__is_detected(own, monkeypatch):
     recipe = own()
     pipeline.prune(recipe)
     at_step(monkeypatch, 4, lambda: overwrite(own.data / "train.beton", keeps_times=True))
@@ -92,7 +92,7 @@ def test_a_file_that_is_overwritten_with_its_old_times__is_seen_all_the_same(own
         pipeline.train(recipe)
 
 
-def test_a_data_set_that_is_replaced_by_another_while_training__ends_it(own, monkeypatch):
+def test_a_data_set_that_is_replaced_during_training__stops_the_training(own, monkeypatch):
     recipe = own()
     pipeline.prune(recipe)
     other = own.data.with_name("other")
@@ -110,7 +110,7 @@ def test_a_data_set_that_is_replaced_by_another_while_training__ends_it(own, mon
 
 
 @pytest.mark.parametrize("stage", ["score", "label"])
-def test_images_that_are_overwritten_while_the_teacher_looks_at_them__end_the_pass_and_no_row_of_them_is_kept(
+def test_images_that_are_overwritten_during_a_teacher_pass__stop_the_pass_and_their_rows_are_discarded(
     own, monkeypatch, stage
 ):
     recipe = own("score.batch_size=16", "labels.batch_size=16", *VIEWS)
@@ -142,7 +142,7 @@ def test_images_that_are_overwritten_while_the_teacher_looks_at_them__end_the_pa
         assert artifacts.read_manifest(one).files == artifacts.read_manifest(other).files
 
 
-def test_labels_that_grow_while_a_student_learns_from_them__are_no_change(own, monkeypatch):
+def test_labels_that_get_more_views_during_training__do_not_disturb_the_training(own, monkeypatch):
     """The views that are there get a second name, and lose the first."""
     recipe = own(*VIEWS)
     pipeline.label(recipe)
@@ -152,7 +152,7 @@ def test_labels_that_grow_while_a_student_learns_from_them__are_no_change(own, m
     artifacts.verify(run)
 
 
-def test_a_file_whose_mode_is_changed__is_no_change(own, monkeypatch):
+def test_a_file_whose_permissions_change__is_accepted(own, monkeypatch):
     recipe = own()
     pipeline.prune(recipe)
     at_step(monkeypatch, 7, lambda: (own.data / "train.beton").chmod(0o440))

@@ -1,4 +1,4 @@
-"""Files of a RUN or an export that somebody made on purpose, with right checksums."""
+"""Crafted files of a RUN or an export, with correct checksums."""
 
 import contextlib
 import json
@@ -60,14 +60,14 @@ MODEL = {
     "a number as name of the net": (changed(model=7), "model"),
     "no name of the net": (changed(model=...), "model: missing"),
     "a list": (lambda whole: [whole], "model.json"),
-    "no JSON": ("{", "no JSON"),
-    "JSON of a hundred thousand levels": (DEEP, "no JSON"),
+    "not valid JSON": ("{", "not valid JSON"),
+    "JSON of a hundred thousand levels": (DEEP, "not valid JSON"),
     "a number of ten thousand digits": ('{"num_classes": ' + "9" * 10_000 + "}", "model.json"),
 }
 TOLD = {
     "timing.json": {
-        "no JSON": ("seconds", "no JSON"),
-        "JSON of a hundred thousand levels": (DEEP, "no JSON"),
+        "not valid JSON": ("seconds", "not valid JSON"),
+        "JSON of a hundred thousand levels": (DEEP, "not valid JSON"),
         "no stages": (changed(stages=...), "stages: missing"),
         "a stage that there is not": (changed(stages=[{"stage": "x", "seconds": 1.0, "reused": False}]), "stages.0"),
         "a time that is no number": (changed(step_s=float("nan")), "step_s"),
@@ -84,7 +84,7 @@ TOLD = {
         "versions as numbers": (changed(versions={"torch": 2}), "versions.torch"),
     },
     "metrics.jsonl": {
-        "no JSON": ("{\n", "line 1: no JSON"),
+        "not valid JSON": ("{\n", "line 1: not valid JSON"),
         "a list": ("[]\n", "line 1"),
         "a look without its epoch": ('{"event": "evaluate", "split": "val", "top1": 1}\n', "epoch: missing"),
         "a loss that is no number": (
@@ -95,7 +95,7 @@ TOLD = {
             '{"event": "steps", "step": ' + "9" * 40 + ', "loss": 1, "data_wait_share": 0}\n',
             "step",
         ),
-        "JSON of a hundred thousand levels": (DEEP + "\n", "line 1: no JSON"),
+        "JSON of a hundred thousand levels": (DEEP + "\n", "line 1: not valid JSON"),
     },
     "resolved.yaml": {
         "aliases that make gigabytes": (BOMB, "an alias"),
@@ -105,7 +105,7 @@ TOLD = {
         "no YAML": ("{{{{", "not YAML"),
         "no training": ("name: x\nseed: 0\n", "train: missing"),
     },
-    "model.json": {name: MODEL[name] for name in ("too few class names", "no JSON")},
+    "model.json": {name: MODEL[name] for name in ("too few class names", "not valid JSON")},
 }
 
 
@@ -125,9 +125,7 @@ def copied(tiny_run, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("what", MODEL)
-def test_a_model_description_that_claims_anything__is_one_error_that_names_the_field(
-    command, copied, reseal, tmp_path, what
-):
+def test_a_crafted_model_description__is_one_error_that_names_the_field(command, copied, reseal, tmp_path, what):
     change, words = MODEL[what]
     craft(copied, "model.json", change, reseal)
     Image.new("RGB", (16, 16)).save(tmp_path / "image.png")
@@ -143,7 +141,7 @@ def test_a_model_description_that_claims_anything__is_one_error_that_names_the_f
 
 
 @pytest.mark.parametrize(("file", "what"), [(file, what) for file, cases in TOLD.items() for what in cases])
-def test_figures_of_a_run_that_claim_anything__are_one_error_that_names_the_field(command, copied, reseal, file, what):
+def test_crafted_metrics_of_a_run__are_one_error_that_names_the_field(command, copied, reseal, file, what):
     change, words = TOLD[file][what]
     craft(copied, file, change, reseal)
     code, text = command(report.main, copied, "--no-evaluate")
@@ -164,9 +162,7 @@ def test_figures_of_a_run_that_claim_anything__are_one_error_that_names_the_fiel
         ({"warnings": "none"}, "warnings"),
     ],
 )
-def test_a_manifest_of_a_run_that_claims_anything__is_one_error_that_names_the_field(
-    command, copied, reseal, facts, words
-):
+def test_a_crafted_manifest_of_a_run__is_one_error_that_names_the_field(command, copied, reseal, facts, words):
     whole = artifacts.read_manifest(copied).facts
     reseal(copied, facts=whole | facts)
     code, text = command(report.main, copied, "--no-evaluate")
@@ -175,9 +171,7 @@ def test_a_manifest_of_a_run_that_claims_anything__is_one_error_that_names_the_f
     assert words in text
 
 
-def test_an_export_beside_a_run_that_claims_anything__is_one_error_that_names_the_field(
-    command, tiny_student, copied, reseal
-):
+def test_a_crafted_export_beside_a_run__is_one_error_that_names_the_field(command, tiny_student, copied, reseal):
     beside = copied.with_name("student")
     shutil.copytree(tiny_student.path, beside)
     reseal(beside, facts={"model": "x", "worst_difference": {"student.onnx": "none"}})
@@ -187,9 +181,7 @@ def test_an_export_beside_a_run_that_claims_anything__is_one_error_that_names_th
 
 
 @pytest.mark.parametrize("text", [BOMB, "a: &a [*a]\n", "!!python/object/apply:os.system [exit]\n", DEEP])
-def test_a_beginning_whose_recipe_claims_anything__is_not_gone_on_with(
-    command, tiny_recipe, tmp_path, stop_after, text
-):
+def test_an_unfinished_run_with_a_crafted_recipe__is_not_resumed(command, tiny_recipe, tmp_path, stop_after, text):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(tiny_recipe(), out=tmp_path / "run")
@@ -200,7 +192,7 @@ def test_a_beginning_whose_recipe_claims_anything__is_not_gone_on_with(
     assert "was started with another recipe" in said
 
 
-def test_unfinished_builds_that_claim_anything__are_listed_and_kept(command, tmp_path):
+def test_crafted_unfinished_builds__are_listed_and_kept(command, tmp_path):
     for number, text in enumerate((DEEP, "[]", '{"kind": [], "key": 1, "parents": []}', '{"kind": NaN}', "\0")):
         folder = tmp_path / f"x{number}{artifacts.PARTIAL}"
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Every file of every kind of artifact, damaged in every way: nothing damaged, foreign or stale is ever used."""
+"""Every file of every kind of artifact, damaged in many ways: damaged, foreign or stale artifacts are never used."""
 
 import contextlib
 import os
@@ -88,7 +88,7 @@ def refused(path: Path, name: str, why: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flipped_bit_in_any_file__is_seen_before_it_is_used(whole, kind):
+def test_a_flipped_bit_in_any_file__is_detected_before_use(whole, kind):
     path, rng = whole[kind], np.random.default_rng(KINDS.index(kind))
     artifacts.load(path)  # there is a verdict now, which must not be trusted
     for name in files_of(path):
@@ -109,7 +109,7 @@ def test_a_flipped_bit_in_any_file__is_seen_before_it_is_used(whole, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_flipped_bit_in_any_manifest__is_seen_or_changes_nothing(whole, kind):
+def test_a_flipped_bit_in_any_manifest__is_detected_or_has_no_effect(whole, kind):
     path, rng = whole[kind], np.random.default_rng(10 + KINDS.index(kind))
     file, right, unnamed = path / MANIFEST, artifacts.read_manifest(path), 0
     with restored(file) as (text,):
@@ -123,7 +123,7 @@ def test_a_flipped_bit_in_any_manifest__is_seen_or_changes_nothing(whole, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_that_are_truncated_grown_or_missing__are_refused_by_name(whole, kind):
+def test_files_that_are_truncated_or_extended_or_missing__are_refused_by_name(whole, kind):
     path = whole[kind]
     for name in [*files_of(path), MANIFEST]:
         why = "not a fastkd manifest" if name == MANIFEST else r"damaged: \d+ bytes, the manifest says \d+"
@@ -187,7 +187,7 @@ def test_a_foreign_key_or_another_format_version__is_refused(whole, reseal, kind
 
 
 @pytest.mark.parametrize("kind", ["SCORES", "SUBSET", "LABELS", "RUN"])
-def test_an_artifact_made_from_other_parents__is_not_used_where_another_should_be(whole, recipe_file, reseal, kind):
+def test_an_artifact_made_from_other_parents__is_not_used(whole, recipe_file, reseal, kind):
     """Whole and right by itself, but of other inputs or of stale parents: the recipe's own is asked for by name."""
     path, loaded = whole[kind], recipe.load(recipe_file)
     manifest = artifacts.read_manifest(path)
@@ -236,7 +236,7 @@ def test_labels_made_before_their_subset_was_built_again__are_not_exported(whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_that_check_finds__is_told_in_one_line_with_exit_code_2(whole, command, kind):
+def test_damage_that_check_finds__is_reported_in_one_line_with_exit_code_2(whole, command, kind):
     path = whole[kind]
     name = files_of(path)[-1]
     with restored(path / name) as (data,):

@@ -1,4 +1,4 @@
-"""Surroundings that a command does not expect: every command, as a process of its own."""
+"""Unusual environments: every command, run as a separate process."""
 
 import contextlib
 import os
@@ -135,7 +135,7 @@ def may_be_nobody() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_home_or_user_name_a_read_only_installation_an_ascii_locale_and_no_stdin__are_no_hindrance(
+def test_no_home_no_user_name_a_read_only_installation_an_ascii_locale_and_no_stdin__stop_no_command(
     may_be_nobody, place, name
 ):
     """As in a container with a random uid; the working directory cannot be written to either."""
@@ -152,17 +152,17 @@ def test_no_home_or_user_name_a_read_only_installation_an_ascii_locale_and_no_st
     assert not Path("/~").exists()
 
 
-def test_the_doctor__tells_of_caches_that_have_no_place(may_be_nobody, place):
+def test_cache_folders_that_are_not_writable__are_reported_by_doctor(may_be_nobody, place):
     if os.geteuid() != 0:
         pytest.skip("only root may run as another user")
     (line,) = [one for one in words(place.as_nobody("doctor")).splitlines() if one.split()[1:2] == ["caches"]]
     assert line.split()[0] == "note"
-    assert "usual folders of numba, matplotlib" in line
+    assert "default folders of numba, matplotlib" in line
     assert "NUMBA_CACHE_DIR" in line
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_closed_or_full_standard_streams__do_not_keep_a_command_from_its_work(place, name):
+def test_closed_or_full_standard_streams__do_not_stop_a_command(place, name):
     """Who writes into a full disk hears of it; who just does not listen, does not."""
     given = {"check": [place.folder / "data"]}.get(name, arguments_of(place.folder)[name])
     place.as_nobody("write")
@@ -183,7 +183,7 @@ def test_closed_or_full_standard_streams__do_not_keep_a_command_from_its_work(pl
         assert artifacts.load(place.folder / "data").manifest.kind == "DATASET"
 
 
-def test_a_training_whose_reader_goes_away__goes_on_and_ends_well(place):
+def test_a_training_whose_output_is_closed__continues_to_the_end(place):
     place.as_nobody("write")
     before = set((place.folder / "runs").glob("student-*"))
     read, write = os.pipe()
@@ -199,7 +199,7 @@ def test_a_training_whose_reader_goes_away__goes_on_and_ends_well(place):
     assert artifacts.load(run, "RUN").facts["top1"]["val"] >= 0
 
 
-def test_a_working_directory_that_was_deleted__is_one_line_that_says_so(place, tmp_path):
+def test_a_deleted_working_directory__is_reported_in_one_line(place, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
     place.as_nobody("write")
@@ -234,7 +234,7 @@ def test_a_working_directory_that_was_deleted__is_one_line_that_says_so(place, t
     ],
     ids=["narrow", "wide", "no TMPDIR, -OO", "-W error, unknown locale", "latin-1", "no caches", "64 files"],
 )
-def test_odd_environment_variables_and_limits__are_no_hindrance(place, env, limit):
+def test_unusual_environment_variables_and_limits__do_not_stop_any_command(place, env, limit):
     def limited() -> None:
         if limit:
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
@@ -245,7 +245,7 @@ def test_odd_environment_variables_and_limits__are_no_hindrance(place, env, limi
         assert "Traceback" not in words(done)
 
 
-def test_modules_of_the_users_named_as_libraries__are_not_taken_for_them(place, tmp_path):
+def test_user_modules_with_the_names_of_libraries__are_not_imported_in_their_place(place, tmp_path):
     for name in ("numpy", "torch", "select", "yaml", "typer", "rich", "matplotlib", "pydantic"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')\n", encoding="utf-8")
     done = place.command("recipes", "list", cwd=tmp_path)
@@ -253,7 +253,7 @@ def test_modules_of_the_users_named_as_libraries__are_not_taken_for_them(place, 
     assert "the wrong one" not in words(done)
 
 
-def test_the_wrong_rights_to_a_path__are_one_line_that_names_it(may_be_nobody, place, tmp_path):
+def test_missing_permissions_for_a_path__are_reported_in_one_line_that_names_it(may_be_nobody, place, tmp_path):
     """A read-only folder, a file where a folder belongs, a name that is too long."""
     if os.geteuid() != 0:
         pytest.skip("only root may run as another user")
@@ -276,7 +276,7 @@ def test_the_wrong_rights_to_a_path__are_one_line_that_names_it(may_be_nobody, p
         assert len([line for line in text.splitlines() if line.startswith("error: ")]) == 1
 
 
-def test_a_terminal_that_is_closed__stops_a_training_where_it_can_go_on(slowed, place):
+def test_a_closed_terminal__stops_a_training_so_that_it_can_be_resumed(slowed, place):
     process = slowed(
         "train",
         place.folder / "student.yaml",
@@ -290,6 +290,6 @@ def test_a_terminal_that_is_closed__stops_a_training_where_it_can_go_on(slowed, 
     process.process.send_signal(signal.SIGHUP)
     code, said = process.end()
     assert code == 129, said
-    assert "the same command resumes from the last checkpoint" in said
+    assert "run the same command again to resume from the last checkpoint" in said
     with contextlib.suppress(OSError):
         assert list((place.folder / "runs").glob(f"*{artifacts.PARTIAL}"))

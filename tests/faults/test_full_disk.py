@@ -1,4 +1,4 @@
-"""A disk that is full in the middle of a stage: one line that says so, nothing half published, and no work lost."""
+"""A disk that becomes full during a stage: one error line, nothing incomplete is published, and no work is lost."""
 
 import os
 import re
@@ -50,7 +50,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_full_disk_in_any_stage__is_one_error_and_the_stage_ends_when_there_is_room(
+def test_a_full_disk_in_any_stage__is_one_error_and_the_stage_can_be_resumed(
     case, tiny_recipe, tmp_path, disk, command, monkeypatch, leftovers
 ):
     """An older artifact on that disk stays whole."""
@@ -89,7 +89,7 @@ def test_a_full_disk_in_any_stage__is_one_error_and_the_stage_ends_when_there_is
     ],
     ids=["a checkpoint", "the student", "its times", "the beginning", "publishing"],
 )
-def test_a_full_disk_while_training__is_one_error_and_training_goes_on_when_there_is_room(
+def test_a_full_disk_during_training__is_one_error_and_the_training_can_be_resumed(
     module, name, call, tiny_recipe, tmp_path, disk, command, monkeypatch, leftovers
 ):
     overrides = ("train.checkpoint_every_s=0", "data.workers=1")
@@ -117,9 +117,7 @@ def test_a_full_disk_while_training__is_one_error_and_training_goes_on_when_ther
     assert leftovers(disk.path) == []
 
 
-def test_on_a_full_disk_artifacts_are_verified_at_each_load__and_nothing_is_left_of_the_verdict(
-    own_logits, disk, command
-):
+def test_verification_on_a_full_disk__works_and_leaves_no_files(own_logits, disk, command):
     code, _ = command(prune.main, *own_logits, "--out", disk.path / "kept")
     assert code == 0
     (disk.path / "kept" / ".verified.json").unlink()
@@ -128,7 +126,7 @@ def test_on_a_full_disk_artifacts_are_verified_at_each_load__and_nothing_is_left
     assert not list((disk.path / "kept").glob(".verified.json*"))
 
 
-def test_a_full_disk_while_writing_anew__keeps_the_data_set_that_was_there(
+def test_a_full_disk_while_a_data_set_is_written_again__keeps_the_existing_data_set(
     noise, disk, command, tmp_path, leftovers, traces
 ):
     place = disk.path / "out"

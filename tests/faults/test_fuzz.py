@@ -1,4 +1,4 @@
-"""Random and crafted input to everything that reads a file or a text: only fastkd's own errors come out."""
+"""Random and crafted input to everything that reads a file or a text: only fastkd's own errors are raised."""
 
 import contextlib
 import io
@@ -77,14 +77,14 @@ def loads(file: Path, content: bytes | str, overrides: tuple[str, ...] = ()) -> 
 
 @many
 @given(data=st.binary(max_size=60))
-def test_any_bytes_for_a_recipe__are_read_or_refused_in_words(file, data):
+def test_random_bytes_as_a_recipe__are_read_or_refused_with_a_message(file, data):
     """No bytes whatever bring a recipe's reader down."""
     assert loads(file, data) is None
 
 
 @many
 @given(text=yaml_text)
-def test_any_yaml_for_a_recipe__is_read_or_refused_in_words(file, text):
+def test_random_yaml_as_a_recipe__is_read_or_refused_with_a_message(file, text):
     """Nor does what looks like YAML, alone or behind a recipe that is right."""
     assert loads(file, text) is None
     loads(file, yaml.safe_dump(MINIMAL) + text)
@@ -96,7 +96,7 @@ def test_any_yaml_for_a_recipe__is_read_or_refused_in_words(file, text):
     key=st.sampled_from(KEYS) | st.text(max_size=6),
     value=values,
 )
-def test_any_value_under_any_key_of_a_recipe__is_taken_or_refused_in_words(file, section, key, value):
+def test_random_values_of_recipe_keys__are_accepted_or_refused_with_a_message(file, section, key, value):
     """Known and unknown keys, whatever is under them; what loads, loads again as it was written down."""
     for tree in (MINIMAL | {section: value}, MINIMAL | {section: {key: value}}):
         with contextlib.suppress(yaml.YAMLError):  # not all of it can be written as YAML
@@ -112,7 +112,7 @@ names = st.lists(
 @many
 @given(name=names.map("".join), value=yaml_text | values.map(str))
 @example(name="[", value="1")
-def test_any_override__is_taken_or_refused_in_words(file, name, value):
+def test_random_overrides__are_accepted_or_refused_with_a_message(file, name, value):
     """Overrides are read as safely as files; so are the ``--set`` of prune."""
     loads(file, yaml.safe_dump(MINIMAL), (f"{name}={value}",))
     loads(file, yaml.safe_dump(MINIMAL), (f"{name}{value}",))
@@ -124,7 +124,7 @@ def test_any_override__is_taken_or_refused_in_words(file, name, value):
 @given(value=yaml_text | values.map(str))
 @example("2024-99-99")
 @example("!!bool perhaps")
-def test_any_option_of_a_writer__is_taken_or_refused_in_words(value):
+def test_random_options_of_a_writer__are_accepted_or_refused_with_a_message(value):
     """What is no plain value is the text that it is: a path may look like anything."""
     found = write._key_values([f"root={value}"])["root"]
     assert isinstance(found, str | bool | int | float | list | None)
@@ -160,7 +160,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_crafted_yaml_with_tags_aliases_or_depth__is_refused_at_once(file, name, tmp_path, monkeypatch):
+def test_crafted_yaml_with_tags_or_aliases_or_deep_nesting__is_refused_at_once(file, name, tmp_path, monkeypatch):
     """Nothing is run, filled in from the environment or blown up."""
     monkeypatch.setenv("FASTKD_SECRET", "hunter2")
     text = BOMBS[name].replace("{owned}", str(tmp_path / "owned"))
@@ -184,7 +184,7 @@ def test_crafted_overrides__are_refused_at_once(file, name, tmp_path, monkeypatc
     assert not (tmp_path / "owned").exists()
 
 
-def test_what_a_recipe_must_not_hold__is_named_with_its_line(file):
+def test_forbidden_contents_of_a_recipe__are_named_with_their_line(file):
     """Each with the line where it stands."""
     for text, word in (("a: &a 1\nb: *a", "an alias"), ("a: !x 1", "a tag"), ("a: ${b}", "an interpolation")):
         file.write_text(text)
@@ -193,7 +193,7 @@ def test_what_a_recipe_must_not_hold__is_named_with_its_line(file):
 
 
 @pytest.mark.parametrize("path", ["x" * 5000, "a\0b", ".", "/", "/dev/null", "~"])
-def test_a_path_that_is_no_recipe__is_refused_in_words(path):
+def test_a_path_that_is_not_a_recipe__is_refused_with_a_message(path):
     """Names that no file can have, folders and devices."""
     with pytest.raises(InputError, match="recipe "):
         recipe.load(path)
@@ -225,7 +225,7 @@ def opens(artifact: Artifact, content: bytes) -> Artifact | None:
 
 @many
 @given(data=st.binary(max_size=100))
-def test_any_bytes_for_a_manifest__are_refused_in_words(subset, data):
+def test_random_bytes_as_a_manifest__are_refused_with_a_message(subset, data):
     """No bytes whatever are a manifest but a manifest."""
     assert opens(subset, data) is None
 
@@ -239,7 +239,7 @@ json_values = st.recursive(
 
 @many
 @given(field=st.sampled_from([*artifacts.Manifest.model_fields, "other"]), value=json_values, sealed=st.booleans())
-def test_any_json_in_any_field_of_a_manifest__is_refused_in_words(subset, field, value, sealed):
+def test_random_json_in_fields_of_a_manifest__is_refused_with_a_message(subset, field, value, sealed):
     """Whether or not somebody made the digest right again."""
     fields = json.loads(subset.manifest.model_dump_json()) | {field: value}
     if sealed:
@@ -254,7 +254,7 @@ def test_any_json_in_any_field_of_a_manifest__is_refused_in_words(subset, field,
 
 @many
 @given(cut=st.integers(0, 1000), much=st.integers(0, 40), put=st.binary(max_size=20))
-def test_a_manifest_with_some_bytes_exchanged__is_refused_in_words(subset, cut, much, put):
+def test_a_manifest_with_changed_bytes__is_refused_with_a_message(subset, cut, much, put):
     """What is let through is the same manifest, written otherwise."""
     text = subset.manifest.model_dump_json(indent=2).encode()
     if loaded := opens(subset, text[:cut] + put + text[cut + much :]):
@@ -266,7 +266,7 @@ parts = st.sampled_from(["..", ".", "", "/", "\\", "a", "b.npy", "\0", "~", "C:"
 
 @many
 @given(name=st.lists(parts, max_size=5).map("/".join) | st.text(max_size=10))
-def test_a_file_name_that_leads_out_of_an_artifact__is_refused(subset, name):
+def test_a_file_name_that_points_outside_of_an_artifact__is_refused(subset, name):
     """Right checksums or not: the only file that can be loaded is the one that lies there."""
     fields = json.loads(subset.manifest.model_dump_json())
     fields["files"] = {name: fields["files"]["indices.npy"]}
@@ -318,7 +318,7 @@ arrays_bytes = (
 
 @many
 @given(data=arrays_bytes)
-def test_any_bytes_for_an_array__are_refused_in_words(file, data):
+def test_random_bytes_as_an_array__are_refused_with_a_message(file, data):
     """What is opened is an array of plain numbers, no larger than its file."""
     path = file.with_suffix(".npy")
     path.write_bytes(data)
@@ -344,7 +344,7 @@ CRAFTED_HEADERS = {
 
 @pytest.mark.parametrize("name", CRAFTED_HEADERS)
 @pytest.mark.parametrize("version", [1, 2, 3])
-def test_array_headers_that_promise_pickles_or_terabytes__are_refused_and_nothing_is_allocated(tmp_path, name, version):
+def test_array_headers_of_pickles_or_terabytes__are_refused_before_memory_is_allocated(tmp_path, name, version):
     """In each version of the format; nothing is run."""
     (tmp_path / "a.npy").write_bytes(with_header(CRAFTED_HEADERS[name], version=version))
     with contextlib.chdir(tmp_path), pytest.raises(InputError, match=r"a\.npy: not a plain \.npy array"):
@@ -354,7 +354,7 @@ def test_array_headers_that_promise_pickles_or_terabytes__are_refused_and_nothin
 
 @settings(many, max_examples=60)
 @given(data=arrays_bytes, which=st.sampled_from(["z", "y", "ids"]))
-def test_any_bytes_for_logits_labels_or_lists_of_ones_own__are_refused_in_words(file, data, which):
+def test_random_bytes_as_user_logits_or_labels_or_lists__are_refused_with_a_message(file, data, which):
     """python -m fastkd.prune on arrays that are none ends in one error, and leaves nothing."""
     folder = file.parent
     contents = {"z": npy(np.eye(6, 3, dtype=np.float32)), "y": npy(np.arange(6) % 3), "ids": npy(np.arange(6))} | {
@@ -398,7 +398,7 @@ NAN = np.where(np.arange(27).reshape(9, 3) == 13, np.nan, Z)
         (Z, Y[:, None], "y.npy: expected 9 integer labels"),
     ],
 )  # fmt: skip
-def test_wrong_arrays_of_ones_own__each_have_their_error(command, tmp_path, z, y, message):
+def test_invalid_user_arrays__are_refused_with_specific_errors(command, tmp_path, z, y, message):
     """One message, exit code 2, and nothing is left behind."""
     np.save(tmp_path / "z.npy", z, allow_pickle=True)
     np.save(tmp_path / "y.npy", y, allow_pickle=True)
@@ -420,7 +420,7 @@ def test_wrong_arrays_of_ones_own__each_have_their_error(command, tmp_path, z, y
         lambda z, y: (z.astype(np.float64), y),
     ],
 )
-def test_arrays_of_ones_own_that_lie_otherwise_in_memory__are_taken_for_what_they_say(tmp_path, change: Callable):
+def test_user_arrays_in_another_memory_layout__are_read_correctly(tmp_path, change: Callable):
     """Other integers, column by column, wider numbers: the same SUBSET."""
     found = []
     for name, (z, y) in {"plain": (Z, Y), "other": change(Z, Y)}.items():
@@ -472,7 +472,7 @@ def net_and_weights(tmp_path_factory) -> tuple[object, bytes]:
 
 @many
 @given(data=safetensors_bytes)
-def test_any_bytes_for_weights__are_refused_in_words(file, net_and_weights, data):
+def test_random_bytes_as_weights__are_refused_with_a_message(file, net_and_weights, data):
     """No header brings the reader down, and the net stays as it was."""
     net, _ = net_and_weights
     path = file.with_suffix(".safetensors")
@@ -485,7 +485,7 @@ def test_any_bytes_for_weights__are_refused_in_words(file, net_and_weights, data
 
 @settings(many, max_examples=200)
 @given(at=st.integers(0, 6000), put=st.binary(min_size=1, max_size=6))
-def test_weights_with_some_bytes_of_their_header_exchanged__are_refused_in_words(file, net_and_weights, at, put):
+def test_weights_with_changed_header_bytes__are_refused_with_a_message(file, net_and_weights, at, put):
     """Refused, or weights that fit: a header has no checksum, and is why RUNs have a manifest."""
     net, whole = net_and_weights
     path = file.with_suffix(".safetensors")
@@ -494,7 +494,7 @@ def test_weights_with_some_bytes_of_their_header_exchanged__are_refused_in_words
         models.load_weights(net, path)
 
 
-def test_data_that_would_run_as_code__finds_no_reader_that_unpickles_evaluates_or_builds_objects():
+def test_data_that_would_run_as_code__are_never_unpickled_or_evaluated():
     """What would run code from a file does not stand in the sources."""
     words = ("import pickle", "marshal", " eval(", " exec(", "unsafe_load", "full_load", "allow_pickle=True")
     for source in Path(artifacts.__file__).parent.parent.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""What makes FFCV wait for ever, in a loader or a writer: here it ends within seconds, in one error that names samples.
+"""Errors that block FFCV forever, in a loader or a writer: they end within seconds, with one error that names samples.
 
 The loader's own guards are tested one by one in tests/loading; here every stage meets every fault.
 """
@@ -75,7 +75,7 @@ def dies(epoch) -> None:
 
 @pytest.mark.parametrize("fault", [raises, dies], ids=["an exception", "a dead thread"])
 @pytest.mark.parametrize("name", STAGES)
-def test_an_exception_in_a_loader_thread__ends_every_stage_with_its_message(meets, name, fault):
+def test_an_exception_in_a_loader_thread__stops_every_stage_with_its_message(meets, name, fault):
     error = meets(name, fault)
     assert type(error) is LoaderError
     split = STAGES[name][2]
@@ -84,7 +84,7 @@ def test_an_exception_in_a_loader_thread__ends_every_stage_with_its_message(meet
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stuck_loader_thread__ends_every_stage_within_seconds(meets, name, monkeypatch):
+def test_a_stuck_loader_thread__stops_every_stage_within_seconds(meets, name, monkeypatch):
     monkeypatch.setattr(epoch_iterator, "STUCK_AFTER_S", 3.0)
     monkeypatch.setattr(epoch_iterator, "STOP_WITHIN_S", 0.3)
     release = threading.Event()
@@ -97,7 +97,7 @@ def test_a_stuck_loader_thread__ends_every_stage_within_seconds(meets, name, mon
     assert "it has returned no batch for 3 s" in str(error)
 
 
-def test_a_loader_thread_that_just_ends__is_noticed(tiny, monkeypatch):
+def test_a_loader_thread_that_ends_silently__is_detected(tiny, monkeypatch):
     loader = Loader(tiny, "train", 16)
     monkeypatch.setattr(epoch_iterator.EpochIterator, "run", lambda self: None)
     with pytest.raises(LoaderError, match=r"at batch 0 \(sample_ids 0, 1, .*\): it ended early"):
@@ -143,7 +143,7 @@ def _damaged(dataset, reseal, place: Path, split: str, sample_id: int, how: str)
 
 
 @pytest.mark.parametrize(("how", "os_cache"), [("no header", True), ("cut", True), ("cut", False)])
-def test_a_jpeg_that_cannot_be_decoded__is_an_error_and_no_image(damaged, tmp_path, how, os_cache):
+def test_a_jpeg_that_cannot_be_decoded__is_an_error(damaged, tmp_path, how, os_cache):
     """FFCV takes no notice, and passes on whatever lies in memory."""
     loader = Loader(artifacts.load(damaged(tmp_path / "d", "train", 37, how)), "train", 16, os_cache=os_cache)
     with pytest.raises(LoaderError, match=r"at batch 2 .*: the image of sample_id 37 is damaged; write the data"):
@@ -153,7 +153,7 @@ def test_a_jpeg_that_cannot_be_decoded__is_an_error_and_no_image(damaged, tmp_pa
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_jpeg_that_cannot_be_decoded__ends_every_stage_with_its_sample_id(
+def test_a_jpeg_that_cannot_be_decoded__stops_every_stage_with_its_sample_id(
     name, jpegs, damaged, tiny_recipe, tiny_teacher, tmp_path
 ):
     function, overrides, split = STAGES[name]
@@ -167,7 +167,7 @@ def test_a_jpeg_that_cannot_be_decoded__ends_every_stage_with_its_sample_id(
         getattr(pipeline, function)(tiny_recipe(*overrides, f"data.path={place}"))
 
 
-def test_a_disk_that_fails_while_pages_are_read__is_told(loaders, monkeypatch):
+def test_a_disk_error_while_pages_are_read__is_reported(loaders, monkeypatch):
     """os_cache=False: FFCV's own reading takes no notice of errors, and waits for ever for a thread that is dead."""
     loader = loaders[False]
 
@@ -184,7 +184,7 @@ def test_a_disk_that_fails_while_pages_are_read__is_told(loaders, monkeypatch):
 
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "own cache"])
-def test_a_file_that_changes_under_the_loader__is_refused(tiny, tmp_path, os_cache, monkeypatch):
+def test_a_file_that_changes_while_it_is_loaded__is_an_error(tiny, tmp_path, os_cache, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(tiny.path, copy)
     loader = Loader(artifacts.load(copy), "train", 16, os_cache=os_cache)
@@ -218,12 +218,12 @@ def test_a_file_that_changes_under_the_loader__is_refused(tiny, tmp_path, os_cac
         (np.arange(150), r"sample ids 0 … 149: .* has 0 … 59 in val"),  # those of train
     ],
 )
-def test_ids_of_another_kind_or_split__never_reach_ffcv(tiny, ids, message):
+def test_ids_of_another_type_or_split__are_refused(tiny, ids, message):
     with pytest.raises(InputError, match=message):
         Loader(tiny, "val", 8).batches(ids, last="pad")
 
 
-def test_a_sample_that_was_pruned_away_from_an_export__is_refused(tiny_recipe, tmp_path):
+def test_a_sample_that_is_not_in_an_export__is_refused(tiny_recipe, tmp_path):
     subset, _ = pipeline.prune(tiny_recipe())
     loader = Loader(export_dataset(subset.path, tmp_path / "half")[0], "train", 8)
     kept = np.asarray(subset.array("indices.npy"))
@@ -233,12 +233,12 @@ def test_a_sample_that_was_pruned_away_from_an_export__is_refused(tiny_recipe, t
 
 
 @pytest.mark.parametrize("ids", [np.array([3, 3, 7]), np.array([7, 3, 9]), np.array([1, 2, 3], np.int32)])
-def test_stored_rows_of_samples_that_are_there_twice_or_in_disorder__are_refused(ids):
+def test_stored_rows_with_duplicate_or_unsorted_samples__are_refused(ids):
     with pytest.raises(InputError, match="expected sample ids that ascend, each once, of int64"):
         StoredRows(ids, [np.zeros((3, 4), np.float16)])
 
 
-def test_a_sample_asked_for_twice__comes_twice(tiny):
+def test_a_sample_requested_twice__is_returned_twice(tiny):
     ids = np.array([5, 9, 5, 5], np.int64)
     (batch,) = Loader(tiny, "train", 4).batches(ids, last="pad")
     assert batch.sample_ids.tolist() == ids.tolist()
@@ -252,7 +252,7 @@ def threads() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "own cache"])
-def test_a_long_epoch_that_is_broken_off__ends_at_once(loaders, os_cache):
+def test_a_long_epoch_that_is_interrupted__ends_at_once(loaders, os_cache):
     loader = loaders[os_cache]
     epoch = loader.batches(np.tile(np.arange(150), 400), last="pad")
     next(epoch)
@@ -264,7 +264,7 @@ def test_a_long_epoch_that_is_broken_off__ends_at_once(loaders, os_cache):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "own cache"])
-def test_a_hundred_broken_off_epochs__leave_no_thread_and_no_open_file(loaders, os_cache):
+def test_a_hundred_interrupted_epochs__leave_no_thread_and_no_open_file(loaders, os_cache):
     """Of FFCV's own iterators 20 leave 20 threads and 160 MB, or 260 threads and 4 GB."""
     loader = loaders[os_cache]
     stored = StoredRows(np.arange(150), [np.zeros((150, 10), np.float16)])
@@ -291,7 +291,7 @@ def test_a_hundred_broken_off_epochs__leave_no_thread_and_no_open_file(loaders, 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_source_that_never_returns_a_sample__is_given_up(noise, tmp_path, monkeypatch, traces):
+def test_a_source_that_never_returns_a_sample__is_an_error_after_a_time_limit(noise, tmp_path, monkeypatch, traces):
     monkeypatch.setattr(split_writer, "STUCK_AFTER_S", 1.5)
     monkeypatch.setattr(split_writer, "_POLL_EVERY_S", 0.2)
     start = time.monotonic()
@@ -301,7 +301,7 @@ def test_a_source_that_never_returns_a_sample__is_given_up(noise, tmp_path, monk
     assert traces.gone()
 
 
-def test_a_slow_source__is_not_given_up(noise, tmp_path, monkeypatch):
+def test_a_slow_source__is_waited_for(noise, tmp_path, monkeypatch):
     monkeypatch.setattr(split_writer, "STUCK_AFTER_S", 0.6)
     monkeypatch.setattr(split_writer, "_POLL_EVERY_S", 0.1)
     options = {"n": 8, "sleep_s": 0.3, "workers": 2}
@@ -319,7 +319,7 @@ beton_writer.write_here((sys.argv[1], {"sleep_s": 0.2, "n": 20, "workers": 2}, s
 """
 
 
-def test_a_write_that_was_suspended_for_long__goes_on(noise, tmp_path, running):
+def test_a_write_that_was_suspended_for_a_long_time__continues(noise, tmp_path, running):
     """Ctrl-Z, or a batch system that suspends: a sample is not stuck for the time that the process was stopped."""
     process = running("-c", STOPPED, noise, tmp_path)
     process.wait_for("train")

@@ -1,4 +1,4 @@
-"""kill -9 at any moment of write, score, prune and label (of train: test_resume.py): the next run ends as any other.
+"""kill -9 at any time during write, score, prune and label (train: test_resume.py): the next run succeeds.
 
 One moment each all the time; ten in a soak.
 """
@@ -22,7 +22,7 @@ TIMES = [pytest.param(1, id="once"), pytest.param(10, id="often", marks=[pytest.
 
 @pytest.mark.parametrize("times", TIMES)
 @pytest.mark.parametrize("name", PACES)
-def test_a_stage_that_is_killed__ends_with_the_very_files_when_given_again(
+def test_a_stage_that_is_killed__produces_identical_files_when_run_again(
     name, times, tiny_recipe, tmp_path, slowed, traces, one_by_one, leftovers
 ):
     """Killed again and again, it goes on, or begins anew, from whatever was left."""
@@ -51,7 +51,7 @@ def test_a_stage_that_is_killed__ends_with_the_very_files_when_given_again(
 
 
 @pytest.mark.parametrize("times", TIMES)
-def test_a_write_that_is_killed__ends_with_the_very_files_when_given_again(
+def test_a_write_that_is_killed__produces_identical_files_when_run_again(
     noise, times, tmp_path, slowed, traces, leftovers
 ):
     """One worker, of whose files the bytes are told too."""

@@ -1,4 +1,4 @@
-"""Several machines: a process, a machine or their network is gone, or the shared storage shows old things."""
+"""Several machines: a process, a machine or the network fails, or shared storage shows files late."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def all_gone(jobs) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["collective", pytest.param("store", marks=pytest.mark.soak)])
-def test_a_cable_that_is_cut_between_two_machines__ends_the_processes_on_both_within_the_bound(two_hosts, kind):
+def test_a_cut_network_between_two_machines__ends_the_processes_on_both_within_the_bound(two_hosts, kind):
     """One tells that the other is gone, this one that the meeting place is; its torchrun itself takes longer."""
     jobs = two_hosts.torchrun(STEPS, kind, env=QUICK)
     jobs[0].wait_for("process 0 at step 10", seconds(START_WITHIN_S))
@@ -71,7 +71,7 @@ def test_a_cable_that_is_cut_between_two_machines__ends_the_processes_on_both_wi
     assert " could not be reached for 4 s; run the same command again" in far
 
 
-def test_a_process_that_is_stopped_for_long__is_given_up_and_publishes_nothing_when_it_goes_on(two_hosts):
+def test_a_process_that_is_stopped_for_a_long_time__is_considered_dead_and_publishes_nothing(two_hosts):
     """By SIGSTOP, as a machine that is suspended or swaps; process 0, which would publish."""
     jobs = two_hosts.torchrun(STEPS, "store", "60", env=QUICK)
     jobs[0].wait_for("process 0 at step 10", seconds(START_WITHIN_S))
@@ -100,7 +100,7 @@ def test_a_process_that_is_stopped_for_a_moment__is_waited_for(one_host):
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.soak)])
-def test_one_process_that_is_killed__is_told_of_in_one_line_whichever_it_is(one_host, rank):
+def test_a_killed_process_of_several__is_reported_in_one_line(one_host, rank):
     job = one_host(STEPS, "collective")
     job.wait_for("process 0 at step 10", seconds(START_WITHIN_S))
     os.kill(job.workers()[rank], signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_one_process_that_is_killed__is_told_of_in_one_line_whichever_it_is(one_
     assert " was lost" in line or " ended without an error message" in line
 
 
-def test_a_signal_that_one_process_gets__is_told_with_its_place(one_host):
+def test_a_signal_to_one_process_of_several__is_reported_with_the_name_of_the_process(one_host):
     job = one_host(STEPS, "store")
     job.wait_for("process 0 at step 10", seconds(START_WITHIN_S))
     os.kill(job.workers()[1], signal.SIGTERM)
@@ -120,7 +120,7 @@ def test_a_signal_that_one_process_gets__is_told_with_its_place(one_host):
     assert line.startswith("error: terminated on process 1 on ")
 
 
-def test_machines_with_other_versions__are_refused_by_name(one_host, tmp_path):
+def test_machines_with_different_versions__are_refused_by_name(one_host, tmp_path):
     other = tmp_path / "other.py"
     other.write_text(
         f"""
@@ -159,9 +159,7 @@ def given(two_hosts, recipe_in, tiny, tmp_path):
 
 
 @pytest.mark.timeout(seconds(900))
-def test_trainings_over_two_machines_whose_storage_shows_old_things__go_on_to_the_same_student(
-    two_hosts, given, tmp_path
-):
+def test_shared_storage_that_shows_files_late__does_not_change_the_student(two_hosts, given, tmp_path):
     """Stopped, given again, and then a process is killed and torchrun restarts all: from the same checkpoint each time.
 
     What a machine has once looked for in vain in the shared folder it does not see while the test lasts.

@@ -1,4 +1,4 @@
-"""Numbers that are not finite, and data at the edge of what can be learned from."""
+"""Numbers that are not finite, and degenerate data."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from fastkd.recipe import Prune
 from fastkd.stages import training
 
 
-def test_a_loss_that_explodes__stops_with_its_steps_and_says_what_to_try(tiny_recipe, tmp_path):
+def test_a_diverging_loss__stops_the_training_with_its_steps_and_advice(tiny_recipe, tmp_path):
     with pytest.raises(FastkdError, match=r"the loss became (nan|inf) in steps \d+ … \d+ of this epoch: try a lower"):
         pipeline.train(tiny_recipe("optim.lr=1e30"))
     partial = next((tmp_path / "runs").glob(f"student-*{artifacts.PARTIAL}"))
@@ -19,7 +19,7 @@ def test_a_loss_that_explodes__stops_with_its_steps_and_says_what_to_try(tiny_re
 
 
 @pytest.mark.parametrize("every_steps", [1, 3])
-def test_weights_that_explode__are_in_no_checkpoint(tiny_recipe, tmp_path, monkeypatch, every_steps):
+def test_weights_that_are_not_finite__are_never_in_a_checkpoint(tiny_recipe, tmp_path, monkeypatch, every_steps):
     rates = [0.05, 0.05, 1e38, 1e38, 1e38, 1e38]
     monkeypatch.setattr(
         training, "learning_rates", lambda optim, epochs, epoch, steps: np.full(steps, rates[epoch], np.float64)
@@ -33,7 +33,7 @@ def test_weights_that_explode__are_in_no_checkpoint(tiny_recipe, tmp_path, monke
         assert tensor.isfinite().all(), name
 
 
-def test_weights_that_only_the_last_update_spoiled__are_neither_kept_nor_published(tiny_recipe, tmp_path, monkeypatch):
+def test_weights_that_only_the_last_update_made_infinite__are_not_published(tiny_recipe, tmp_path, monkeypatch):
     def last_explodes(optim, epochs, epoch, steps):
         return np.where(np.arange(steps) < steps - 1, 0.05, 1e300)
 
@@ -43,7 +43,7 @@ def test_weights_that_only_the_last_update_spoiled__are_neither_kept_nor_publish
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_is_larger_than_what_is_kept__is_refused_before_anything_is_trained(tiny_recipe, tmp_path):
+def test_a_batch_larger_than_the_kept_samples__is_refused_before_training(tiny_recipe, tmp_path):
     with pytest.raises(InputError, match="batch"):
         pipeline.train(tiny_recipe("train.batch_size=10000"))
     assert not list((tmp_path / "runs").glob("student-*"))
@@ -82,7 +82,7 @@ def test_a_class_without_samples__is_refused_by_its_number(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_last_batch_of_one_sample__is_scored_like_any_other(tiny_recipe):
+def test_a_last_batch_of_one_sample__is_scored_correctly(tiny_recipe):
     whole = pipeline.score(tiny_recipe("score.batch_size=150"))[0]
     single = pipeline.score(tiny_recipe("score.batch_size=149"), force=True)[0]
     np.testing.assert_allclose(single.array("logits.npy"), whole.array("logits.npy"), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Trainings that are killed, terminated or stopped anywhere, and go on to the very student of one that was not."""
+"""Trainings that are killed, terminated or stopped at any time, and resume to an identical student."""
 
 import errno
 import itertools
@@ -42,7 +42,7 @@ def assert_same(found: artifacts.Artifact, expected: artifacts.Artifact) -> None
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_training_stopped_again_and_again__ends_with_the_very_same_student(tiny_recipe, tmp_path, stop_after, way):
+def test_a_training_stopped_several_times__ends_with_an_identical_student(tiny_recipe, tmp_path, stop_after, way):
     loaded = tiny_recipe("log.every_steps=2", *WAYS[way])
     stop_after(10**9)
     expected, _ = pipeline.train(loaded, out=tmp_path / "straight")
@@ -92,7 +92,7 @@ def wait_for_steps(runs: Path, count: int, process: subprocess.Popen) -> None:
     ],
     ids=["kill -9", "SIGTERM", "Ctrl-C"],
 )
-def test_a_killed_terminated_or_interrupted_training__goes_on_to_the_very_same_student(
+def test_a_training_that_is_killed_or_terminated_or_interrupted__resumes_to_an_identical_student(
     tiny_recipe, tmp_path, monkeypatch, number, code, word
 ):
     import torch
@@ -125,7 +125,7 @@ def test_a_killed_terminated_or_interrupted_training__goes_on_to_the_very_same_s
     assert found.cost_s > 0
 
 
-def test_work_that_is_lost__is_charged_to_the_run(tiny_recipe, tmp_path, stop_after):
+def test_lost_work__counts_toward_the_time_of_the_run(tiny_recipe, tmp_path, stop_after):
     loaded = tiny_recipe()
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
@@ -144,7 +144,7 @@ def test_work_that_is_lost__is_charged_to_the_run(tiny_recipe, tmp_path, stop_af
     assert [line["step"] for line in steps(found)] == list(range(1, 19))
 
 
-def test_hours_between_a_resume_that_failed_and_the_next__are_not_charged(
+def test_idle_hours_between_two_attempts_to_resume__do_not_count_toward_the_time(
     tiny_recipe, tmp_path, stop_after, monkeypatch
 ):
     loaded, real, idle_s = tiny_recipe(), time.time, 36_000
@@ -170,7 +170,7 @@ def full(*arguments, **options):
     raise OSError(errno.ENOSPC, "no space left on device")
 
 
-def test_a_damaged_checkpoint__falls_back_to_the_one_before_and_says_so(tiny_recipe, tmp_path, stop_after, capfd):
+def test_a_damaged_checkpoint__is_reported_and_the_previous_one_is_used(tiny_recipe, tmp_path, stop_after, capfd):
     loaded = tiny_recipe("train.checkpoint_every_s=0")
     stop_after(10**9)
     expected, _ = pipeline.train(loaded, out=tmp_path / "straight")
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint__falls_back_to_the_one_before_and_says_so(tiny_rec
     assert_same(found, expected)
 
 
-def test_a_beginning_of_another_recipe__is_neither_gone_on_with_nor_lost(tiny_recipe, tmp_path, stop_after):
+def test_an_unfinished_run_of_another_recipe__is_neither_resumed_nor_deleted(tiny_recipe, tmp_path, stop_after):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(tiny_recipe(), out=tmp_path / "run")
@@ -203,7 +203,7 @@ def test_a_beginning_of_another_recipe__is_neither_gone_on_with_nor_lost(tiny_re
     assert_same(found, expected)
 
 
-def test_a_broken_off_run_at_a_path_of_ones_own__goes_on_with_resume(tiny_recipe, tmp_path, stop_after, command):
+def test_an_interrupted_run_at_a_custom_path__continues_with_resume(tiny_recipe, tmp_path, stop_after, command):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(tiny_recipe(), out=tmp_path / "mine")
@@ -217,18 +217,18 @@ def test_a_broken_off_run_at_a_path_of_ones_own__goes_on_with_resume(tiny_recipe
     assert "no run was started there" in said
 
 
-def test_a_run_that_goes_on_in_another_precision__says_so_and_tells_both(tiny_recipe, tmp_path, stop_after, capfd):
+def test_a_run_that_resumes_in_another_precision__warns_and_records_both(tiny_recipe, tmp_path, stop_after, capfd):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(tiny_recipe("train.precision=fp32"), out=tmp_path / "run")
     stop_after(10**9)
     found, _ = pipeline.train(tiny_recipe("train.precision=bf16"), out=tmp_path / "run")
-    assert "was begun in fp32, and goes on in bf16" in capfd.readouterr().err
+    assert "started in fp32, resumed in bf16" in capfd.readouterr().err
     told = json.loads(found.file("env.json").read_text())
     assert [told["precision"]] + [one["precision"] for one in told["earlier"]] == ["bf16", "fp32"]
 
 
-def test_a_wrong_setting_when_going_on__leaves_what_was_begun(tiny_recipe, tmp_path, stop_after):
+def test_an_invalid_setting_when_resuming__keeps_the_unfinished_run(tiny_recipe, tmp_path, stop_after):
     stop_after(5)
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(tiny_recipe(), out=tmp_path / "run")
@@ -265,7 +265,7 @@ def rows_safe(folder: Path) -> int:
 
 @pytest.mark.soak  # one kill -9 of a scoring is in test_killed.py
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
-def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_path, capfd, number):
+def test_a_killed_or_terminated_scoring__resumes(tiny_recipe, tmp_path, capfd, number):
     overrides = ("score.batch_size=16",)
     process = subprocess.Popen([sys.executable, "-c", SLOW_SCORING, tiny_recipe.path, *overrides])
     folder, give_up = tmp_path / "artifacts", time.monotonic() + seconds(120)
@@ -285,7 +285,7 @@ def test_a_killed_or_terminated_scoring__goes_on_where_it_was(tiny_recipe, tmp_p
     assert not list(folder.glob("*progress*"))
 
 
-def test_a_damaged_beginning_of_scores__is_scored_anew_and_says_so(tiny_recipe, tmp_path, monkeypatch, capfd):
+def test_damaged_unfinished_scores__are_reported_and_scored_again(tiny_recipe, tmp_path, monkeypatch, capfd):
     loaded = tiny_recipe("score.batch_size=16")
     whole, _ = pipeline.score(tiny_recipe("score.batch_size=16", f"data.artifacts_dir={tmp_path / 'whole'}"))
     real = teacher_pass.predict
@@ -304,5 +304,5 @@ def test_a_damaged_beginning_of_scores__is_scored_anew_and_says_so(tiny_recipe, 
     file.write_bytes(data)
     monkeypatch.setattr(teacher_pass, "predict", real)
     scores, _ = pipeline.score(loaded)
-    assert "the SCORES begun are damaged; scoring again" in capfd.readouterr().err
+    assert "the unfinished SCORES are damaged; scoring again" in capfd.readouterr().err
     assert scores.manifest.files == whole.manifest.files

@@ -1,4 +1,4 @@
-"""Hundreds of broken-off epochs and dozens of killed trainings: threads, files and memory stay as they are."""
+"""Hundreds of interrupted epochs and dozens of killed trainings: threads, files and memory do not grow."""
 
 import gc
 import os
@@ -42,7 +42,7 @@ def flat(name: str, seen: list[dict[str, float]], mb_per_epoch: float) -> None:
 
 
 @pytest.mark.parametrize("os_cache", [True, False], ids=["os_cache", "own cache"])
-def test_two_hundred_broken_off_epochs_of_the_loader__hold_no_thread_file_or_memory(tiny, os_cache):
+def test_two_hundred_interrupted_epochs_of_the_loader__leave_no_thread_and_no_file_and_no_memory(tiny, os_cache):
     rng = random.Random(0)
     loader = Loader(tiny, "train", 8, os_cache=os_cache, views=Views("flip"))
     stored = StoredRows(np.arange(150), [np.zeros((150, 10), np.float16)])
@@ -58,7 +58,7 @@ def test_two_hundred_broken_off_epochs_of_the_loader__hold_no_thread_file_or_mem
     flat(f"loader, {'os_cache' if os_cache else 'own cache'}", seen, 0.05)
 
 
-def test_trainings_broken_off_again_and_again__hold_no_thread_file_or_memory(tiny_recipe, tmp_path, stop_after):
+def test_trainings_interrupted_many_times__leave_no_thread_and_no_file_and_no_memory(tiny_recipe, tmp_path, stop_after):
     """Each goes on from the checkpoint of the one before, up to the very student of one that was not stopped."""
     loaded = tiny_recipe("train.epochs=20", "data.workers=1", "log.every_steps=2")
     expected, _ = pipeline.train(loaded, out=tmp_path / "straight")
@@ -78,7 +78,7 @@ def test_trainings_broken_off_again_and_again__hold_no_thread_file_or_memory(tin
     flat("training", seen, 0.3)
 
 
-def test_a_training_that_is_killed_dozens_of_times__ends_with_the_very_same_student(
+def test_a_training_that_is_killed_dozens_of_times__ends_with_an_identical_student(
     tiny_recipe, tmp_path, slowed, traces, leftovers
 ):
     overrides = ("train.epochs=200", "train.checkpoint_every_s=0.2", "data.workers=1")

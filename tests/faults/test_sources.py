@@ -1,4 +1,4 @@
-"""Sources of images that are not what they seem, and sources that changed after they were written"""
+"""Unusual sources of images, and sources that change after they were written"""
 
 import itertools
 import os
@@ -54,14 +54,14 @@ USUAL = ["train/cat/a.png", "train/cat/b.png", "train/dog/c.png", "train/dog/d.p
 
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../../..", "../dog", "loop"])
-def test_a_link_to_itself_or_upwards__is_refused_by_name(pets, target):
+def test_a_link_to_itself_or_to_a_parent_folder__is_refused_by_name(pets, target):
     (pets / "train/dog/loop").symlink_to(target, target_is_directory=True)
     refused(pets, "train/dog/loop: a link that leads to")
     with pytest.raises(InputError, match="loop: a link that leads to"):
         find_images([pets / "train/dog"])
 
 
-def test_a_link_to_a_folder_above_the_real_place_of_a_linked_class__is_refused_by_name(pets, tmp_path):
+def test_a_link_to_a_parent_of_the_target_of_a_linked_class__is_refused_by_name(pets, tmp_path):
     (pets / "train/dog").rename(tmp_path / "dog")
     (pets / "train/dog").symlink_to(tmp_path / "dog")
     assert listed(pets) == USUAL
@@ -69,7 +69,7 @@ def test_a_link_to_a_folder_above_the_real_place_of_a_linked_class__is_refused_b
     refused(pets, "train/dog/up: a link that leads to")
 
 
-def test_links_to_what_is_listed_already__add_no_image(pets):
+def test_links_to_files_that_are_already_listed__add_no_image(pets):
     picture(pets / "train/cat/deep/g.png", 5)
     (pets / "train/cat/again").symlink_to("deep")
     (pets / "train/cat/h.png").symlink_to("a.png")
@@ -77,7 +77,7 @@ def test_links_to_what_is_listed_already__add_no_image(pets):
     assert [path.name for path in find_images([pets / "train/cat"])] == ["a.png", "b.png", "g.png"]
 
 
-def test_links_to_elsewhere__are_followed(pets, tmp_path):
+def test_links_to_other_folders__are_followed(pets, tmp_path):
     picture(tmp_path / "store/x.png", 5)
     picture(tmp_path / "y.png", 6)
     (pets / "train/cat/more").symlink_to(tmp_path / "store")
@@ -95,7 +95,7 @@ def test_a_folder_in_two_classes_or_splits__is_refused(pets):
     refused(pets, "val/cat and .*train/cat are the same folder")
 
 
-def test_train_and_val_that_are_one_folder_or_lie_in_one_another__are_refused(pets):
+def test_train_and_val_in_the_same_folder_or_nested__are_refused(pets):
     refused(pets, "are the same folder: train and val must be apart", val_dir="train")
     refused(pets, "one lies in the other", train_dir=".")
     (pets / "test").symlink_to("train")
@@ -117,12 +117,12 @@ def test_a_folder_that_cannot_be_read__is_an_error_that_names_it(pets, monkeypat
         find_images([pets])
 
 
-def test_a_broken_link_in_the_place_of_a_class__is_refused(pets):
+def test_a_broken_link_in_place_of_a_class__is_refused(pets):
     (pets / "train/emu").symlink_to("/nowhere/emu")
     refused(pets, "train/emu: a broken link in place of a class folder")
 
 
-def test_copies_that_systems_and_programs_leave__are_left_out_and_counted(pets, tmp_path):
+def test_files_of_operating_systems_and_programs__are_left_out_and_counted(pets, tmp_path):
     clutter = [".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png", "__MACOSX/a.png", "lost+found/a.png", "._a.png"]
     for n, name in enumerate([*clutter, ".thumbs/deep/b.png"]):
         picture(pets / "train/cat" / name, n)
@@ -148,7 +148,7 @@ def test_copies_that_systems_and_programs_leave__are_left_out_and_counted(pets, 
     assert find_images([pets / "train/cat/._a.png"]) == [pets / "train/cat/._a.png"]  # named, so taken
 
 
-def test_rarer_suffixes_that_are_images__are_taken(pets):
+def test_rare_suffixes_of_images__are_accepted(pets):
     for name, kind in (("p.jfif", "JPEG"), ("q.JPE", "JPEG"), ("r.mpo", "JPEG"), ("s.AVIF", "PNG"), ("t.Tiff", "TIFF")):
         picture(pets / "train/cat" / name, 1, kind)
     assert [Path(name).name for name in listed(pets)[2:7]] == ["p.jfif", "q.JPE", "r.mpo", "s.AVIF", "t.Tiff"]
@@ -164,7 +164,7 @@ def test_names_that_are_not_utf8__are_escaped_for_files_and_refused_for_classes(
     refused(pets, r"class names that are not valid UTF-8: caf\\xe9")
 
 
-def test_class_names_that_differ_only_in_case__are_told(pets, tmp_path):
+def test_class_names_that_differ_only_in_case__cause_a_warning(pets, tmp_path):
     (pets / "val/cat").rename(pets / "val/Cat")
     refused(pets, r"the classes \['Cat'\] are not in .*differ only in case or accents: Cat and cat")
     (pets / "val/Cat").rename(pets / "val/cat")
@@ -175,7 +175,7 @@ def test_class_names_that_differ_only_in_case__are_told(pets, tmp_path):
     assert "no images of 1 of 3 classes: Cat" in both
 
 
-def test_a_root_that_is_a_file_empty_or_missing__is_refused_in_words(pets, tmp_path):
+def test_a_root_that_is_a_file_or_empty_or_missing__is_refused_with_a_message(pets, tmp_path):
     refused(pets / "train/cat/a.png", "is a file; root= names the folder")
     refused(tmp_path / "nowhere", "train: no such folder; expected ROOT/train")
     for root, text in (("", "is empty"), (b"/caf\xe9".decode("utf-8", "surrogateescape"), "not valid UTF-8")):
@@ -183,20 +183,20 @@ def test_a_root_that_is_a_file_empty_or_missing__is_refused_in_words(pets, tmp_p
             load_writer("image_folder").options({"root": root})
 
 
-def test_a_data_set_in_its_source_or_around_it__is_refused(pets, tmp_path):
+def test_a_data_set_inside_or_around_its_source__is_refused(pets, tmp_path):
     options = {"root": str(pets), "workers": 1}
-    with pytest.raises(InputError, match=r"lies in the source's folder .*train; choose a directory outside"):
+    with pytest.raises(InputError, match=r"is inside the source folder .*train; choose a directory outside"):
         write("image_folder", pets / "train/out", options)
     assert not any(path.name.startswith((".out", "out")) for path in (pets / "train").iterdir())
     out = write("image_folder", tmp_path / "out", options)[0].path
     shutil.move(pets, out / "pets")
-    with pytest.raises(InputError, match=r"the source \(root=.*\) lies in it; choose another directory"):
+    with pytest.raises(InputError, match=r"the source \(root=.*\); choose another directory"):
         write("image_folder", out, {"root": str(out / "pets")}, force=True)
     assert (out / "pets/train/cat/a.png").is_file()
 
 
 @pytest.mark.parametrize("name", ["workers", "jpeg_quality", "max_resolution", "smart_threshold_bytes"])
-def test_true_for_a_number__is_refused(name):
+def test_true_as_a_number__is_refused(name):
     with pytest.raises(InputError, match=f"{name}: true is wrong: expected a number"):
         load_writer("digits").options({name: True})
 
@@ -229,7 +229,7 @@ def _touch(pets):
         (_touch, "same names and sizes, but other times of modification; new or changed: 1 .*train/cat/a.png"),
     ],
 )
-def test_a_source_that_changed__is_refused_until_forced(pets, tmp_path, change, text):
+def test_a_source_that_changed__is_refused_without_force(pets, tmp_path, change, text):
     options = {"root": str(pets), "workers": 1}
     first, _ = write("image_folder", tmp_path / "out", options)
     assert not write("image_folder", tmp_path / "out", options)[1]
@@ -258,7 +258,7 @@ def test_a_source_that_changed_before_a_training__is_refused(pets, tmp_path):
     assert Pipeline(recipe.load(path), force={"write"}).dataset.key != key
 
 
-def test_a_source_that_is_gone__leaves_its_data_set_usable_with_a_warning(pets, tmp_path):
+def test_a_missing_source__causes_a_warning_and_the_data_set_stays_usable(pets, tmp_path):
     options = {"root": str(pets), "workers": 1}
     first, _ = write("image_folder", tmp_path / "out", options)
     shutil.rmtree(pets)
@@ -284,7 +284,7 @@ TOLD = "def source_files(options):\n    return [options.file]\n"
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_a_source_of_a_writer_of_ones_own_that_changed__is_refused_where_it_names_its_files(tmp_path, told):
+def test_a_changed_source_of_a_user_writer__is_refused_if_the_writer_lists_its_files(tmp_path, told):
     own, file = tmp_path / "own.py", tmp_path / "x.npy"
     own.write_text(OWN + TOLD * told)
     np.save(file, np.zeros((4, 6, 6), np.uint8))
@@ -299,14 +299,14 @@ def test_a_source_of_a_writer_of_ones_own_that_changed__is_refused_where_it_name
         assert not write(str(own), tmp_path / "out", options)[1]
 
 
-def test_a_writer_of_ones_own_that_cannot_name_its_files__is_told_so(tmp_path):
+def test_a_user_writer_that_cannot_list_its_files__is_reported(tmp_path):
     own = tmp_path / "own.py"
     own.write_text(OWN + "def source_files(options):\n    return [1 / 0]\n")
     with pytest.raises(InputError, match=r"source_files\(\) failed: ZeroDivisionError.*expected the paths"):
         write(str(own), tmp_path / "out", {"file": "x.npy"})
 
 
-def test_an_npz_that_changed__is_refused(tmp_path):
+def test_a_changed_npz_file__is_refused(tmp_path):
     def save(value):
         images = np.full((8, 6, 6), value, np.uint8)
         np.savez(tmp_path / "a.npz", images=images, labels=np.arange(8) % 2)
@@ -339,7 +339,7 @@ def test_listing_is_the_same_in_any_order_of_the_disk(pets, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["copy", "link", "hard link"])
-def test_an_image_in_two_classes__is_told_with_both_names(tmp_path, way):
+def test_an_image_in_two_classes__is_reported_with_both_names(tmp_path, way):
     rng = np.random.default_rng(0)
     root = tmp_path / "root"
     for split, name, number in itertools.product(("train", "val"), ("cat", "dog"), range(3)):

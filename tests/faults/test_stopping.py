@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, in the middle of every command (of train: test_resume.py)."""
+"""Ctrl-C and SIGTERM during every command (train: test_resume.py)."""
 
 import signal
 import time
@@ -64,7 +64,7 @@ ALWAYS = [("prune", "SIGTERM"), ("label", "Ctrl-C")]  # of score, SIGTERM is sen
         for word in BOTH
     ],
 )
-def test_a_stage_that_is_interrupted_or_terminated__keeps_what_was_there_and_can_be_given_again(
+def test_a_stage_that_is_interrupted_or_terminated__keeps_existing_artifacts_and_can_be_run_again(
     name, number, tiny_recipe, slowed, command, traces
 ):
     """--force: an earlier artifact lies where the new one goes."""
@@ -86,7 +86,7 @@ def test_a_stage_that_is_interrupted_or_terminated__keeps_what_was_there_and_can
 
 @pytest.mark.soak
 @signals()
-def test_pruning_of_ones_own_logits_that_is_stopped__publishes_nothing(
+def test_pruning_of_user_logits_that_is_stopped__publishes_nothing(
     own_logits, slowed, command, tmp_path, traces, number
 ):
     stop(slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=NEVER), number)
@@ -99,7 +99,7 @@ def test_pruning_of_ones_own_logits_that_is_stopped__publishes_nothing(
 
 @signals()
 @pytest.mark.parametrize("force", [False, True], ids=["new", "over"])
-def test_a_write_that_is_stopped__leaves_no_process_and_no_half_data_set(
+def test_a_write_that_is_stopped__leaves_no_process_and_no_incomplete_data_set(
     noise, slowed, command, tmp_path, traces, number, force
 ):
     out, options = tmp_path / "out", ["n=60", "workers=2"]
@@ -121,7 +121,7 @@ def test_a_write_that_is_stopped__leaves_no_process_and_no_half_data_set(
 
 
 @signals()
-def test_an_export_that_is_stopped__leaves_the_one_before(tiny_recipe, tmp_path, slowed, command, traces, number):
+def test_an_export_that_is_stopped__keeps_the_previous_one(tiny_recipe, tmp_path, slowed, command, traces, number):
     subset, _ = pipeline.prune(tiny_recipe())
     before, _ = export_dataset(subset.path, tmp_path / "out")
     arguments = (subset.path, tmp_path / "out", "--force")
@@ -147,7 +147,7 @@ def test_a_check_that_is_stopped__changes_nothing(tiny_recipe, slowed, command, 
 
 
 @pytest.mark.soak
-def test_a_training_that_is_stopped_while_its_step_compiles__ends_after_it(
+def test_a_training_that_is_stopped_during_compilation__ends_after_it(
     tiny_recipe, tmp_path, slowed, traces, monkeypatch
 ):
     """No step is safe yet: it stops at once, and the compiler's own processes end as well."""
@@ -159,7 +159,7 @@ def test_a_training_that_is_stopped_while_its_step_compiles__ends_after_it(
 
 
 @signals("SIGTERM")
-def test_a_bench_that_is_stopped__writes_no_report(tiny_recipe, tmp_path, slowed, traces, monkeypatch, number):
+def test_a_benchmark_that_is_stopped__writes_no_report(tiny_recipe, tmp_path, slowed, traces, monkeypatch, number):
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     arguments = ("bench", "step", tiny_recipe.path, "--out", tmp_path / "out", "--repeats", "1000")
@@ -170,7 +170,7 @@ def test_a_bench_that_is_stopped__writes_no_report(tiny_recipe, tmp_path, slowed
 
 @pytest.mark.soak
 @signals()
-def test_a_loader_bench_that_is_stopped__takes_its_data_and_workers_along(
+def test_a_loader_benchmark_that_is_stopped__leaves_no_data_and_no_workers(
     tmp_path, slowed, traces, monkeypatch, number
 ):
     """It is stopped where processes of torch's DataLoader are at work."""

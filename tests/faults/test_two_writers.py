@@ -1,4 +1,4 @@
-"""Two processes that make the same thing at the same place: one does, the other waits, and takes over where it dies."""
+"""Two processes that build the same artifact: one builds, the other waits, and takes over if the first one dies."""
 
 import re
 
@@ -54,15 +54,13 @@ def result(noise, tiny_recipe, tmp_path):
 @pytest.mark.parametrize(
     "name", ["write", *(pytest.param(name, marks=pytest.mark.soak) for name in ("score", "train"))]
 )
-def test_two_processes_that_build_the_same__one_makes_it_and_the_other_waits_and_uses_it(
-    name, both, result, tmp_path, leftovers
-):
+def test_two_processes_that_build_the_same_artifact__share_the_result(name, both, result, tmp_path, leftovers):
     first, second = both(name)
     (tmp_path / "go").touch()
     codes = [running.end() for running in (first, second)]
     assert [code for code, _ in codes] == [0, 0], codes
     (_, said_first), (_, said_second) = codes
-    reused = {"write": "reused: it was written before", "score": "score: reused", "train": "has been trained"}[name]
+    reused = {"write": "reused: it was written before", "score": "score: reused", "train": "was trained before"}[name]
     assert reused in said_second
     assert reused not in said_first
     there, alone, file = result(name)
@@ -74,7 +72,7 @@ def test_two_processes_that_build_the_same__one_makes_it_and_the_other_waits_and
 @pytest.mark.parametrize(
     "name", ["train", *(pytest.param(name, marks=pytest.mark.soak) for name in ("write", "score"))]
 )
-def test_two_processes_of_which_the_builder_is_killed__the_other_takes_over(
+def test_a_killed_process_that_was_building__is_replaced_by_the_waiting_one(
     name, both, result, tmp_path, leftovers, traces
 ):
     first, second = both(name)
@@ -101,7 +99,7 @@ def refused_after(first, second, tmp_path) -> str:
 
 
 @pytest.mark.soak
-def test_a_process_that_waits_with_another_recipe_for_the_same_place__is_refused(tiny_recipe, tmp_path, slowed):
+def test_a_process_that_waits_with_another_recipe_for_the_same_path__is_refused(tiny_recipe, tmp_path, slowed):
     """--resume RUN: the first one's student stays."""
     where, at, overrides = PLACES["train"]
     (tmp_path / f"mine{artifacts.PARTIAL}").mkdir()
@@ -127,7 +125,7 @@ def test_a_process_that_waits_with_other_options_for_the_same_data_set__is_refus
 
 
 @pytest.mark.soak
-def test_a_process_that_waits_with_another_ratio_for_the_same_out__is_refused(own_logits, tmp_path, slowed):
+def test_a_process_that_waits_with_another_keep_ratio_for_the_same_output__is_refused(own_logits, tmp_path, slowed):
     first = slowed("prune", *own_logits, where="fastkd.stages.pruning:class_std", hold=tmp_path / "go")
     first.wait_for("begun")
     second = slowed("prune", *own_logits, "--keep-ratio", "0.2", where="fastkd.stages.pruning:class_std")

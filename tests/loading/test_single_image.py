@@ -1,4 +1,4 @@
-"""The plain view of a single image is what a loader gives of it once it is written."""
+"""The evaluation view of a single image is what a loader gives of it once it is written."""
 
 import numpy as np
 import pytest

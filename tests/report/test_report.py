@@ -118,7 +118,7 @@ def test_the_page_tells_what_the_runs_hold(page, runs):
     further = [one.timing["further_student_s"] for one in both]
     assert f"{np.mean(further):.1f} ± {np.std(further, ddof=1):.1f}" in told
     assert "vanilla KD" in told
-    assert "of vanilla KD’s time" in told
+    assert "relative to vanilla KD" in told
     for run in both:
         assert run.artifact.key in told or run is both[1]
 
@@ -224,7 +224,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_way(runs):
     assert [group.title.split(",")[0] for group in groups] == ["vanilla KD", "medium", "no teacher"]
     assert groups[0].is_vanilla
     assert groups[0].top1.std is None
-    names = dict(differing([group.lead for group in groups[:2]]))
+    names = dict(differing([group.first_run for group in groups[:2]]))
     assert names["prune.keep_ratio"] == [1.0, 0.5]
     assert not {"seed", "name"} & names.keys()
 
@@ -232,13 +232,13 @@ def test_runs_that_differ_in_the_seed_alone_are_one_way(runs):
 def test_vanilla_kd_of_other_data_is_no_measure(runs):
     """Neither another data set's nor another student's times and accuracies are set against a run's."""
     ours, vanilla = grouped([read(runs["seed0"]), read(runs["vanilla"])])
-    assert vanilla.is_measure_of(ours)
-    assert not ours.is_measure_of(vanilla)
+    assert vanilla.is_baseline_of(ours)
+    assert not ours.is_baseline_of(vanilla)
     for name in ("data", "student", "teacher"):
-        artifact = vanilla.lead.artifact
+        artifact = vanilla.first_run.artifact
         inputs = artifact.manifest.inputs | {name: "another"}
         other = replace(artifact, manifest=artifact.manifest.model_copy(update={"inputs": inputs}))
-        assert not replace(vanilla, runs=(replace(vanilla.lead, artifact=other),)).is_measure_of(ours)
+        assert not replace(vanilla, runs=(replace(vanilla.first_run, artifact=other),)).is_baseline_of(ours)
 
 
 def test_a_run_given_twice_is_one_seed_and_what_is_no_run_is_left_out(runs, tmp_path, capfd):
@@ -249,9 +249,9 @@ def test_a_run_given_twice_is_one_seed_and_what_is_no_run_is_left_out(runs, tmp_
     page = builder.report([runs["seed0"], copy, beside, runs["seed1"]], tmp_path / "page", evaluate=False)
     assert "mean ± std of 2 seeds" in " ".join(read_page(page).text.split())
     said = " ".join(capfd.readouterr().err.split())
-    assert "1 runs are of a recipe and seed that others are of" in said
-    assert "copy.report is no finished RUN" in said
-    with pytest.raises(InputError, match="is no RUN"):
+    assert "left out 1 duplicate runs" in said
+    assert "copy.report: it is not a finished RUN" in said
+    with pytest.raises(InputError, match="is not a RUN"):
         builder.report([beside], tmp_path / "page")
 
 
@@ -260,7 +260,7 @@ def test_times_of_another_machine_are_not_compared(runs, monkeypatch):
     groups = grouped([read(runs["seed0"]), read(runs["vanilla"])])
     noise = noise_points(groups)
     assert "×" in builder.conclusion(groups[0], groups[1], noise)
-    groups[1].lead.env["machine"]["cpu"] = "another"
+    groups[1].first_run.env["machine"]["cpu"] = "another"
     said = builder.conclusion(groups[0], groups[1], noise)
     assert "another machine" in said
     assert "×" not in said
@@ -292,8 +292,8 @@ def test_reproducing_finds_the_very_run(runs):
 def test_a_run_without_a_teacher_has_a_page_too(runs, place):
     """What it has no use for is left out, with a line that says so."""
     told = read_page(builder.report([runs["teacher"]], place / "teacher-page")).text
-    assert "learned from all of its data set" in told
-    assert "this student had none" in told
+    assert "trained on its whole data set" in told
+    assert "trained without a teacher" in told
     assert "vanilla" not in told
 
 
@@ -301,7 +301,7 @@ def test_a_run_without_a_teacher_has_a_page_too(runs, place):
     ("gone", "said"),
     [
         ("data", "no data set there"),
-        ("data.artifacts", "the SUBSET that this student learned from is not there any more"),
+        ("data.artifacts", "the SUBSET that this student was trained on no longer exists"),
         ("runs/teacher-*", "no RUN for this recipe yet"),
         ("teacher.yaml", "no such file"),
     ],
@@ -361,7 +361,7 @@ def test_the_subset_is_found_by_its_key_and_shows_what_it_alone_can(runs, place,
         assert "no data set there" in told
     else:
         assert found.guesses_missing != guessed
-        assert ("The SCORES are gone, so there are no guesses." in told) != guessed
+        assert ("The SCORES are gone, so there are no predictions." in told) != guessed
 
 
 @pytest.mark.parametrize("labels", ["labels.mode=stored", "labels={mode: online, reshape: false}"])
@@ -373,10 +373,10 @@ def test_of_a_method_that_chooses_while_it_trains_the_share_is_told(place, label
     found = builder.inspect([facts], evaluate=False)
     told = " ".join(Reader(builder.render(grouped([facts]), found, builder.of_classes(found, NAMES))).text.split())
     share = f"{100 * facts.artifact.facts['trained_share']:.1f}"
-    assert f"on {share} % of their images, which infobatch chose" in told
+    assert f"on {share} % of their images, selected by infobatch" in told
     assert f"trained on {share}% of the images of all epochs" in told
     assert not re.search(r"medium kept \d", told)
-    assert "None of these was dropped" not in told
+    assert "No sample dropped" not in told
 
 
 def test_an_exported_student_is_told_of_where_it_lies_beside_its_run_or_is_given(tiny_run, tiny_student, tmp_path):
@@ -392,7 +392,7 @@ def test_an_exported_student_is_told_of_where_it_lies_beside_its_run_or_is_given
     assert one.path == run.with_name("student")
     assert {name for name, *_ in one.files} == {"model.json", "student.onnx", "student.pt2", "student.safetensors"}
     assert all(off < 1e-3 for _, _, off in one.files if off is not None)
-    with pytest.raises(InputError, match="is no RUN; give the one that it was exported from"):
+    with pytest.raises(InputError, match="is not a RUN; give the RUN that it was exported from"):
         builder.report([tiny_student.path], tmp_path / "page")
 
 
@@ -450,7 +450,7 @@ def test_an_artifact_is_never_written_to(runs):
     """A page does not go into a RUN, nor into a folder of it."""
     before = sorted(runs["seed0"].rglob("*"))
     for out in (runs["seed0"], runs["seed0"] / "deep" / "page"):
-        with pytest.raises(InputError, match="lies in an artifact"):
+        with pytest.raises(InputError, match="is inside an artifact"):
             builder.report([runs["seed0"]], out)
     assert sorted(runs["seed0"].rglob("*")) == before
 
@@ -485,9 +485,9 @@ def test_a_resumed_run_says_so(place, tmp_path, stop_after):
     found = builder.inspect([run], evaluate=False)
     charts = builder.over_time(groups)
     told = " ".join(Reader(builder.render(groups, found, charts)).text.split())
-    assert "broken off and went on from a checkpoint at step 4" in told
+    assert "interrupted and resumed from a checkpoint at step 4" in told
     (loss_chart,) = [chart for chart in charts if chart.name == "loss"]
-    assert "went on from a checkpoint" in loss_chart.svg
+    assert "resumed from a checkpoint" in loss_chart.svg
 
 
 def test_of_two_lines_about_one_step_the_later_counts(runs):

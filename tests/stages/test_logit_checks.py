@@ -70,13 +70,13 @@ def test_labels_in_another_order_are_told_with_the_evidence(tmp_path):
         for one in own_logits(tmp_path, labels=lambda y: (y + 1) % K).facts[artifacts.WARNINGS]
         if "another order" in one
     ]
-    assert "of 5 classes more than half of the images are predicted as one other class each" in warning
+    assert "for 5 classes, more than half of the images are predicted as one other class" in warning
     top1, exchanged = (float(part.split("%")[0]) for part in warning.split("is ")[-1].split("would be "))
     assert top1 < 10
     assert exchanged > 90
 
 
-@pytest.mark.parametrize(("value", "told"), [(-np.inf, "holds -inf; where -inf masks a class"), (np.nan, "holds NaN")])
+@pytest.mark.parametrize(("value", "told"), [(-np.inf, "contains -inf; to mask a class"), (np.nan, "contains NaN")])
 def test_logits_that_are_not_finite_are_refused_with_what_they_hold(tmp_path, value, told):
     def change(z, y):
         z[7, 2] = value

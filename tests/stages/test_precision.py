@@ -48,7 +48,7 @@ def test_check_allows_what_the_precision_of_the_rows_makes_and_names_it(tiny_rec
         assert [one.wrong for one in found] == [0, 0]
         assert [one.allowed for one in found] == [allowed, allowed]
         said = capfd.readouterr().out
-        assert said.count(f"made in {answer}, compared in {answer if now == 'auto' else other}") == 2
+        assert said.count(f"labelled in {answer}, compared in {answer if now == 'auto' else other}") == 2
 
 
 def test_rows_beyond_the_bound_of_their_precision_are_found(tiny_recipe, answer, reseal):
@@ -62,7 +62,7 @@ def test_rows_beyond_the_bound_of_their_precision_are_found(tiny_recipe, answer,
     np.save(file, rows)
     reseal(labels.path)
     console.forget_warnings()
-    with pytest.raises(ArtifactError, match=rf"1 of 150 rows drawn differ from the teacher's.*made in {answer}"):
+    with pytest.raises(ArtifactError, match=rf"1 of 150 rows differ from the teacher's.*labelled in {answer}"):
         check_recipe(loaded, pairs=999)
 
 

@@ -50,7 +50,7 @@ def test_a_shortened_file_does_not_have_the_digest_it_had(tmp_path):
 
 def test_space_is_asked_for_beforehand(tmp_path):
     need_space(tmp_path, 1, "nothing")
-    with pytest.raises(FastkdError, match=r"labelling needs 1,000,000,000,000\.0 MB, and .* are free: free some, or"):
+    with pytest.raises(FastkdError, match=r"labelling needs 1,000,000,000,000\.0 MB, but .* are free: free some, or"):
         need_space(tmp_path, 10**18, "labelling")
 
 
