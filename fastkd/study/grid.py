@@ -246,8 +246,8 @@ def _add(cells: dict[str, Cell], varied: dict[str, Any], trials: list[Trial], wa
         others = [Trial(one.tuned, other) for one in trials if (other := baseline(one.recipe, which))]
         if len(others) == len(trials):
             words = _baseline_title(which, others[0].recipe)
-            other = Arm(", ".join(filter(None, [words, _words(shared)])), shared, others, is_variant=False, role=which)
-            arm.baselines[which] = _merged(cell, other).title
+            own = Arm(", ".join(filter(None, [words, _words(shared)])), shared, others, is_variant=False, role=which)
+            arm.baselines[which] = _merged(cell, own).title
 
 
 def _merged(cell: Cell, arm: Arm) -> Arm:

@@ -74,7 +74,7 @@ def _planned_s(base: Recipe) -> float | None:
         train.device, train.precision, channels_last=train.channels_last, compile=train.compile and train.compile_mode
     )
     planned = cost_estimate.expected(base, runtime)
-    return planned and planned["train"]
+    return planned["train"] if planned else None
 
 
 def refuse_other_data(grid: Grid) -> None:
