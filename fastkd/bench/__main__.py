@@ -32,7 +32,10 @@ def savings(
     path: RecipePath,
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds per variant.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder of the RUNs, savings.json and savings.png.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the RUNs, savings.json and savings.png. Default: savings-NAME in train.runs_dir."),
+    ] = None,
     reference: Annotated[
         Reference,
         typer.Option(
@@ -45,7 +48,8 @@ def savings(
 ) -> cli.CommandResult:
     """Train the recipe, vanilla KD and baselines in the same loop; print time and accuracy of each.
 
-    They are compared with a reference implementation: torch's DataLoader, float32, a live teacher.
+    The baselines are random selection, and all data for as many steps. The reference implementation uses torch's
+    DataLoader and float32, and runs the teacher at every step.
 
     JSON: the contents of savings.json.
 
@@ -72,15 +76,17 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="Number of nodes to predict for.")] = 1,
     node_gb_s: Annotated[
         float,
-        typer.Option(min=0.001, help="GB/s between two devices of a node, per direction. Default: NVLink of an H100."),
+        typer.Option(min=0.001, help="GB/s between two devices of a node, per direction (NVLink of an H100: 450)."),
     ] = 450.0,
     network_gb_s: Annotated[
-        float, typer.Option(min=0.001, help="GB/s from a device to other nodes. Default: InfiniBand with 400 Gb/s.")
+        float, typer.Option(min=0.001, help="GB/s from a device to other nodes (InfiniBand with 400 Gb/s: 50).")
     ] = 50.0,
     cores_per_gpu: Annotated[
-        int, typer.Option(min=1, help="Loader threads per device. Default: the cores of a DGX H100.")
+        int, typer.Option(min=1, help="Loader threads per device (cores of a DGX H100: 14).")
     ] = 14,
-    out: Annotated[Path | None, typer.Option(help="Folder of plan.json and plan.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of plan.json and plan.png. Default: plan-NAME in train.runs_dir.")
+    ] = None,
 ) -> cli.CommandResult:
     """Predict the time of vanilla KD and of the recipe, also at other keep ratios and numbers of views.
 
@@ -110,7 +116,9 @@ def step(
         typer.Option(help="Other batch sizes; repeatable. Default: half, twice and four times the recipe's."),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Number of interleaved measurements of each variant.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Folder of step.json and step.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of step.json and step.png. Default: step-NAME in train.runs_dir.")
+    ] = None,
 ) -> cli.CommandResult:
     """Time the student's step and the teacher's forward pass for each precision and memory format; recommend settings.
 
@@ -131,11 +139,13 @@ def scale(
     overrides: Overrides = None,
     processes: Annotated[
         list[int] | None,
-        typer.Option(help="Number of processes; repeatable. Default: 1, 2, 4 … up to one per device."),
+        typer.Option(help="Number of processes; repeatable. Default: 1, 2, 4, 8, at most one per device."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Number of segments of 2 s per round.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measurements of 2 s per round.")] = 5,
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds over all numbers of processes.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Folder of scale.json and scale.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of scale.json and scale.png. Default: scale-NAME in train.runs_dir.")
+    ] = None,
 ) -> cli.CommandResult:
     """Time training with several numbers of processes under torchrun; print images/s, data wait and efficiency.
 
@@ -184,7 +194,7 @@ def cold(
     small: Annotated[int, typer.Option(help="Number of images of 32×32.")] = 60_000,
     photos: Annotated[int, typer.Option(help="Number of JPEGs with ImageNet's sizes.")] = 1000,
 ) -> cli.CommandResult:
-    """Measure what an epoch reads from the disk with a cold page cache: all samples, half of them, an export of these.
+    """Measure the bytes that an epoch reads from the disk with a cold page cache: all samples, half, an exported half.
 
     The data are dropped from the page cache before each epoch, as if they were larger than memory.
 
@@ -201,7 +211,9 @@ def cold(
 def labels(
     path: RecipePath,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of labels.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of labels.json. Default: labels-NAME in train.runs_dir.")
+    ] = None,
 ) -> cli.CommandResult:
     """Print the disk space of each format of stored labels, and its error in the KD loss.
 
@@ -227,7 +239,7 @@ def prune(
     dtype: Annotated[str, typer.Option(help="Data type of the logits: float16 or float32.")] = "float16",
     repeats: Annotated[int, typer.Option(min=1, help="Number of timed runs, after two untimed ones.")] = 7,
 ) -> cli.CommandResult:
-    """Time scoring and selecting from stored logits with fastkd, torch and the paper's reference loop.
+    """Time scoring and selecting from stored logits with fastkd, torch and the Python loop of the reference code.
 
     JSON: the contents of prune.json.
 
