@@ -27,7 +27,7 @@ variant's segment, and give the other variant's workers time to become idle."""
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of training a student that is compared with others.
+    """A recipe that is compared with others.
 
     Attributes
     ----------

@@ -126,7 +126,7 @@ def half_of_each_class(labels: np.ndarray) -> np.ndarray:
 
 
 def export(dataset: Artifact, ids: np.ndarray, path: Path) -> Artifact:
-    """Copy some training samples into a data set of their own, as `fastkd.export` does."""
+    """Copy some training samples into a separate data set, as `fastkd.export` does."""
 
     def fill(directory: Path) -> Built:
         for split, positions in (("train", ids), ("val", np.arange(dataset.facts["counts"]["val"]))):

@@ -111,10 +111,10 @@ def table(report: dict[str, Any]) -> Table:
     for title in (
         "bytes per image\nand view",
         f"MB for {report['count']:,}\n× {plural(report['views'], 'view')}",
-        "error of KD loss\nat the start",
+        "KD loss error\nat the start",
         "\nmaximum",
-        "error of KD loss\nat the end",
-        "error of the\ngradient",
+        "KD loss error\nat the end",
+        "gradient\nerror",
     ):
         grid.add_column(title, justify="right")
     for line in report["lines"]:

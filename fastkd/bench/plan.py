@@ -255,7 +255,7 @@ def _sizes(recipe: Recipe, bench: Workbench) -> Sizes:
 
 
 def _predict_lines(recipe: Recipe, measured: Measured, sizes: Sizes, vanilla: dict[str, float]) -> list[dict[str, Any]]:
-    """Predict the recipe at several keep ratios and numbers of views, its own included."""
+    """Predict the recipe at several keep ratios and numbers of views, including those of the recipe."""
     views: list[int | None] = [None]
     if recipe.data.view.varies:
         views = [*sorted({v for v in (*VIEWS, recipe.num_views or 1) if v < sizes.epochs} | {sizes.epochs})]

@@ -182,7 +182,7 @@ def _serve(connection: Connection, name: str, logits: Path, labels: Path) -> Non
 
 
 class Runner:
-    """A contender in its own process."""
+    """A contender in a separate process."""
 
     def __init__(self, name: str, logits: Path, labels: Path) -> None:
         context = multiprocessing.get_context("spawn")

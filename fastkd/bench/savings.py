@@ -276,14 +276,15 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, float
 
 def differences(report: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return the recipe's top-1 minus each other variant's, in points; empty if there is only one seed."""
-    own = [100 * run["top1"] for run in report["ways"]["recipe"]["runs"]]
-    if len(own) < 2:
+    recipe_top1 = [100 * run["top1"] for run in report["ways"]["recipe"]["runs"]]
+    if len(recipe_top1) < 2:
         return {}
     others = {name: entry for name, entry in report["ways"].items() if name != "recipe"}
     if "runs" in (reference := report.get("reference") or {}):
         others["reference"] = reference
     return {
-        name: paired_difference(own, [100 * run["top1"] for run in entry["runs"]]) for name, entry in others.items()
+        name: paired_difference(recipe_top1, [100 * run["top1"] for run in entry["runs"]])
+        for name, entry in others.items()
     }
 
 

@@ -12,25 +12,25 @@ STAGE_LINES = ("write", "score", "prune", "label", "setup", "compile", "train", 
 def conclusion(report: dict[str, Any]) -> str:
     """Return a few sentences: time saved, accuracy, and whether the selection method helped."""
     entries, seeds = report["ways"], len(report["seeds"])
-    vanilla, own = entries["vanilla"], entries["recipe"]
-    share = own["further_student_s"] / vanilla["further_student_s"]
-    first_share = own["first_student_s"] / vanilla["first_student_s"]
+    vanilla, recipe = entries["vanilla"], entries["recipe"]
+    share = recipe["further_student_s"] / vanilla["further_student_s"]
+    first_share = recipe["first_student_s"] / vanilla["first_student_s"]
     sentences = [
-        f"An additional student takes {share:.2f} of vanilla KD's time ({own['speedup_further_student_s']:.1f}× "
-        f"faster); the first, including scoring, pruning and labelling, {first_share:.2f} "
-        f"({own['speedup_first_student_s']:.1f}×)."
+        f"With the recipe, an additional student takes {share:.2f} of vanilla KD's time "
+        f"({recipe['speedup_further_student_s']:.1f}× faster); the first, including scoring, pruning and labelling, "
+        f"{first_share:.2f} ({recipe['speedup_first_student_s']:.1f}×)."
     ]
     if reference := report.get("reference"):
         steps = reference.get("extrapolated_from_steps")
         how = f", extrapolated from {steps} steps" if steps else ""
-        faster, first_faster = (own[f"reference_speedup_{n}_student_s"] for n in ("further", "first"))
+        faster, first_faster = (recipe[f"reference_speedup_{n}_student_s"] for n in ("further", "first"))
         sentences.append(
             f"Compared with the reference implementation{how}, an additional student is {faster:.1f}× faster, the "
             f"first {first_faster:.1f}×."
         )
-    gaps = {name: 100 * (own["top1"] - entry["top1"]) for name, entry in entries.items() if name != "recipe"}
+    gaps = {name: 100 * (recipe["top1"] - entry["top1"]) for name, entry in entries.items() if name != "recipe"}
     compared = ", ".join(f"{points:+.2f} points against {entries[name]['title']}" for name, points in gaps.items())
-    sentences.append(f"Top-1: {compared}; differences below {report['noise_points']:.1f} points are noise.")
+    sentences.append(f"Its top-1: {compared}; differences below {report['noise_points']:.1f} points are noise.")
     if verdict := _verdict(entries, gaps, report["noise_points"]):
         sentences.append(verdict)
     sentences.append("One seed; --seeds 3 measures the spread." if seeds == 1 else f"{seeds} seeds.")

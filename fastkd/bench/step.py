@@ -55,8 +55,8 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
     """Time the student's step and the teacher's forward pass in all variants; write `step.json` and `step.png`.
 
     Networks have random weights; images have the size that training ends with. All variants are timed at the recipe's
-    batch size, interleaved; the fastest and the recipe's own also at other sizes. Finally the recipe's own step is
-    timed with its loader.
+    batch size, interleaved; the fastest and the recipe's also at other sizes. Finally the recipe's step is timed
+    with its loader.
 
     Parameters
     ----------
@@ -66,14 +66,14 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
     bench = Workbench(changed(recipe, train={"progressive_px": {}}))
     size = recipe.train.batch_size
     runtime = bench.pipeline.runtime
-    own = Variant(runtime.precision, runtime.channels_last, bool(runtime.compile))
+    recipe_variant = Variant(runtime.precision, runtime.channels_last, bool(runtime.compile))
     try:
         with torch._dynamo.config.patch(recompile_limit=1000):  # all variants compile the same functions
-            variants = list(dict.fromkeys([*step_variants(runtime.device.type), own]))
+            variants = list(dict.fromkeys([*step_variants(runtime.device.type), recipe_variant]))
             lines = _grid(bench, runtime, variants, [size], repeats)
             best = {kind: max(lines, key=lambda line: line[kind]["median"])["way"] for kind in KINDS}
             sizes = sorted({*(batch_sizes or (size // 2, 2 * size, 4 * size))} - {0, size})
-            variants = list(dict.fromkeys([Variant(**best["student"]), own]))
+            variants = list(dict.fromkeys([Variant(**best["student"]), recipe_variant]))
             lines += _grid(bench, runtime, variants, sizes, repeats)
             stall = _stall(bench, runtime, repeats)
     finally:
@@ -90,7 +90,7 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
         "repeats": repeats,
         "lines": lines,
         "best": best,
-        "recipe_way": asdict(own),
+        "recipe_way": asdict(recipe_variant),
         "stall": stall,
     }
     report["advice"] = advice(report)
@@ -100,14 +100,14 @@ def measure(recipe: Recipe, out: Path, *, batch_sizes: Sequence[int] = (), repea
 
 
 def _grid(
-    bench: Workbench, own: Runtime, variants: Sequence[Variant], sizes: Sequence[int], repeats: int
+    bench: Workbench, base: Runtime, variants: Sequence[Variant], sizes: Sequence[int], repeats: int
 ) -> list[Line]:
     """Time variants at some batch sizes, interleaved."""
     segments: dict[str, Callable[[], float]] = {}
     lines: list[Line] = []
     with console.progress("step: compiling", len(variants) * len(sizes), "variants") as update:
         for variant in variants:
-            runtime = replace(own, **asdict(variant))
+            runtime = replace(base, **asdict(variant))
             for size in sizes:
                 setup, teacher = bench.setup(runtime), bench.teacher(runtime)
                 batch = bench.device_batch(setup, size)
@@ -157,19 +157,19 @@ def _stall(bench: Workbench, runtime: Runtime, repeats: int) -> dict[str, Any]:
 
 def advice(report: dict[str, Any]) -> list[str]:
     """Return sentences on which variant and batch size to use here, and whether loading is the limit."""
-    own, best, size = report["recipe_way"], report["best"]["student"], report["batch_size"]
+    current, best, size = report["recipe_way"], report["best"]["student"], report["batch_size"]
     rate = {
         str(Variant(**line["way"])): line["student"]["median"] for line in report["lines"] if line["batch_size"] == size
     }
-    gain = rate[str(Variant(**best))] / rate[str(Variant(**own))]
+    gain = rate[str(Variant(**best))] / rate[str(Variant(**current))]
     if gain > 1.03:
         sentences = [
-            f"{Variant(**best)} is {gain:.2f}× as fast as the recipe's {Variant(**own)}: "
+            f"{Variant(**best)} is {gain:.2f}× as fast as the recipe's {Variant(**current)}: "
             f"train.precision={best['precision']} "
             f"train.channels_last={str(best['channels_last']).lower()} train.compile={str(best['compile']).lower()}"
         ]
     else:
-        sentences = [f"the recipe's variant ({Variant(**own)}) is the fastest here, or within 3 % of it"]
+        sentences = [f"the recipe's variant ({Variant(**current)}) is the fastest here, or within 3 % of it"]
     sizes = {line["batch_size"]: line["student"]["median"] for line in report["lines"] if line["way"] == best}
     fastest = max(sizes, key=lambda size: sizes[size])
     if sizes[fastest] > 1.1 * sizes[size]:
