@@ -193,7 +193,7 @@ def savings_table() -> str:
 
 def _savings_rows() -> list[list[str]]:
     """Return head and rows of the table that `bench savings` prints."""
-    from fastkd.bench.savings import table
+    from fastkd.bench.savings_report import table
 
     columns = table(json.loads(SAVINGS.read_text(encoding="utf-8"))).columns
     head = [str(column.header).replace("\n", " ") for column in columns]

@@ -1,18 +1,27 @@
 """``python -m fastkd.bench NAME …``: benchmarks to run on your machine."""
 
 import shlex
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastkd import cli, console, recipe
-from fastkd.bench import machine_line
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")]
+DataFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the data sets, reused if they exist. Default: temporary.")
+]
 
 
 class Reference(StrEnum):
-    """How far the reference implementation is trained."""
+    """How much of the reference implementation is run."""
 
     NONE = "none"
     MEASURE = "measure"
@@ -20,10 +29,13 @@ class Reference(StrEnum):
 
 
 def savings(
-    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds per column.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Where runs, savings.json and savings.png go.")] = None,
+    path: RecipePath,
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds per variant.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the RUNs, savings.json and savings.png. Default: savings-NAME in train.runs_dir."),
+    ] = None,
     reference: Annotated[
         Reference,
         typer.Option(
@@ -31,12 +43,13 @@ def savings(
         ),
     ] = Reference.MEASURE,
     breakdown: Annotated[
-        bool, typer.Option(help="Also time one change at a time, from the reference to the recipe.")
+        bool, typer.Option(help="Also time one change at a time, from the reference implementation to the recipe.")
     ] = True,
 ) -> cli.CommandResult:
-    """Train the recipe's student and, in the same loop, vanilla KD's and the baselines'; print what each cost.
+    """Train the recipe, vanilla KD and baselines in the same loop; print time and accuracy of each.
 
-    Beside them stands how the field's reference code does it: torch's loader, float32, a live teacher.
+    The baselines are random selection, and all data for as many steps. The reference implementation uses torch's
+    DataLoader and float32, and runs the teacher at every step.
 
     JSON: the contents of savings.json.
 
@@ -44,135 +57,44 @@ def savings(
     """
     resolved = recipe.load(path, overrides or ())
     from fastkd.bench import savings as benchmark
+    from fastkd.bench.breakdown import table as breakdown_table
+    from fastkd.bench.savings_report import notes, table
 
-    out = out or Path(resolved.train.runs_dir) / f"savings-{resolved.name}"
+    out = out or _default_folder("savings", resolved)
     report = benchmark.measure(
         resolved, out, seeds=seeds, source=Path(path), reference=reference.value, breakdown=breakdown
     )
-    console.show(benchmark.table(report))
-    if breakdown:
-        from fastkd.bench.breakdown import table as breakdown_table
-
-        console.show(breakdown_table(report["breakdown"]))
-    teacher = report["teacher_training_s"]
-    if teacher is not None:
-        console.say(
-            f"outside the table: training the teacher took {teacher:.1f} s (top-1 {report['teacher_top1']:.2%})"
-        )
-    console.say(
-        f"outside the table: filling the compilers' caches took {report['cold_compile_s']:.1f} s, once per machine"
-    )
-    env = report["environment"]
-    console.say(f"machine: {machine_line(env['machine'], env['gpu'])}, {env['precision']}")
-    console.say(report["conclusion"])
-    return cli.CommandResult(f"written: {out / 'savings.json'}, {out / 'savings.png'}", report)
-
-
-def loader(
-    out: Annotated[Path, typer.Option(help="Where loader.json and loader.png go.")] = Path("runs/bench-loader"),
-    data: Annotated[
-        Path | None, typer.Option(help="Directory of the data sets, reused if they exist. Default: temporary.")
-    ] = None,
-    small: Annotated[int, typer.Option(help="Number of images of 32×32.")] = 20_000,
-    photos: Annotated[int, typer.Option(help="Number of JPEGs of ImageNet's sizes.")] = 600,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed epochs per pipeline, after one that is not.")] = 5,
-    workers: Annotated[
-        list[int] | None, typer.Option(help="Number of loader threads; repeatable. Default: 1, and one per core.")
-    ] = None,
-) -> cli.CommandResult:
-    """Load the same images by fastkd's pipeline, FFCV's own and torch's DataLoader, on files and on arrays.
-
-    Prints images/s, with views and without. Takes some minutes: the slowest pipeline goes through all images as well.
-
-    JSON: the contents of loader.json.
-
-    Example: python -m fastkd.bench loader --data data/bench
-    """
-    from fastkd.bench import loader as benchmark
-
-    report = benchmark.measure(out, data=data, small=small, photos=photos, repeats=repeats, workers=workers or ())
-    console.show(benchmark.table(report))
-    console.say(f"machine: {benchmark.machine_line(report)}")
-    return cli.CommandResult(f"written: {out / 'loader.json'}, {out / 'loader.png'}", report)
-
-
-def cold(
-    out: Annotated[Path, typer.Option(help="Where cold.json goes.")] = Path("runs/bench-cold"),
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the data sets, on a disk, reused if there. Default: temporary."),
-    ] = None,
-    small: Annotated[int, typer.Option(help="Number of images of 32×32.")] = 60_000,
-    photos: Annotated[int, typer.Option(help="Number of JPEGs of ImageNet's sizes.")] = 1000,
-) -> cli.CommandResult:
-    """Tell what an epoch reads from the disk when nothing is in memory: all samples, half of them, an export of these.
-
-    The page cache is emptied of the data before each epoch, as it is where data are larger than memory.
-
-    JSON: the contents of cold.json.
-
-    Example: python -m fastkd.bench cold --data data/bench
-    """
-    from fastkd.bench import cold as benchmark
-
-    report = benchmark.measure(out, data=data, small=small, photos=photos)
-    console.show(benchmark.table(report))
-    console.say(
-        "read: from the disk, by this process; in memory: after the epoch; in vain: pages without a byte of the "
-        f"samples. The disk's read_ahead_kb is {report['read_ahead_kb'] or 'unknown'}"
-    )
-    console.say(f"machine: {machine_line(report['machine'], None)}")
-    return cli.CommandResult(f"written: {out / 'cold.json'}", report)
-
-
-def step(
-    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    batch_size: Annotated[
-        list[int] | None, typer.Option(help="Further batch sizes; default: half, twice, four times the recipe's.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each way is timed, in turn.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Where step.json goes.")] = None,
-) -> cli.CommandResult:
-    """Time the student's step and the teacher's forward pass in each precision and layout; say which to use here.
-
-    JSON: what step.json holds.
-
-    Example: python -m fastkd.bench step recipes/quickstart.yaml
-    """
-    resolved = recipe.load(path, overrides or ())
-    from fastkd.bench import step as benchmark
-
-    out = out or Path(resolved.train.runs_dir) / f"step-{resolved.name}"
-    report = benchmark.measure(resolved, out, batch_sizes=batch_size or (), repeats=repeats)
-    console.show(benchmark.table(report))
-    for sentence in report["advice"]:
-        console.say(sentence)
-    console.say(f"machine: {machine_line(report['machine'], report['gpu'])}, {report['threads']} threads")
-    return cli.CommandResult(f"written: {out / 'step.json'}, {out / 'step.png'}", report)
+    tables = [table(report), *([breakdown_table(report["breakdown"])] if breakdown else [])]
+    return _result(report, tables, notes(report), out / "savings.json", out / "savings.png")
 
 
 def plan(
-    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How often each rate is measured, in turn.")] = 3,
-    gpus: Annotated[int, typer.Option(min=1, help="Predict for so many devices a node.")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="And so many nodes.")] = 1,
+    path: RecipePath,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of interleaved measurements of each rate.")] = 3,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of devices per node to predict for.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes to predict for.")] = 1,
     node_gb_s: Annotated[
-        float, typer.Option(min=0.001, help="GB/s from device to device in a node, each way: an H100's NVLink.")
+        float,
+        typer.Option(min=0.001, help="GB/s between two devices of a node, per direction (NVLink of an H100: 450)."),
     ] = 450.0,
     network_gb_s: Annotated[
-        float, typer.Option(min=0.001, help="GB/s from a device to other nodes: 400 Gb/s InfiniBand.")
+        float, typer.Option(min=0.001, help="GB/s from a device to other nodes (InfiniBand with 400 Gb/s: 50).")
     ] = 50.0,
-    cores_per_gpu: Annotated[int, typer.Option(min=1, help="Loader threads a device: as in a DGX H100.")] = 14,
-    out: Annotated[Path | None, typer.Option(help="Where plan.json goes.")] = None,
+    cores_per_gpu: Annotated[
+        int, typer.Option(min=1, help="Loader threads per device (cores of a DGX H100: 14).")
+    ] = 14,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of plan.json and plan.png. Default: plan-NAME in train.runs_dir.")
+    ] = None,
 ) -> cli.CommandResult:
-    """Measure for a minute and predict what vanilla KD and the recipe would take, at other keep ratios and views too.
+    """Predict the time of vanilla KD and of the recipe, also at other keep ratios and numbers of views.
 
-    For several devices, one is measured here at its share of the batch, and an all-reduce added that nothing hides:
-    an upper bound, by arithmetic that has never been checked on GPUs.
+    Measures rates for about a minute; nothing is trained. For several devices, one step is measured here at the batch
+    size of one device, and the time of an all-reduce that does not overlap with it is added: an upper bound, computed
+    and never checked on GPUs.
 
-    JSON: what plan.json holds.
+    JSON: the contents of plan.json.
 
     Example: python -m fastkd.bench plan recipes/rn50_r18.yaml --gpus 8 --nodes 2
     """
@@ -181,140 +103,164 @@ def plan(
     from fastkd.bench.scaling import Cluster
 
     cluster = Cluster(gpus, nodes, node_gb_s, network_gb_s, cores_per_gpu) if gpus * nodes > 1 else None
-    out = out or benchmark.out_of(resolved, cluster)
+    out = out or benchmark.default_folder(resolved, cluster)
     report = benchmark.measure(resolved, out, repeats=repeats, cluster=cluster)
-    console.show(benchmark.table(report))
-    rates = report["measured"]
-    if several := report["cluster"]:
-        one = several["one_device"]
-        console.say(
-            f"measured here, at a device's {several['local_batch']} images of each batch, images/s: student "
-            f"{one['step']:,.0f}, with a live teacher {one['vanilla_step']:,.0f}; teacher scoring {one['score']:,.0f}, "
-            f"labelling {one['label']:,.0f}"
-        )
-        console.say(
-            f"predicted of all {gpus * nodes}: student {rates['step']:,.0f}, {rates['step'] / one['step']:.1f} times "
-            f"one. To add up {several['gradient_bytes'] / 1e6:,.1f} MB of gradients takes "
-            f"{1e3 * several['all_reduce_s']:.2f} ms of a step, as if the backward pass hid none of it: an upper "
-            "bound. Never checked on GPUs"
-        )
-        console.say(several["loading"])
-    else:
-        console.say(
-            f"measured, images/s: student {rates['step']:,.0f}, with a live teacher {rates['vanilla_step']:,.0f}; "
-            f"teacher scoring {rates['score']:,.0f}, labelling {rates['label']:,.0f}; "
-            f"evaluating {rates['evaluate']:,.0f}"
-        )
-        console.say(f"the limit is {report['limit']}")
-    console.say(
-        f"outside the table: training the teacher. Each row pays for {report['sizes']['epochs']} epochs; "
-        "the recipe's precision, batch and loader"
-    )
-    console.say(f"machine: {machine_line(report['machine'], report['gpu'])}, {report['precision']}")
-    return cli.CommandResult(f"written: {out / 'plan.json'}, {out / 'plan.png'}", report)
+    return _result(report, [benchmark.table(report)], benchmark.notes(report), out / "plan.json", out / "plan.png")
+
+
+def step(
+    path: RecipePath,
+    overrides: Overrides = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(help="Other batch sizes; repeatable. Default: half, twice and four times the recipe's."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of interleaved measurements of each variant.")] = 5,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of step.json and step.png. Default: step-NAME in train.runs_dir.")
+    ] = None,
+) -> cli.CommandResult:
+    """Time the student's step and the teacher's forward pass for each precision and memory format; recommend settings.
+
+    JSON: the contents of step.json.
+
+    Example: python -m fastkd.bench step recipes/quickstart.yaml
+    """
+    resolved = recipe.load(path, overrides or ())
+    from fastkd.bench import step as benchmark
+
+    out = out or _default_folder("step", resolved)
+    report = benchmark.measure(resolved, out, batch_sizes=batch_size or (), repeats=repeats)
+    return _result(report, [benchmark.table(report)], benchmark.notes(report), out / "step.json", out / "step.png")
 
 
 def scale(
-    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
+    path: RecipePath,
+    overrides: Overrides = None,
     processes: Annotated[
-        list[int] | None, typer.Option(help="How many processes; may be repeated. Default: 1, 2, 4 … one per device.")
+        list[int] | None,
+        typer.Option(help="Number of processes; repeatable. Default: 1, 2, 4, 8, at most one per device."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How many segments of 2 s each number has in a round.")] = 5,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each number has its turn.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="Where scale.json and scale.png go.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measurements of 2 s per round.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds over all numbers of processes.")] = 2,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of scale.json and scale.png. Default: scale-NAME in train.runs_dir.")
+    ] = None,
 ) -> cli.CommandResult:
-    """Train by more and more processes, as torchrun starts them; print images/s, stall and efficiency.
+    """Time training with several numbers of processes under torchrun; print images/s, data wait and efficiency.
 
-    JSON: what scale.json holds.
+    JSON: the contents of scale.json.
 
     Example: python -m fastkd.bench scale recipes/quickstart.yaml --processes 1 --processes 2
     """
     resolved = recipe.load(path, overrides or ())
     from fastkd.bench import scale as benchmark
 
-    out = out or Path(resolved.train.runs_dir) / f"scale-{resolved.name}"
+    out = out or _default_folder("scale", resolved)
     report = benchmark.measure(path, overrides or (), out, processes=processes or (), repeats=repeats, rounds=rounds)
-    console.show(benchmark.table(report))
-    console.say(
-        f"each step averages {report['gradient_bytes'] / 1e6:,.1f} MB of gradients over the processes; efficiency: "
-        "images/s over those of the fewest processes, for each process"
-    )
-    console.say(
-        f"machine: {machine_line(report['machine'], report['gpu'])}, {report['precision']}; "
-        f"torch threads a process: {report['threads']}"
-    )
-    return cli.CommandResult(f"written: {out / 'scale.json'}, {out / 'scale.png'}", report)
+    return _result(report, [benchmark.table(report)], benchmark.notes(report), out / "scale.json", out / "scale.png")
+
+
+def loader(
+    out: Annotated[Path, typer.Option(help="Folder of loader.json and loader.png.")] = Path("runs/bench-loader"),
+    data: DataFolder = None,
+    small: Annotated[int, typer.Option(help="Number of images of 32×32.")] = 20_000,
+    photos: Annotated[int, typer.Option(help="Number of JPEGs with ImageNet's sizes.")] = 600,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed epochs per loader, after an untimed one.")] = 5,
+    workers: Annotated[
+        list[int] | None, typer.Option(help="Number of loader threads; repeatable. Default: 1, and one per core.")
+    ] = None,
+) -> cli.CommandResult:
+    """Time loading the same images with fastkd's loader, FFCV's own and torch's DataLoader, from files and from arrays.
+
+    Prints images/s, with and without augmentation. Takes some minutes.
+
+    JSON: the contents of loader.json.
+
+    Example: python -m fastkd.bench loader --data data/bench
+    """
+    from fastkd.bench import loader as benchmark
+
+    report = benchmark.measure(out, data=data, small=small, photos=photos, repeats=repeats, workers=workers or ())
+    return _result(report, [benchmark.table(report)], benchmark.notes(report), out / "loader.json", out / "loader.png")
+
+
+def cold(
+    out: Annotated[Path, typer.Option(help="Folder of cold.json.")] = Path("runs/bench-cold"),
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the data sets, on a disk; reused if they exist. Default: temporary."),
+    ] = None,
+    small: Annotated[int, typer.Option(help="Number of images of 32×32.")] = 60_000,
+    photos: Annotated[int, typer.Option(help="Number of JPEGs with ImageNet's sizes.")] = 1000,
+) -> cli.CommandResult:
+    """Measure the bytes that an epoch reads from the disk with a cold page cache: all samples, half, an exported half.
+
+    The data are dropped from the page cache before each epoch, as if they were larger than memory.
+
+    JSON: the contents of cold.json.
+
+    Example: python -m fastkd.bench cold --data data/bench
+    """
+    from fastkd.bench import cold as benchmark
+
+    report = benchmark.measure(out, data=data, small=small, photos=photos)
+    return _result(report, [benchmark.table(report)], benchmark.notes(report), out / "cold.json")
 
 
 def labels(
-    path: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="Changes to the recipe.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where labels.json goes.")] = None,
+    path: RecipePath,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of labels.json. Default: labels-NAME in train.runs_dir.")
+    ] = None,
 ) -> cli.CommandResult:
-    """Print what each way to store the teacher's logits takes on disk, and what it changes in the KD loss.
+    """Print the disk space of each format of stored labels, and its error in the KD loss.
 
-    JSON: what labels.json holds.
+    JSON: the contents of labels.json.
 
     Example: python -m fastkd.bench labels recipes/quickstart.yaml
     """
     resolved = recipe.load(path, overrides or ())
     from fastkd.bench import labels as benchmark
 
-    out = out or Path(resolved.train.runs_dir) / f"labels-{resolved.name}"
+    out = out or _default_folder("labels", resolved)
     report = benchmark.measure(resolved, out)
-    console.show(benchmark.table(report))
-    console.say(
-        f"{report['rows']:,} kept rows, against float32; the loss without its weight alpha. At the start: for a "
-        f"student that gives all classes alike, whose loss is {report['loss_start']:.2f}; at the end: for one that "
-        "gives the teacher's own softmax. Gradient: the share of a student's first one."
-    )
-    return cli.CommandResult(f"written: {out / 'labels.json'}", report)
+    return _result(report, [benchmark.table(report)], benchmark.notes(report), out / "labels.json")
 
 
 def prune(
-    out: Annotated[Path, typer.Option(help="Where prune.json goes.")] = Path("runs/bench-prune"),
-    data: Annotated[Path | None, typer.Option(help="Keep the logits here, or find them; default: made anew.")] = None,
-    samples: Annotated[int, typer.Option(help="How many rows of logits.")] = 100_000,
-    classes: Annotated[int, typer.Option(help="How many logits a row.")] = 1000,
-    dtype: Annotated[str, typer.Option(help="How they are stored: float16 or float32.")] = "float16",
-    repeats: Annotated[int, typer.Option(min=1, help="How often each is timed, after two runs that are not.")] = 7,
+    out: Annotated[Path, typer.Option(help="Folder of prune.json.")] = Path("runs/bench-prune"),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the logits, reused if they exist. Default: temporary.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Number of rows of logits.")] = 100_000,
+    classes: Annotated[int, typer.Option(help="Number of logits per row.")] = 1000,
+    dtype: Annotated[str, typer.Option(help="Data type of the logits: float16 or float32.")] = "float16",
+    repeats: Annotated[int, typer.Option(min=1, help="Number of timed runs, after two untimed ones.")] = 7,
 ) -> cli.CommandResult:
-    """Score and select from logits on disk by fastkd, by torch and as the reference does; print times and memory.
+    """Time scoring and selecting from stored logits with fastkd, torch and the Python loop of the reference code.
 
-    JSON: what prune.json holds.
+    JSON: the contents of prune.json.
 
     Example: python -m fastkd.bench prune --samples 1281167
     """
     from fastkd.bench import prune as benchmark
 
     report = benchmark.measure(out, data=data, samples=samples, classes=classes, dtype=dtype, repeats=repeats)
-    console.show(benchmark.table(report))
-    console.show(benchmark.growth_table(report))
-    looped, cpu, versions = report["reference"], report["machine"], report["versions"]
-    console.say(
-        f"medium, proportional, keep {report['keep_ratio']}; from the page cache; memory: what a run holds at most "
-        f"beyond that. fastkd gives six scores, torch two of them; both keep the same samples but for "
-        f"{1 - report['kept_in_common']:.2%}"
-    )
-    console.say(
-        f"the reference loop, without its scoring: measured {looped['seconds'][-1]:.2f} s for "
-        f"{looped['samples'][-1]:,} samples, time growing with their number to the power of {looped['growth']:.2f}; "
-        f"extrapolated as linear to {report['samples']:,}"
-    )
-    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, numba {versions['numba']}, torch {versions['torch']}")
-    return cli.CommandResult(f"written: {out / 'prune.json'}", report)
+    tables = [benchmark.table(report), benchmark.growth_table(report)]
+    return _result(report, tables, benchmark.notes(report), out / "prune.json")
 
 
 def synthetic(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of photos: a new one.")],
-    count: Annotated[int, typer.Option(help="How many photos to train on, 0.11 MB each.")] = 5000,
-    val: Annotated[int, typer.Option(help="How many to evaluate on.")] = 500,
-    classes: Annotated[int, typer.Option(help="How many classes.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="What the photos are drawn from.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="How many photos are drawn at a time; 0: one per core.")] = 0,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the photos; must not exist.")],
+    count: Annotated[int, typer.Option(help="Number of training photos, of 0.11 MB each.")] = 5000,
+    val: Annotated[int, typer.Option(help="Number of validation photos.")] = 500,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the photos.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Number of threads; 0: one per core.")] = 0,
 ) -> cli.CommandResult:
-    """Write textured JPEGs as large as ImageNet's into OUT/train and OUT/val: photos for any bench, from nowhere.
+    """Generate textured JPEGs with the sizes of ImageNet's in OUT/train and OUT/val, for benchmarks without data.
 
     JSON keys: path, train, val, classes.
 
@@ -324,11 +270,24 @@ def synthetic(
 
     benchmark.make(out, count, val=val, classes=classes, seed=seed, threads=threads)
     root, dataset = shlex.quote(str(out)), shlex.quote(f"{out}-dataset")
-    console.say(f"as a data set: python -m fastkd.write image_folder {dataset} root={root}")
+    console.say(f"to make a data set: python -m fastkd.write image_folder {dataset} root={root}")
     return cli.CommandResult(
         f"written: {out}, {count:,} train and {val:,} val photos of {classes} classes",
         {"path": str(out), "train": count, "val": val, "classes": classes},
     )
+
+
+def _default_folder(name: str, resolved: recipe.Recipe) -> Path:
+    return Path(resolved.train.runs_dir) / f"{name}-{resolved.name}"
+
+
+def _result(report: dict[str, Any], tables: Sequence["Table"], notes: Sequence[str], *files: Path) -> cli.CommandResult:
+    """Print tables and notes, and return the command's result."""
+    for table in tables:
+        console.show(table)
+    for note in notes:
+        console.say(note)
+    return cli.CommandResult(f"written: {', '.join(map(str, files))}", report)
 
 
 if __name__ == "__main__":

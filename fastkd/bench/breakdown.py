@@ -1,4 +1,4 @@
-"""Where the speed-up comes from: ways from the reference's to the recipe's, each changing one thing, timed in turn."""
+"""Sources of the speed-up: variants from the reference implementation to the recipe, each changing one thing."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastkd import console
 from fastkd.bench.reference import Reference
-from fastkd.bench.workbench import Epochs
+from fastkd.bench.workbench import TrainingLoop
 from fastkd.machine import usable_cores
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune, Recipe
@@ -21,13 +21,13 @@ from fastkd.stages.training_setup import prepare
 ROUNDS, SEGMENT_STEPS = 5, 60
 WARM_UP_STEPS = 30
 LEAD_STEPS = 2 * usable_cores() + 4
-"""Steps before each segment, not timed: batches that a way's workers prepared while another's turn it was are used up,
-and those of the other come to rest."""
+"""Untimed steps before each segment: they use up the batches that the variant's workers prefetched during another
+variant's segment, and give the other variant's workers time to become idle."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to get a student.
+    """A recipe that is compared with others.
 
     Attributes
     ----------
@@ -41,7 +41,7 @@ class Variant:
 
 
 class Loop(Protocol):
-    """Training that is done a few steps at a time."""
+    """Training that can be advanced by any number of steps."""
 
     images_per_epoch: int
 
@@ -57,94 +57,85 @@ def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
 
 
 def reference_recipe(vanilla: Recipe) -> Recipe:
-    """Return vanilla KD as the reference computes it: float32, NCHW, eager."""
+    """Return vanilla KD with the settings of the reference implementation: float32, NCHW, not compiled."""
     return changed(vanilla, train={"precision": "fp32", "channels_last": False, "compile": False})
 
 
-def ways(vanilla: Recipe, recipe: Recipe, precision: str) -> list[Variant]:
-    """Return the ways from the reference's to a recipe; steps that change nothing here are left out.
+def breakdown_variants(vanilla: Recipe, recipe: Recipe, precision: str) -> list[Variant]:
+    """Return the variants from the reference implementation to a recipe, without those that change nothing.
 
     Parameters
     ----------
     vanilla : Recipe
-        All data, a live teacher, the recipe's precision, memory format and compiler.
+        Vanilla KD with the recipe's precision, memory format and compiler.
     precision : str
-        What the recipe's resolves to.
+        The precision that the recipe's `train.precision` resolves to.
     """
     vanilla, recipe = (changed(one, train={"precision": precision}) for one in (vanilla, recipe))
     plain = reference_recipe(vanilla)
     eager = changed(vanilla, train={"compile": False})
     memory_format = "channels_last, " if vanilla.train.channels_last else ""
-    found = [Variant("reference", "the reference implementation", plain), Variant("loader", "+ fastkd's loader", plain)]
+    variants = [Variant("reference", "reference implementation", plain), Variant("loader", "+ fastkd's loader", plain)]
     if eager != plain:
-        found.append(Variant("format", f"+ {memory_format}{precision}", eager))
+        variants.append(Variant("format", f"+ {memory_format}{precision}", eager))
     if vanilla.train.compile:
-        found.append(Variant("compile", "+ compile", vanilla))
+        variants.append(Variant("compile", "+ compile", vanilla))
     prune = recipe.prune
     pruned = prune.leaves_out or prune.dynamic
     if recipe.labels.mode == "stored":
-        everything = (
+        all_samples = (
             Prune() if prune.dynamic or prune.method == "list" else prune.model_copy(update={"keep_ratio": 1.0})
         )
-        # One view tells how fast stored rows are fed; labelling all data in all views may take hours.
+        # One view is enough to time stored rows; labelling all samples in all views may take hours.
         labels = {} if recipe.num_views is None else {"views": 1}
-        stored = changed(recipe, labels=labels).model_copy(update={"prune": everything}) if pruned else recipe
-        found.append(Variant("stored", "+ stored labels", stored))
+        stored = changed(recipe, labels=labels).model_copy(update={"prune": all_samples}) if pruned else recipe
+        variants.append(Variant("stored", "+ stored labels", stored))
     if pruned:
-        found.append(Variant("recipe", "+ pruning: the recipe", recipe))
-    return found
-
-
-class FastkdLoop:
-    """fastkd's own loop, a few steps at a time."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        job = prepare(pipeline.training_inputs)
-        self.images_per_epoch = job.images_per_epoch
-        self.advance = Epochs(pipeline, job).advance
+        variants.append(Variant("recipe", "+ pruning: the recipe", recipe))
+    return variants
 
 
 def measure(
-    compared: Sequence[Variant], folder: Path, *, recipe_images: int | None = None, rounds: int = ROUNDS
+    variants: Sequence[Variant], folder: Path, *, recipe_images: int | None = None, rounds: int = ROUNDS
 ) -> dict[str, Any]:
-    """Time ways in turn, a segment of each at a time, so that a slow spell of the machine hits all of them.
+    """Time variants in interleaved segments, so that a slow phase of the machine affects all of them.
 
     Parameters
     ----------
     folder : Path
-        Where the reference's image files go.
+        Folder for the image files of the reference implementation.
     recipe_images : int, optional
-        Images that the recipe trained on over all epochs. Default: all that it keeps, in each of them; a dynamic
-        method leaves some out.
+        Images that the recipe trains on over all epochs. Default: all kept samples in each epoch; with a dynamic
+        method there are fewer.
 
     Returns
     -------
     dict
-        A line per way, see `lines`, and how it was measured.
+        `ways`: see `extrapolate`; and the numbers of steps and segments.
     """
-    chains = [Pipeline(way.recipe) for way in compared]
-    for pipeline in chains:  # before anything is compiled: a new pipeline, a teacher's included, resets the compiler
+    pipelines = [Pipeline(variant.recipe) for variant in variants]
+    for pipeline in pipelines:  # before compiling: a new pipeline, also of a teacher, resets the compiler
         run_key_fields(pipeline.training_inputs)
-    batch_size, epochs = compared[0].recipe.train.batch_size, compared[0].recipe.train.epochs
+    batch_size, epochs = variants[0].recipe.train.batch_size, variants[0].recipe.train.epochs
     most_images = batch_size * (WARM_UP_STEPS + rounds * (LEAD_STEPS + SEGMENT_STEPS))
     loops: list[Loop] = [
-        Reference(pipeline, folder, most_images) if way.name == "reference" else FastkdLoop(pipeline)
-        for way, pipeline in zip(compared, chains, strict=True)
+        Reference(pipeline, folder, most_images) if variant.name == "reference" else fastkd_loop(pipeline)
+        for variant, pipeline in zip(variants, pipelines, strict=True)
     ]
-    run_steps = epochs * max(loop.images_per_epoch for loop in loops) // batch_size
-    steps = min(SEGMENT_STEPS, math.ceil(run_steps / rounds))
-    lead, warm_up = min(LEAD_STEPS, steps), min(WARM_UP_STEPS, run_steps)
+    total_steps = epochs * max(loop.images_per_epoch for loop in loops) // batch_size
+    steps = min(SEGMENT_STEPS, math.ceil(total_steps / rounds))
+    lead, warm_up = min(LEAD_STEPS, steps), min(WARM_UP_STEPS, total_steps)
     segments_s: list[list[float]] = [[] for _ in loops]
     with console.progress("breakdown", rounds * len(loops) * steps, "steps") as update:
         for loop in loops:
             loop.advance(warm_up)
-        for turn in range(rounds):
-            for at, (loop, seconds) in enumerate(zip(loops, segments_s, strict=True)):
+        for number in range(rounds):
+            for k, (loop, seconds) in enumerate(zip(loops, segments_s, strict=True)):
                 loop.advance(lead)
                 seconds.append(loop.advance(steps))
-                update((turn * len(loops) + at + 1) * steps, compared[at].title)
+                update((number * len(loops) + k + 1) * steps, variants[k].title)
     images = [epochs * loop.images_per_epoch for loop in loops]
-    if recipe_images is not None and compared[-1].name == "recipe":
+    if recipe_images is not None and variants[-1].name == "recipe":
         images[-1] = recipe_images
     rates = [[steps * batch_size / s for s in seconds] for seconds in segments_s]
     return {
@@ -153,66 +144,73 @@ def measure(
         "warm_up_steps": warm_up,
         "lead_steps": lead,
         "epochs": epochs,
-        "ways": lines(compared, rates, images),
+        "ways": extrapolate(variants, rates, images),
     }
 
 
-def lines(compared: Sequence[Variant], rates: Sequence[Sequence[float]], images: Sequence[int]) -> list[dict[str, Any]]:
-    """Extrapolate what was measured to whole runs, and compare.
+def fastkd_loop(pipeline: Pipeline) -> TrainingLoop:
+    """Return the training of a pipeline's recipe, compiled and with its labels."""
+    return TrainingLoop(pipeline, prepare(pipeline.training_inputs))
+
+
+def extrapolate(
+    variants: Sequence[Variant], rates: Sequence[Sequence[float]], images: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Extrapolate measured rates to all epochs, and compare the variants.
 
     Parameters
     ----------
     rates
-        Of each way, the images/s of its segments.
+        Images/s of each segment, for each variant.
     images
-        Of each way, how many images it trains on in all.
+        Images of all epochs, for each variant.
 
     Returns
     -------
     list of dict
-        `images_per_s` (the median) and `segments`; `train_s`, of all epochs; `factor` to the way before, and
-        `factor_total` to the first.
+        For each variant `images_per_s` (the median) and `segments`; `train_s` of all epochs; `factor`: the speed-up
+        over the variant before; `factor_total`: over the first.
     """
-    found: list[dict[str, Any]] = []
-    for way, segments, count in zip(compared, rates, images, strict=True):
+    lines: list[dict[str, Any]] = []
+    for variant, segments, count in zip(variants, rates, images, strict=True):
         median = statistics.median(segments)
         seconds = count / median
-        found.append(
+        lines.append(
             {
-                "name": way.name,
-                "title": way.title,
+                "name": variant.name,
+                "title": variant.title,
                 "images": count,
                 "images_per_s": median,
                 "segments": list(segments),
                 "train_s": seconds,
-                "factor": found[-1]["train_s"] / seconds if found else 1.0,
-                "factor_total": found[0]["train_s"] / seconds if found else 1.0,
+                "factor": lines[-1]["train_s"] / seconds if lines else 1.0,
+                "factor_total": lines[0]["train_s"] / seconds if lines else 1.0,
             }
         )
-    return found
+    return lines
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Lay the report out: a line per way."""
-    grid = Table(title="where the speed-up comes from: training alone", title_justify="left")
+    """Return the table of a report: one line per variant."""
+    grid = Table(title="speed-up of training, one change at a time", title_justify="left")
     grid.add_column("")
     for title in (
         "images/s\n(median)",
         "slowest … fastest\nsegment",
-        "an epoch\n(s)",
+        "one epoch\n(s)",
         "all epochs\n(s)",
-        "faster by\nthis step",
-        "faster\nin all",
+        "speed-up of\nthis change",
+        "total\nspeed-up",
     ):
         grid.add_column(title, justify="right")
-    for at, line in enumerate(report["ways"]):
+    for k, line in enumerate(report["ways"]):
         grid.add_row(
             line["title"],
             f"{line['images_per_s']:,.0f}",
             f"{min(line['segments']):,.0f} … {max(line['segments']):,.0f}",
             f"{line['train_s'] / report['epochs']:.1f}",
             f"{line['train_s']:.1f}",
-            f"{line['factor']:.2f}×" if at else "–",
-            f"{line['factor_total']:.2f}×" if at else "–",
+            f"{line['factor']:.2f}×" if k else "–",
+            f"{line['factor_total']:.2f}×" if k else "–",
         )
     return grid

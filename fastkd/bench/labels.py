@@ -1,6 +1,5 @@
-"""What each way to store labels takes on disk, and what it changes in the KD loss."""
+"""Disk space of each format of stored labels, and its error in the KD loss."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from rich.table import Table
 
+from fastkd.bench.measurement import plural, require_teacher, write_report
 from fastkd.engine.losses import stored_logits
-from fastkd.errors import InputError
 from fastkd.kernels import hash64, topk_rows
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Recipe
@@ -22,14 +21,13 @@ TOPK = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 
 
 def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[str, Any]:
-    """Store the plain rows of up to `ROWS` kept samples in each way, and compare with float32; write `out/labels.json`.
+    """Compare the label formats with float32 on the evaluation view of up to `ROWS` samples; write `labels.json`.
 
-    No student need be trained for that: KD's gradient is T·(student's softmax − teacher's), so that an error of the
-    teacher's softmax is an error of every gradient, and the loss is looked at where a student begins (all classes
-    alike) and where it may end (the teacher's own softmax).
+    No student is trained. The gradient of KD is T·(student's softmax − teacher's softmax), so an error of the teacher's
+    softmax is an error of every gradient. The error of the loss is computed for a student at the start of training
+    (uniform softmax) and for an ideal one at the end (the teacher's softmax).
     """
-    if recipe.teacher is None:
-        raise InputError(f"recipe {recipe.name} has no teacher: there are no labels to store")
+    require_teacher(recipe)
     pipeline = Pipeline(recipe)
     ids_M = np.asarray(pipeline.subset.array("indices.npy"))
     chosen = ids_M[np.sort(np.argsort(hash64(ids_M, 0, "bench labels"))[:ROWS])]
@@ -42,19 +40,12 @@ def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[st
     lines: list[dict[str, Any]] = [
         {"format": "float32", "bytes": 4 * K, **errors(torch.from_numpy(rows_RK), rows_RK, T)}
     ]
-    ways: list[int | None] = [None, *(k for k in topk if k < K)]
-    for k in ways:
-        if k is None:
-            stored: tuple[torch.Tensor, ...] = (torch.from_numpy(rows_RK).half(),)
-        else:
-            indices, logits, tail = (torch.from_numpy(column) for column in topk_rows(rows_RK, k, T))
-            stored = (indices, logits.half(), tail)
-        name = "float16" if k is None else f"topk: {k}"
+    for k in (None, *(k for k in topk if k < K)):
         lines.append(
             {
-                "format": name,
+                "format": "float16" if k is None else f"topk: {k}",
                 "bytes": row_bytes(label_format(K, k, T)),
-                **errors(stored_logits(stored, K, T), rows_RK, T),
+                **errors(stored_logits(_stored_rows(rows_RK, k, T), K, T), rows_RK, T),
             }
         )
     log_p = F.log_softmax(torch.from_numpy(rows_RK).double() / T, dim=1)
@@ -72,52 +63,58 @@ def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[st
         "loss_start": loss_start,
         "lines": lines,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "labels.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, out / "labels.json")
     return report
 
 
-def errors(found_RK: torch.Tensor, exact_RK: np.ndarray, temperature: float) -> dict[str, float]:
-    """Return what rows [R, K] change against exact ones.
+def _stored_rows(rows_RK: np.ndarray, k: int | None, temperature: float) -> tuple[torch.Tensor, ...]:
+    """Return rows as they are stored: the k largest logits of each, or all logits as float16."""
+    if k is None:
+        return (torch.from_numpy(rows_RK).half(),)
+    indices, logits, tail = (torch.from_numpy(column) for column in topk_rows(rows_RK, k, temperature))
+    return indices, logits.half(), tail
+
+
+def errors(stored_RK: torch.Tensor, exact_RK: np.ndarray, temperature: float) -> dict[str, float]:
+    """Return the errors that stored logits cause compared with exact ones (both [R, K]).
 
     Returns
     -------
     loss_start, loss_end : float
-        Mean |difference| of T²·KL per sample, for a student that gives all classes alike, and for one that gives the
-        exact rows.
+        Mean absolute error of T²·KL per sample, for a student with uniform softmax and for one with the exact logits.
     loss_start_max : float
-        The largest.
+        Maximum of the former.
     gradient : float
-        Σ|p̂ − p| over Σ|p − 1/K|: the share of a student's first gradient.
+        Σ|p̂ − p| / Σ|p − 1/K|: relative error of the gradient of a student with uniform softmax.
     """
     log_p = F.log_softmax(torch.from_numpy(exact_RK).double() / temperature, dim=1)
-    log_found = F.log_softmax(found_RK.double() / temperature, dim=1)
-    p, found = log_p.exp(), log_found.exp()
+    log_q = F.log_softmax(stored_RK.double() / temperature, dim=1)
+    p, q = log_p.exp(), log_q.exp()
     K = p.shape[1]
-    start = temperature**2 * ((found * log_found).sum(1) - (p * log_p).sum(1)).abs()
-    end = temperature**2 * (found * (log_found - log_p)).sum(1)
+    start = temperature**2 * ((q * log_q).sum(1) - (p * log_p).sum(1)).abs()
+    end = temperature**2 * (q * (log_q - log_p)).sum(1)
     return {
         "loss_start": float(start.mean()),
         "loss_start_max": float(start.max()),
         "loss_end": float(end.abs().mean()),
-        "gradient": float((found - p).abs().sum() / (p - 1 / K).abs().sum()),
+        "gradient": float((q - p).abs().sum() / (p - 1 / K).abs().sum()),
     }
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Lay the report out: a line per format."""
+    """Return the table of a report: one line per format."""
     grid = Table(
         title=f"labels: {report['recipe']}, K = {report['classes']}, T = {report['temperature']:g}",
         title_justify="left",
     )
     grid.add_column("stored as")
     for title in (
-        "bytes an image\nand view",
-        f"MB for {report['count']:,}\n× {report['views']} views",
-        "KD loss off\nat the start",
-        "the most",
-        "KD loss off\nat the end",
-        "gradient off",
+        "bytes per image\nand view",
+        f"MB for {report['count']:,}\n× {plural(report['views'], 'view')}",
+        "KD loss error\nat the start",
+        "\nmaximum",
+        "KD loss error\nat the end",
+        "gradient\nerror",
     ):
         grid.add_column(title, justify="right")
     for line in report["lines"]:
@@ -129,3 +126,12 @@ def table(report: dict[str, Any]) -> Table:
             f"{line['gradient']:.3%}",
         )
     return grid
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """Return the lines below the table."""
+    return [
+        f"errors relative to float32, over {report['rows']:,} kept samples; of the KD loss without its weight "
+        f"loss.alpha. At the start: for a student with uniform softmax, whose KD loss is {report['loss_start']:.2f}. "
+        "At the end: for a student with the teacher's softmax. Gradient: of a student with uniform softmax."
+    ]

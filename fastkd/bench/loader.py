@@ -1,12 +1,9 @@
-"""How fast images come out of fastkd's pipeline, views and all, beside FFCV's own and torch's DataLoader."""
+"""Loading speed, views included, of fastkd's loader, FFCV's own loader and torch's DataLoader."""
 
 import itertools
-import json
-import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from rich.table import Table
 
 from fastkd import console, machine
 from fastkd.bench import charts
+from fastkd.bench.measurement import data_folder, interleaved, machine_line, plural, summary, write_report
 from fastkd.bench.pipelines import (
     CASES,
     MANY_VIEWS,
@@ -24,14 +22,14 @@ from fastkd.bench.pipelines import (
     WITH_ROWS,
     Case,
     Data,
-    Pipeline,
+    LoaderPipeline,
     make_data,
 )
 from fastkd.errors import InputError
 from fastkd.machine import usable_cores
 
 VERSIONS = ("fastkd", "ffcv", "numba", "numpy", "opencv-python", "pillow", "torch", "torchvision")
-LEAST_S = 0.5  # what is timed takes at least that long: an epoch of the small images alone is over in 50 ms
+LEAST_S = 0.5  # minimum duration of a measurement: an epoch of the small images takes only 50 ms
 
 
 # --- timing ---------------------------------------------------------------------------------------------------------
@@ -47,34 +45,34 @@ def measure(
     workers: Sequence[int] = (),
     cases: Sequence[Case] = CASES,
 ) -> dict[str, Any]:
-    """Time every case, its pipelines in turn, and write `out/loader.json` and a chart, `out/loader.png`.
+    """Time the pipelines of all cases, interleaved; write `loader.json` and `loader.png`.
 
-    An epoch of each pipeline goes before and is not counted: it compiles the pipeline or starts its processes, and
-    fills the page cache.
+    Each pipeline first runs one untimed epoch, which compiles it or starts its processes, and fills the page cache.
 
     Parameters
     ----------
     data
-        Where the data sets are kept, or found; default: made for this run alone.
+        Folder of the data sets, reused if they exist. Default: temporary.
+    small, photos
+        Number of images of 32×32, and of JPEGs.
     workers
-        Numbers of loader threads, for torch's DataLoader of processes; default: one, and one per usable core.
+        Numbers of loader threads, or of processes of torch's DataLoader. Default: 1, and one per usable core.
 
     Raises
     ------
     InputError
-        Fewer images than a batch, more workers than cores, or no room for the data.
+        There are fewer images than a batch, more workers than cores, or too little disk space.
     """
     for name, count, batch in (("--small", small, SMALL_BATCH), ("--photos", photos, PHOTO_BATCH)):
         if count < batch:
-            raise InputError(f"{name} {count}: an epoch needs at least one batch of {batch}")
+            raise InputError(f"{name} {count}: give at least one batch of {batch}")
     workers = sorted(set(workers or (1, usable_cores())))
     if workers[0] < 1 or workers[-1] > usable_cores():
-        raise InputError(f"--workers {workers}: this process may use {usable_cores()} cores; give 1 to that many")
+        raise InputError(f"--workers {workers}: this process may use {usable_cores()} cores; give 1 … {usable_cores()}")
     out.mkdir(parents=True, exist_ok=True)
     lines: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        place = data or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastkd-bench-")))
-        datasets = make_data(place, small, photos)
+    with data_folder(data) as folder:
+        datasets = make_data(folder, small, photos)
         with console.progress("loader", len(cases) * len(workers), "lines") as update:
             for case in cases:
                 for number in workers:
@@ -90,26 +88,24 @@ def measure(
         "file_bytes": file_bytes,
         "lines": lines,
     }
-    (out / "loader.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_report(report, out / "loader.json")
     chart(report, out / "loader.png")
     return report
 
 
 def measure_case(case: Case, data: Data, workers: int, repeats: int) -> dict[str, Any]:
-    """Return images/s of each pipeline of a case: all repeats, median, least, most, and the first's over each other's.
-
-    The pipelines take turns, so that a slow spell of the machine hits all of them.
-    """
+    """Return the images/s of each pipeline of a case, and the ratio of the first (fastkd) to each other."""
     pipelines = case.pipelines(data, case.batch_size, workers)
-    rates: dict[str, list[float]] = {pipeline.name: [] for pipeline in pipelines}
     numbers = {pipeline.name: itertools.count() for pipeline in pipelines}
     first_epoch_s = {pipeline.name: _time_epochs(pipeline, numbers[pipeline.name], 0)[1] for pipeline in pipelines}
-    for _ in range(repeats):
-        for pipeline in pipelines:
-            batches, seconds = _time_epochs(pipeline, numbers[pipeline.name], LEAST_S)
-            rates[pipeline.name].append(batches * case.batch_size / seconds)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ours = pipelines[0].name
+
+    def rate(pipeline: LoaderPipeline) -> float:
+        batches, seconds = _time_epochs(pipeline, numbers[pipeline.name], LEAST_S)
+        return batches * case.batch_size / seconds
+
+    rates = interleaved(repeats, {pipeline.name: partial(rate, pipeline) for pipeline in pipelines})
+    summaries = {name: summary(values) for name, values in rates.items()}
+    ours = summaries[pipelines[0].name]["median"]
     return {
         "case": case.title,
         "workers": workers,
@@ -117,20 +113,20 @@ def measure_case(case: Case, data: Data, workers: int, repeats: int) -> dict[str
         "images_per_epoch": data.dataset.facts["counts"]["train"] // case.batch_size * case.batch_size,
         "pipelines": {
             name: {
-                "images_per_s": medians[name],
-                "least": min(rates[name]),
-                "most": max(rates[name]),
-                "repeats": rates[name],
+                "images_per_s": found["median"],
+                "least": found["least"],
+                "most": found["most"],
+                "repeats": found["repeats"],
                 "first_epoch_s": first_epoch_s[name],
-                "ours_over_it": medians[ours] / medians[name],
+                "ours_over_it": ours / found["median"],
             }
-            for name in medians
+            for name, found in summaries.items()
         },
     }
 
 
-def _time_epochs(pipeline: Pipeline, numbers: Iterator[int], least_s: float) -> tuple[int, float]:
-    """Go through whole epochs until `least_s` have passed; return how many batches that were, and the seconds."""
+def _time_epochs(pipeline: LoaderPipeline, numbers: Iterator[int], least_s: float) -> tuple[int, float]:
+    """Iterate over whole epochs for at least `least_s`; return the number of batches and the seconds."""
     batches, start = 0, time.perf_counter()
     while True:
         batches += sum(1 for _ in pipeline.epoch(next(numbers)))
@@ -142,25 +138,25 @@ def _time_epochs(pipeline: Pipeline, numbers: Iterator[int], least_s: float) -> 
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Lay the report out: a section per case and number of workers, a line per pipeline."""
+    """Return the table of a report: one section per case and number of workers, one line per pipeline."""
     grid = Table(title=f"loader: images/s, median and least … most of {report['repeats']}", title_justify="left")
     for title in ("", "workers", "pipeline"):
         grid.add_column(title, justify="right" if title == "workers" else "left")
     ours = next(iter(report["lines"][0]["pipelines"]))
-    for title in ("images/s", "least … most", f"{ours} / it"):
+    for title in ("images/s", "least … most", f"{ours} / this"):
         grid.add_column(title, justify="right", style="bold" if title == "images/s" else None)
     for line in report["lines"]:
-        head = [line["case"], str(line["workers"])]
+        first_cells = [line["case"], str(line["workers"])]
         for name, found in line["pipelines"].items():
             spread = f"{found['least']:,.0f} … {found['most']:,.0f}"
-            grid.add_row(*head, name, f"{found['images_per_s']:,.0f}", spread, f"{found['ours_over_it']:.2f}×")
-            head = ["", ""]
+            grid.add_row(*first_cells, name, f"{found['images_per_s']:,.0f}", spread, f"{found['ours_over_it']:.2f}×")
+            first_cells = ["", ""]
         grid.add_section()
     return grid
 
 
 def chart(report: dict[str, Any], path: Path) -> None:
-    """Draw the report as a PNG: a row of panels per case, a panel per number of workers."""
+    """Write a chart of a report: one row of panels per case, one panel per number of workers."""
     lines = report["lines"]
     names = dict.fromkeys(name for line in lines for name in line["pipelines"])
 
@@ -169,18 +165,22 @@ def chart(report: dict[str, Any], path: Path) -> None:
 
     charts.bars(
         "loader",
-        [f"{line['case']}, {line['workers']} worker{'s' if line['workers'] > 1 else ''}" for line in lines],
+        [f"{line['case']}, {plural(line['workers'], 'worker')}" for line in lines],
         {name: [bar(line["pipelines"].get(name)) for line in lines] for name in names},
         path,
         f"images/s, median (least … most) of {report['repeats']}",
-        note=machine_line(report),
+        note=environment_line(report),
         columns=len({line["workers"] for line in lines}),
         highlight=(OURS, WITH_ROWS, MANY_VIEWS),
     )
 
 
-def machine_line(report: dict[str, Any]) -> str:
-    """Return on what, and with what, it was measured."""
-    machine, versions = report["machine"], report["versions"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("ffcv", "torch", "pillow"))
-    return f"{machine['cpu']}, {machine['cores']} cores, no GPU used; {named}"
+def environment_line(report: dict[str, Any]) -> str:
+    """Return the machine and the versions of the compared libraries."""
+    versions = ", ".join(f"{name} {report['versions'][name]}" for name in ("ffcv", "torch", "pillow"))
+    return f"{machine_line(report['machine'], 'no GPU used')}; {versions}"
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """Return the lines below the table."""
+    return [f"machine: {environment_line(report)}"]

@@ -1,6 +1,6 @@
-"""What most people load images with: torch's DataLoader, on files by way of PIL, and on arrays in memory.
+"""The usual way to load images: torch's DataLoader, on image files opened by PIL and on arrays in memory.
 
-Every worker of a DataLoader imports this module, so it is kept light: no numba, no ffcv.
+Every worker process of a DataLoader imports this module, so it imports neither numba nor ffcv.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 
 class Arrays(Dataset):
-    """Samples of arrays in memory, transformed one by one as tensors.
+    """Data set of arrays in memory; each sample is transformed as a tensor.
 
     Parameters
     ----------
@@ -37,12 +37,12 @@ class Arrays(Dataset):
 
 
 def files(folder: Path, transforms: Sequence[Any] = ()) -> ImageFolder:
-    """Return the images in a folder's classes, read and transformed by PIL, then uint8 tensors [3, H, W]."""
+    """Return an ImageFolder whose images are opened and transformed by PIL, as uint8 tensors [3, H, W]."""
     return ImageFolder(str(folder), transform=v2.Compose([*transforms, v2.PILToTensor()]))
 
 
 def loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
-    """Return a DataLoader whose processes live as long as it does: only its first epoch waits for their start."""
+    """Return a DataLoader with persistent workers: only its first epoch includes starting the processes."""
     return DataLoader(
         dataset,
         batch_size,
@@ -50,5 +50,5 @@ def loader(dataset: Dataset, batch_size: int, workers: int) -> DataLoader:
         drop_last=True,
         num_workers=workers,
         persistent_workers=True,
-        multiprocessing_context="spawn",  # a fork of a process where numba's threads run can deadlock
+        multiprocessing_context="spawn",  # forking a process in which numba's threads run can deadlock
     )

@@ -1,4 +1,4 @@
-"""What the loader's bench compares: fastkd's pipelines, FFCV's own and torch's DataLoader, all on the same images."""
+"""Loaders that `bench loader` compares on the same images: fastkd's, FFCV's own and torch's DataLoader."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,23 +21,23 @@ PAD_PX = 4
 SMALL_PX, PHOTO_PX = 32, 160
 CROP_RATIO = 224 / 256
 SMALL_BATCH, PHOTO_BATCH = 256, 64
-SMALL_CLASSES, PHOTO_CLASSES = 10, 1000  # logits in a stored row
+SMALL_CLASSES, PHOTO_CLASSES = 10, 1000  # logits per stored row
 SEED = 0
-MANY = 8
-OURS, WITH_ROWS, MANY_VIEWS = "fastkd", "fastkd + label rows", f"{MANY} views a decode"
+VIEWS_PER_DECODE = 8
+OURS, WITH_ROWS, MANY_VIEWS = "fastkd", "fastkd + label rows", f"{VIEWS_PER_DECODE} views a decode"
 FFCV, ARRAYS, FILES = "FFCV", "DataLoader, arrays", "DataLoader, PIL"
 
 
 @dataclass(frozen=True)
 class Data:
-    """The same images in each form that a pipeline may want.
+    """The same images as data set, files and arrays.
 
     Attributes
     ----------
     folder
-        Holds train/CLASS/…: JPEG files, or PNG files where there are arrays.
+        Contains train/CLASS/…: JPEG files, or PNG files if there are also arrays.
     arrays
-        An .npz; None where images vary in size.
+        An .npz file; None if images vary in size.
     """
 
     dataset: Artifact
@@ -46,13 +46,13 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Pipeline:
-    """Something that yields batches: a line of the table.
+class LoaderPipeline:
+    """A loader to be timed: one line of the table.
 
     Attributes
     ----------
     epoch
-        ``epoch(number)`` iterates over the batches of that epoch, which are full: the last is dropped.
+        ``epoch(number)`` iterates over the full batches of that epoch; an incomplete last batch is dropped.
     """
 
     name: str
@@ -61,69 +61,70 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Case:
-    """One data set and what is done to its images: a section of the table, for each number of workers.
+    """A data set with an augmentation: one section of the table for each number of workers.
 
     Attributes
     ----------
+    data
+        Key of the data set in the result of `make_data`.
     pipelines
-        ``pipelines(data, batch_size, workers)`` builds those that are compared; fastkd's stands first.
+        ``pipelines(data, batch_size, workers)`` builds the pipelines to compare, fastkd's first.
     """
 
     title: str
     data: str
     batch_size: int
-    pipelines: Callable[[Data, int, int], Sequence[Pipeline]]
+    pipelines: Callable[[Data, int, int], Sequence[LoaderPipeline]]
+
+
+def _loader(dataset: Artifact, batch_size: int, workers: int, views: Views | None, input_px: int | None) -> Loader:
+    return Loader(dataset, "train", batch_size, input_px=input_px, crop_ratio=CROP_RATIO, views=views, workers=workers)
 
 
 def fastkd_pipeline(
     dataset: Artifact, batch_size: int, workers: int, views: Views | None, input_px: int | None
-) -> Pipeline:
-    """Return fastkd's loader: view e of every sample in epoch e, or the plain view where no `views` are given."""
-    loader = Loader(
-        dataset, "train", batch_size, input_px=input_px, crop_ratio=CROP_RATIO, views=views, workers=workers
-    )
+) -> LoaderPipeline:
+    """Return fastkd's loader: view e of each sample in epoch e, or the evaluation view if `views` is None."""
+    loader = _loader(dataset, batch_size, workers, views, input_px)
 
     def epoch(number: int) -> Iterator[Any]:
         order = epoch_order(loader.count, SEED, number)
         return loader.batches(order, last="drop", view=number if views else None)
 
-    return Pipeline(OURS, epoch)
+    return LoaderPipeline(OURS, epoch)
 
 
 def rows_pipeline(
     dataset: Artifact, batch_size: int, workers: int, views: Views, input_px: int | None, classes: int
-) -> Pipeline:
-    """Return fastkd's loader as training uses it: with the views, a stored row of `classes` float16 for each sample."""
-    loader = Loader(
-        dataset, "train", batch_size, input_px=input_px, crop_ratio=CROP_RATIO, views=views, workers=workers
-    )
+) -> LoaderPipeline:
+    """Return fastkd's loader as in training: views, and a stored row of `classes` float16 logits per sample."""
+    loader = _loader(dataset, batch_size, workers, views, input_px)
     rows_NK = np.random.default_rng(SEED).standard_normal((loader.count, classes), dtype=np.float32).astype(np.float16)
     stored = StoredRows(np.arange(loader.count), [rows_NK])
 
     def epoch(number: int) -> Iterator[Any]:
         return loader.batches(epoch_order(loader.count, SEED, number), last="drop", view=number, stored=stored)
 
-    return Pipeline(WITH_ROWS, epoch)
+    return LoaderPipeline(WITH_ROWS, epoch)
 
 
 def many_views_pipeline(
     dataset: Artifact, batch_size: int, workers: int, views: Views, input_px: int | None
-) -> Pipeline:
-    """Return fastkd's loader as labelling uses it: `MANY` views of each decoded image; a view counts as an image."""
-    loader = Loader(
-        dataset, "train", batch_size // MANY, input_px=input_px, crop_ratio=CROP_RATIO, views=views, workers=workers
-    )
+) -> LoaderPipeline:
+    """Return fastkd's loader as in labelling: several views of each decoded image; each view counts as an image."""
+    loader = _loader(dataset, batch_size // VIEWS_PER_DECODE, workers, views, input_px)
 
     def epoch(number: int) -> Iterator[Any]:
         order = epoch_order(loader.count, SEED, number)
-        return loader.batches(order, last="drop", view=range(MANY * number, MANY * (number + 1)))
+        numbers = range(VIEWS_PER_DECODE * number, VIEWS_PER_DECODE * (number + 1))
+        return loader.batches(order, last="drop", view=numbers)
 
-    return Pipeline(MANY_VIEWS, epoch)
+    return LoaderPipeline(MANY_VIEWS, epoch)
 
 
-def ffcv_pipeline(dataset: Artifact, batch_size: int, workers: int, image_ops: Sequence[Any]) -> Pipeline:
-    """Return FFCV's loader with its own operations on the images, as its documentation puts them together."""
-    # Imported here, after fastkd.data.loader: importing ffcv first would leave torch with a single thread.
+def ffcv_pipeline(dataset: Artifact, batch_size: int, workers: int, image_ops: Sequence[Any]) -> LoaderPipeline:
+    """Return FFCV's loader with its own operations, as in its documentation."""
+    # Imported after fastkd.data.loader: importing ffcv first would limit torch to one thread.
     from ffcv.fields.decoders import IntDecoder
     from ffcv.loader import Loader as FfcvLoader
     from ffcv.loader import OrderOption
@@ -144,25 +145,25 @@ def ffcv_pipeline(dataset: Artifact, batch_size: int, workers: int, image_ops: S
             "sample_id": None,
         },
     )
-    return Pipeline(FFCV, lambda number: loader)
+    return LoaderPipeline(FFCV, lambda number: loader)
 
 
-def files_pipeline(data: Data, batch_size: int, workers: int, transforms: Sequence[Any] = ()) -> Pipeline:
-    """Return torch's DataLoader on torchvision's ImageFolder, with a process for each worker."""
+def files_pipeline(data: Data, batch_size: int, workers: int, transforms: Sequence[Any] = ()) -> LoaderPipeline:
+    """Return torch's DataLoader on torchvision's ImageFolder; each worker is a process."""
     loader = peers.loader(peers.files(data.folder / "train", transforms), batch_size, workers)
-    return Pipeline(FILES, lambda number: loader)
+    return LoaderPipeline(FILES, lambda number: loader)
 
 
-def arrays_pipeline(data: Data, batch_size: int, workers: int, transforms: Sequence[Any] = ()) -> Pipeline:
-    """Return torch's DataLoader on the arrays, of which each worker, a process, holds a copy."""
-    assert data.arrays, "only images of one size are compared as arrays"
+def arrays_pipeline(data: Data, batch_size: int, workers: int, transforms: Sequence[Any] = ()) -> LoaderPipeline:
+    """Return torch's DataLoader on arrays in memory; each worker is a process with a copy of them."""
+    assert data.arrays, "only images of one size exist as arrays"
     with np.load(data.arrays) as arrays:
         dataset = peers.Arrays(arrays["images"], arrays["labels"], transforms)
     loader = peers.loader(dataset, batch_size, workers)
-    return Pipeline(ARRAYS, lambda number: loader)
+    return LoaderPipeline(ARRAYS, lambda number: loader)
 
 
-def _small_views(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
+def _small_views(data: Data, batch_size: int, workers: int) -> list[LoaderPipeline]:
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.transforms import RandomHorizontalFlip, RandomTranslate
 
@@ -179,7 +180,7 @@ def _small_views(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
     ]
 
 
-def _small_plain(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
+def _small_plain(data: Data, batch_size: int, workers: int) -> list[LoaderPipeline]:
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 
     return [
@@ -190,7 +191,7 @@ def _small_plain(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
     ]
 
 
-def _photo_views(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
+def _photo_views(data: Data, batch_size: int, workers: int) -> list[LoaderPipeline]:
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.transforms import RandomHorizontalFlip
 
@@ -207,7 +208,7 @@ def _photo_views(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
     ]
 
 
-def _photo_plain(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
+def _photo_plain(data: Data, batch_size: int, workers: int) -> list[LoaderPipeline]:
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
 
     ops = [CenterCropRGBImageDecoder((PHOTO_PX, PHOTO_PX), ratio=CROP_RATIO)]
@@ -217,19 +218,19 @@ def _photo_plain(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
     ]
 
 
-def _jpg_views(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
+def _jpg_views(data: Data, batch_size: int, workers: int) -> list[LoaderPipeline]:
     transforms = [v2.RandomResizedCrop(PHOTO_PX), v2.RandomHorizontalFlip()]
     return [*_photo_views(data, batch_size, workers), files_pipeline(data, batch_size, workers, transforms)]
 
 
-def _jpg_plain(data: Data, batch_size: int, workers: int) -> list[Pipeline]:
+def _jpg_plain(data: Data, batch_size: int, workers: int) -> list[LoaderPipeline]:
     transforms = [v2.Resize(round(PHOTO_PX / CROP_RATIO)), v2.CenterCrop(PHOTO_PX)]
     return [*_photo_plain(data, batch_size, workers), files_pipeline(data, batch_size, workers, transforms)]
 
 
 CASES = (
     Case(f"{SMALL_PX} px raw, padded crop + flip", "small", SMALL_BATCH, _small_views),
-    Case(f"{SMALL_PX} px raw, plain", "small", SMALL_BATCH, _small_plain),
+    Case(f"{SMALL_PX} px raw, no augmentation", "small", SMALL_BATCH, _small_plain),
     Case(f"jpg, resized crop {PHOTO_PX} px + flip", "photos-jpg", PHOTO_BATCH, _jpg_views),
     Case(f"jpg, centre crop {PHOTO_PX} px", "photos-jpg", PHOTO_BATCH, _jpg_plain),
     Case(f"raw, resized crop {PHOTO_PX} px + flip", "photos-raw", PHOTO_BATCH, _photo_views),
@@ -241,14 +242,19 @@ CASES = (
 
 
 def make_data(folder: Path, small: int, photos: int) -> dict[str, Data]:
-    """Write the data sets by fastkd's own writers, or find those that an earlier run left in the folder.
+    """Write the data sets with fastkd's writers, or reuse those of an earlier run in the folder.
 
     Parameters
     ----------
     small
-        How many images of 32×32, stored raw, as an .npz and as PNG files.
+        Number of images of 32×32: as a raw data set, as an .npz file and as PNG files.
     photos
-        How many JPEGs as large as ImageNet's, stored as they are and as pixels.
+        Number of JPEGs with ImageNet's sizes: as a jpg and as a raw data set.
+
+    Returns
+    -------
+    dict
+        `Data` of "small", "photos-jpg" and "photos-raw".
     """
     folder = folder.absolute()
     sources = folder / "sources"
@@ -257,26 +263,26 @@ def make_data(folder: Path, small: int, photos: int) -> dict[str, Data]:
     if not arrays.exists():
         pixels = np.random.default_rng(SEED).integers(0, 256, (small, SMALL_PX, SMALL_PX, 3), dtype=np.uint8)
         labels = np.arange(small) % SMALL_CLASSES
-        some = slice(0, SMALL_CLASSES)
-        part = arrays.with_name(f"part-{arrays.name}")  # what is there under its own name is whole
-        np.savez(part, images=pixels, labels=labels, val_images=pixels[some], val_labels=labels[some])
+        val = slice(0, SMALL_CLASSES)
+        part = arrays.with_name(f"part-{arrays.name}")  # renamed when complete
+        np.savez(part, images=pixels, labels=labels, val_images=pixels[val], val_labels=labels[val])
         part.rename(arrays)
     if not images.exists():
         _write_pngs(arrays, images)
     if not jpegs.exists():
         synthetic.make(jpegs, photos, val=2, classes=2, seed=SEED)
-    found = {"small": Data(write("arrays", folder / f"small-{small}", {"file": str(arrays)})[0], images, arrays)}
+    datasets = {"small": Data(write("arrays", folder / f"small-{small}", {"file": str(arrays)})[0], images, arrays)}
     for mode in ("jpg", "raw"):
         options = {"root": str(jpegs), "mode": mode}
         dataset, _ = write("image_folder", folder / f"synthetic-{photos}-{mode}", options)
-        found[f"photos-{mode}"] = Data(dataset, jpegs)
-    return found
+        datasets[f"photos-{mode}"] = Data(dataset, jpegs)
+    return datasets
 
 
 def _write_pngs(arrays: Path, folder: Path) -> None:
-    """Write the images of an .npz as files without loss: folder/train/CLASS/NNNNNN.png."""
-    with np.load(arrays) as found, synthetic.appearing_whole(folder) as building:
-        for k, (image, label) in enumerate(zip(found["images"], found["labels"], strict=True)):
-            place = building / "train" / synthetic.class_name(label, SMALL_CLASSES)
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{k:06d}.png").write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+    """Write the images of an .npz file as folder/train/CLASS/NNNNNN.png."""
+    with np.load(arrays) as source, synthetic.atomic_folder(folder) as building:
+        for k, (image, label) in enumerate(zip(source["images"], source["labels"], strict=True)):
+            directory = building / "train" / synthetic.class_name(label, SMALL_CLASSES)
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / f"{k:06d}.png").write_bytes(cv2.imencode(".png", image[..., ::-1])[1].tobytes())

@@ -1,9 +1,10 @@
-"""How the field's reference code distils, written plainly, to time fastkd against.
+"""The reference implementation: a plain training loop for distillation, to compare the speed of fastkd with.
 
-What MDSLR's and RepDistiller's loops do: float32, NCHW, eager; images opened one by one by PIL from image files,
-augmented and normalised by torchvision in torch's DataLoader; a live teacher at every step; loss and accuracy fetched
-from the device at every step. (For CIFAR they hold decoded images in memory instead: there the files, small and in the
-page cache, make this way somewhat slower than theirs.) Full batches only, as fastkd trains.
+It does what the loops of MDSLR and RepDistiller do: float32, NCHW, not compiled; images opened one by one with PIL,
+augmented and normalised by torchvision in torch's DataLoader; a live teacher at every step; loss and accuracy copied
+from the device at every step. For CIFAR, their code keeps decoded images in memory instead, so there the reference
+implementation is somewhat slower than theirs, although the files are small and in the page cache. Incomplete batches
+are dropped, as in fastkd.
 """
 
 import itertools
@@ -37,7 +38,7 @@ from fastkd.stages.training_setup import prepare
 def step(
     student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, images: Tensor, labels: Tensor
 ) -> tuple[float, float]:
-    """Make one update on images (float32 [B, 3, H, W]) and labels (int64 [B]); return loss and top-1 before it."""
+    """Update the student on images (float32 [B, 3, H, W]) and labels (int64 [B]); return loss and top-1 before it."""
     with torch.no_grad():
         teacher_BK = teacher(images)
     student_BK = student(images)
@@ -45,31 +46,31 @@ def step(
     soft = F.kl_div(F.log_softmax(student_BK / T, dim=1), F.softmax(teacher_BK / T, dim=1), reduction="batchmean")
     value = loss.gamma * F.cross_entropy(student_BK, labels) + loss.alpha * T**2 * soft
     top1 = (student_BK.argmax(dim=1) == labels).float().mean()
-    seen = value.item(), top1.item()  # the host waits for the device, as their meters make it
+    metrics = value.item(), top1.item()  # synchronises with the device, as the meters of the reference code do
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
-    return seen
+    return metrics
 
 
 def augmentation(view: View, hw: tuple[int, int]) -> list[Any]:
-    """Return torchvision's counterpart of a family of views of images whose size is `hw`, before ToTensor."""
+    """Return the torchvision transforms of a family of views for images of size `hw`, to be applied before ToTensor."""
     if view.family == "none":
         return []
     flip = transforms.RandomHorizontalFlip()
     if view.family == "flip":
         return [flip]
     if view.family == "pad_crop_flip":
-        padding = (round(view.pad_ratio * hw[1]), round(view.pad_ratio * hw[0]))  # left and right, top and bottom
+        padding = (round(view.pad_ratio * hw[1]), round(view.pad_ratio * hw[0]))  # horizontal, vertical
         return [transforms.RandomCrop(hw, padding=padding), flip]
     return [transforms.RandomResizedCrop(hw, view.scale, view.ratio), flip]
 
 
 def export_images(dataset: Artifact, split: str, sample_ids: np.ndarray, folder: Path) -> None:
-    """Write samples (int64 [n]) as `folder/CLASS/SAMPLE_ID`: JPEGs byte for byte as stored, other images as PNG."""
+    """Write samples (int64 [n]) to `folder/CLASS/SAMPLE_ID`: stored JPEGs unchanged, other images as PNG."""
     table = read_table(dataset.file(f"{split}.beton"))
     stored = np.memmap(table.file, np.uint8, "r")
-    for label in range(len(dataset.facts["classes"])):  # ImageFolder numbers the classes by the order of their folders
+    for label in range(len(dataset.facts["classes"])):  # ImageFolder sorts the folders
         (folder / f"{label:06}").mkdir(parents=True)
     for position in table.positions(sample_ids).tolist():
         image = table.metadata["f0"][position]
@@ -82,45 +83,45 @@ def export_images(dataset: Artifact, split: str, sample_ids: np.ndarray, folder:
             Image.fromarray(data.reshape(height, width, 3)).save(file.with_suffix(".png"))
 
 
-def endless(
+def endless_batches(
     batches: Iterable[tuple[Tensor, Tensor]], recipe: Recipe, steps_per_epoch: int
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Yield learning rate, images and labels, epoch after epoch."""
     for epoch in itertools.count():
         lr_S = learning_rates(recipe.optim, recipe.train.epochs, epoch, steps_per_epoch)
-        for lr, (images, labels) in zip(lr_S, batches, strict=False):  # the exported images may make fewer steps
+        for lr, (images, labels) in zip(lr_S, batches, strict=False):  # there may be fewer exported images
             yield float(lr), images, labels
 
 
-def _clean_processes() -> BaseContext:
-    """Return a way to start workers: forked from here, they may wait for locks of OpenMP's or numba's threads."""
+def _worker_context() -> BaseContext:
+    """Return the start method of workers: not fork, which may deadlock on locks of OpenMP's or numba's threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision.datasets"])  # once, rather than in each worker
+    context.set_forkserver_preload(["torchvision.datasets"])  # imported once, not in each worker
     return context
 
 
 class Reference:
-    """A student trained as by the reference code.
+    """Training with the reference implementation.
 
-    Both nets get one tensor, so that it is normalised as the teacher wants it.
+    Student and teacher get the same tensor, with the teacher's normalisation.
 
     Parameters
     ----------
     pipeline : Pipeline
-        Of vanilla KD in fp32, not channels_last, not compiled; the student starts as fastkd's own would.
+        Pipeline of vanilla KD in fp32, NCHW, not compiled. The student's initial weights are those of fastkd.
     folder : Path
-        Where image files are put.
+        Folder for the image files.
     most_images : int, optional
-        Export no more training images than that, drawn at random: what so many steps read. Default: all.
+        Maximum number of training images to export, drawn at random. Default: all.
     """
 
     def __init__(self, pipeline: Pipeline, folder: Path, most_images: int | None = None) -> None:
         recipe = pipeline.recipe
         self.pipeline, self.folder = pipeline, folder
-        job = prepare(pipeline.training_inputs)
-        loader = job.loader
+        setup = prepare(pipeline.training_inputs)
+        loader = setup.loader
         self.device = pipeline.runtime.device
-        self.student = job.student.net
+        self.student = setup.student.net
         self.teacher = cast(models.Normalised, pipeline.teacher.net).net
         self.optimizer = torch.optim.SGD(
             self.student.parameters(),
@@ -136,18 +137,17 @@ class Reference:
         export_images(pipeline.dataset, "train", chosen, folder / "train")
 
         hw, view = loader.image_hw, recipe.data.view
-        ratio = pipeline.images.crop_ratio  # None: images are stored at the size that nets see
-        self._plain = [] if ratio is None else [transforms.Resize(round(min(hw) / ratio)), transforms.CenterCrop(hw)]
-        before = [] if view.family == "random_resized_crop_flip" else self._plain
+        ratio = pipeline.images.crop_ratio  # None: images are stored at the network's input size
+        self._resize = [] if ratio is None else [transforms.Resize(round(min(hw) / ratio)), transforms.CenterCrop(hw)]
+        before = [] if view.family == "random_resized_crop_flip" else self._resize
         area = view.cutout_ratio**2
         after = [transforms.RandomErasing(p=1.0, scale=(area, area), ratio=(1.0, 1.0))] if area else []
-        batches = endless(
-            self._loader("train", [*before, *augmentation(view, hw)], after), recipe, self.steps_per_epoch
-        )
-        self._batches = itertools.chain([next(batches)], batches)  # starts the workers: not part of anything timed
+        train_loader = self._loader("train", [*before, *augmentation(view, hw)], after)
+        batches = endless_batches(train_loader, recipe, self.steps_per_epoch)
+        self._batches = itertools.chain([next(batches)], batches)  # starts the workers now, untimed
 
     def _loader(self, split: str, before: Sequence[Any], after: Sequence[Any] = ()) -> DataLoader[Any]:
-        """Return torch's loader of a folder of images, transformed before and after they become normalised floats."""
+        """Return a DataLoader of a split, with transforms before and after ToTensor and Normalize."""
         teacher, recipe = self.pipeline.teacher.key_fields, self.pipeline.recipe
         normalise = transforms.Normalize(teacher["mean"], teacher["std"])
         pipeline = transforms.Compose([*before, transforms.ToTensor(), normalise, *after])
@@ -160,7 +160,7 @@ class Reference:
             num_workers=usable_cores(),
             persistent_workers=True,
             pin_memory=self.device.type == "cuda",
-            multiprocessing_context=_clean_processes(),
+            multiprocessing_context=_worker_context(),
         )
 
     def advance(self, steps: int) -> float:
@@ -180,7 +180,7 @@ class Reference:
         export_images(self.pipeline.dataset, "val", np.arange(count), self.folder / "val")
         self.student.eval()
         correct = 0
-        for images, labels in self._loader("val", self._plain):
+        for images, labels in self._loader("val", self._resize):
             predicted_B = self.student(images.to(self.device)).argmax(dim=1)
             correct += int((predicted_B == labels.to(self.device)).sum())
         self.student.train()

@@ -1,4 +1,4 @@
-"""What more processes bring: the same recipe's step, fed by its loader, by 1 … n processes under torchrun."""
+"""Training speed of 1 … n processes: the recipe's step with its loader, under torchrun."""
 
 import json
 import os
@@ -14,22 +14,23 @@ from rich.table import Table
 
 from fastkd import console, distributed, machine
 from fastkd import recipe as recipes
-from fastkd.bench import charts, machine_line
-from fastkd.bench.workbench import Epochs, Workbench, steps_for, summary
+from fastkd.bench import charts
+from fastkd.bench.measurement import machine_line, plural, range_text, summary, write_report
+from fastkd.bench.workbench import TrainingLoop, Workbench, steps_for
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import FastkdError, InputError
 from fastkd.machine import usable_cores
+from fastkd.recipe import Recipe
 
 SEGMENT_S = 2.0
-SPREAD = ("median", "least", "most")
-MOST = 8
-"""Processes that are tried unless others are asked for."""
+MAX_DEFAULT = 8
+"""Largest number of processes that is tried by default."""
 
 
-def counts_here(runtime: Runtime) -> list[int]:
-    """Return 1, 2, 4 … up to the GPUs of this machine, or where there are none to its cores."""
-    there = torch.cuda.device_count() if runtime.device.type == "cuda" else usable_cores()
-    return [1 << power for power in range(MOST.bit_length()) if 1 << power <= min(there, MOST)]
+def default_counts(runtime: Runtime) -> list[int]:
+    """Return 1, 2, 4 … up to the number of GPUs, or of cores if there are no GPUs."""
+    devices = torch.cuda.device_count() if runtime.device.type == "cuda" else usable_cores()
+    return [1 << power for power in range(MAX_DEFAULT.bit_length()) if 1 << power <= min(devices, MAX_DEFAULT)]
 
 
 def measure(
@@ -41,84 +42,84 @@ def measure(
     repeats: int = 5,
     rounds: int = 2,
 ) -> dict[str, Any]:
-    """Time a recipe's training by different numbers of processes; write scale.json and scale.png.
+    """Time the training of a recipe with several numbers of processes; write `scale.json` and `scale.png`.
 
-    The batch is the recipe's, divided among the processes. Each has as many threads whatever their number, so that what
-    is compared is the processes.
+    The recipe's batch is divided among the processes. The number of torch threads per process is the same for all
+    numbers of processes, so that only the processes are compared.
 
     Parameters
     ----------
     processes
-        Their numbers; default: see `counts_here`.
+        Numbers of processes. Default: see `default_counts`.
     repeats, rounds
-        In each of the rounds each number has its turn, with so many segments of 2 s.
+        In each round, each number of processes is timed for `repeats` segments of 2 s.
 
     Raises
     ------
     InputError
-        A number that does not divide the recipe's batch.
+        The recipe's batch is not a multiple of a number of processes.
     FastkdError
-        A job failed; says what it said last.
+        A job failed; the message contains its last output.
     """
     recipe = recipes.load(path, overrides)
     runtime = Runtime.choose(recipe.train.device, recipe.train.precision, channels_last=True, compile=False)
-    counts = sorted({*(processes or counts_here(runtime))})
-    for count in counts:
-        if count < 1 or recipe.train.batch_size % (count * recipe.train.accumulate):
-            raise InputError(f"--processes {count}: does not divide the batch of {recipe.train.batch_size}")
+    counts = _checked_counts(processes or default_counts(runtime), recipe)
     threads = max(1, usable_cores() // max(counts))
-    found: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
+    jobs: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     with console.progress("scale", rounds * len(counts), "jobs") as update:
         for done, count in enumerate(rounds * counts, start=1):
-            found[count].append(_job(path, overrides, count, threads, repeats))
-            update(done, _plural(count))
-    lines = []
-    for count, jobs in found.items():
-        lines.append(
-            {
-                "processes": count,
-                "images_per_s": summary([rate for job in jobs for rate in job["images_per_s"]]),
-                "data_wait_share": summary([share for job in jobs for share in job["data_wait_share"]]),
-                "workers": jobs[-1]["workers"],
-            }
-        )
-    one = lines[0]["images_per_s"]["median"] / lines[0]["processes"]
-    for line in lines:
-        line["efficiency"] = line["images_per_s"]["median"] / (line["processes"] * one)
+            jobs[count].append(_run_job(path, overrides, count, threads, repeats))
+            update(done, plural(count, "process", "es"))
     report: dict[str, Any] = {
         "recipe": recipe.name,
         "student": recipe.student.model,
         "batch_size": recipe.train.batch_size,
-        "gradient_bytes": found[counts[0]][0]["gradient_bytes"],
+        "gradient_bytes": jobs[counts[0]][0]["gradient_bytes"],
         "precision": runtime.precision,
         "machine": machine.describe(),
         "gpu": runtime.gpu,
         "threads": threads,
         "segments": rounds * repeats,
-        "lines": lines,
+        "lines": _lines(jobs),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "scale.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    charts.bars(
-        f"scale: {recipe.name}",
-        [f"{recipe.student.model}: step, fed; a batch of {recipe.train.batch_size} divided"],
-        {_plural(line["processes"]): [charts.Spread(*(line["images_per_s"][n] for n in SPREAD))] for line in lines},
-        out / "scale.png",
-        f"images/s, median (least … most) of {report['segments']}",
-        note=f"{machine_line(report['machine'], report['gpu'])}; torch threads a process: {threads}",
-    )
+    write_report(report, out / "scale.json")
+    draw(report, out / "scale.png")
     return report
 
 
-def _plural(count: int) -> str:
-    return f"{count} process" + ("es" if count > 1 else "")
+def _checked_counts(counts: Sequence[int], recipe: Recipe) -> list[int]:
+    """Return the numbers of processes, ascending."""
+    for count in counts:
+        if count < 1 or recipe.train.batch_size % (count * recipe.train.accumulate):
+            raise InputError(
+                f"--processes {count}: train.batch_size={recipe.train.batch_size} must be a multiple of processes × "
+                f"train.accumulate, {count} × {recipe.train.accumulate}"
+            )
+    return sorted({*counts})
 
 
-def _job(path: str, overrides: Sequence[str], count: int, threads: int, repeats: int) -> dict[str, Any]:
-    """Start a job of so many processes, and return what it measured."""
+def _lines(jobs: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Summarise the jobs of each number of processes; efficiency is relative to the smallest number."""
+    lines: list[dict[str, Any]] = [
+        {
+            "processes": count,
+            "images_per_s": summary([rate for job in some for rate in job["images_per_s"]]),
+            "data_wait_share": summary([share for job in some for share in job["data_wait_share"]]),
+            "workers": some[-1]["workers"],
+        }
+        for count, some in jobs.items()
+    ]
+    per_process = lines[0]["images_per_s"]["median"] / lines[0]["processes"]
+    for line in lines:
+        line["efficiency"] = line["images_per_s"]["median"] / (line["processes"] * per_process)
+    return lines
+
+
+def _run_job(path: str, overrides: Sequence[str], count: int, threads: int, repeats: int) -> dict[str, Any]:
+    """Run `work` in `count` processes under torchrun, and return what process 0 measured."""
     with tempfile.TemporaryDirectory(prefix="fastkd-scale-") as folder:
         result = Path(folder) / "result.json"
-        ended = subprocess.run(
+        job = subprocess.run(
             [
                 *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)),
                 *("-m", "fastkd.bench.scale", path, json.dumps(list(overrides)), str(result), str(repeats)),
@@ -130,64 +131,88 @@ def _job(path: str, overrides: Sequence[str], count: int, threads: int, repeats:
             encoding="utf-8",
             errors="replace",
         )
-        if ended.returncode or not result.exists():
-            said = [line for line in ended.stdout.splitlines() if line.startswith("error: ")] or [ended.stdout[-2000:]]
-            raise FastkdError(f"the job of {_plural(count)} failed: {' '.join(said)}")
+        if job.returncode or not result.exists():
+            errors = [line for line in job.stdout.splitlines() if line.startswith("error: ")] or [job.stdout[-2000:]]
+            raise FastkdError(f"the job of {plural(count, 'process', 'es')} failed: {' '.join(errors)}")
         return dict(json.loads(result.read_bytes()))
 
 
 def work(path: str, overrides: Sequence[str], result: Path, repeats: int) -> None:
-    """Be one of a job's processes."""
+    """Time the training in one of a job's processes; process 0 writes the result."""
     all_processes = distributed.current()
     bench = Workbench(recipes.load(path, overrides))
     try:
-        job = bench.fed_job(bench.pipeline.runtime)
-        epochs = Epochs(bench.pipeline, job)
-        size = job.recipe.train.batch_size
-
-        def fed(steps: int) -> float:
-            return steps * size / epochs.advance(steps)
-
-        steps = all_processes.broadcast(steps_for(SEGMENT_S, fed, size))
+        setup = bench.tuned_setup(bench.pipeline.runtime)
+        loop = TrainingLoop(bench.pipeline, setup)
+        size = setup.recipe.train.batch_size
+        steps = all_processes.broadcast(steps_for(SEGMENT_S, lambda n: n * size / loop.advance(n), size))
         rates, waits = [], []
         for _ in range(repeats):
-            epochs.settle()
-            seconds = epochs.advance(steps)
-            slowest_s, waited_s = max(all_processes.gather(seconds)), all_processes.gather(epochs.waited_s)
+            loop.use_prefetched()
+            seconds = loop.advance(steps)
+            slowest_s, waited_s = max(all_processes.gather(seconds)), all_processes.gather(loop.waited_s)
             rates.append(steps * size / slowest_s)
             waits.append(sum(waited_s) / len(waited_s) / slowest_s)
-        epochs.close()
+        loop.close()
     finally:
         bench.close()
     if all_processes.is_main:
-        told = {
+        measured = {
             "images_per_s": rates,
             "data_wait_share": waits,
-            "workers": job.loader.workers,
-            "gradient_bytes": sum(4 * p.numel() for p in job.student.parameters()),
+            "workers": setup.loader.workers,
+            "gradient_bytes": sum(4 * p.numel() for p in setup.student.parameters()),
         }
-        result.write_text(json.dumps(told), encoding="utf-8")
+        result.write_text(json.dumps(measured), encoding="utf-8")
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write a chart of the images/s of each number of processes."""
+    charts.bars(
+        f"scale: {report['recipe']}",
+        [f"{report['student']}: step with its loader, batch of {report['batch_size']} in total"],
+        {
+            plural(line["processes"], "process", "es"): [charts.Spread.of(line["images_per_s"])]
+            for line in report["lines"]
+        },
+        path,
+        f"images/s, median (least … most) of {report['segments']}",
+        note=f"{machine_line(report['machine'], report['gpu'])}; {_threads(report)}",
+    )
 
 
 def table(report: dict[str, Any]) -> Table:
-    """Lay the report out: a line for each number of processes."""
+    """Return the table of a report: one line per number of processes."""
     grid = Table(
         title=f"scale: {report['student']}, batch of {report['batch_size']} divided among the processes, "
         f"median (least … most) of {report['segments']} segments",
         title_justify="left",
     )
-    for name in ("processes", "images/s", "waited for data", "efficiency", "loader threads each"):
+    for name in ("processes", "images/s", "data wait", "efficiency", "loader threads\nper process"):
         grid.add_column(name, justify="right")
     for line in report["lines"]:
-        rate = line["images_per_s"]
         grid.add_row(
             str(line["processes"]),
-            f"{rate['median']:,.0f} ({rate['least']:,.0f} … {rate['most']:,.0f})",
+            range_text(line["images_per_s"]),
             f"{line['data_wait_share']['median']:.1%}",
             f"{line['efficiency']:.0%}",
             str(line["workers"]),
         )
     return grid
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """Return the lines below the table."""
+    machine_text = machine_line(report["machine"], report["gpu"])
+    return [
+        f"each step all-reduces {report['gradient_bytes'] / 1e6:,.1f} MB of gradients. Efficiency: images/s per "
+        "process, relative to the smallest number of processes",
+        f"machine: {machine_text}, {report['precision']}; {_threads(report)}",
+    ]
+
+
+def _threads(report: dict[str, Any]) -> str:
+    return plural(report["threads"], "torch thread") + " per process"
 
 
 if __name__ == "__main__":

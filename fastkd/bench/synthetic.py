@@ -1,13 +1,14 @@
-"""Photos from nowhere: an ImageFolder of textured JPEGs as large as ImageNet's, so that nothing need be downloaded.
+"""Generate an ImageFolder of textured JPEGs with the sizes of ImageNet's, so that nothing needs to be downloaded.
 
-What is known of ImageNet-1k, and imitated:
+It imitates these properties of ImageNet-1k:
 
-- the mean image is 469 px wide and 387 px high (image-net.org/challenges/LSVRC/2014); most are 500 px long, 500×375
-  above all; the smallest are 75×56, the largest 4288×2848;
-- a training image takes 115 kB: ILSVRC2012_img_train.tar has 147,897,477,120 bytes for 1,281,167 of them;
-- most are saved at quality 96 without chroma subsampling (terryalanunlimited.com/compression-in-the-imagenet-dataset).
+- the mean size is 469×387 px (width×height; image-net.org/challenges/LSVRC/2014); the longer side is mostly 500 px, the
+  most frequent size is 500×375; the smallest image is 75×56, the largest 4288×2848;
+- the mean training file is 115 kB: ILSVRC2012_img_train.tar has 147,897,477,120 bytes for 1,281,167 images;
+- most files have JPEG quality 96 without chroma subsampling
+  (terryalanunlimited.com/compression-in-the-imagenet-dataset).
 
-The shares of the shapes are not published; those below are chosen to meet the means.
+The distribution of sizes is not published; the one below is chosen to match the means.
 """
 
 import shutil
@@ -27,43 +28,45 @@ from fastkd.errors import InputError
 from fastkd.machine import usable_cores
 
 COMMON_SIZES = {(375, 500): 0.32, (500, 375): 0.08, (333, 500): 0.16, (500, 333): 0.04, (500, 500): 0.03}
-"""Share of the images with that height and width; all others are drawn from the distributions below."""
+"""Share of the images with a height and width; all others are drawn from the distributions below."""
 LONGER_MEDIAN_PX, LONGER_SPREAD = 400, 0.6  # log-normal
-LONGER_RANGE_PX = (96, 2000)  # a few monsters more would only cost memory: loaders make room for the largest everywhere
-ASPECT_RANGE = (0.5, 0.95)  # shorter over longer side, uniform
+LONGER_RANGE_PX = (96, 2000)  # not larger: loaders allocate memory for the largest image in each slot
+ASPECT_RANGE = (0.5, 0.95)  # shorter side / longer side, uniform
 LANDSCAPE_SHARE = 0.8
 QUALITY = 96
-MEAN_BYTES = 110_000  # of a file, as the constants here make it
-DETAIL_MEDIAN, DETAIL_SPREAD = 1.2, 0.35  # log-normal: how busy a photo is
-CLASS_CONTRAST = 25.0  # standard deviation of a class's own colours, in grey levels
+MEAN_BYTES = 110_000  # mean file size with the constants here
+DETAIL_MEDIAN, DETAIL_SPREAD = 1.2, 0.35  # log-normal: amplitude of a photo's texture
+CLASS_CONTRAST = 25.0  # standard deviation of a class's colours, in grey levels
 CELLS = (4, 16, 64, 256)
-CHUNK = 32  # photos of one task: a task for each would take more memory than its photo
+CHUNK = 32  # photos per task of the thread pool: a task takes more memory than a photo
 SPLITS = ("train", "val")
 
 
 def make(out: Path, count: int, *, val: int, classes: int, seed: int = 0, threads: int = 0) -> None:
-    """Write `out`/train/classXX/NNNNNNN.jpg and `out`/val/…; labels go round, and show as a coarse pattern of colours.
+    """Write `out`/train/classXX/NNNNNNN.jpg and `out`/val/….
+
+    The label of photo n is n mod `classes`; each class has a coarse pattern of colours, so that labels can be learned.
 
     Parameters
     ----------
     out
-        A path where nothing is yet. It appears when all is written; an interrupted run leaves nothing.
+        A new path. It is created when all photos are written; an interrupted run leaves nothing.
     count, val
-        How many photos for train and for val, at least one of each class.
+        Number of photos for train and for val, at least one per class.
     seed
-        Each photo depends on it, its split, number and label alone, not on how many there are.
+        Each photo depends only on the seed, its split, number and label, not on the number of photos.
     threads
-        0: one per usable core.
+        Number of threads; 0: one per usable core.
 
     Raises
     ------
     InputError
-        Something lies at `out`; it cannot be written; fewer photos than classes; the disk lacks the room.
+        `out` exists or cannot be written, there are fewer photos than classes, or too little disk space.
     """
     if lexists(out):
-        raise InputError(f"{out}: exists; name a new folder, or remove it first")
+        raise InputError(f"{out}: exists; choose a new folder, or remove it first")
     if classes < 1 or min(count, val) < classes:
-        raise InputError(f"--count {count} --val {val}: each of the --classes {classes} needs a photo in both")
+        raise InputError(f"--count {count} --val {val}: both must be at least --classes {classes}, which must be ≥ 1")
     tasks = [
         (split, range(first, min(first + CHUNK, total)))
         for split, total in zip(SPLITS, (count, val), strict=True)
@@ -83,37 +86,37 @@ def make(out: Path, count: int, *, val: int, classes: int, seed: int = 0, thread
         needed, free = (count + val) * MEAN_BYTES, shutil.disk_usage(out.parent).free
         if needed > free:
             raise InputError(
-                f"{out}: {count + val:,} photos need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free: "
-                "ask for fewer with --count"
+                f"{out}: {count + val:,} photos need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free; "
+                "choose a smaller --count"
             )
-        with appearing_whole(out) as building, console.progress("photos", count + val, "photos") as update:
+        with atomic_folder(out) as building, console.progress("photos", count + val, "photos") as update:
             for split in SPLITS:
                 for c in range(classes):
                     (building / split / class_name(c, classes)).mkdir(parents=True)
-            pool = ThreadPoolExecutor(threads or usable_cores())  # numpy, OpenCV and Pillow let go of the GIL
+            pool = ThreadPoolExecutor(threads or usable_cores())  # numpy, OpenCV and Pillow release the GIL
             try:
                 done = 0
                 for written in pool.map(write_some, tasks):
                     done += written
                     update(done, "")
-            finally:  # on Ctrl-C without the tasks that wait, but after those that run: they still write here
+            finally:  # on Ctrl-C: cancel waiting tasks, and wait for running ones, which still write here
                 pool.shutdown(cancel_futures=True)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
 
 
 @contextmanager
-def appearing_whole(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes `folder` at the end; where that is not reached, nothing is left."""
-    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
-        building = Path(place) / folder.name  # within: the temporary one is for its owner's eyes only
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder that is renamed to `folder` at the end, or removed after an exception."""
+    with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        building = Path(temporary) / folder.name  # the temporary folder itself has mode 0700
         building.mkdir()
         yield building
         building.rename(folder)
 
 
 def class_name(label: int, classes: int) -> str:
-    """Return the name of a class's folder; in alphabetical order they count up."""
+    """Return the name of a class's folder. The names sort as the labels do."""
     return f"class{label:0{max(2, len(str(classes - 1)))}d}"
 
 
@@ -128,10 +131,10 @@ def photo(seed: int, split: str, number: int, label: int) -> np.ndarray:
 
 def draw_size(rng: np.random.Generator) -> tuple[int, int]:
     """Draw the height and the width of a photo, in pixels."""
-    place = rng.random()
+    position = rng.random()
     for size, share in COMMON_SIZES.items():
-        place -= share
-        if place < 0:
+        position -= share
+        if position < 0:
             return size
     longer = np.clip(LONGER_MEDIAN_PX * rng.lognormal(0, LONGER_SPREAD), *LONGER_RANGE_PX)
     longer, shorter = round(longer), round(longer * rng.uniform(*ASPECT_RANGE))
@@ -141,14 +144,14 @@ def draw_size(rng: np.random.Generator) -> tuple[int, int]:
 def texture(
     rng: np.random.Generator, height: int, width: int, colours: np.ndarray | float = 0.0, detail: float = 1.0
 ) -> np.ndarray:
-    """Return noise at several scales, the coarser the stronger, as photos have it: uint8 [height, width, 3].
+    """Return noise at several scales, stronger at coarser ones, as in photos: uint8 [height, width, 3].
 
     Parameters
     ----------
     colours : float32 [4, 4, 3], optional
-        What the noise is laid on, as differences from grey.
+        Background of the noise, as differences from grey.
     detail
-        Factor of the noise.
+        Amplitude of the noise.
     """
     total = np.full((CELLS[0], CELLS[0], 3), 128, np.float32) + colours
     for cells in CELLS:

@@ -1,7 +1,9 @@
-"""A recipe's nets, loaders and steps with random weights and empty labels: what its speed needs, and no more."""
+"""The networks, loaders and steps of a recipe, with random weights and empty labels, for timing.
+
+Nothing here needs a trained teacher or computed labels: speed does not depend on the values.
+"""
 
 import itertools
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from fastkd import models
 from fastkd import recipe as recipes
+from fastkd.bench.measurement import require_teacher
 from fastkd.data.loader import Batch, Loader
 from fastkd.data.row_store import StoredRows
 from fastkd.engine.epoch import Epoch, train_epoch
@@ -26,7 +29,6 @@ from fastkd.engine.inference import predict
 from fastkd.engine.prefetch import DeviceBatch
 from fastkd.engine.runtime import Runtime
 from fastkd.engine.step import train_batch, train_step
-from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages.label_format import decoder, label_format, view_files
 from fastkd.stages.training_setup import (
@@ -38,31 +40,37 @@ from fastkd.stages.training_setup import (
     tune_loader_threads,
 )
 
-LR = 1e-4  # no time depends on it, and with it no loss becomes infinite, however few epochs it came from
-UNTIMED_STEPS = 4  # more than the loader has ready when a segment begins
+LR = 1e-4  # does not affect the time; small enough to keep the loss finite
+UNTIMED_STEPS = 4  # more than the number of batches that the loader prefetches
 
 
 class Workbench:
-    """What is timed of a recipe with a teacher; its DATASET is written if it is not there.
+    """A recipe with a teacher, ready for timing. Its DATASET is written if it does not exist.
 
     Attributes
     ----------
     ids : int64 [N]
-        Samples to train on: all but the hold-out, since what is timed does not depend on which they are.
+        Samples to train on: all except the hold-out. Which samples are pruned does not affect the time per step.
+    rows : StoredRows
+        Empty labels of all samples, in the recipe's label format.
+
+    Raises
+    ------
+    InputError
+        The recipe has no teacher.
     """
 
     def __init__(self, recipe: recipes.Recipe) -> None:
-        if recipe.teacher is None:
-            raise InputError(f"recipe {recipe.name} has no teacher: there is no distillation to time")
+        self._teacher = require_teacher(recipe)
         self.recipe = recipe
         self.pipeline = Pipeline(recipe)
         self.ids = self.pipeline.images.train_ids
         self._folder = tempfile.TemporaryDirectory(prefix="fastkd-bench-")
-        images, topk = self.pipeline.images, recipe.labels.topk if recipe.uses_labels else None
-        self.form = label_format(images.num_classes, topk, recipe.loss.temperature)
-        files = [  # of holes: read like any other, on disk nothing
+        topk = recipe.labels.topk if recipe.uses_labels else None
+        self._format = label_format(self.pipeline.images.num_classes, topk, recipe.loss.temperature)
+        files = [  # sparse files: read like any other, but they take no disk space
             open_memmap(Path(self._folder.name) / name, "w+", dtype, (len(self.ids), width))
-            for name, dtype, width in view_files(self.form, 0)
+            for name, dtype, width in view_files(self._format, 0)
         ]
         self.rows = StoredRows(self.ids, files)
 
@@ -71,203 +79,203 @@ class Workbench:
         self._folder.cleanup()
 
     def student(self, runtime: Runtime) -> models.Normalised:
-        """Build the student, ready to train."""
+        """Build the student in training mode, on the device."""
         net = models.build(self.recipe.student.model, self.pipeline.images.num_classes)
-        placed = models.Normalised(net, self.pipeline.images.normalisation)
-        runtime.to_device(placed).train()
-        return placed
+        student = models.Normalised(net, self.pipeline.images.normalisation)
+        runtime.to_device(student).train()
+        return student
 
     def teacher(self, runtime: Runtime) -> nn.Module:
-        """Build the teacher, compiled if the runtime says so."""
-        net = models.float32_head(
-            models.build(self.teacher_model, self.pipeline.images.num_classes), self.pipeline.images.num_classes
-        )
-        placed = runtime.to_device(
-            models.Normalised(net, self.pipeline.images.normalisation).eval().requires_grad_(False)
-        )
-        return runtime.compiled(placed)
+        """Build the teacher on the device, compiled if the runtime compiles."""
+        classes = self.pipeline.images.num_classes
+        net = models.float32_head(models.build(self.teacher_model, classes), classes)
+        teacher = models.Normalised(net, self.pipeline.images.normalisation).eval().requires_grad_(False)
+        return runtime.compiled(runtime.to_device(teacher))
 
     @property
     def teacher_model(self) -> str:
-        """Name of the teacher's net."""
-        teacher = self.recipe.teacher
-        assert teacher is not None
+        """Name of the teacher's network."""
+        teacher = self._teacher
         return teacher.model or recipes.load(str(teacher.recipe), teacher.overrides).student.model
 
-    def job(self, runtime: Runtime, *, live: nn.Module | None = None) -> TrainingSetup:
-        """Build a student with its loader, that learns from stored rows or from a live teacher."""
+    def setup(self, runtime: Runtime, *, live: nn.Module | None = None) -> TrainingSetup:
+        """Build a student with its loader, not compiled; it learns from stored rows, or from a live teacher."""
         if live is None:
-            teacher = TeacherSource(lambda view: self.rows, None, decoder(self.form))
+            teacher = TeacherSource(lambda view: self.rows, None, decoder(self._format))
         else:
             teacher = live_teacher_source(runtime, live)
-        job = build_training_setup(self.recipe, self.pipeline.images, runtime, self.ids, self.student(runtime), teacher)
-        for group in job.state.optimizer.param_groups:
-            group["lr"] = LR  # the batches are noise
-        return job
+        student = self.student(runtime)
+        setup = build_training_setup(self.recipe, self.pipeline.images, runtime, self.ids, student, teacher)
+        for group in setup.state.optimizer.param_groups:
+            group["lr"] = LR
+        return setup
 
-    def fed_job(self, runtime: Runtime, *, live: nn.Module | None = None) -> TrainingSetup:
-        """Build a student and divide the cores between its loader and its step, as training does."""
-        job = self.job(runtime, live=live)
-        tune_loader_threads(job, compile_sizes(job))
-        return job
+    def tuned_setup(self, runtime: Runtime) -> TrainingSetup:
+        """Build a student, compile its step and choose the number of loader threads, as training does."""
+        setup = self.setup(runtime)
+        tune_loader_threads(setup, compile_sizes(setup))
+        return setup
 
-    def passes(self, runtime: Runtime, net: nn.Module, loader: Loader, seconds: float, **asked: Any) -> float:
-        """Run a net over a loader's samples again and again, as scoring does; return images/s.
+    def forward_rate(self, runtime: Runtime, net: nn.Module, loader: Loader, seconds: float, **views: Any) -> float:
+        """Run a network over a loader's samples, repeatedly, with the loop of scoring; return images/s.
 
         Parameters
         ----------
-        asked
-            Of `Loader.batches`: which views.
+        seconds
+            Minimum duration.
+        views
+            `view` of `Loader.batches`.
         """
         ids = np.arange(loader.count) if loader.split == "val" else self.ids
 
-        def again() -> Generator[Batch, None, None]:
+        def endless() -> Generator[Batch, None, None]:
             while True:
-                yield from loader.batches(ids, last="pad", **asked)
+                yield from loader.batches(ids, last="pad", **views)
 
-        with closing(again()) as batches:
-            return fed_forward(runtime, net, batches, seconds)
+        with closing(endless()) as batches:
+            return loaded_forward_rate(runtime, net, batches, seconds)
 
     @cached_property
-    def _scorer(self) -> Loader:
+    def _scoring_loader(self) -> Loader:
         return self.pipeline.loader("train", self.recipe.score.batch_size, input_px=self.pipeline.images.teacher_px)
 
-    def score(self, runtime: Runtime, teacher: nn.Module, seconds: float) -> float:
-        """Run the teacher as it scores; return images/s."""
-        return self.passes(runtime, teacher, self._scorer, seconds)
+    def scoring_rate(self, runtime: Runtime, teacher: nn.Module, seconds: float) -> float:
+        """Run the teacher on the training samples, as scoring does; return images/s."""
+        return self.forward_rate(runtime, teacher, self._scoring_loader, seconds)
 
-    def resident(self, job: TrainingSetup, batch_size: int, px: int | None = None) -> DeviceBatch:
-        """Return a batch of noise on the device, with rows as they are stored, of a size or as the job ends with."""
-        height, width = (px, px) if px else job.loader.image_hw
+    def device_batch(self, setup: TrainingSetup, batch_size: int, px: int | None = None) -> DeviceBatch:
+        """Return a batch of random images and empty label rows on the device.
+
+        Parameters
+        ----------
+        px
+            Image size. Default: the size that training ends with.
+        """
+        height, width = (px, px) if px else setup.loader.image_hw
         images = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         labels = torch.arange(batch_size) % self.pipeline.images.num_classes
-        device = job.state.runtime.device
+        device = setup.state.runtime.device
         rows = tuple(torch.from_numpy(np.zeros_like(b)).to(device) for b in self.rows.buffers(batch_size))
-        if not job.state.runtime.channels_last:
+        if not setup.state.runtime.channels_last:
             images = images.contiguous()
         return DeviceBatch(images.to(device), labels.to(device), labels.to(device), rows, batch_size)
 
 
-def shares(recipe: recipes.Recipe) -> dict[int | None, float]:
-    """Return, by the size of images, the share of the epochs that has it."""
+def image_size_shares(recipe: recipes.Recipe) -> dict[int | None, float]:
+    """Return the share of the epochs that is trained at each image size."""
     sizes = Counter(map(recipe.px_of, range(recipe.train.epochs)))
     return {px: count / recipe.train.epochs for px, count in sizes.items()}
 
 
-class Epochs:
-    """The batches of one epoch after another, without end, and steps on them.
+class TrainingLoop:
+    """Training that can be advanced by any number of steps; epochs follow one another without end.
 
-    Where images grow in training, there are batches of each size, and of the steps each size has its share of the
-    epochs; each has a loader of its own, since a loader does one thing at a time.
+    With progressive image sizes, each size has its own loader, and takes its share of the steps.
 
     Attributes
     ----------
+    images_per_epoch : int
     waited_s : float
-        What the last advance waited for data.
+        Seconds that the last `advance` waited for data.
     """
 
-    def __init__(self, pipeline: Pipeline, job: TrainingSetup) -> None:
-        self.job = job
+    def __init__(self, pipeline: Pipeline, setup: TrainingSetup) -> None:
+        self.setup = setup
+        self.images_per_epoch = setup.images_per_epoch
         self.waited_s = 0.0
-        self._parts = []
-        for px, share in shares(job.recipe).items():
-            own = replace(job, loader=pipeline.loader("train", job.loader.batch_size))
-            own.loader.workers = job.loader.workers
-            self._parts.append((share, _endless(own, px)))
+        self._sizes = []
+        for px, share in image_size_shares(setup.recipe).items():
+            sized = replace(setup, loader=pipeline.loader("train", setup.loader.batch_size))
+            sized.loader.workers = setup.loader.workers
+            self._sizes.append((share, _endless_batches(sized, px)))
 
     def advance(self, steps: int) -> float:
-        """Train for some steps, by the very loop that trains; return the wall seconds that they take."""
+        """Train for some steps with the loop of training; return the wall seconds that they took."""
         seconds = self.waited_s = 0.0
-        for share, batches in self._parts:
-            own = max(1, round(share * steps))
-            done = some_steps(self.job, batches, own)
-            seconds += share * steps / own * done.wall_s
-            self.waited_s += share * steps / own * done.data_wait_s
+        for share, batches in self._sizes:
+            count = max(1, round(share * steps))
+            epoch = run_steps(self.setup, batches, count)
+            seconds += share * steps / count * epoch.wall_s
+            self.waited_s += share * steps / count * epoch.data_wait_s
         return seconds
 
-    def settle(self) -> None:
-        """Use up, untimed, what was ready."""
-        for _, batches in self._parts:
-            some_steps(self.job, batches, UNTIMED_STEPS)
+    def use_prefetched(self) -> None:
+        """Train, untimed, on the batches that the loaders have prefetched."""
+        for _, batches in self._sizes:
+            run_steps(self.setup, batches, UNTIMED_STEPS)
 
     def close(self) -> None:
-        """Let go of the loaders."""
-        for _, batches in self._parts:
+        """Stop the loaders."""
+        for _, batches in self._sizes:
             batches.close()
 
 
-def _endless(job: TrainingSetup, px: int | None) -> Generator[Batch, None, None]:
-    """Yield the batches of epochs whose images have a size."""
-    epochs = [epoch for epoch in range(job.recipe.train.epochs) if job.recipe.px_of(epoch) == px]
+def _endless_batches(setup: TrainingSetup, px: int | None) -> Generator[Batch, None, None]:
+    """Yield the batches of all epochs with an image size, repeatedly."""
+    epochs = [epoch for epoch in range(setup.recipe.train.epochs) if setup.recipe.px_of(epoch) == px]
     for number in itertools.count():
-        yield from job.batches(job.epoch_ids(number), epochs[number % len(epochs)])
+        yield from setup.batches(setup.epoch_ids(number), epochs[number % len(epochs)])
 
 
-def bare_steps(job: TrainingSetup, batch: DeviceBatch, steps: int) -> float:
-    """Take steps on one batch that is on the device; return images/s."""
-    start = job.state.runtime.clock()
-    for _ in range(steps):
-        train_step(job.state, train_batch(batch, job.teacher.live))
-    return steps * len(batch.labels) / (job.state.runtime.clock() - start)
-
-
-def some_steps(job: TrainingSetup, batches: Iterator[Batch], steps: int) -> Epoch:
-    """Take steps on batches as they come, by the very loop that trains; the epoch they come from stays alive."""
+def run_steps(setup: TrainingSetup, batches: Iterator[Batch], steps: int) -> Epoch:
+    """Train on the next batches with the loop of training. The iterator stays open."""
     return train_epoch(
-        job.state,
+        setup.state,
         (batch for batch in itertools.islice(batches, steps)),
-        job.teacher.live,
+        setup.teacher.live,
         np.full(steps, LR),
         log_every_steps=steps,
-        on_log=lambda *told: None,
-        per_sample_loss=job.per_sample_loss,
+        on_log=lambda *_: None,
+        per_sample_loss=setup.per_sample_loss,
     )
 
 
-def fed_steps(epochs: Epochs, steps: int) -> float:
-    """Take steps on batches as they come; return images/s. Those that were ready are used up first, untimed."""
-    epochs.settle()
-    return steps * epochs.job.recipe.train.batch_size / epochs.advance(steps)
+def resident_step_rate(setup: TrainingSetup, batch: DeviceBatch, steps: int) -> float:
+    """Train on one batch that is already on the device; return images/s."""
+    start = setup.state.runtime.clock()
+    for _ in range(steps):
+        train_step(setup.state, train_batch(batch, setup.teacher.live))
+    return steps * len(batch.labels) / (setup.state.runtime.clock() - start)
+
+
+def loaded_step_rate(loop: TrainingLoop, steps: int) -> float:
+    """Train on batches from the loader; return images/s. Prefetched batches are used first, untimed."""
+    loop.use_prefetched()
+    return steps * loop.setup.recipe.train.batch_size / loop.advance(steps)
 
 
 @torch.inference_mode()
-def bare_forward(runtime: Runtime, net: nn.Module, images: Tensor, times: int) -> float:
-    """Run a net over one batch that is on the device; return images/s."""
+def resident_forward_rate(runtime: Runtime, net: nn.Module, images: Tensor, steps: int) -> float:
+    """Run a network on one batch that is already on the device; return images/s."""
     start = runtime.clock()
-    for _ in range(times):
+    for _ in range(steps):
         with runtime.autocast():
             net(images)
-    return times * len(images) / (runtime.clock() - start)
+    return steps * len(images) / (runtime.clock() - start)
 
 
-def fed_forward(runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None], seconds: float) -> float:
-    """Run a net over batches without end as they come, by the very loop that scores and labels; return images/s."""
-    with closing(predict(runtime, net, batches)) as predicted:
-        for _ in itertools.islice(predicted, UNTIMED_STEPS):
+def loaded_forward_rate(
+    runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None], seconds: float
+) -> float:
+    """Run a network on endless batches from a loader, with the loop of scoring and labelling; return images/s."""
+    with closing(predict(runtime, net, batches)) as predictions:
+        for _ in itertools.islice(predictions, UNTIMED_STEPS):
             pass
         start, images = time.perf_counter(), 0
-        for one in predicted:
+        for one in predictions:
             images += len(one.logits)
-            if (passed := time.perf_counter() - start) >= seconds:
-                return images / passed
-    raise AssertionError("the batches have no end")
+            if (elapsed := time.perf_counter() - start) >= seconds:
+                return images / elapsed
+    raise AssertionError("the batches are endless")
 
 
-def steps_for(seconds: float, once: Callable[[int], float], batch_size: int) -> int:
-    """Return how many steps take about so long, at least 2, from a few that are tried (which also compile)."""
-    once(2)
-    return max(2, round(seconds * once(2) / batch_size))
+def steps_for(seconds: float, rate: Callable[[int], float], batch_size: int) -> int:
+    """Return the number of steps that take about `seconds`, at least 2.
 
-
-def interleaved(repeats: int, segments: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Call each of the segments in turn, so that a slow spell of the machine hits all; return what they returned."""
-    found: dict[str, list[float]] = {name: [] for name in segments}
-    for _ in range(repeats):
-        for name, segment in segments.items():
-            found[name].append(segment())
-    return found
-
-
-def summary(values: list[float]) -> dict[str, float | list[float]]:
-    """Return median, least, most and all."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values), "repeats": values}
+    Parameters
+    ----------
+    rate
+        Runs a number of steps and returns images/s. It is called twice; the first call may compile.
+    """
+    rate(2)
+    return max(2, round(seconds * rate(2) / batch_size))

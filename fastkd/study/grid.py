@@ -14,7 +14,7 @@ from fastkd import artifacts
 from fastkd import recipe as recipes
 from fastkd.errors import InputError
 from fastkd.recipe import Recipe
-from fastkd.study.baselines import BASELINES, Baseline, baseline
+from fastkd.recipe.baselines import BASELINES, Baseline, baseline
 from fastkd.validation import explain
 
 HOLDOUT_RATIO = 0.1

@@ -13,9 +13,9 @@ from matplotlib.lines import Line2D
 
 from fastkd import __version__
 from fastkd.artifacts import write_whole
+from fastkd.recipe.baselines import BASELINES
 from fastkd.report import plots
 from fastkd.report.template import environment
-from fastkd.study.baselines import BASELINES
 from fastkd.study.results import NAMES, temporary
 from fastkd.study.tables import percent
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from fastkd.artifacts import write_whole
 from fastkd.errors import FastkdError
+from fastkd.recipe.baselines import BASELINES, Baseline
 from fastkd.report.runs import RunFacts, read
-from fastkd.study.baselines import BASELINES, Baseline
 from fastkd.study.comparison import Difference, holm, verdict
 from fastkd.study.grid import Arm, Cell, Grid, Trial
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fastkd.study.baselines import BASELINES
+from fastkd.recipe.baselines import BASELINES
 
 
 def table(report: Mapping[str, Any]) -> Table:

@@ -3,18 +3,20 @@ import math
 import numpy as np
 import pytest
 
-from fastkd.bench import savings, workbench
-from fastkd.bench.breakdown import FastkdLoop, Variant, lines, measure, table, ways
+from fastkd.bench import workbench
+from fastkd.bench.breakdown import Variant, breakdown_variants, extrapolate, fastkd_loop, measure, table
+from fastkd.bench.savings import savings_variants
 from fastkd.pipeline import Pipeline
 
 
-def compared(loaded, precision="bf16") -> dict:
-    return {way.name: way.recipe for way in ways(savings.ways(loaded)[0].recipe, loaded, precision)}
+def recipes_of(loaded, precision="bf16") -> dict:
+    variants = breakdown_variants(savings_variants(loaded)[0].recipe, loaded, precision)
+    return {variant.name: variant.recipe for variant in variants}
 
 
-def test_each_way_changes_one_thing(tiny_recipe):
+def test_each_variant_changes_one_thing(tiny_recipe):
     loaded = tiny_recipe("train.compile=true", "data.view.family=flip", "labels.views=2")
-    found = compared(loaded)
+    found = recipes_of(loaded)
     assert list(found) == ["reference", "loader", "format", "compile", "stored", "recipe"]
     settings = {n: (r.train.precision, r.train.channels_last, r.train.compile) for n, r in found.items()}
     assert settings["reference"] == settings["loader"] == ("fp32", False, False)
@@ -36,42 +38,42 @@ def test_each_way_changes_one_thing(tiny_recipe):
         (["labels.mode=online"], ["reference", "loader", "format", "recipe"]),
     ],
 )
-def test_what_changes_nothing_is_left_out(tiny_recipe, overrides, names):
-    found = compared(tiny_recipe(*overrides), "fp32")
+def test_variants_that_change_nothing_are_left_out(tiny_recipe, overrides, names):
+    found = recipes_of(tiny_recipe(*overrides), "fp32")
     assert list(found) == names
     assert not any(r.prune.dynamic for name, r in found.items() if name != "recipe")
 
 
-def test_factors_multiply_to_the_whole(tiny_recipe):
-    some = [Variant(name, name, tiny_recipe()) for name in "abc"]
-    found = lines(some, [[10.0, 30.0, 20.0], [50.0, 40.0, 60.0], [40.0, 40.0, 41.0]], [1000, 1000, 500])
+def test_the_product_of_the_factors_is_the_total(tiny_recipe):
+    variants = [Variant(name, name, tiny_recipe()) for name in "abc"]
+    found = extrapolate(variants, [[10.0, 30.0, 20.0], [50.0, 40.0, 60.0], [40.0, 40.0, 41.0]], [1000, 1000, 500])
     assert [line["images_per_s"] for line in found] == [20.0, 50.0, 40.0]
     assert [line["train_s"] for line in found] == [50.0, 20.0, 12.5]
     assert [line["factor"] for line in found] == [1.0, 2.5, 1.6]
     assert math.prod(line["factor"] for line in found) == found[-1]["factor_total"] == 4.0
 
 
-def test_segments_go_on_where_the_last_one_ended(tiny_recipe, monkeypatch):
+def test_each_segment_continues_where_the_last_one_ended(tiny_recipe, monkeypatch):
     pipe = Pipeline(tiny_recipe())
-    loop = FastkdLoop(pipe)
+    loop = fastkd_loop(pipe)
     assert loop.images_per_epoch == 75
-    asked = []
-    some_steps = workbench.some_steps
+    trained_ids = []
+    run_steps = workbench.run_steps
 
-    def recorded(job, batches, steps):
-        return some_steps(job, (asked.extend(batch.sample_ids.tolist()) or batch for batch in batches), steps)
+    def recorded(setup, batches, steps):
+        return run_steps(setup, (trained_ids.extend(batch.sample_ids.tolist()) or batch for batch in batches), steps)
 
-    monkeypatch.setattr(workbench, "some_steps", recorded)
+    monkeypatch.setattr(workbench, "run_steps", recorded)
     for steps in (2, 3, 1):
         assert loop.advance(steps) > 0
     kept = np.asarray(pipe.subset.array("indices.npy")).tolist()
-    assert sorted(asked[:75]) == sorted(asked[75:]) == kept
-    assert asked[:75] != asked[75:]
+    assert sorted(trained_ids[:75]) == sorted(trained_ids[75:]) == kept
+    assert trained_ids[:75] != trained_ids[75:]
 
 
-def test_the_ways_are_timed_in_turn_and_laid_out(tiny_recipe, tmp_path):
+def test_variants_are_timed_in_segments(tiny_recipe, tmp_path):
     loaded = tiny_recipe("data.view.family=flip", "labels.views=2")
-    chosen = ways(savings.ways(loaded)[0].recipe, loaded, "fp32")[1:]
+    chosen = breakdown_variants(savings_variants(loaded)[0].recipe, loaded, "fp32")[1:]
     report = measure(chosen, tmp_path, recipe_images=300, rounds=2)
     assert (report["steps"], report["segments"], report["epochs"]) == (36, 2, 6)
     assert [line["images"] for line in report["ways"]] == [900, 900, 900, 300]
@@ -80,4 +82,4 @@ def test_the_ways_are_timed_in_turn_and_laid_out(tiny_recipe, tmp_path):
         assert line["train_s"] == pytest.approx(line["images"] / np.median(line["segments"]))
     grid = table(report)
     assert grid.row_count == 4
-    assert [str(column.header) for column in grid.columns[-2:]] == ["faster by\nthis step", "faster\nin all"]
+    assert [str(column.header) for column in grid.columns[-2:]] == ["speed-up of\nthis change", "total\nspeed-up"]

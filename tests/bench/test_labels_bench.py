@@ -9,7 +9,7 @@ from fastkd.bench.labels import errors, measure, table
 from fastkd.errors import InputError
 
 
-def test_errors_are_what_they_say():
+def test_errors_match_their_formulas():
     rows = np.array([[2.0, 0.0, -2.0], [0.5, 0.5, -1.0]], np.float32)
     assert set(errors(torch.from_numpy(rows), rows, 2.0).values()) == {0.0}
     p = torch.softmax(torch.from_numpy(rows).double() / 2, 1)
@@ -23,7 +23,7 @@ def test_errors_are_what_they_say():
     assert found["gradient"] == pytest.approx(((q - p).abs().sum() / (p - 1 / 3).abs().sum()).item())
 
 
-def test_the_table_of_bytes_and_errors(tiny_recipe, tmp_path):
+def test_bytes_and_errors_of_each_format(tiny_recipe, tmp_path):
     report = measure(tiny_recipe("data.view.family=flip", "labels.views=4"), tmp_path / "out", topk=(1, 2, 5))
     lines = {line["format"]: line for line in report["lines"]}
     assert {name: line["bytes"] for name, line in lines.items()} == {
@@ -33,14 +33,14 @@ def test_the_table_of_bytes_and_errors(tiny_recipe, tmp_path):
     assert 0 < report["loss_start"] < 16 * np.log(3)
     assert lines["float32"]["loss_start"] == 0
     assert 0 < lines["float16"]["gradient"] < 1e-3
-    # One class left out of three: nothing is spread, the rest is float16's rounding; two left out: they are made alike.
+    # top-2 of three classes is exact except for float16's rounding; top-1 makes the other two classes equal.
     assert lines["topk: 2"]["gradient"] < 2e-3
     assert lines["topk: 1"]["gradient"] > 2e-3
     assert json.loads((tmp_path / "out" / "labels.json").read_text()) == report
     assert table(report).row_count == 4
 
 
-def test_no_teacher_no_labels(tiny_recipe, tmp_path, command, json_in):
+def test_a_recipe_without_a_teacher_is_an_error(tiny_recipe, tmp_path, command, json_in):
     with pytest.raises(InputError, match="has no teacher"):
         measure(tiny_recipe().model_copy(update={"teacher": None}), tmp_path)
     code, text = command(bench.labels, tiny_recipe.path, "--out", tmp_path / "out", "--json")

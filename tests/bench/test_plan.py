@@ -7,7 +7,7 @@ from fastkd.bench import __main__ as bench
 from fastkd.bench import plan, workbench
 from fastkd.bench.plan import limit, on_cluster, total
 from fastkd.bench.scaling import NODE_HOP_S, Cluster
-from fastkd.bench.workbench import shares
+from fastkd.bench.workbench import image_size_shares
 from fastkd.cost_estimate import Measured, Sizes, duration, predict, predict_vanilla
 
 RATES = Measured(
@@ -19,9 +19,9 @@ SIZES = Sizes(
 )  # fmt: skip
 
 
-def test_a_prediction_is_what_each_stage_takes():
+def test_predictions_are_sums_over_stages():
     found = predict(RATES, SIZES, 0.5, 8)
-    train = 4 * 448 / 100  # 450 kept make seven full batches
+    train = 4 * 448 / 100  # 450 kept samples are seven full batches
     assert found["score"] == 4 + 1000 / 200
     assert found["label"] == 5 + 8 * 450 / 250
     assert found["train"] == train
@@ -34,18 +34,18 @@ def test_a_prediction_is_what_each_stage_takes():
     assert total(vanilla, 5) == pytest.approx(3 + 5 * vanilla["further_student_s"])
 
 
-def test_the_limit_is_named():
-    assert limit(RATES).startswith("the student's own step: loading costs 1.0%")
+def test_the_limit_is_loading_or_the_step():
+    assert limit(RATES).startswith("the student's step: loading costs 1.0%")
     slow = limit(replace(RATES, step=50))
-    assert slow.startswith("loading: the student gets 50% of the rate")
+    assert slow.startswith("loading: with the loader, the step reaches 50% of its rate")
     assert "raw or smart" in slow
 
 
-def test_durations_read_well():
+def test_formatted_durations():
     assert [duration(s) for s in (1.25, 119.0, 600.0, 9000.0)] == ["1.2 s", "119.0 s", "10.0 min", "2.5 h"]
 
 
-def test_the_command_measures_and_shows_the_recipe_among_others(tiny_recipe, tmp_path, command, monkeypatch, json_in):
+def test_the_command_predicts_the_recipe_and_other_settings(tiny_recipe, tmp_path, command, monkeypatch, json_in):
     monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
     monkeypatch.setattr(plan, "SCORED_ROWS", 100)
     code, said = command(
@@ -68,10 +68,10 @@ def test_the_command_measures_and_shows_the_recipe_among_others(tiny_recipe, tmp
     assert all(value >= 0 if name.endswith("_start_s") else value > 0 for name, value in report["measured"].items())
     for words in ("vanilla KD", "keep 0.5, V = 2 (recipe)", "keep 1, V = 6", "the limit is", "machine:", "5 students"):
         assert words in said
-    assert not list((tmp_path / "artifacts").glob("*"))  # nothing was scored or labelled for it
+    assert not list((tmp_path / "artifacts").glob("*"))  # nothing was scored or labelled
 
 
-def test_without_views_there_is_one_line_a_ratio(tiny_recipe, tmp_path, monkeypatch):
+def test_without_numbered_views_there_is_one_line_per_ratio(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
     monkeypatch.setattr(plan, "SCORED_ROWS", 100)
     report = plan.measure(tiny_recipe("prune.keep_ratio=0.4"), tmp_path / "p", repeats=1)
@@ -80,25 +80,25 @@ def test_without_views_there_is_one_line_a_ratio(tiny_recipe, tmp_path, monkeypa
     ]
 
 
-def test_of_images_that_grow_each_size_counts_by_its_share_of_the_epochs(tiny_recipe, tmp_path, monkeypatch):
+def test_progressive_sizes_are_weighted_by_their_share_of_the_epochs(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
     monkeypatch.setattr(plan, "SCORED_ROWS", 100)
-    stepped = []
-    some_steps = workbench.some_steps
+    sizes = []
+    run_steps = workbench.run_steps
 
-    def noted(job, batches, steps):
-        return some_steps(job, (stepped.append(batch.images.shape[-1]) or batch for batch in batches), steps)
+    def recorded(setup, batches, steps):
+        return run_steps(setup, (sizes.append(batch.images.shape[-1]) or batch for batch in batches), steps)
 
-    monkeypatch.setattr(workbench, "some_steps", noted)
+    monkeypatch.setattr(workbench, "run_steps", recorded)
     grown = tiny_recipe("train.epochs=4", "train.progressive_px={0: 8, 3: 16}", "data.input_px=16")
     report = plan.measure(grown, tmp_path / "p", repeats=1)
-    assert set(stepped) == {8, 16}
-    assert shares(grown) == {8: 0.75, 16: 0.25}
+    assert set(sizes) == {8, 16}
+    assert image_size_shares(grown) == {8: 0.75, 16: 0.25}
     assert report["limit"]
 
 
-def test_for_several_devices_one_is_measured_at_its_share_of_the_batch(tiny_recipe, tmp_path, command, monkeypatch):
-    """And the rest is arithmetic; a batch that they cannot share is refused."""
+def test_several_devices_are_predicted_from_one_at_its_part_of_the_batch(tiny_recipe, tmp_path, command, monkeypatch):
+    """A batch that cannot be divided equally is an error."""
     monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
     monkeypatch.setattr(plan, "SCORED_ROWS", 100)
     options = ("--gpus", "2", "--nodes", "2", "--repeats", "1", "--out", tmp_path / "p")
@@ -112,18 +112,18 @@ def test_for_several_devices_one_is_measured_at_its_share_of_the_batch(tiny_reci
     assert several["gradient_bytes"] > 4 * 70_000  # a ResNet-8
     for words in (
         "predicted for 2 nodes of 2 devices",
-        "5 images of each batch",
+        "with 5 images of each batch",
         "Never checked on GPUs",
         "loading is",
     ):
         assert words in " ".join(said.split())
     code, said = command(bench.plan, tiny_recipe.path, *options)
     assert code == 2
-    assert "train.batch_size=25: 2 nodes of 2 devices cannot share it equally; give a multiple of 4" in said
+    assert "train.batch_size=25: cannot be divided equally among 2 nodes of 2 devices; choose a multiple of 4" in said
 
 
-def test_scoring_labelling_and_evaluating_are_shared_and_the_rest_is_done_by_one():
-    """The step goes by its own rate."""
+def test_scoring_labelling_and_evaluating_are_divided_among_devices():
+    """Pruning and writing are not."""
     found = on_cluster(RATES, Cluster(4, node_gb_s=1e9), 16, 0, 1e9)
     hops = 6 * NODE_HOP_S
     assert (found.score, found.label, found.evaluate) == (4 * RATES.score, 4 * RATES.label, 4 * RATES.evaluate)

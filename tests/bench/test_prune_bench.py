@@ -6,14 +6,16 @@ import pytest
 
 from fastkd.bench import __main__ as bench
 from fastkd.bench import prune as benchmark
-from fastkd.bench.prune import FLOOR, OURS, SCORING, TORCH
+from fastkd.bench import prune_contenders as contenders
+from fastkd.bench.prune import SCORING
+from fastkd.bench.prune_contenders import FLOOR, OURS, TORCH, make_data
 from fastkd.errors import FastkdError, InputError
 from fastkd.kernels import score_logits, select_ranks, uniform_quotas, window_ranks
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A folder of logits that several runs share."""
+    """A folder of logits that several tests share."""
     return tmp_path_factory.mktemp("bench")
 
 
@@ -40,59 +42,61 @@ def test_every_line_is_measured_and_written(data, tmp_path, command, monkeypatch
         (100, 10), (200, 10), (400, 10), (800, 5),
     ]  # fmt: skip
     assert report["machine"]["cores"] >= 1
-    assert "the reference loop, extrapolated" in text
+    assert "reference loop (extrapolated)" in text
     assert "machine:" in text
     assert len(benchmark.table(report).rows) == 5
     assert len(benchmark.growth_table(report).rows) == 4
 
 
 @pytest.mark.parametrize("fold", [1, 2])
-def test_ours_and_torch_keep_the_same(data, fold):
-    logits, labels = benchmark.make_data(data, 300, 8, "float16")
+def test_fastkd_and_torch_keep_the_same_samples(data, fold):
+    logits, labels = make_data(data, 300, 8, "float16")
     y_N = np.repeat(np.load(labels)[:200], fold) % (8 // fold)
-    found = [run(logits, y_N, 200, fold) for run in (benchmark.ours, benchmark.torch_peer, benchmark.bare_sum)]
+    found = [
+        run(logits, y_N, 200, fold) for run in (contenders.ours, contenders.torch_implementation, contenders.file_sum)
+    ]
     assert np.array_equal(found[0]["kept"], found[1]["kept"])
     assert len(found[0]["kept"]) == 100 * fold
     assert 0 < found[0]["scoring_s"] < found[0]["seconds"]
     assert found[2]["total"] == np.load(logits)[:200].view(np.int16).sum(dtype=np.int64)
 
 
-def test_the_loop_selects_as_the_kernels_do(data):
-    logits, labels = benchmark.make_data(data, 300, 8, "float16")
+def test_the_reference_loop_selects_the_same_samples_as_the_kernels(data):
+    logits, labels = make_data(data, 300, 8, "float16")
     y_N, score_N = np.load(labels), score_logits(np.load(logits), np.load(labels)).cross_entropy
     count_K = np.bincount(y_N, minlength=8)
-    quota_K = uniform_quotas(count_K, benchmark.KEEP_RATIO)
-    kept = benchmark.reference(score_N.tolist(), y_N.tolist(), 8)
+    quota_K = uniform_quotas(count_K, contenders.KEEP_RATIO)
+    kept = contenders.reference(score_N.tolist(), y_N.tolist(), 8)
     assert kept == select_ranks(score_N, y_N, window_ranks(count_K, quota_K), quota_K).tolist()
 
 
-def test_logits_are_made_once_and_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "CHUNK_LOGITS", 100)
-    logits, labels = benchmark.make_data(tmp_path, 50, 8, "float16")
+def test_logits_are_generated_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(contenders, "CHUNK_LOGITS", 100)
+    logits, labels = make_data(tmp_path, 50, 8, "float16")
     made = logits.stat().st_mtime_ns
     z_NK, y_N = np.load(logits), np.load(labels)
     assert (z_NK.dtype, z_NK.shape, y_N.shape) == (np.float16, (50, 8), (50,))
     assert z_NK.std(1).all()
     assert (z_NK.argmax(1) == y_N).mean() > 0.5
-    assert benchmark.make_data(tmp_path, 50, 8, "float16")[0].stat().st_mtime_ns == made
+    assert make_data(tmp_path, 50, 8, "float16")[0].stat().st_mtime_ns == made
     assert {path.name for path in tmp_path.iterdir()} == {logits.name, labels.name}
 
 
-def test_what_cannot_be_measured_is_refused(tmp_path, command):
-    with pytest.raises(InputError, match="--dtype float64: logits are stored as float16 or float32"):
+def test_invalid_options_and_too_little_disk_space_are_errors(tmp_path, command):
+    with pytest.raises(InputError, match="--dtype float64: must be float16 or float32"):
         benchmark.measure(tmp_path, dtype="float64")
-    with pytest.raises(InputError, match="--samples 3 --classes 10: needs at least 4 samples and 2 classes"):
+    with pytest.raises(InputError, match="--samples 3 --classes 10: must be at least 4 samples and 2 classes"):
         benchmark.measure(tmp_path, samples=3, classes=10)
     huge = str(10**12)
     code, text = command(bench.prune, "--samples", "4", "--classes", huge, "--data", tmp_path, "--out", tmp_path)
     assert code == 2
-    assert "MB are free: ask for fewer --samples, or for another place with --data" in text
+    assert "MB are free; choose fewer --samples, or another folder with --data" in text
     assert not list(tmp_path.glob("*logits*"))
 
 
-def test_a_process_that_dies_is_told(tmp_path):
-    logits, labels = benchmark.make_data(tmp_path, 50, 8, "float16")
-    child = benchmark.Runner("nobody", logits, labels)  # a name that the process does not know
+def test_a_process_that_ends_is_an_error(tmp_path):
+    logits, labels = make_data(tmp_path, 50, 8, "float16")
+    child = contenders.Runner("nobody", logits, labels)  # a name that is not in CONTENDERS
     with pytest.raises(FastkdError, match="nobody: its process ended with code 1"):
         child.run(50)
     child.close()

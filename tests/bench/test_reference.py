@@ -10,7 +10,7 @@ from torch import nn
 from fastkd import pipeline, recipe
 from fastkd.bench.breakdown import changed, reference_recipe
 from fastkd.bench.reference import Reference, augmentation, export_images, step
-from fastkd.bench.savings import ways
+from fastkd.bench.savings import savings_variants
 from fastkd.data.loader import Loader
 from fastkd.engine.inference import evaluate
 from fastkd.engine.prefetch import prefetch_to_device
@@ -20,11 +20,11 @@ from fastkd.recipe import View
 from fastkd.stages.training_setup import prepare
 
 
-def reference_chain(loaded: recipe.Recipe) -> Pipeline:
-    return Pipeline(reference_recipe(ways(loaded)[0].recipe))
+def reference_pipeline(loaded: recipe.Recipe) -> Pipeline:
+    return Pipeline(reference_recipe(savings_variants(loaded)[0].recipe))
 
 
-def test_a_step_is_the_formula_and_one_sgd_update():
+def test_a_step_matches_the_formulas_of_loss_and_sgd():
     torch.manual_seed(0)
     student, teacher = nn.Linear(4, 3, bias=False), nn.Linear(4, 3)
     x, labels, T, loss = torch.randn(5, 4), torch.tensor([0, 1, 2, 1, 0]), 3.0, recipe.Loss(temperature=3.0)
@@ -44,29 +44,29 @@ def test_a_step_is_the_formula_and_one_sgd_update():
     assert teacher.weight.grad is None
 
 
-def test_a_step_does_what_fastkd_does_in_fp32(tiny_recipe):
-    pipe = reference_chain(tiny_recipe())
-    job, theirs = prepare(pipe.training_inputs), prepare(pipe.training_inputs).student
+def test_a_step_matches_fastkds_in_fp32(tiny_recipe):
+    pipe = reference_pipeline(tiny_recipe())
+    setup, student = prepare(pipe.training_inputs), prepare(pipe.training_inputs).student
     optim = pipe.recipe.optim
     optimizer = torch.optim.SGD(
-        theirs.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        student.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
     )
-    for batch in itertools.islice(prefetch_to_device(job.batches(job.ids, 0), pipe.runtime), 2):
+    for batch in itertools.islice(prefetch_to_device(setup.batches(setup.ids, 0), pipe.runtime), 2):
         images = batch.images
-        _, loss_B = train_step(job.state, train_batch(batch, job.teacher.live))
-        normalised = torch.addcmul(theirs.shift, images.float(), theirs.scale)
-        loss, _ = step(theirs.net, pipe.teacher.net.net, optimizer, pipe.recipe.loss, normalised, batch.labels)
+        _, loss_B = train_step(setup.state, train_batch(batch, setup.teacher.live))
+        normalised = torch.addcmul(student.shift, images.float(), student.scale)
+        loss, _ = step(student.net, pipe.teacher.net.net, optimizer, pipe.recipe.loss, normalised, batch.labels)
         assert loss == pytest.approx(loss_B.mean().item(), rel=1e-4)
-    for a, b in zip(job.student.parameters(), theirs.parameters(), strict=True):
+    for a, b in zip(setup.student.parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_it_reads_the_data_sets_images_and_looks_at_val_as_fastkd_does(tiny_recipe, tiny, tmp_path):
-    pipe = reference_chain(tiny_recipe())
+def test_it_trains_on_all_images_and_evaluates_as_fastkd(tiny_recipe, tiny, tmp_path):
+    pipe = reference_pipeline(tiny_recipe())
     reference = Reference(pipe, tmp_path / "images")
     assert (reference.steps_per_epoch, reference.images_per_epoch) == (6, 150)
     mean, std = (torch.tensor(pipe.teacher.key_fields[name]).reshape(3, 1, 1) for name in ("mean", "std"))
-    plain = {int(b.sample_ids[0]): b for b in Loader(tiny, "train", 1).batches(np.arange(150), last="pad")}
+    images_of = {int(b.sample_ids[0]): b for b in Loader(tiny, "train", 1).batches(np.arange(150), last="pad")}
     labels_of = Loader(tiny, "train", 1).labels()
     seen = []
     for _ in range(6):
@@ -80,7 +80,7 @@ def test_it_reads_the_data_sets_images_and_looks_at_val_as_fastkd_does(tiny_reci
         seen += ids.tolist()
     assert sorted(seen) == list(range(150))
     assert seen != sorted(seen)
-    assert len(plain) == 150
+    assert len(images_of) == 150
 
     before = [p.clone() for p in reference.student.parameters()]
     assert reference.advance(4) > 0
@@ -91,15 +91,15 @@ def test_it_reads_the_data_sets_images_and_looks_at_val_as_fastkd_does(tiny_reci
     assert reference.evaluate() == pytest.approx(evaluate(pipe.runtime, student.eval(), val))
 
 
-def test_fewer_images_are_written_where_fewer_are_read(tiny_recipe, tmp_path):
-    pipe = reference_chain(changed(tiny_recipe(), train={"batch_size": 20}))
+def test_most_images_limits_the_exported_images(tiny_recipe, tmp_path):
+    pipe = reference_pipeline(changed(tiny_recipe(), train={"batch_size": 20}))
     Reference(pipe, tmp_path, most_images=40)
     files = list(tmp_path.glob("train/*/*.png"))
     assert len(files) == 40
     assert {file.parent.name for file in files} == {"000000", "000001", "000002"}
 
 
-def test_jpegs_are_handed_on_byte_for_byte(tiny_npz, tmp_path):
+def test_jpegs_are_exported_unchanged(tiny_npz, tmp_path):
     written, _ = pipeline.write("arrays", tmp_path / "jpegs", {"file": str(tiny_npz), "workers": 1, "mode": "jpg"})
     export_images(written, "val", np.array([3, 59]), tmp_path / "images")
     files = sorted((tmp_path / "images").glob("*/*"), key=lambda file: file.name)
@@ -111,7 +111,7 @@ def test_jpegs_are_handed_on_byte_for_byte(tiny_npz, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["none", "flip", "pad_crop_flip", "random_resized_crop_flip"])
-def test_augmentations_are_of_the_recipes_family(family):
+def test_augmentations_match_the_recipes_family(family):
     pixels = np.random.default_rng(0).integers(1, 256, (12, 16, 3), dtype=np.uint8)
     mirrored = pixels[:, ::-1]
     different = set()
@@ -124,7 +124,7 @@ def test_augmentations_are_of_the_recipes_family(family):
         different.add(found.tobytes())
         if family in ("none", "flip"):
             assert (found == pixels).all() or (family == "flip" and (found == mirrored).all())
-        if family == "pad_crop_flip":  # moved by up to an eighth of each side: 2 columns, 2 rows (1.5 rounded)
+        if family == "pad_crop_flip":  # shifted by up to an eighth of each side: 2 columns, 2 rows (1.5 rounded)
             inside = found[2:-2, 2:-2]
             places = [(y, x) for y in range(5) for x in range(5)]
             assert any((inside == side[y : y + 8, x : x + 12]).all() for side in (pixels, mirrored) for y, x in places)

@@ -1,4 +1,4 @@
-"""What more processes bring, by real torchrun jobs."""
+"""Scaling over processes, with real torchrun jobs."""
 
 import json
 
@@ -9,7 +9,7 @@ from fastkd.bench import scale
 from fastkd.errors import FastkdError, InputError
 
 
-def test_each_number_of_processes_is_timed_and_shown(tiny_recipe, tmp_path, command):
+def test_each_number_of_processes_is_timed(tiny_recipe, tmp_path, command):
     code, said = command(
         bench.scale, str(tiny_recipe.path), "train.batch_size=24", "--processes", "2", "--processes", "1",
         "--repeats", "1", "--rounds", "1", "--out", str(tmp_path / "out"),
@@ -26,11 +26,11 @@ def test_each_number_of_processes_is_timed_and_shown(tiny_recipe, tmp_path, comm
     assert "efficiency" in said
 
 
-def test_processes_that_do_not_divide_the_batch_are_refused(tiny_recipe, tmp_path):
-    with pytest.raises(InputError, match="--processes 2: does not divide the batch of 25"):
+def test_processes_that_do_not_divide_the_batch_are_an_error(tiny_recipe, tmp_path):
+    with pytest.raises(InputError, match=r"--processes 2: train\.batch_size=25 must be a multiple of processes"):
         scale.measure(str(tiny_recipe.path), [], tmp_path, processes=[1, 2])
 
 
-def test_a_job_that_fails_tells_its_error(tiny_recipe, tmp_path):
+def test_the_error_of_a_failed_job_is_reported(tiny_recipe, tmp_path):
     with pytest.raises(FastkdError, match=r"the job of 1 process failed: error: data\.path=.*: no data set there"):
         scale.measure(str(tiny_recipe.path), [f"data.path={tmp_path / 'nowhere'}"], tmp_path, processes=[1])

@@ -15,7 +15,7 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.jpg")}
 
 
-def test_sizes_are_spread_like_imagenet():
+def test_sizes_are_distributed_like_imagenets():
     rng = np.random.default_rng(0)
     hw_N2 = np.array([synthetic.draw_size(rng) for _ in range(5000)])
     np.testing.assert_allclose(hw_N2.mean(axis=0), [387, 469], rtol=0.03)
@@ -28,7 +28,7 @@ def test_sizes_are_spread_like_imagenet():
     assert longer_N.max() <= 2000
 
 
-def test_files_are_the_photos_and_take_what_imagenets_take(tmp_path):
+def test_files_contain_the_photos_and_have_the_size_of_imagenets(tmp_path):
     synthetic.make(tmp_path / "photos", 70, val=4, classes=3, seed=1)
     files = sorted((tmp_path / "photos").rglob("*.jpg"))
     assert len(files) == 74
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     return out
 
 
-def test_photos_depend_on_the_seed_alone(folder, tmp_path, monkeypatch):
+def test_photos_depend_only_on_the_seed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "CHUNK", 4)
     synthetic.make(tmp_path / "threads", 40, val=3, classes=3, threads=4)
     assert contents(tmp_path / "threads") == contents(folder)
@@ -73,21 +73,21 @@ def test_labels_can_be_learned():
     assert (found_N == np.arange(50) % 5).mean() > 0.8
 
 
-def test_the_image_folder_writer_takes_them(folder, tmp_path):
+def test_the_image_folder_writer_reads_the_photos(folder, tmp_path):
     dataset, _ = pipeline.write("image_folder", tmp_path / "dataset", {"root": str(folder), "workers": 1})
     assert dataset.facts["counts"] == {"train": 40, "val": 3}
     assert dataset.facts["classes"] == ["class00", "class01", "class02"]
 
 
-def test_class_names_sort_as_their_labels_do():
+def test_class_names_sort_as_the_labels():
     assert synthetic.class_name(7, 10) == "class07"
     names = [synthetic.class_name(c, 1000) for c in range(1000)]
     assert sorted(names) == names
 
 
-def test_what_exists_is_refused_and_kept(folder, tmp_path):
+def test_an_existing_folder_is_an_error_and_is_kept(folder, tmp_path):
     before = contents(folder)
-    with pytest.raises(InputError, match=r"photos: exists; name a new folder, or remove it first"):
+    with pytest.raises(InputError, match=r"photos: exists; choose a new folder, or remove it first"):
         synthetic.make(folder, 5, val=3, classes=3)
     assert contents(folder) == before
     (tmp_path / "file").touch()
@@ -96,7 +96,7 @@ def test_what_exists_is_refused_and_kept(folder, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_nothing_is_left_of_what_was_broken_off(tmp_path, monkeypatch, stop):
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, stop):
     drawn = []
 
     def photo(seed, split, number, label):
@@ -111,20 +111,20 @@ def test_nothing_is_left_of_what_was_broken_off(tmp_path, monkeypatch, stop):
         synthetic.make(tmp_path / "photos", 10_000, val=3, classes=3, threads=2)
     assert stop is KeyboardInterrupt or "photos: cannot be written (No space left on device)" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-    assert len(drawn) < 10_000  # what waited was given up
+    assert len(drawn) < 10_000  # waiting tasks were cancelled
 
 
-def test_a_class_without_photos_and_a_full_disk_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="--count 100 --val 9: each of the --classes 10 needs a photo in both"):
+def test_a_class_without_photos_and_a_full_disk_are_errors(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="--count 100 --val 9: both must be at least --classes 10"):
         synthetic.make(tmp_path / "photos", 100, val=9, classes=10)
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
     monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match=r"1,100 photos need 121 MB, and 10 MB are free: ask for fewer with --count"):
+    with pytest.raises(InputError, match=r"1,100 photos need 121 MB, and 10 MB are free; choose a smaller --count"):
         synthetic.make(tmp_path / "photos", 1000, val=100, classes=10)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_says_how_to_go_on(tmp_path, command):
+def test_the_command_prints_the_next_command(tmp_path, command):
     out = tmp_path / "my photos"
     arguments = (out, "--count", "4", "--val", "2", "--classes", "2", "--seed", "3", "--threads", "1")
     code, text = command(bench.synthetic, *arguments)
@@ -133,4 +133,4 @@ def test_the_command_says_how_to_go_on(tmp_path, command):
     assert f"python -m fastkd.write image_folder '{out}-dataset' root='{out}'" in text
     code, text = command(bench.synthetic, *arguments)
     assert code == 2
-    assert "exists; name a new folder, or remove it first" in text
+    assert "exists; choose a new folder, or remove it first" in text

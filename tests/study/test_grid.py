@@ -5,7 +5,7 @@ import pytest
 from fastkd import recipe
 from fastkd.errors import InputError
 from fastkd.recipe import Prune
-from fastkd.study.baselines import baseline, in_epochs
+from fastkd.recipe.baselines import baseline, in_epochs
 from fastkd.study.grid import HOLDOUT_RATIO, Study, grid_of, read_study
 
 

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from fastkd.recipe import Prune, Recipe
+from fastkd.recipe.schema import Recipe
+from fastkd.recipe.sections import Prune
 
 Baseline = Literal["random", "same_steps", "full"]
 BASELINES: tuple[Baseline, ...] = ("random", "same_steps", "full")
@@ -23,10 +24,9 @@ def baseline(recipe: Recipe, which: Baseline) -> Recipe | None:
     if prune.dynamic or prune.method == "list" or prune.keep_ratio == 1:  # its number of steps is not known, or full's
         return None
     if which == "random":
-        kept = {name: getattr(prune, name) for name in ("keep_ratio", "seed", "min_per_class")}
+        kept = {name: getattr(prune, name) for name in ("keep_ratio", "quota", "seed", "min_per_class")}
         return recipe.model_copy(update={"prune": Prune(method="random", **kept)})
-    epochs = recipe.train.epochs
-    if (fewer := round(epochs * prune.keep_ratio)) < 1 or fewer == epochs:
+    if (fewer := round(recipe.train.epochs * prune.keep_ratio)) < 1:
         return None
     return in_epochs(recipe.model_copy(update={"prune": Prune()}), fewer)
 
