@@ -567,7 +567,7 @@ def test_savings_compares_four_variants(command, tiny_recipe, tmp_path, json_in)
         "medium",
         "random",
         "all data",
-        "speed-up, additional",
+        "speed-up over vanilla, additional",
         "test top-1",
         "2 seeds",
         "machine:",

@@ -189,8 +189,8 @@ def table(report: dict[str, Any]) -> Table:
         title_justify="left",
     )
     grid.add_column("")
-    for title in ("ms", "rows/s", "× floor", "× fastkd", "memory"):
-        grid.add_column(title, justify="right", style="bold" if title.startswith("×") else None)
+    for title in ("ms", "rows/s", "time / floor", "time / fastkd", "memory"):
+        grid.add_column(title, justify="right", style="bold" if title.startswith("time") else None)
     for name, line in report["lines"].items():
         memory = line["memory_bytes"]
         grid.add_row(

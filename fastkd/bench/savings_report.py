@@ -74,11 +74,11 @@ def table(report: dict[str, Any]) -> Table:
     grid.add_section()
     add("first student (s)", "first_student_s", "{:.1f}")
     add("each additional student (s)", "further_student_s", "{:.1f}")
-    add("speed-up, first", "speedup_first_student_s", "{:.2f}×")
-    add("speed-up, additional", "speedup_further_student_s", "{:.2f}×", "bold")
+    add("speed-up over vanilla, first", "speedup_first_student_s", "{:.2f}×")
+    add("speed-up over vanilla, additional", "speedup_further_student_s", "{:.2f}×", "bold")
     if reference:
-        add("over the reference, first", "reference_speedup_first_student_s", "{:.2f}×")
-        add("over the reference, additional", "reference_speedup_further_student_s", "{:.2f}×", "bold")
+        add("speed-up over reference, first", "reference_speedup_first_student_s", "{:.2f}×")
+        add("speed-up over reference, additional", "reference_speedup_further_student_s", "{:.2f}×", "bold")
     grid.add_row(
         "pays off from student no.",
         *("–" if e in (vanilla, reference) else str(e["break_even_students"] or "never") for e in columns),

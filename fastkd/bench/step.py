@@ -13,7 +13,7 @@ from rich.table import Table
 from fastkd import console, machine
 from fastkd.bench import charts
 from fastkd.bench.breakdown import changed
-from fastkd.bench.measurement import interleaved, machine_line, range_text, summary, write_report
+from fastkd.bench.measurement import interleaved, machine_line, plural, range_text, summary, write_report
 from fastkd.bench.workbench import (
     TrainingLoop,
     Workbench,
@@ -228,4 +228,4 @@ def table(report: dict[str, Any]) -> Table:
 def notes(report: dict[str, Any]) -> list[str]:
     """Return the lines below the table."""
     machine_text = machine_line(report["machine"], report["gpu"])
-    return [*report["advice"], f"machine: {machine_text}, {report['threads']} threads"]
+    return [*report["advice"], f"machine: {machine_text}, {plural(report['threads'], 'thread')}"]
