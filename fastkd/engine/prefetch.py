@@ -1,5 +1,6 @@
 """Copies batches from the buffers of the loader to the device; on CUDA one batch ahead, on a separate stream."""
 
+import functools
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple, Protocol
@@ -91,9 +92,15 @@ class _Slot:
         return self.sent
 
 
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for copies to a device. The allocator keeps memory per stream: a new one each epoch adds up."""
+    return torch.cuda.Stream(device)
+
+
 def _one_ahead(batches: Iterator[DeviceBatch], device: torch.device) -> Iterator[DeviceBatch]:
     """Copy each batch while the device processes the previous one (CUDA only)."""
-    stream, slots = torch.cuda.Stream(device), (_Slot(), _Slot())
+    stream, slots = _copy_stream(device), (_Slot(), _Slot())
     number = -1
     for number, batch in enumerate(batches):
         slots[number % 2].send(batch, device, stream)
