@@ -4,6 +4,7 @@ import inspect
 import os
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,8 @@ class Runtime:
         if self.group.size == 1:
             return net
         parallel = nn.parallel.DistributedDataParallel
+        # They differ only where a side is 1, as in 1×1 convolutions, which does not change the order in memory.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters  # in torch 2.14
         return parallel(
             net,

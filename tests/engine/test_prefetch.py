@@ -88,12 +88,35 @@ def test_without_waiting_for_its_copy_a_batch_would_be_garbage(card, monkeypatch
     assert not torch.equal(fed.labels.cpu(), next(batches(1)).labels)
 
 
-def test_without_waiting_for_the_copy_before_pinned_memory_would_be_overwritten(card, monkeypatch):
-    monkeypatch.setattr(cuda_standin.Event, "synchronize", lambda self: None)
-    fed = prefetch_to_device(batches(3), cuda_runtime())
-    next(fed)
-    with pytest.raises(cuda_standin.RaceError, match="overwrites pinned memory"):
-        next(fed)
+def pinned(expected: list[Batch]) -> Generator[Batch, None, None]:
+    """Yield batches without stored rows in the same pinned buffers: FFCV's are, on a machine with a GPU."""
+    arrays = [t.pin_memory().numpy() for t in expected[0][:3]]
+    for batch in expected:
+        for array, tensor in zip(arrays, batch[:3], strict=True):
+            array[:] = tensor.numpy()
+        yield Batch(*map(torch.from_numpy, arrays), batch.valid)
+
+
+def test_pinned_buffers_of_the_loader_are_not_copied_on_the_host(card):
+    expected = list(batches(5))
+    for fed, batch in zip(prefetch_to_device(pinned(expected), cuda_runtime()), expected, strict=True):
+        assert card.live_bytes(pinned=True) == sum(t.nbytes for t in batch[:3])
+        for ours, theirs in zip(fed.tensors(), batch[:3], strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs)
+
+
+def test_without_waiting_for_the_copy_the_loader_would_overwrite_a_batch(card):
+    expected = list(batches(5))
+    with mock.patch.object(cuda_standin.Event, "synchronize"):
+        found = [fed.sample_ids.tolist() for fed in prefetch_to_device(pinned(expected), cuda_runtime())]
+    assert found == [batch.sample_ids.tolist() for batch in (*expected[1:], expected[-1])]
+
+
+def test_without_waiting_for_the_copy_pinned_memory_would_be_overwritten(card):
+    with mock.patch.object(cuda_standin.Event, "synchronize"):
+        fed = prefetch_to_device(batches(3), cuda_runtime())
+        with pytest.raises(cuda_standin.RaceError, match="overwrites pinned memory"):
+            next(fed)
 
 
 def test_without_record_stream_the_memory_of_a_batch_could_be_given_away(card):

@@ -55,6 +55,7 @@ class _Memory:
     """A storage on a device, or in pinned memory of the host (`stream` None)."""
 
     storage: StorageWeakRef
+    start: int
     bytes: int
     stream: Stream | None
     used_on: list[Stream] = field(default_factory=list)
@@ -111,7 +112,12 @@ class CudaStandIn(TorchFunctionMode):
     def _of(self, tensor: torch.Tensor) -> _Memory | None:
         """Return the memory of a tensor. None: pageable memory of the host."""
         with torch._C.DisableTorchFunction():
-            return self._memory.get(tensor.untyped_storage()._cdata)
+            storage, address = tensor.untyped_storage(), tensor.data_ptr()
+        if memory := self._memory.get(storage._cdata):
+            return memory
+        # As in CUDA, it is the address that is pinned: also that of an array over the memory of a tensor.
+        pinned = (one for one in self._memory.values() if one.stream is None and not one.storage.expired())
+        return next((one for one in pinned if one.start <= address < one.start + one.bytes), None)
 
     def on_device(self, tensor: torch.Tensor) -> bool:
         memory = self._of(tensor)
@@ -121,15 +127,17 @@ class CudaStandIn(TorchFunctionMode):
         """Note where a new tensor lies: on the device of a stream, or in pinned memory."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._memory:
-            self._memory[storage._cdata] = _Memory(StorageWeakRef(storage), storage.nbytes(), stream)
+            self._memory[storage._cdata] = _Memory(
+                StorageWeakRef(storage), storage.data_ptr(), storage.nbytes(), stream
+            )
             if storage.nbytes() > 1 << 20 or len(self._memory) % 1024 == 0:
                 self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return tensor
 
-    def live_bytes(self) -> int:
-        """Return the bytes of all tensors on devices; forget those that are gone."""
+    def live_bytes(self, *, pinned: bool = False) -> int:
+        """Return the bytes of all tensors on devices, or in pinned memory; forget those that are gone."""
         self._memory = {key: one for key, one in self._memory.items() if not one.storage.expired()}
-        return sum(one.bytes for one in self._memory.values() if one.stream is not None)
+        return sum(one.bytes for one in self._memory.values() if (one.stream is None) == pinned)
 
     def _copy_later(self, target: torch.Tensor, source: torch.Tensor, *, to_host: bool) -> None:
         """Queue a copy, and fill the target with garbage until it is made."""
