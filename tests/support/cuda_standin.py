@@ -17,6 +17,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -142,15 +143,16 @@ class CudaStandIn(TorchFunctionMode):
     def _copy_later(self, target: torch.Tensor, source: torch.Tensor, *, to_host: bool) -> None:
         """Queue a copy, and fill the target with garbage until it is made."""
         content = source.detach().clone() if to_host else source.detach()  # work on the stream so far, or at that time
-        flat = torch.empty(0, dtype=torch.uint8).set_(target.untyped_storage())
-        flat.fill_(GARBAGE)
+        garbage = torch.empty_like(target)
+        torch.empty(0, dtype=torch.uint8).set_(garbage.untyped_storage()).fill_(GARBAGE)
 
-        def make() -> None:
+        def fill(content: torch.Tensor) -> None:
             with torch._C.DisableTorchFunction(), torch.inference_mode():
                 target.detach().copy_(content)
 
+        fill(garbage)
         stream = self.current_stream()
-        position = stream.enqueue(Copy(make, to_host))
+        position = stream.enqueue(Copy(partial(fill, content), to_host))
         self.copies["to_host" if to_host else "to_device"] += 1
         if not to_host and (memory := self._of(source)):
             memory.read_by.append((stream, position))
