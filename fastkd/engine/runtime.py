@@ -70,8 +70,8 @@ class Runtime:
         group = group or current()
         chosen = _resolve_device(device, group)
         if chosen.type == "cuda":
-            _check_kernels(device, chosen)
             torch.cuda.set_device(chosen)  # streams and events belong to the current device
+            _check_kernels(device, chosen)
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = True
             torch.set_float32_matmul_precision("high")
