@@ -225,13 +225,23 @@ def explained(error: Exception) -> tuple[str, int] | None:
     """
     if isinstance(error, OSError):
         return _explained_os(error)
-    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch, on a GPU
-    if out_of_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
-        detail = " ".join(str(error).split())[:200]
+    if type(error).__name__ == "OutOfMemoryError" or "CUDA error: out of memory" in str(error):  # torch's
+        return (
+            f"out of GPU memory ({_detail(error)}): give a smaller train.batch_size, or a larger train.accumulate, "
+            "which splits each batch; for the passes of the teacher, a smaller score.batch_size or labels.batch_size",
+            1,
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error)):
+        detail = _detail(error)
         return f"out of memory{f' ({detail})' if detail else ''}: use smaller batches or fewer workers", 1
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib, for ~
         return "there is no home directory (no HOME, and no user entry of this uid): give paths without ~", 2
     return None
+
+
+def _detail(error: Exception) -> str:
+    """Return the beginning of an error's text, on one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def _explained_os(error: OSError) -> tuple[str, int] | None:

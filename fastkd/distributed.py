@@ -13,13 +13,16 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib import metadata
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from fastkd import console
 from fastkd.errors import FastkdError, Terminated
 from fastkd.peer_watch import FAILED, RESUME_HINT, Watch, claim, seconds_from
 from fastkd.process_group import POLL_S, AsyncAny, ProcessGroup, process_name
 from fastkd.rendezvous import meet
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    import torch
 
 __all__ = ["AsyncAny", "ProcessGroup", "current", "joined"]
 
@@ -106,7 +109,26 @@ def _init_collectives(group: ProcessGroup) -> None:
         rank=group.rank,
         world_size=group.size,
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        device_id=_own_gpu(group),
     )
+
+
+def _own_gpu(group: ProcessGroup) -> "torch.device | None":
+    """Return the GPU of this process. None: there are fewer GPUs than processes on this machine, or none."""
+    import torch
+
+    enough = torch.cuda.is_available() and group.local_size <= torch.cuda.device_count()
+    return torch.device("cuda", group.local_rank) if enough else None
+
+
+def _abort_nccl() -> None:
+    """Let collectives on GPUs fail. They would wait for a dead process until `COLLECTIVE_TIMEOUT_S`."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available() and dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.distributed_c10d._get_default_group()._get_backend(torch.device("cuda")).abort()
 
 
 def _join() -> ProcessGroup:
@@ -144,6 +166,7 @@ def _join() -> ProcessGroup:
             timeout_s=heartbeat_s,
             reports_for_machine=local_rank == 0,
             store_name=address,
+            unblock=_abort_nccl,
         )
         prefixed = dist.PrefixStore(start, store)
         return ProcessGroup(rank, size, local_rank, local_size, prefixed, members=members, watch=watch)

@@ -102,7 +102,8 @@ if torch.cuda.is_available():
         gpus.append({"name": p.name, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}",
                      "bf16": p.major >= 8 or torch.version.hip is not None})
 bf16 = {"avx512_bf16": ask("_is_avx512_bf16_supported"), "amx_bf16": ask("_is_amx_tile_supported")}
-print(json.dumps({"gpus": gpus, "bf16": bf16}))
+architectures = [] if torch.version.hip else torch.cuda.get_arch_list()
+print(json.dumps({"gpus": gpus, "bf16": bf16, "architectures": architectures}))
 """
 
 
@@ -330,18 +331,33 @@ def gib(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count else "unknown"
 
 
-def gpu_finding(gpus: Sequence[dict[str, Any]], driver: Sequence[dict[str, Any]], torch_error: str | None) -> Finding:
-    """Report the GPUs that torch finds. A GPU that only the driver finds is a note."""
+def gpu_finding(
+    gpus: Sequence[dict[str, Any]],
+    driver: Sequence[dict[str, Any]],
+    torch_error: str | None,
+    architectures: Sequence[str] = (),
+) -> Finding:
+    """Report the GPUs that torch finds. One that only the driver finds, or that torch has no kernels for, is a note."""
     shown = "; ".join(
         f"{gpu['name']}, {gib(gpu['memory_bytes'])}, capability {gpu['capability']}, {'' if gpu['bf16'] else 'no '}bf16"
         for gpu in gpus or driver
     )
+    unusable = [gpu["name"] for gpu in gpus if not machine.has_kernels(_capability(gpu), architectures)]
+    if unusable:
+        built_for = ", ".join(architectures)
+        why = f"but this torch has no kernels for {unusable[0]} (it has {built_for}): install a build of torch for it"
+        return Finding(NOTE, "GPU", f"{shown}, {why} (https://pytorch.org/get-started)")
     if gpus:
         return Finding(FACT, "GPU", shown)
     if driver:
         why = "torch does not import" if torch_error else "torch does not find it: a CPU build, or an old driver?"
         return Finding(NOTE, "GPU", f"{shown}, but {why}")
     return Finding(FACT, "GPU", "none: training runs on the CPU")
+
+
+def _capability(gpu: dict[str, Any]) -> tuple[int, int]:
+    major, _, minor = gpu["capability"].partition(".")
+    return int(major), int(minor)
 
 
 def machine_findings(facts: dict[str, Any]) -> list[Finding]:
@@ -361,19 +377,19 @@ def machine_findings(facts: dict[str, Any]) -> list[Finding]:
 
 def examine() -> dict[str, Any]:
     """Examine the machine; return the report that ``--json`` prints."""
-    facts = machine.describe()
+    facts, architectures = machine.describe(), []
     torch_error, answer = import_error("torch", TORCH_PROBE)
     ffcv_error, _ = import_error("ffcv", FFCV_PROBE)
     if torch_error is None:
         probe = json.loads(last_line(answer))
-        facts["gpus"] = probe["gpus"]
+        facts["gpus"], architectures = probe["gpus"], probe["architectures"]
         # torch also requests permission to use AMX, which the flags do not show; it reports nothing about ARM.
         facts["bf16"].update(probe["bf16"])
     driver = [] if facts["gpus"] else driver_gpus()
     sections = {
         "machine": [
             *machine_findings(facts),
-            gpu_finding(facts["gpus"], driver, torch_error),
+            gpu_finding(facts["gpus"], driver, torch_error, architectures),
             caches_finding(),
         ],
         "packages": [

@@ -44,6 +44,27 @@ def bf16_from_flags(cpuinfo: str) -> dict[str, bool]:
     return {name: name in flags for name in ("avx512_bf16", "amx_bf16", "bf16")}
 
 
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Return whether a torch build runs on a GPU. True if `architectures` is empty, as it is unknown then.
+
+    Parameters
+    ----------
+    capability
+        Compute capability of the GPU (major, minor).
+    architectures
+        From `torch.cuda.get_arch_list`. Machine code ("sm_86") runs on GPUs of the same major capability, from its
+        minor capability on; with the suffix a on that capability only. PTX ("compute_90") is compiled for later GPUs.
+    """
+    found = [re.match(r"(sm|compute)_(\d+)(\d)([a-z]?)$", name) for name in architectures]
+    for kind, major, minor, suffix in (one.groups() for one in found if one):
+        own = (int(major), int(minor))
+        if own == capability or (kind == "compute" and own < capability and suffix == ""):
+            return True
+        if kind == "sm" and own[0] == capability[0] and own[1] < capability[1] and suffix != "a":
+            return True
+    return not architectures
+
+
 def cgroup_values(name: str, self_cgroup: str, mount: Path = Path("/sys/fs/cgroup")) -> list[str]:
     """Return the contents of the file `name` in the cgroup (version 2) of this process and in its parents."""
     found = re.search(r"^0::/?(.*)$", self_cgroup, re.MULTILINE)

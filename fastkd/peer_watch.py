@@ -64,6 +64,8 @@ class Watch:
         Whether this process prints errors if the store cannot be reached, so that it is unknown who else did.
     store_name : str
         Name of the store in messages.
+    unblock
+        Called once, in a thread of its own, when there is a problem: lets collectives in the main thread fail.
 
     Attributes
     ----------
@@ -80,11 +82,13 @@ class Watch:
         timeout_s: float,
         reports_for_machine: bool = True,
         store_name: str = "the store",
+        unblock: Callable[[], None] = lambda: None,
         end: Callable[[], NoReturn] = lambda: os._exit(1),
     ) -> None:
         self.problem: str | None = None
         self._store, self._rank, self._names = store, rank, names
-        self._timeout_s, self._reports, self._store_name, self._end = timeout_s, reports_for_machine, store_name, end
+        self._timeout_s, self._reports, self._store_name = timeout_s, reports_for_machine, store_name
+        self._unblock, self._end = unblock, end
         self._keys = [f"alive/{other}" for other in range(len(names))]
         self._beats: dict[str, bytes] = {}
         # This clock does not advance while the process is suspended (SIGSTOP, a sleeping machine).
@@ -164,6 +168,7 @@ class Watch:
                 break
         else:
             return
+        threading.Thread(target=self._unblock, daemon=True).start()  # which may block, too
         if self._leaving.wait(GRACE_S):
             return
         first = claim(self._store, f"{self._names[self._rank]}: {self.problem}") if self.problem else False

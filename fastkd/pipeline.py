@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,8 @@ class Pipeline:
             {"device": self.runtime.device.type, "precision": self.runtime.precision},
             "Give train.device and train.precision, as all machines have them",
         )
+        if build and current().size == 1 and recipe.train.device in ("auto", "cuda"):
+            _say_idle_gpus(self.runtime.idle_gpus)
         if reset_compiler:
             torch.compiler.reset()
 
@@ -380,6 +382,16 @@ def refuse_unknown(stages: frozenset[str] | set[str]) -> None:
     """Refuse to force a stage that does not exist."""
     if unknown := stages - set(STAGES):
         raise InputError(f"--force {sorted(unknown)[0]}: unknown stage; known: {', '.join(STAGES)}")
+
+
+@cache
+def _say_idle_gpus(count: int) -> None:
+    """Say once that a single process uses one GPU of several."""
+    if count:
+        console.say(
+            f"one GPU is used, {count} {'are' if count > 1 else 'is'} idle: start the same command with "
+            f"torchrun --standalone --nproc-per-node {count + 1} -m fastkd.train RECIPE to use all"
+        )
 
 
 def _contents(labels: Artifact, views: int) -> dict[str, str]:

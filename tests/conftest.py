@@ -14,6 +14,7 @@ import hosts
 import hypothesis
 import numpy as np
 import pytest
+from cuda_standin import CudaStandIn
 from harness import seconds
 
 from fastkd import artifacts, cli, console, recipe
@@ -136,6 +137,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest) -> Iterator[CudaStandIn]:
+    """A stand-in for a GPU: an H100, or the card that the test is parametrized with."""
+    from fastkd.engine import prefetch
+
+    prefetch._copy_stream.cache_clear()
+    with CudaStandIn(getattr(request, "param", "H100")) as standin:
+        yield standin
+    prefetch._copy_stream.cache_clear()
+
+
+@pytest.fixture(params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])
+def cuda(request: pytest.FixtureRequest) -> None:
+    """CUDA, on the stand-in for a GPU and on a GPU."""
+    if request.param == "stand-in":
+        request.getfixturevalue("card")
 
 
 @pytest.fixture

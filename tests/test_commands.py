@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 import typer
 from harness import command_file, seconds
 from PIL import Image
@@ -366,6 +367,8 @@ def test_ctrl_c_is_130_and_our_other_errors_are_1(command, monkeypatch, tiny_rec
         (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk: no space left"),
         (MemoryError("Unable to allocate 9 TiB"), 1, "out of memory (Unable to allocate 9 TiB)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 1, "out of GPU memory (CUDA out of memory. Tried to)"),
+        (RuntimeError("CUDA error: out of memory"), 1, "a larger train.accumulate"),
         (RuntimeError("Could not determine home directory."), 2, "there is no home directory"),
     ],
 )

@@ -256,6 +256,33 @@ def test_gpus_of_the_driver():
     assert doctor.gpu_finding(gpus, [], None).text.startswith("NVIDIA H100, 79.6 GiB, capability 9.0, bf16")
 
 
+def test_a_gpu_without_kernels_in_this_torch_is_a_note():
+    gpus = doctor.gpus_from_nvidia_smi("Tesla V100, 16384, 7.0\n")
+    assert doctor.gpu_finding(gpus, [], None, ["sm_70", "sm_80"]).mark == ""
+    finding = doctor.gpu_finding(gpus, [], None, ["sm_75", "sm_80"])
+    assert finding.mark == "note"
+    assert "no kernels for Tesla V100 (it has sm_75, sm_80): install a build of torch for it" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),  # machine code of a lower minor capability
+        ((8, 0), ["sm_86"], False),
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((12, 1), ["sm_90", "compute_90"], True),  # PTX
+        ((8, 0), ["compute_90"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 3), ["sm_100a"], False),
+        ((10, 3), ["sm_100f"], True),
+        ((5, 0), [], True),  # unknown
+    ],
+)
+def test_kernels_of_a_torch_build(capability, architectures, expected):
+    assert machine.has_kernels(capability, architectures) is expected
+
+
 # --- data ---------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ import torch
 from ffcv.loader import Loader as FfcvLoader
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.memory_managers.os_cache import OSCacheContext
-from ffcv.pipeline.compiler import Compiler
 
 from fastkd.data.readahead import ReadAhead
 from fastkd.data.row_store import StoredRows
@@ -54,7 +53,7 @@ class EpochThread(EpochIterator):
         slots = loader.batches_ahead + 2
         self.rows = [stored.buffers(loader.batch_size) for _ in range(slots)] if stored else []
         (self.decoder,) = (node.id for node in loader.graph.root_nodes if isinstance(node.decoder, ViewDecoder))
-        Compiler.set_num_threads(workers)
+        loader.num_workers = workers  # FFCV sets it as the thread count of the thread that it starts
         super().__init__(loader, positions)  # starts the thread
 
     def run(self) -> None:

@@ -1,4 +1,4 @@
-"""Corrections of FFCV 1.0.2, applied on import: threads, errors of page readers, compiled readers."""
+"""Corrections of FFCV 1.0.2, applied on import: threads, CUDA contexts, errors of page readers, compiled readers."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ import fastkd.data.ffcv_import  # noqa: F401
 # isort: split
 import numba
 import numpy as np
+from ffcv.loader import epoch_iterator
 from ffcv.memory_managers.os_cache import OSCacheManager
 from ffcv.memory_managers.process_cache import page_reader, schedule
 from ffcv.pipeline.compiler import Compiler
@@ -25,6 +26,10 @@ def _set_loader_threads(n: int) -> None:
 
 
 Compiler.set_num_threads = _set_loader_threads
+
+# Batches are copied to the device by fastkd.engine.prefetch. FFCV's own streams would open a second CUDA context, on
+# GPU 0, in each process that uses another GPU (ffcv #210).
+epoch_iterator.IS_CUDA = False
 
 
 def _compile_reader(manager: OSCacheManager, compile_one: Any = OSCacheManager.compile_reader) -> Any:

@@ -38,8 +38,8 @@ class ModelEma:
         """Update the average after a step."""
         own, theirs = zip(*self._followed, strict=True)
         torch._foreach_lerp_(own, theirs, 1 - self.decay)
-        for counter, value in self._counted:
-            counter.copy_(value)
+        if self._counted:
+            torch._foreach_copy_(*zip(*self._counted, strict=True))
 
 
 def _tensors(net: nn.Module) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """Copies batches from the buffers of the loader to the device; on CUDA one batch ahead, on a separate stream."""
 
+import functools
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from typing import NamedTuple, Protocol
@@ -62,42 +63,55 @@ def _on_host(batch: Batch) -> DeviceBatch:
     return DeviceBatch(batch.images, batch.labels, batch.sample_ids, batch.stored, batch.valid)
 
 
-class _Slot:
-    """Pinned memory of one batch, and the event that marks the end of its copy."""
+class _Sender:
+    """Sends batches to the device, through pinned memory where the buffers of the loader are not pinned themselves."""
 
-    def __init__(self) -> None:
-        self.pinned: tuple[Tensor, ...] = ()
-        self.copied = torch.cuda.Event()
-        self.sent: DeviceBatch
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, _copy_stream(device)
+        self._pinned: tuple[Tensor | None, ...] = ()
 
-    def send(self, batch: DeviceBatch, device: torch.device, stream: torch.cuda.Stream) -> None:
-        """Start copying a batch to the device."""
-        if not self.pinned:
-            self.pinned = tuple(torch.empty_like(t, pin_memory=True) for t in batch.tensors())
-        self.copied.synchronize()
-        for pinned, tensor in zip(self.pinned, batch.tensors(), strict=True):
-            pinned.copy_(tensor)
-        with torch.cuda.stream(stream):
-            images, labels, sample_ids, *stored = (t.to(device, non_blocking=True) for t in self.pinned)
-            self.copied.record(stream)
-        self.sent = DeviceBatch(images, labels, sample_ids, tuple(stored), batch.valid)
+    def send(self, batch: DeviceBatch) -> "_Sent":
+        """Start copying a batch to the device. Wait for `_Sent.copied` before the next one."""
+        tensors = batch.tensors()
+        if not self._pinned:
+            self._pinned = tuple(None if t.is_pinned() else torch.empty_like(t, pin_memory=True) for t in tensors)
+        sources = [t if own is None else own.copy_(t) for own, t in zip(self._pinned, tensors, strict=True)]
+        with torch.cuda.stream(self._stream):
+            images, labels, sample_ids, *stored = (t.to(self._device, non_blocking=True) for t in sources)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return _Sent(DeviceBatch(images, labels, sample_ids, tuple(stored), batch.valid), copied)
 
-    def arrived(self, device: torch.device) -> DeviceBatch:
+
+class _Sent(NamedTuple):
+    """A batch on its way to the device, and the event that marks the end of its copy."""
+
+    batch: DeviceBatch
+    copied: torch.cuda.Event
+
+    def arrived(self) -> DeviceBatch:
         """Return the batch. The current stream waits for the copy; the host does not."""
-        current = torch.cuda.current_stream(device)
+        current = torch.cuda.current_stream(self.batch.images.device)
         current.wait_event(self.copied)
-        for tensor in self.sent.tensors():
+        for tensor in self.batch.tensors():
             tensor.record_stream(current)
-        return self.sent
+        return self.batch
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for copies to a device. The allocator keeps memory per stream: a new one each epoch adds up."""
+    return torch.cuda.Stream(device)
 
 
 def _one_ahead(batches: Iterator[DeviceBatch], device: torch.device) -> Iterator[DeviceBatch]:
     """Copy each batch while the device processes the previous one (CUDA only)."""
-    stream, slots = torch.cuda.Stream(device), (_Slot(), _Slot())
-    number = -1
-    for number, batch in enumerate(batches):
-        slots[number % 2].send(batch, device, stream)
-        if number:
-            yield slots[(number - 1) % 2].arrived(device)
-    if number >= 0:
-        yield slots[number % 2].arrived(device)
+    sender, ahead = _Sender(device), None
+    for batch in batches:
+        sent = sender.send(batch)
+        if ahead is not None:
+            yield ahead.arrived()
+        sent.copied.synchronize()  # the loader reuses its buffers; the copy has ended while the step was launched
+        ahead = sent
+    if ahead is not None:
+        yield ahead.arrived()

@@ -4,6 +4,7 @@ import inspect
 import os
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 
 from fastkd.distributed import ProcessGroup, current
 from fastkd.errors import InputError
-from fastkd.machine import usable_cores
+from fastkd.machine import has_kernels, usable_cores
 from fastkd.recipe import Optim
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,14 @@ class Runtime:
         Raises
         ------
         InputError
-            An unknown device, CUDA on a machine without it, or fp16 on a CPU.
+            An unknown device, CUDA on a machine without it, a GPU that this torch build has no kernels for, or fp16 on
+            a CPU.
         """
         group = group or current()
         chosen = _resolve_device(device, group)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)  # streams and events belong to the current device
+            _check_kernels(device, chosen)
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = True
             torch.set_float32_matmul_precision("high")
@@ -83,6 +87,22 @@ class Runtime:
     def gpu(self) -> str | None:
         """Name of the GPU. None on a CPU."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def arithmetic(self) -> str:
+        """Precision of convolutions and matrix products: `precision`, or "tf32" for float32 on GPUs since Ampere."""
+        rounds = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return "tf32" if self.precision == "fp32" and rounds else self.precision
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether compiled networks run as CUDA graphs."""
+        return self.device.type == "cuda" and self.compile in _GRAPH_MODES
+
+    @property
+    def idle_gpus(self) -> int:
+        """Number of GPUs of this machine that no process of the job uses; 0 on a CPU."""
+        return torch.cuda.device_count() - self.group.local_size if self.device.type == "cuda" else 0
 
     def sync_batchnorm(self, net: nn.Module) -> None:
         """Replace the batch norm layers of a network by SyncBatchNorm, in place.
@@ -104,6 +124,8 @@ class Runtime:
         if self.group.size == 1:
             return net
         parallel = nn.parallel.DistributedDataParallel
+        # They differ only where a side is 1, as in 1×1 convolutions, which does not change the order in memory.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         renamed = "forward_sync_buffers" in inspect.signature(parallel).parameters  # in torch 2.14
         return parallel(
             net,
@@ -134,11 +156,18 @@ class Runtime:
         return torch.compile(net, dynamic=False, mode=mode)  # type: ignore[return-value]
 
     def optimizer(self, optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of a recipe, fused."""
+        """Return the optimizer of a recipe, fused.
+
+        Momentum starts as zeros, as torch's fused SGD leaves it uninitialised if the gradients of its first step
+        overflow in float16.
+        """
         common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
         if optim.name == "adamw":
             return torch.optim.AdamW(parameters, betas=optim.betas, **common)
-        return torch.optim.SGD(parameters, momentum=optim.momentum, nesterov=optim.nesterov, **common)
+        sgd = torch.optim.SGD(parameters, momentum=optim.momentum, nesterov=optim.nesterov, **common)
+        for parameter in sgd.param_groups[0]["params"] if optim.momentum else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
 
     def to_host(self, tensor: Tensor) -> Callable[[], np.ndarray]:
         """Start copying a tensor to the host, and return a function that waits for the copy."""
@@ -188,7 +217,20 @@ def _resolve_device(device: str, group: ProcessGroup) -> torch.device:
             chosen = torch.device("cuda", group.local_rank)
         if not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
             raise InputError(f"train.device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        return torch.device("cuda", chosen.index or 0)  # torch.cuda.set_device needs an index
     return chosen
+
+
+def _check_kernels(device: str, chosen: torch.device) -> None:
+    """Refuse a GPU that this torch build has no kernels for: its first operation would fail."""
+    capability, built_for = torch.cuda.get_device_capability(chosen), torch.cuda.get_arch_list()
+    if torch.version.hip is None and not has_kernels(capability, built_for):
+        raise InputError(
+            f"train.device={device!r}: torch {torch.__version__} has no kernels for "
+            f"{torch.cuda.get_device_name(chosen)}, capability {capability[0]}.{capability[1]} (it has "
+            f"{', '.join(built_for)}); install a build of torch for this GPU (https://pytorch.org/get-started), give "
+            "train.device=cpu, or set CUDA_VISIBLE_DEVICES to an empty text"
+        )
 
 
 def has_bf16(device: torch.device) -> bool:

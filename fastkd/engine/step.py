@@ -101,18 +101,32 @@ class TrainState:
     clip: ClipGradNorm = field(default_factory=ClipGradNorm)
     ema: ModelEma | NoEma = field(default_factory=NoEma)
 
+    def __post_init__(self) -> None:
+        if self._keeps_gradients:
+            for parameter in self.optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Average gradients over processes in the last microbatch only."""
         if last or self.runtime.group.size == 1:
             return contextlib.nullcontext()
         return cast(nn.parallel.DistributedDataParallel, self.objective).no_sync()
 
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Whether gradients have memory of their own. Those of a CUDA graph are overwritten by the next microbatch."""
+        return self.accumulate > 1 and self.runtime.cuda_graphs
+
+    def zero_grad(self) -> None:
+        """Reset the gradients of the parameters."""
+        self.optimizer.zero_grad(set_to_none=not self._keeps_gradients)
+
     def apply_gradients(self) -> None:
         """Update the weights, and their average."""
         self.clip(self.scaler, self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
         self.ema.update()
 
 
@@ -146,7 +160,7 @@ def warm_up(state: TrainState, batch: TrainBatch) -> None:
         with state.runtime.autocast():
             loss, _ = state.objective(*micro)
         loss.backward()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.zero_grad()
     with torch.no_grad():
         for name, b in state.objective.named_buffers():
             b.copy_(buffers[name])

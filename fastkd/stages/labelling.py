@@ -109,7 +109,7 @@ def build_labels(
             fields,
             fill,
             parents=parents,
-            settings={"precision": runtime.precision, "batch_size": settings.batch_size},
+            settings={"precision": runtime.arithmetic, "batch_size": settings.batch_size},
             force=force,
             enough=lambda artifact: artifact.facts["views"] >= views,
             resumable=True,
@@ -249,7 +249,7 @@ def _drop_damaged(labeller: Labeller, folder: Path, progress: Progress, wanted: 
 def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int) -> bool:
     """Return whether the rows of a view are unchanged, and in this precision."""
     state, count = progress.views[view], len(labeller.sample_ids)
-    if state["rows"] < count and state["precision"] != labeller.runtime.precision:
+    if state["rows"] < count and state["precision"] != labeller.runtime.arithmetic:
         console.say(f"label: view {view} was started in {state['precision']}; labelling it again")
         return False
     digests = []

@@ -66,7 +66,7 @@ def build_scores(
             fields,
             fill,
             parents={"DATASET": images.dataset.key},
-            settings={"precision": runtime.precision, "batch_size": settings.batch_size},
+            settings={"precision": runtime.arithmetic, "batch_size": settings.batch_size},
             force=force,
             resumable=True,
             sources=lambda: [images.dataset],
@@ -87,7 +87,7 @@ def _fill(
     classes = loader.dataset.facts["classes"]
     count, K, dtype = loader.count, len(classes), np.dtype(settings.dtype)
     begun = progress.views.get(0)
-    done = decided_by_main(lambda: _rows_to_keep(file, dtype, count, K, progress, runtime.precision))
+    done = decided_by_main(lambda: _rows_to_keep(file, dtype, count, K, progress, runtime.arithmetic))
     earlier_s = begun["cost_s"] if begun and done else 0.0
     if done:
         console.say(f"score: resuming: {done:,} of {count:,} rows exist")

@@ -33,8 +33,9 @@ def run_pass(
 ) -> None:
     """Run a network on samples, starting at the first missing row, and write rows computed from its logits.
 
-    Several processes take whole batches in turn. The rows are bit-identical to those of a single process. `progress`
-    counts the rows before the first one that is not on disk.
+    Several processes take whole batches in turn. On a CPU, the rows are bit-identical to those of a single process; on
+    a GPU, cuDNN may choose other algorithms in each process. `progress` counts the rows before the first one that is
+    not on disk.
 
     Parameters
     ----------
@@ -118,7 +119,7 @@ class _Saver:
             self._progress.views[v] = {
                 "rows": done,
                 "digests": [file.digest for file in own],
-                "precision": self._runtime.precision,
+                "precision": self._runtime.arithmetic,
                 "cost_s": earlier + elapsed / len(self._views),
             }
         self._progress.save()

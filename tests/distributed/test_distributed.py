@@ -1,12 +1,15 @@
 """What processes tell one another, here threads over a store in memory."""
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import pytest
+import torch
 import torch.distributed as dist
+from cuda_standin import CudaStandIn
 
 import fastkd
 from fastkd import distributed, peer_watch, pipeline
@@ -131,6 +134,51 @@ def test_nobody_waits_for_one_that_gives_no_sign_of_life(watching):
         one.gather(None)
     mine.leave()
     assert not mine.ended.wait(1)
+
+
+def test_collectives_are_unblocked_before_a_process_is_ended(watching):
+    store, calls = dist.HashStore(), []
+    store.add("alive/1", 1)
+    mine = watching(store, 0, 2, unblock=lambda: calls.append(mine.ended.is_set()))
+    assert mine.ended.wait(10)
+    assert calls == [False]
+
+
+class Nccl:
+    """A process group whose collectives on GPUs can be aborted."""
+
+    def __init__(self) -> None:
+        self.aborted: list[torch.device] = []
+
+    def _get_backend(self, device: torch.device) -> "Nccl":
+        self.device = device
+        return self
+
+    def abort(self) -> None:
+        self.aborted.append(self.device)
+
+
+def test_collectives_on_gpus_are_aborted_and_those_on_cpus_are_left(monkeypatch):
+    group = Nccl()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_group", lambda: group)
+    distributed._abort_nccl()
+    assert group.aborted == []
+    with CudaStandIn():
+        distributed._abort_nccl()
+    assert group.aborted == [torch.device("cuda")]
+
+
+@pytest.mark.parametrize(("gpus", "local_size", "expected"), [(4, 4, 1), (4, 2, 1), (1, 2, None), (0, 2, None)])
+def test_nccl_is_bound_to_the_gpu_of_its_process(monkeypatch, gpus, local_size, expected):
+    """Not where several processes share a GPU, which NCCL refuses: they train on the CPU."""
+    given = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options, backend=backend))
+    group = ProcessGroup(1, local_size, 1, local_size, dist.HashStore())
+    with CudaStandIn(count=gpus) if gpus else contextlib.nullcontext():
+        distributed._init_collectives(group)
+    assert given["device_id"] == (None if expected is None else torch.device("cuda", expected))
+    assert given["backend"] == ("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
 
 def test_one_that_takes_its_time_is_waited_for(watching):

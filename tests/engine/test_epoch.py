@@ -1,6 +1,6 @@
 import itertools
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,11 @@ from fastkd.engine.ema import ModelEma, NoEma
 from fastkd.engine.epoch import Epoch, StoppedError, train_epoch
 from fastkd.engine.losses import kd_loss
 from fastkd.engine.per_sample_loss import PerSampleLoss
+from fastkd.engine.prefetch import prefetch_to_device
+from fastkd.engine.step import ClipGradNorm, train_batch, train_step
 from fastkd.errors import FastkdError
+
+KD = partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0)
 
 
 def test_an_epoch_uses_each_learning_rate_logs_and_decodes_the_stored_rows():
@@ -149,8 +153,43 @@ def test_an_epoch_on_cuda_runs_in_every_precision(precision, compile):
     assert torch.isfinite(per_sample.loss_N).all().item()
 
 
-@pytest.mark.gpu
-def test_steps_on_cuda_never_wait_for_the_device():
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_an_epoch_on_cuda_has_the_losses_of_one_on_the_cpu(card, precision):
+    """In fp16, the stand-in computes as a CPU does in fp16; the loss scale does not change the loss."""
+    logged = {"cpu": [], "cuda": []}
+    for device, log in logged.items():
+        state = cuda_state(precision) if device == "cuda" else make_state(KD, decode=lambda teacher: teacher[0].float())
+        if device == "cpu":
+            state.clip = ClipGradNorm(1.0)
+            state.runtime = replace(CPU, precision=precision)
+        state.ema = ModelEma(state.objective.student, 0.9)
+        per_sample = PerSampleLoss(np.arange(48), state.runtime)
+        train_epoch(state, batches(12), None, np.full(12, 0.1), log_every_steps=3, per_sample_loss=per_sample,
+                    on_log=lambda epoch, loss, log=log: log.append(loss))  # fmt: skip
+        assert torch.isfinite(per_sample.loss_N).all().item()
+    assert logged["cuda"] == pytest.approx(logged["cpu"], rel=1e-6)
+    assert logged["cuda"][-1] < logged["cuda"][0]
+
+
+def test_an_overflow_in_fp16_skips_its_step(card):
+    """Without the host waiting for the device."""
+    state = cuda_state("fp16")
+    before = [parameter.detach().clone() for parameter in state.objective.parameters()]
+    factors = iter((torch.inf, 1.0, 1.0))
+    hook = next(state.objective.parameters()).register_hook(lambda gradient: gradient * next(factors))
+    after, syncs = [], len(card.syncs)
+    for batch in prefetch_to_device(batches(3), state.runtime):
+        train_step(state, train_batch(batch, None))
+        after.append([parameter.detach().clone() for parameter in state.objective.parameters()])
+    assert card.syncs[syncs:] == []
+    hook.remove()
+    assert all(map(torch.equal, after[0], before))
+    assert not any(map(torch.equal, after[1], before))
+    assert state.scaler.get_scale() == 2.0**15
+    assert all(parameter.isfinite().all().item() for parameter in after[2])
+
+
+def test_steps_on_cuda_never_wait_for_the_device(cuda):
     state = cuda_state("bf16")
     arguments = {"log_every_steps": 99, "on_log": lambda *a: None}
     train_epoch(state, batches(3), None, np.full(3, 0.01), **arguments)

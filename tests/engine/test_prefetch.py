@@ -1,3 +1,7 @@
+from collections.abc import Generator
+from unittest import mock
+
+import cuda_standin
 import numpy as np
 import pytest
 import torch
@@ -32,21 +36,99 @@ def test_closing_the_prefetcher_closes_the_loader():
     assert ended
 
 
-@pytest.mark.gpu
-def test_batches_reach_cuda_whole_and_in_order_though_buffers_are_used_again():
-    runtime = Runtime.choose("cuda", "fp32", channels_last=True, compile=False)
-    expected = list(batches(9))
-    buffers = [torch.empty_like(t) for t in (expected[0].images, expected[0].labels, expected[0].sample_ids)]
+def reused(expected: list[Batch]) -> Generator[Batch, None, None]:
+    """Yield batches in the same buffers, as the loader does."""
+    first = expected[0]
+    buffers = [torch.empty_like(t) for t in (first.images, first.labels, first.sample_ids, *first.stored)]
+    for batch in expected:
+        tensors = (batch.images, batch.labels, batch.sample_ids, *batch.stored)
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor)
+        images, labels, sample_ids, *stored = buffers
+        yield Batch(images, labels, sample_ids, batch.valid, tuple(stored))
 
-    def reusing():
-        for batch in expected:
-            for buffer, tensor in zip(buffers, (batch.images, batch.labels, batch.sample_ids), strict=True):
-                buffer.copy_(tensor)
-            yield Batch(*buffers, 4, batch.stored)
 
-    for fed, batch in zip(prefetch_to_device(reusing(), runtime), expected, strict=True):
+def cuda_runtime() -> Runtime:
+    return Runtime.choose("cuda", "fp32", channels_last=True, compile=False)
+
+
+def test_batches_reach_cuda_whole_and_in_order_though_buffers_are_reused(cuda):
+    runtime, expected = cuda_runtime(), list(batches(9))
+    for fed, batch in zip(prefetch_to_device(reused(expected), runtime), expected, strict=True):
         torch.cuda._sleep(1_000_000)
         for ours, theirs in zip(fed.tensors(), (*batch[:3], *batch.stored), strict=True):
             torch.testing.assert_close(ours.cpu(), theirs)
-    logits = np.concatenate([p.logits for p in predict(runtime, runtime.to_device(Net().eval()), batches(5, valid=3))])
-    assert logits.shape == (15, 3)
+
+
+def test_predictions_on_cuda_are_those_of_the_cpu(cuda):
+    torch.manual_seed(0)
+    net, runtime = Net().eval(), cuda_runtime()
+    expected = list(predict(CPU, net, batches(5, valid=3)))
+    found = list(predict(runtime, runtime.to_device(net), batches(5, valid=3)))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours.logits, theirs.logits, rtol=1e-2, atol=1e-3)  # TF32 on a GPU
+        np.testing.assert_array_equal(ours.labels, theirs.labels)
+        np.testing.assert_array_equal(ours.stored[0], theirs.stored[0])
+
+
+def test_copies_to_cuda_are_asynchronous_and_use_one_stream(card):
+    """A stream has memory of its own: one per epoch would fill the device."""
+    runtime, before = cuda_runtime(), len(card.syncs)
+    for _ in range(3):
+        assert len(list(prefetch_to_device(batches(4), runtime))) == 4
+    assert len(card.streams) == 1
+    assert card.copies == {"to_device": 3 * 4 * 4, "to_host": 0}
+    assert card.syncs[before:] == []
+
+
+def test_without_waiting_for_its_copy_a_batch_would_be_garbage(card, monkeypatch):
+    monkeypatch.setattr(cuda_standin.Stream, "wait_event", lambda self, event: None)
+    fed = next(prefetch_to_device(batches(2), cuda_runtime()))
+    assert fed.images.unique().tolist() == [cuda_standin.GARBAGE]
+    assert not torch.equal(fed.labels.cpu(), next(batches(1)).labels)
+
+
+def pinned(expected: list[Batch]) -> Generator[Batch, None, None]:
+    """Yield batches without stored rows in the same pinned buffers: FFCV's are, on a machine with a GPU."""
+    arrays = [t.pin_memory().numpy() for t in expected[0][:3]]
+    for batch in expected:
+        for array, tensor in zip(arrays, batch[:3], strict=True):
+            array[:] = tensor.numpy()
+        yield Batch(*map(torch.from_numpy, arrays), batch.valid)
+
+
+def test_pinned_buffers_of_the_loader_are_not_copied_on_the_host(card):
+    expected = list(batches(5))
+    for fed, batch in zip(prefetch_to_device(pinned(expected), cuda_runtime()), expected, strict=True):
+        assert card.live_bytes(pinned=True) == sum(t.nbytes for t in batch[:3])
+        for ours, theirs in zip(fed.tensors(), batch[:3], strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs)
+
+
+def test_without_waiting_for_the_copy_the_loader_would_overwrite_a_batch(card):
+    expected = list(batches(5))
+    with mock.patch.object(cuda_standin.Event, "synchronize"):
+        found = [fed.sample_ids.tolist() for fed in prefetch_to_device(pinned(expected), cuda_runtime())]
+    assert found == [batch.sample_ids.tolist() for batch in (*expected[1:], expected[-1])]
+
+
+def test_without_waiting_for_the_copy_pinned_memory_would_be_overwritten(card):
+    with mock.patch.object(cuda_standin.Event, "synchronize"):
+        fed = prefetch_to_device(batches(3), cuda_runtime())
+        with pytest.raises(cuda_standin.RaceError, match="overwrites pinned memory"):
+            next(fed)
+
+
+def test_without_record_stream_the_memory_of_a_batch_could_be_given_away(card):
+    with mock.patch.object(torch.Tensor, "record_stream"):
+        fed = next(prefetch_to_device(batches(2), cuda_runtime()))
+    with pytest.raises(cuda_standin.RaceError, match="without record_stream"):
+        fed.images.float()
+
+
+def test_without_waiting_results_on_the_host_would_be_garbage(card, monkeypatch):
+    runtime = cuda_runtime()
+    tensor = torch.ones(4, dtype=torch.uint8, device=runtime.device)
+    assert runtime.to_host(tensor)().tolist() == [1] * 4
+    monkeypatch.setattr(cuda_standin.Event, "synchronize", lambda self: None)
+    assert runtime.to_host(tensor)().tolist() == [cuda_standin.GARBAGE] * 4

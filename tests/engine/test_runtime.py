@@ -1,9 +1,13 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
+from cuda_standin import CudaStandIn
 from tiny_training import CPU
 from torch import nn
 
+from fastkd.distributed import ProcessGroup
 from fastkd.engine.runtime import Runtime, has_bf16
 from fastkd.errors import InputError
 
@@ -61,11 +65,83 @@ def test_memory_on_a_cpu_is_what_the_process_holds():
     assert 0.9 * taken.nbytes < runtime.memory_bytes() - before < 2 * taken.nbytes
 
 
-@pytest.mark.gpu
-def test_memory_on_a_gpu_is_the_most_that_tensors_took():
+def test_memory_on_a_gpu_is_the_most_that_tensors_took(cuda):
     """Also once they are gone."""
     runtime = Runtime.choose("cuda", "fp32", channels_last=True, compile=False)
     before = torch.cuda.memory_allocated()
     taken = torch.ones(64 << 20, dtype=torch.uint8, device=runtime.device)
     del taken
     assert runtime.memory_bytes() - before >= 64 << 20
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_a_single_process_uses_the_first_gpu(card, device):
+    """`torch.cuda.set_device` needs an index."""
+    runtime = Runtime.choose(device, "auto", channels_last=True, compile=False)
+    assert runtime.device == torch.device("cuda", 0)
+    assert runtime.gpu == "NVIDIA H100 80GB HBM3"
+    assert torch.cuda.current_device() == 0
+
+
+def test_each_process_of_a_job_uses_its_own_gpu_and_a_single_one_may_choose():
+    with CudaStandIn(count=4):
+        group = ProcessGroup(rank=6, size=8, local_rank=2, local_size=4)
+        assert Runtime.choose("cuda", "bf16", channels_last=True, compile=False, group=group).device.index == 2
+        assert torch.cuda.current_device() == 2
+        with pytest.raises(InputError, match="each process uses its own GPU; expected cuda"):
+            Runtime.choose("cuda:1", "bf16", channels_last=True, compile=False, group=group)
+        alone = Runtime.choose("cuda:3", "bf16", channels_last=True, compile=False)
+        assert alone.device.index == torch.cuda.current_device() == 3
+        assert alone.idle_gpus == 3
+        with pytest.raises(InputError, match="this machine has 4 CUDA devices"):
+            Runtime.choose("cuda:4", "bf16", channels_last=True, compile=False)
+
+
+@pytest.mark.parametrize(
+    ("card", "auto", "fp32"),
+    [("V100", "fp16", "fp32"), ("A100", "bf16", "tf32"), ("H100", "bf16", "tf32")],
+    indirect=["card"],
+)
+def test_precision_follows_the_generation_of_the_gpu(card, auto, fp32):
+    assert Runtime.choose("cuda", "auto", channels_last=True, compile=False).precision == auto
+    assert Runtime.choose("cuda", "fp32", channels_last=True, compile=False).arithmetic == fp32
+    assert Runtime.choose("cuda", "fp16", channels_last=True, compile=False).arithmetic == "fp16"
+    assert CPU.arithmetic == "fp32"
+
+
+def test_a_gpu_that_torch_has_no_kernels_for_is_refused():
+    with CudaStandIn("V100", architectures=["sm_75", "sm_80", "sm_90"]):
+        with pytest.raises(
+            InputError, match=r"no kernels for Tesla V100.*capability 7\.0 \(it has sm_75, sm_80, sm_90\)"
+        ):
+            Runtime.choose("auto", "auto", channels_last=True, compile=False)
+        assert Runtime.choose("cpu", "fp32", channels_last=True, compile=False).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "graphs"),
+    [
+        *[("cuda", "reduce-overhead", True), ("cuda", "max-autotune", True)],
+        *[("cuda", "max-autotune-no-cudagraphs", False), ("cuda", True, False), ("cuda", False, False)],
+        ("cpu", "reduce-overhead", False),
+    ],
+)
+def test_cuda_graphs_are_those_of_torch_compile(device, compile, graphs):
+    assert Runtime(torch.device(device), "fp32", channels_last=True, compile=compile).cuda_graphs is graphs
+
+
+def test_a_network_is_wrapped_for_the_gpu_of_its_process(card, monkeypatch):
+    made = {}
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda net, **options: made.update(options) or net)
+    group = ProcessGroup(rank=0, size=2, local_rank=0, local_size=1)
+    runtime = Runtime.choose("cuda", "bf16", channels_last=True, compile=False, group=group)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        runtime.distributed(nn.Linear(2, 2), accumulates=True)
+        warnings.warn("Grad strides do not match bucket view strides. This may indicate", stacklevel=1)  # torch's
+    assert seen == []
+    assert made["device_ids"] == [torch.device("cuda", 0)]
+    assert made["static_graph"] is False
+    net = nn.Sequential(nn.BatchNorm2d(2))
+    runtime.sync_batchnorm(net)
+    assert isinstance(net[0], nn.SyncBatchNorm)

@@ -1,11 +1,22 @@
 import pytest
 import torch
 from tiny_training import CPU, Net, batches, losses_by_hand, make_state
+from torch.overrides import TorchFunctionMode
 
 from fastkd.engine.ema import ModelEma
 from fastkd.engine.losses import supervised_loss
 from fastkd.engine.prefetch import prefetch_to_device
-from fastkd.engine.step import ClipGradNorm, TrainBatch, train_batch, train_step, warm_up
+from fastkd.engine.runtime import Runtime
+from fastkd.engine.step import (
+    ClipGradNorm,
+    LossModule,
+    TrainBatch,
+    TrainState,
+    microbatches,
+    train_batch,
+    train_step,
+    warm_up,
+)
 from fastkd.recipe import Optim
 
 
@@ -89,3 +100,79 @@ def test_warming_up_leaves_the_student_as_it_was():
     for name, tensor in state.objective.state_dict().items():
         torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
     assert all(p.grad is None for p in state.objective.parameters())
+
+
+def test_momentum_is_zero_after_an_overflow_in_the_first_step():
+    """Torch's fused SGD allocates it in the first step, and leaves it as it is if that one is skipped."""
+    weight = torch.nn.Parameter(torch.ones(4096))
+    optimizer = CPU.optimizer(Optim(lr=0.1, weight_decay=0.0, momentum=0.9), [weight])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for _ in range(20):  # memory that is reused
+        torch.full((4096,), 1e37)
+    for factor in (torch.inf, 1.0):
+        scaler.scale((weight * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    torch.testing.assert_close(weight.detach(), torch.full((4096,), 0.9))
+
+
+class _Recorded(torch.autograd.Function):
+    """The identity, whose gradient lies in the same memory each time, as in a CUDA graph."""
+
+    memory = torch.zeros(3)
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _Recorded.memory.copy_(gradient)
+        return _Recorded.memory.detach()  # as new as the output of a graph: autograd keeps it
+
+
+def test_microbatches_do_not_overwrite_gradients_in_the_memory_of_a_cuda_graph():
+    class Student(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3))
+
+        def forward(self, images):
+            return images.float().mean((2, 3)) + _Recorded.apply(self.weight)
+
+    batch = TrainBatch(torch.zeros(4, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 0, 5, 5]), ())
+    found = {}
+    for mode in (False, "reduce-overhead"):
+        student, device = Student(), torch.device("cuda" if mode else "cpu")
+        runtime = Runtime(device, "fp32", channels_last=True, compile=mode)
+        objective = LossModule(student, lambda s, y, t: s[:, 0] * (y + 1), lambda teacher: None)
+        optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+        state = TrainState(runtime, objective, optimizer, CPU.scaler(), accumulate=2)
+        found[mode] = []
+        for _ in range(2):
+            for micro, _ in microbatches(batch, 2):
+                state.objective(*micro)[0].backward()
+            found[mode].append(student.weight.grad[0].item())
+            state.zero_grad()
+    assert found == {False: [6 + 6, 6 + 6], "reduce-overhead": [1 + 6, 1 + 6]}
+
+
+def test_the_average_takes_two_launches():
+    """One for the weights and statistics, one for the counters of all batch norms."""
+    calls = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            calls.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    net = torch.nn.Sequential(*(torch.nn.BatchNorm2d(3) for _ in range(4)))
+    ema = ModelEma(net, 0.9)
+    net(torch.randn(2, 3, 4, 4))
+    with Watch():
+        ema.update()
+    assert [name for name in calls if "grad" not in name] == ["_foreach_lerp_", "_foreach_copy_"]
+    assert [m.num_batches_tracked.item() for m in ema.net] == [1] * 4
+    plain = ModelEma(torch.nn.Linear(2, 2), 0.9)  # without counters
+    plain.update()

@@ -1,7 +1,10 @@
 import gc
+import subprocess
+import sys
 import threading
 import time
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -170,6 +173,31 @@ def test_loading_leaves_torchs_threads_alone(tiny):
     one = Loader(tiny, "val", 8, workers=1)
     list(one.batches(np.arange(60), last="pad"))
     assert torch.get_num_threads() == before
+
+
+def test_fewer_threads_load_from_the_next_epoch_on(tiny, two_cores, monkeypatch):
+    """FFCV sets the thread count of its thread when that starts."""
+    loader, counts, real = Loader(tiny, "val", 8, workers=2), [], epoch_iterator.EpochThread.run_pipeline
+
+    def watched(self, *arguments):
+        counts.append(numba.get_num_threads())
+        return real(self, *arguments)
+
+    monkeypatch.setattr(epoch_iterator.EpochThread, "run_pipeline", watched)
+    for workers in (2, 1):
+        loader.workers = workers
+        list(loader.batches(np.arange(8), last="pad"))
+    assert counts == [2, 1]
+
+
+def test_ffcv_makes_no_streams_on_a_machine_with_gpus():
+    """They would open a context on GPU 0 in each process."""
+    code = (
+        "import torch; torch.cuda.is_available = lambda: True; import fastkd.data.epoch_iterator; "
+        "from ffcv.loader import epoch_iterator; print(epoch_iterator.IS_CUDA)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 def test_more_workers_than_cores_are_refused(tiny):

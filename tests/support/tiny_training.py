@@ -59,9 +59,10 @@ def losses_by_hand(state: TrainState, batch: Batch) -> torch.Tensor:
 
 def cuda_state(precision: str, compile: bool | str = False) -> TrainState:
     runtime = Runtime.choose("cuda", precision, channels_last=True, compile=compile)
+    torch.manual_seed(0)
     net = runtime.to_device(Net())
     objective = LossModule(
         net, partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0), lambda teacher: teacher[0].float()
     )
-    optimizer = runtime.optimizer(Optim(lr=0.1), net.parameters())
+    optimizer = runtime.optimizer(Optim(lr=0.1, weight_decay=0.0), net.parameters())
     return TrainState(runtime, runtime.compiled(objective), optimizer, runtime.scaler(), clip=ClipGradNorm(1.0))

@@ -1,0 +1,170 @@
+"""The rules of the stand-in for a GPU, and that every line of the engine that is specific to CUDA runs on it."""
+
+import ast
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cuda_standin import GARBAGE, CudaStandIn, RaceError
+from tiny_training import Net, batches, cuda_state
+
+import fastkd
+from fastkd import distributed
+from fastkd.distributed import ProcessGroup
+from fastkd.engine import checkpoint
+from fastkd.engine.epoch import train_epoch
+from fastkd.engine.inference import evaluate, predict
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import FastkdError
+
+
+def test_an_asynchronous_copy_arrives_once_somebody_waits_for_it(card):
+    pinned, stream = torch.arange(4).pin_memory(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        sent = pinned.to("cuda", non_blocking=True)
+    copied = stream.record_event()
+    sent.record_stream(torch.cuda.current_stream())
+    assert not copied.query()
+    assert sent.cpu().view(torch.uint8).unique().tolist() == [GARBAGE]
+    torch.cuda.current_stream().wait_event(copied)
+    assert sent.tolist() == [0, 1, 2, 3]
+    assert copied.query()  # the host has waited for the stream that had waited for the event
+    pinned.zero_()
+
+
+def test_pinned_memory_may_be_overwritten_once_the_host_has_waited(card):
+    pinned = torch.zeros(4).pin_memory()
+    sent = pinned.to("cuda", non_blocking=True)
+    sent + 1  # the device has waited; the host knows nothing of it
+    with pytest.raises(RaceError, match="fill_: overwrites pinned memory"):
+        pinned.fill_(1)
+    torch.cuda.synchronize()
+    pinned.fill_(1)
+    assert sent.tolist() == [0] * 4
+
+
+def test_a_copy_to_the_host_is_of_the_time_when_it_was_asked_for(card):
+    value, host = torch.zeros(2, device="cuda"), torch.empty(2, pin_memory=True)
+    host.copy_(value, non_blocking=True)
+    value.fill_(7)
+    assert host.tolist() != [0, 0]
+    torch.cuda.synchronize()
+    assert host.tolist() == [0, 0]
+
+
+def test_host_and_device_do_not_mix(card):
+    on_device = torch.ones(3, device="cuda")
+    assert on_device.device == torch.device("cuda", 0)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        on_device + torch.ones(3)
+    assert (on_device * torch.tensor(2.0)).tolist() == [2.0] * 3  # a number
+    assert on_device[torch.tensor([0])].tolist() == [1.0]  # an index
+    with pytest.raises(TypeError, match="can't convert cuda:0 device type tensor to numpy"):
+        on_device.numpy()
+    assert on_device.cpu().numpy().tolist() == [1.0] * 3
+
+
+def test_operations_that_wait_for_the_device_are_listed_and_may_be_forbidden(card):
+    values = torch.tensor([1.0, 0.0], device="cuda")
+    float(values[0])
+    values.cpu()
+    values[values > 0]
+    values.nonzero()
+    torch.ones(2).to("cuda")
+    assert card.syncs == ["torch.tensor", "__float__", "cpu", "__getitem__", "nonzero", "to"]
+    torch.cuda.set_sync_debug_mode("error")
+    values.add_(1).sum()
+    with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation: item"):
+        values.sum().item()
+
+
+def test_devices_follow_torchs_rules():
+    with CudaStandIn("A100", count=2):
+        with pytest.raises(ValueError, match="with a specified index"):
+            torch.cuda.set_device(torch.device("cuda"))
+        torch.cuda.set_device(1)
+        assert torch.ones(1, device="cuda").device == torch.device("cuda", 1)
+        assert torch.cuda.get_device_properties(0).total_memory == 80 << 30
+        with pytest.raises(RuntimeError, match="invalid device ordinal"):
+            torch.cuda.set_device(2)
+
+
+WHOLE = {"_Sender", "_Sent", "_one_ahead", "_copy_stream", "_check_kernels"}
+"""Functions and classes that nothing but CUDA uses."""
+
+
+def cuda_lines(source: str) -> set[int]:
+    """Return the first line of each statement that runs on CUDA only: in a branch for it, or after one for CPUs."""
+
+    def is_for(test: ast.expr, device: str) -> bool:
+        return ast.unparse(test).endswith(f".type == '{device}'")
+
+    found: list[ast.stmt] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.If) and is_for(node.test, "cuda"):
+            found += node.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in WHOLE:
+            found += node.body
+        if isinstance(node, ast.FunctionDef):
+            for number, one in enumerate(node.body):
+                if isinstance(one, ast.If) and is_for(one.test, "cpu") and isinstance(one.body[-1], ast.Return):
+                    found += node.body[number + 1 :]
+        if isinstance(node, ast.stmt) and not hasattr(node, "body") and "torch.cuda." in ast.unparse(node):
+            found.append(node)
+    inner = [one for statement in found for one in ast.walk(statement) if isinstance(one, ast.stmt)]
+    return {
+        one.lineno
+        for one in inner
+        if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))  # a docstring
+        and not isinstance(one, ast.AnnAssign | ast.FunctionDef | ast.ClassDef)
+    }
+
+
+def use_everything(card: CudaStandIn, folder: Path) -> None:
+    """Do all that the engine and the process group do on a GPU."""
+    state = cuda_state("fp16")
+    lr_S = np.full(4, 0.1)
+    train_epoch(state, batches(4), None, lr_S, log_every_steps=4, on_log=lambda *a: state.runtime.memory_bytes())
+    checkpoint.save(folder, 4, state.objective.student, state, None, {})
+    checkpoint.restore(checkpoint.newest(folder), state.objective.student, state, None)
+    net = state.runtime.to_device(Net().eval())
+    assert len(list(predict(state.runtime, net, batches(3)))) == 3
+    assert 0 <= evaluate(state.runtime, net, batches(3)) <= 1
+    group = ProcessGroup(rank=0, size=2, local_rank=0, local_size=1)
+    choose = partial(Runtime.choose, channels_last=True, compile=False)
+    choose("auto", "auto", group=group)
+    for device, options in (("cuda:7", {}), ("cuda:0", {"group": group})):
+        with pytest.raises(FastkdError):
+            choose(device, "auto", **options)
+    assert state.runtime.gpu == card.card.name
+    assert (state.runtime.arithmetic, state.runtime.idle_gpus) == ("fp16", 0)
+    assert distributed._own_gpu(group).index == 0
+    card.architectures = ["sm_75"]
+    with pytest.raises(FastkdError):
+        choose("cuda", "auto")
+
+
+def test_every_line_that_is_specific_to_cuda_runs(card, tmp_path):
+    root, seen = Path(fastkd.__file__).parent, set()
+    folders = {str(root / name) for name in ("engine", "data", "stages")} | {str(root / "distributed.py")}
+
+    def trace(frame, event, argument):
+        file = frame.f_code.co_filename
+        if str(Path(file).parent) not in folders and file not in folders:
+            return None
+        seen.add((file, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        use_everything(card, tmp_path)
+    finally:
+        sys.settrace(before)
+    files = [file for name in ("engine", "data", "stages") for file in (root / name).glob("*.py")]
+    lines = {(str(file), line) for file in files for line in cuda_lines(file.read_text())}
+    assert len(lines) > 40
+    assert sorted(lines - seen) == []
