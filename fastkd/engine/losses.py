@@ -80,7 +80,7 @@ def standardised_loss(
     relations of the teacher's logits, not their scale, so that ``labels.reshape`` only changes the rounding. The
     authors use T = 2, α = 9, γ = 0.1 for CIFAR-100.
 
-    The authors' code divides by K − 1 and adds 1e-7 to std: its T is the paper's T · √((K−1) / K).
+    The authors' code divides by K − 1 and adds 1e-7 to std: its softmax at T is that of T·√(K / (K − 1)) here.
 
     Parameters
     ----------

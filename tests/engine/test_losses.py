@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import losses_oracle
@@ -203,16 +204,15 @@ ROWS = {
 
 
 @all_losses
-@pytest.mark.parametrize("teacher", ROWS)
-@pytest.mark.parametrize("student", ["constant", "zero", "almost constant", "far apart"])
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 1000.0])
-def test_degenerate_rows_have_a_finite_loss_and_gradient(name, teacher, student, temperature):
+def test_degenerate_rows_have_a_finite_loss_and_gradient(name, temperature):
     function, _ = loss_of(name, temperature=temperature)
-    s_BK = torch.tensor([ROWS[student], [1.0, 2.0, 3.0, 5.0]], requires_grad=True)
-    loss_B = function(s_BK, torch.tensor([0, 1]), torch.tensor([ROWS[teacher], [0.0, 3.0, 1.0, 2.0]]))
-    loss_B.sum().backward()
-    assert torch.isfinite(loss_B).all()
-    assert torch.isfinite(s_BK.grad).all()
+    for student, teacher in itertools.product(["constant", "zero", "almost constant", "far apart"], ROWS):
+        s_BK = torch.tensor([ROWS[student], [1.0, 2.0, 3.0, 5.0]], requires_grad=True)
+        loss_B = function(s_BK, torch.tensor([0, 1]), torch.tensor([ROWS[teacher], [0.0, 3.0, 1.0, 2.0]]))
+        loss_B.sum().backward()
+        assert torch.isfinite(loss_B).all(), (student, teacher)
+        assert torch.isfinite(s_BK.grad).all(), (student, teacher)
 
 
 @all_losses
