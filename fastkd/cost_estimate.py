@@ -106,7 +106,7 @@ def rates_of(recipe: Recipe) -> dict[str, Any]:
         include={"data", "teacher", "score", "labels", "student", "train"},
         exclude={
             "data": {"artifacts_dir", "holdout_ratio"},
-            "labels": {"views", "view_seed", "reshape"},
+            "labels": {"views", "view_seed", "reshape", "reshape_strength"},
             "train": {"epochs", "runs_dir", "checkpoint_every_s", "eval_every_epochs"},
         },
     )

@@ -253,8 +253,7 @@ class Pipeline:
         scores = self.scores  # built by all processes, before the main one selects
 
         def build() -> tuple[Artifact, bool]:
-            prune, reshape = self.recipe.prune.static, self.recipe.labels.reshape
-            return pruning.build_subset(self.store, self.images, scores, prune, reshape=reshape)
+            return pruning.build_subset(self.store, self.images, scores, self.recipe.prune.static, self.recipe.labels)
 
         if not self.store.build:
             return self.note("prune", *build())

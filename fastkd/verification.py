@@ -51,7 +51,7 @@ def check_recipe(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Com
         return []
     ids_M = np.asarray(subset.array("indices.npy"))
     sigma_K = np.asarray(subset.array("class_std.npy"))
-    checker = RowChecker(images, pipeline.teacher, pipeline.runtime, sigma_K, recipe.labels.reshape)
+    checker = RowChecker(images, pipeline.teacher, pipeline.runtime, sigma_K, recipe.labels.strength)
     rows, dense = StoredRows(ids_M, [subset.array("logits.npy")]), label_format(images.num_classes, None, 1.0)
     precision: dict[int | None, str] = {None: str(subset.manifest.settings["precision"])}
     found = [checker.compare(subset, dense, precision, ids_M, lambda view: rows, pairs=pairs, seed=seed)]

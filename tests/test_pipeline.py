@@ -95,6 +95,9 @@ def test_a_second_student_pays_for_nothing_but_itself(tiny_recipe):
         ("teacher.overrides=[seed=9]", {"teacher", "score", "prune", "train"}),
         ("data.input_px=12", {"teacher", "score", "prune", "train"}),
         ("loss.temperature=2", {"train"}),
+        ("loss.name=nkd", {"train"}),
+        ("loss.dkd_beta=2", set()),  # kd does not use it
+        ("labels.reshape_strength=0.5", {"prune", "train"}),
         ("train.channels_last=false", set()),
         ("log.every_steps=7", set()),
     ],

@@ -1,4 +1,5 @@
 import contextlib
+import inspect
 import math
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastkd import recipe
+from fastkd.engine import losses
 from fastkd.errors import InputError
 from fastkd.kernels import FAMILIES, Scores
 from fastkd.recipe import plain_yaml, read, tables
@@ -404,6 +406,8 @@ TEACHER = {"model": "cifar/resnet8", "weights": "w.pth"}
     [
         ("prune.keep_ratio=30", "should be less than or equal to 1: it is a share, 0.3 for 30 %"),
         ("loss={alpha: 0.0, gamma: 0}", "`loss.alpha` and `loss.gamma` are 0: nothing is trained on"),
+        ("loss={name: dkd, dkd_alpha: 0, dkd_beta: 0, gamma: 0}", "`loss.dkd_beta` and `loss.gamma` are 0: nothing"),
+        ("labels.reshape_strength=1.5", "labels.reshape_strength: 1.5 is wrong: should be less than or equal to 1"),
         ("loss.temperature=1e30", "loss.temperature: 1e+30 is wrong: should be less than or equal to 1000"),
         ("loss.temperature=1e-9", "loss.temperature: 1e-09 is wrong: should be greater than or equal to 0.01"),
         ("teacher.overrides=[seed=1]", "`overrides` are changes to a `recipe`"),
@@ -446,6 +450,20 @@ def test_odd_settings_are_refused_in_words(write, override, message):
         (["optim.name=adamw", "optim.momentum=0.8"], ["optim.momentum=0.8 has no effect with optim.name=adamw"]),
         (["optim.betas=[0.8, 0.9]"], ["optim.betas=(0.8, 0.9) has no effect with optim.name=sgd"]),
         (["optim.decay_factor=0.2"], ["optim.decay_factor=0.2 has no effect with optim.schedule=cosine"]),
+        (["loss.dkd_beta=2"], ["loss.dkd_beta=2.0 has no effect with loss.name=kd"]),
+        (["loss={name: dkd, dkd_beta: 2, temperature: 1}"], []),
+        (
+            ["loss={name: dist, alpha: 2, nkd_gamma: 1}"],
+            [
+                "loss.alpha=2.0 has no effect with loss.name=dist",
+                "loss.nkd_gamma=1.0 has no effect with loss.name=dist",
+            ],
+        ),
+        (["labels.reshape_strength=0.5"], []),
+        (
+            ["labels={reshape: false, reshape_strength: 0.5}"],
+            ["labels.reshape_strength=0.5 has no effect with labels.reshape=false"],
+        ),
         (["data.view.pad_ratio=0.2"], ["data.view.pad_ratio=0.2 has no effect with data.view.family=none"]),
         (["data.view={family: pad_crop_flip, pad_ratio: 0.2}"], []),
         (
@@ -488,3 +506,16 @@ def test_every_name_of_the_tables_is_implemented_and_its_settings_are_keys():
     assert tuple(tables.AUGMENTATIONS) == FAMILIES
     assert {name for one in tables.AUGMENTATIONS.values() for name in one.settings} <= set(recipe.View.model_fields)
     assert set(tables.SCORES) <= set(Scores._fields)
+    for name, loss in tables.LOSSES.items():
+        arguments = inspect.signature(getattr(losses, f"{name}_loss")).parameters.values()
+        assert {one.name for one in arguments if one.kind is one.KEYWORD_ONLY} == set(loss.settings)
+        assert set(loss.settings) <= set(recipe.Loss.model_fields)
+
+
+def test_keys_of_recipes_without_the_newer_settings_are_as_before():
+    assert recipe.Loss(dkd_beta=3.0).key_fields() == {
+        "alpha": 0.9, "gamma": 0.1, "temperature": 4.0, "label_smoothing": 0.0,
+    }  # fmt: skip
+    assert recipe.Labels().reshape_fields() == {"reshape": True}
+    assert recipe.Labels(reshape=False, reshape_strength=0.5).reshape_fields() == {"reshape": False}
+    assert recipe.Labels(reshape_strength=0.5).reshape_fields() == {"reshape": True, "reshape_strength": 0.5}

@@ -34,7 +34,7 @@ def measure(recipe: Recipe, out: Path, *, topk: Sequence[int] = TOPK) -> dict[st
     z_RK = np.asarray(pipeline.scores.array("logits.npy")[chosen], np.float32)
     y_R = np.asarray(pipeline.scores.array("labels.npy"))[chosen]
     sigma_K = np.asarray(pipeline.subset.array("class_std.npy"))
-    rows_RK = centred_rows(z_RK, y_R, sigma_K, reshape=recipe.labels.reshape)
+    rows_RK = centred_rows(z_RK, y_R, sigma_K, strength=recipe.labels.strength)
 
     K, T = pipeline.images.num_classes, recipe.loss.temperature
     lines: list[dict[str, Any]] = [

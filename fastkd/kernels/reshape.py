@@ -26,7 +26,9 @@ def class_std(std_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.ndarra
 
 
 @njit(parallel=True)
-def _reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray, out_MK: np.ndarray, flat_M: np.ndarray) -> None:
+def _reshape_rows(
+    z_MK: np.ndarray, sigma_M: np.ndarray, strength: float, out_MK: np.ndarray, flat_M: np.ndarray
+) -> None:
     K = z_MK.shape[1]
     for i in numba.prange(z_MK.shape[0]):
         total = 0.0
@@ -39,20 +41,25 @@ def _reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray, out_MK: np.ndarray, fla
         std = np.sqrt(squares / (K - 1))
         flat_M[i] = std == 0.0
         scale = 1.0 if std == 0.0 else sigma_M[i] / std
+        if strength != 1.0:
+            scale = scale**strength
         for k in range(K):
             out_MK[i, k] = (z_MK[i, k] - mean) * scale
 
 
-def reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray) -> tuple[np.ndarray, int]:
-    """Centre each row and scale it to the standard deviation of its class: z′ = (z − mean z) / std(z) · σ_y.
+def reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray, strength: float = 1.0) -> tuple[np.ndarray, int]:
+    """Centre each row and scale it towards the std of its class: z′ = (z − mean z) · (σ_y / std(z))^λ.
 
-    The paper and its reference code do not centre rows. Softmax is invariant to it, and it preserves float16's range.
+    The paper and its reference code have λ = 1, and do not centre rows. Softmax is invariant to it, and it preserves
+    float16's range.
 
     Parameters
     ----------
     z_MK : float32 [M, K]
     sigma_M : float64 [M]
         σ of each row's class.
+    strength : float
+        λ in 0 … 1. 0: rows are only centred.
 
     Returns
     -------
@@ -62,5 +69,5 @@ def reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray) -> tuple[np.ndarray, int
     """
     out_MK = np.empty(z_MK.shape, np.float32)
     flat_M = np.empty(len(z_MK), np.bool_)
-    _reshape_rows(z_MK, np.ascontiguousarray(sigma_M, np.float64), out_MK, flat_M)
+    _reshape_rows(z_MK, np.ascontiguousarray(sigma_M, np.float64), float(strength), out_MK, flat_M)
     return out_MK, int(flat_M.sum())

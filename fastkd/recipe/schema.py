@@ -21,6 +21,7 @@ from fastkd.recipe.sections import (
     Train,
     View,
 )
+from fastkd.recipe.tables import LOSSES
 
 MAX_SIZES = 6
 MAX_NAME = 100
@@ -49,8 +50,10 @@ class Recipe(Section):
     def _consistent(self) -> "Recipe":
         if self.teacher is None and self.prune.leaves_out:
             raise ValueError("`prune.keep_ratio` below 1 needs a `teacher`, whose logits determine the difficulty")
-        if self.teacher is not None and self.loss.alpha == self.loss.gamma == 0:
-            raise ValueError("`loss.alpha` and `loss.gamma` are 0: nothing is trained on; give one of them")
+        weights = (*LOSSES[self.loss.name].weights, "gamma")
+        if self.teacher is not None and not any(getattr(self.loss, name) for name in weights):
+            names = " and ".join(f"`loss.{name}`" for name in weights)
+            raise ValueError(f"{names} are 0: nothing is trained on; give one of them")
         if self.optim.warmup_epochs >= self.train.epochs:
             raise ValueError(f"`optim.warmup_epochs` ({self.optim.warmup_epochs}) must be below `train.epochs`")
         if isinstance(self.labels.views, int) and not self.data.view.varies:
@@ -87,6 +90,7 @@ class Recipe(Section):
                     messages.append(f"{section}.{name}={value} has no effect with {why}")
 
         optim, prune, view, epochs = self.optim, self.prune, self.data.view, self.train.epochs
+        loss, labels = self.loss, self.labels
         of_prune = set(Prune.model_fields) - set(prune.key_fields()) - {"ids", "min_per_class"}
         unused("prune", of_prune, prune, Prune(), f"prune.method={prune.method}")
         of_optim = {"betas"} if optim.name == "sgd" else {"momentum", "nesterov"}
@@ -95,6 +99,10 @@ class Recipe(Section):
             unused("optim", {"decay_factor"}, optim, Optim(lr=1), f"optim.schedule={optim.schedule}")
         of_view = set(View.model_fields) - set(view.key_fields()) - {"cutout_ratio"}
         unused("data.view", of_view, view, View(), f"data.view.family={view.family}")
+        of_loss = set(Loss.model_fields) - set(LOSSES[loss.name].settings) - {"name"}
+        unused("loss", of_loss, loss, Loss(), f"loss.name={loss.name}")
+        if not labels.reshape:
+            unused("labels", {"reshape_strength"}, labels, Labels(), "labels.reshape=false")
         if late := [one for one in optim.milestones_epochs if one >= epochs]:
             messages.append(f"optim.milestones_epochs {late} are not reached in {epochs} epochs: lr stays higher")
         if never := [one for one in self.train.progressive_px if one >= epochs]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastkd.recipe.paths import LocalPath, Weights, WriterName
-from fastkd.recipe.tables import AUGMENTATIONS, METHODS, SCORES
+from fastkd.recipe.tables import AUGMENTATIONS, LOSSES, METHODS, SCORES
 
 
 class Section(BaseModel):
@@ -27,10 +27,12 @@ if TYPE_CHECKING:  # the names are those of the tables
     MethodName: TypeAlias = str
     ScoreName: TypeAlias = str
     AugmentationName: TypeAlias = str
+    LossName: TypeAlias = str
 else:
     MethodName = Literal[tuple(METHODS)]
     ScoreName = Literal[tuple(SCORES)]
     AugmentationName = Literal[tuple(AUGMENTATIONS)]
+    LossName = Literal[tuple(LOSSES)]
 
 
 class View(Section):
@@ -237,6 +239,8 @@ class Labels(Section):
     """`stored`: read from disk; `online`: computed by a live teacher at every step."""
     reshape: bool = True
     """Rescale each row of logits to σ of its class (MDSLR)."""
+    reshape_strength: float = Field(1.0, ge=0, le=1)
+    """λ of the rescaling by (σ of the class / std of the row)^λ: 1 gives each row σ of its class, 0 its own std."""
     views: Literal["plain", "epochs"] | Annotated[int, Field(ge=1)] = "epochs"
     """Number of views V of each sample: epoch e uses view e mod V. `epochs`: a new view in each epoch, as in online KD.
     `plain`: only the evaluation view, regardless of `data.view`."""
@@ -246,6 +250,16 @@ class Labels(Section):
     """Store the k largest logits, and the probability of the others at `loss.temperature`. Default: all logits."""
     batch_size: int = Field(256, ge=1)
     """Images per forward pass while labelling."""
+
+    @property
+    def strength(self) -> float | None:
+        """λ of the reshaping. None: rows are not reshaped."""
+        return self.reshape_strength if self.reshape else None
+
+    def reshape_fields(self) -> dict[str, Any]:
+        """Return the part of artifact keys that says how rows are reshaped."""
+        partial = self.reshape and self.reshape_strength < 1
+        return {"reshape": self.reshape} | ({"reshape_strength": self.reshape_strength} if partial else {})
 
 
 class Student(Section):
@@ -258,22 +272,34 @@ class Student(Section):
 
 
 class Loss(Section):
-    """γ·CE(student, label) + α·T²·KL(teacher/T ‖ student/T); without a teacher, cross-entropy."""
+    """γ·CE(student, label) plus the teacher's terms of the loss `name`; without a teacher, cross-entropy."""
 
-    name: str = "kd"
-    """Name of the loss, of the table `LOSSES` in fastkd/engine/losses.py."""
+    name: LossName = "kd"
+    """`kd`: α·T²·KL(teacher/T ‖ student/T). `standardised`: the same of z-scores. `dkd`: separate terms for the target
+    and the other classes. `dist`: correlations instead of KL. `nkd`: normalised cross-entropy of the other classes."""
     alpha: float = Field(0.9, ge=0)
-    """Weight of the teacher's term."""
+    """Weight of the teacher's term (`kd`, `standardised`, `nkd`)."""
     gamma: float = Field(0.1, ge=0)
     """Weight of the label's term."""
     temperature: float = Field(4.0, ge=0.01, le=1000)
     """T, which divides both logits. Outside of these bounds float32 cannot represent the loss."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Label smoothing of the cross-entropy."""
+    dkd_alpha: float = Field(1.0, ge=0)
+    """Weight α of the target class against all others (`dkd`)."""
+    dkd_beta: float = Field(8.0, ge=0)
+    """Weight β of the distribution over the other classes (`dkd`)."""
+    dist_beta: float = Field(2.0, ge=0)
+    """Weight β of the correlation over the classes of each sample (`dist`)."""
+    dist_gamma: float = Field(2.0, ge=0)
+    """Weight γ of the correlation over the samples of a batch, for each class (`dist`)."""
+    nkd_gamma: float = Field(1.5, ge=0)
+    """Weight γ of the other classes relative to the target class (`nkd`)."""
 
     def key_fields(self) -> dict[str, Any]:
-        """Return the settings that determine the loss."""
-        return self.model_dump(mode="json", exclude={"name"} if self.name == "kd" else set())
+        """Return the settings that determine the loss: not those of other losses."""
+        names = {*LOSSES[self.name].settings} | ({"name"} if self.name != "kd" else set())
+        return self.model_dump(mode="json", include=names)
 
 
 class Optim(Section):

@@ -1,4 +1,4 @@
-"""Tables of the names in recipes: selection methods, augmentations and scores."""
+"""Tables of the names in recipes: selection methods, augmentations, scores and losses."""
 
 from dataclasses import dataclass
 
@@ -72,3 +72,34 @@ SCORES = {
     "std": -1,
 }
 """Scores by name, with the sign that makes the hardest sample have the largest value."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss with a teacher, implemented by the function ``NAME_loss`` of `fastkd.engine.losses`.
+
+    Attributes
+    ----------
+    weights
+        Keys of the recipe's section ``loss`` that weight the teacher's terms.
+    options
+        Other keys of the section that only some losses use.
+    """
+
+    weights: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """All keys of the section that the loss uses, which are its arguments and part of the key of a RUN."""
+        return ("gamma", "label_smoothing", "temperature", *self.weights, *self.options)
+
+
+LOSSES = {
+    "kd": LossTerms(("alpha",)),
+    "standardised": LossTerms(("alpha",)),
+    "dkd": LossTerms(("dkd_alpha", "dkd_beta")),
+    "dist": LossTerms(("dist_beta", "dist_gamma")),
+    "nkd": LossTerms(("alpha",), ("nkd_gamma",)),
+}
+"""Losses with a teacher by name."""

@@ -303,10 +303,11 @@ def variant(resolved: Mapping[str, Any]) -> str:
     dynamic = prune["method"] == "infobatch"
     listed = prune["method"] == "list"
     chosen = prune["keep_ratio"] < 1 or dynamic or listed
-    if labels["mode"] == "online" and not chosen and not labels["reshape"]:
+    loss = resolved.get("loss", {}).get("name", "kd")
+    if labels["mode"] == "online" and not chosen and not labels["reshape"] and loss == "kd":
         return VANILLA
     kept = prune["method"] + ("" if dynamic or listed else f", keep {prune['keep_ratio']:g}") if chosen else "all data"
-    return kept + (", live teacher" if labels["mode"] == "online" else "")
+    return kept + (", live teacher" if labels["mode"] == "online" else "") + (f", {loss}" if loss != "kd" else "")
 
 
 def grouped(runs: Sequence[RunFacts]) -> list[Group]:

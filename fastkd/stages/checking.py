@@ -52,15 +52,15 @@ class RowChecker:
     ----------
     class_std : float64 [K]
         σ of each class, from the SUBSET.
-    reshape
-        Whether rows were rescaled to σ of their class.
+    strength
+        λ of the reshaping of the rows. None: they are not reshaped.
     """
 
     images: ImageSource
     teacher: LoadedTeacher
     runtime: Runtime
     class_std: np.ndarray
-    reshape: bool
+    strength: float | None
 
     def compare(
         self,
@@ -121,7 +121,7 @@ class RowChecker:
             for view, ids in chosen.items():
                 batches = loader.batches(ids, last="pad", view=view, stored=open_view(view))
                 for predicted in predict(self.runtime, self.teacher.net, batches):
-                    live_BK = centred_rows(predicted.logits, predicted.labels, self.class_std, reshape=self.reshape)
+                    live_BK = centred_rows(predicted.logits, predicted.labels, self.class_std, strength=self.strength)
                     errors.append(form.errors(predicted.stored, live_BK))
                     done += len(predicted.labels)
                     update(done, "")

@@ -183,8 +183,16 @@ def open_view(labels: Artifact, sample_ids: np.ndarray, view: int) -> StoredRows
     return StoredRows(sample_ids, [labels.array(name) for name in view_names(labels, view)])
 
 
-def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, reshape: bool) -> np.ndarray:
-    """Return the rows to store (float32 [M, K]): logits minus their mean, rescaled to σ of their class if `reshape`.
+def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, strength: float | None) -> np.ndarray:
+    """Return the rows to store (float32 [M, K]): logits minus their mean, reshaped by σ of their class.
+
+    Parameters
+    ----------
+    z_MK : float32 [M, K]
+    y_M : int64 [M]
+    sigma_K : float64 [K]
+    strength : float, optional
+        λ of `fastkd.kernels.reshape_rows`. None: rows are not reshaped.
 
     Raises
     ------
@@ -195,7 +203,10 @@ def centred_rows(z_MK: np.ndarray, y_M: np.ndarray, sigma_K: np.ndarray, *, resh
     """
     if not np.isfinite(z_MK).all():
         raise FastkdError("the teacher's logits are not finite: check its weights, or label in train.precision=fp32")
-    out_MK = reshape_rows(z_MK, sigma_K[y_M])[0] if reshape else z_MK - z_MK.mean(axis=1, keepdims=True)
+    if strength is None:
+        out_MK = z_MK - z_MK.mean(axis=1, keepdims=True)
+    else:
+        out_MK = reshape_rows(z_MK, sigma_K[y_M], strength)[0]
     check_float16(out_MK)
     return out_MK
 

@@ -287,7 +287,7 @@ def _label(
 
     def columns(predicted: Predicted) -> Iterator[Sequence[np.ndarray]]:
         y_R = np.repeat(predicted.labels, len(group))
-        rows_RK = centred_rows(predicted.logits, y_R, labeller.class_std, reshape=settings.reshape)
+        rows_RK = centred_rows(predicted.logits, y_R, labeller.class_std, strength=settings.strength)
         encoded = form.encode(rows_RK)
         return ([column[number :: len(group)] for column in encoded] for number in range(len(group)))
 

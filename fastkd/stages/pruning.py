@@ -15,7 +15,7 @@ from fastkd.kernels import (
     class_std,
     reshape_rows,
 )
-from fastkd.recipe import Prune, Recipe
+from fastkd.recipe import Labels, Prune, Recipe
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.resumable import RowFile, check_float16, full_disk_explained
 from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
@@ -29,18 +29,18 @@ MANY_CLASSES, UNUSUAL, MANY_NAMES = 20, 10, 10
 _STARTS_OVER = "the next run starts over"
 
 
-def subset_fields(scores: Artifact, images: "ImageSource", settings: Prune, *, reshape: bool) -> dict[str, Any]:
+def subset_fields(scores: Artifact, images: "ImageSource", settings: Prune, labels: Labels) -> dict[str, Any]:
     """Return the key fields of a SUBSET."""
     return {
         "scores": scores.key,
         "holdout_ratio": images.data.holdout_ratio,
-        "reshape": reshape,
+        **labels.reshape_fields(),
         **_selection_key_fields(settings),
     }
 
 
 def build_subset(
-    store: ArtifactStore, images: "ImageSource", scores: Artifact, settings: Prune, *, reshape: bool
+    store: ArtifactStore, images: "ImageSource", scores: Artifact, settings: Prune, labels: Labels
 ) -> tuple[Artifact, bool]:
     """Build or find a SUBSET: the samples to keep, with the logits of their evaluation view.
 
@@ -48,15 +48,15 @@ def build_subset(
     ----------
     settings
         The recipe's section ``prune``, of a method that selects before training.
-    reshape
-        Whether to give each row the σ of its class (``labels.reshape``).
+    labels
+        The recipe's section ``labels``, which says how rows are reshaped.
 
     Returns
     -------
     subset, built
         `built` is False if it existed.
     """
-    fields = subset_fields(scores, images, settings, reshape=reshape)
+    fields = subset_fields(scores, images, settings, labels)
     path = store.artifact_path("SUBSET", fields)
     made_from = scores.manifest
 
@@ -64,7 +64,7 @@ def build_subset(
         candidates = Candidates(
             scores.array("logits.npy"), np.asarray(scores.array("labels.npy")), images.train_ids, images.classes
         )
-        return _fill(directory, candidates, settings, reshape=reshape)
+        return _fill(directory, candidates, settings, labels)
 
     with full_disk_explained(path.parent, _STARTS_OVER):
         return artifacts.build(
@@ -100,7 +100,7 @@ def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
         return subset
     asked = {
         "holdout_ratio": recipe.data.holdout_ratio,
-        "reshape": recipe.labels.reshape,
+        **recipe.labels.reshape_fields(),
         "view": images.view_key_fields(images.teacher_px),
         "teacher": recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json"),
         **_selection_key_fields(recipe.prune.static),
@@ -109,6 +109,8 @@ def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
     made = {**subset.manifest.inputs, "view": stored.get("view"), "teacher": teacher if "teacher" in stored else None}
     asked["min_per_class"] = recipe.prune.static.min_per_class
     made["min_per_class"] = subset.manifest.inputs.get("min_per_class", 0)
+    asked.setdefault("reshape_strength", 1.0)
+    made["reshape_strength"] = subset.manifest.inputs.get("reshape_strength", 1.0)
     known = {name: value for name, value in asked.items() if made.get(name) is not None}  # user logits lack some
     if phrases := artifacts.differences(known, {name: made[name] for name in known}):
         raise InputError(
@@ -181,11 +183,12 @@ def prune_arrays(
             f"{logits.name} has {z_NK.shape[1]} classes; {len(wrong)} such rows"
         )
     y_N = y_N.astype(np.int64)
+    rows = Labels(reshape=reshape)
     candidates = Candidates(z_NK, y_N, np.arange(len(y_N)), file=logits.name)
     inputs = {
         "logits": file_digest(logits),
         "labels": file_digest(labels),
-        "reshape": reshape,
+        **rows.reshape_fields(),
         **_selection_key_fields(settings),
     }
     if out.exists() and not (out / artifacts.MANIFEST).exists():
@@ -195,7 +198,7 @@ def prune_arrays(
             out,
             "SUBSET",
             inputs,
-            lambda directory: _fill(directory, candidates, settings, reshape=reshape),
+            lambda directory: _fill(directory, candidates, settings, rows),
             settings={"logits": str(logits), "labels": str(labels)},
             force=force,
         )
@@ -207,7 +210,7 @@ def _selection_key_fields(settings: Prune) -> dict[str, Any]:
     return settings.key_fields() | listed
 
 
-def _fill(directory: Path, candidates: Candidates, settings: Prune, *, reshape: bool) -> Built:
+def _fill(directory: Path, candidates: Candidates, settings: Prune, labels: Labels) -> Built:
     """Select among the candidates and write the arrays of a SUBSET."""
     z_NK, y_N, train_ids, K = candidates.logits, candidates.labels, candidates.train_ids, candidates.num_classes
     scores = score_chunks(z_NK, y_N, candidates.file)
@@ -225,8 +228,8 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, *, reshape: 
     if not len(kept):
         raise keeps_none(settings, len(train_ids))
     # With σ of the row itself, reshaping only removes its mean.
-    sigma_N = sigma_K[y_N] if reshape else scores.std
-    flat = _write_logits(directory / "logits.npy", z_NK, kept, sigma_N)
+    sigma_N, strength = (sigma_K[y_N], labels.reshape_strength) if labels.reshape else (scores.std, 1.0)
+    flat = _write_logits(directory / "logits.npy", z_NK, kept, sigma_N, strength)
     np.save(directory / "indices.npy", kept)
     np.save(directory / "class_std.npy", sigma_K)
     np.save(directory / "difficulty.npy", difficulty_N)
@@ -246,13 +249,13 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, *, reshape: 
     return Built(facts=facts)
 
 
-def _write_logits(file: Path, logits_NK: np.ndarray, kept: np.ndarray, sigma_N: np.ndarray) -> int:
+def _write_logits(file: Path, logits_NK: np.ndarray, kept: np.ndarray, sigma_N: np.ndarray, strength: float) -> int:
     """Write the reshaped logits of the kept samples; return how many rows have no spread."""
     flat = 0
     with RowFile(file, "<f2", len(kept), logits_NK.shape[1]) as stored:
         for start in range(0, len(kept), CHUNK_ROWS):
             ids = kept[start : start + CHUNK_ROWS]
-            out, flat_rows = reshape_rows(np.ascontiguousarray(logits_NK[ids], np.float32), sigma_N[ids])
+            out, flat_rows = reshape_rows(np.ascontiguousarray(logits_NK[ids], np.float32), sigma_N[ids], strength)
             flat += flat_rows
             check_float16(out)
             stored.append(out)

@@ -165,6 +165,12 @@ class ResolvedLabels(Record):
     reshape: bool
 
 
+class ResolvedLoss(Record):
+    """Section ``loss``."""
+
+    name: Text = "kd"
+
+
 class ResolvedStudent(Record):
     """Section ``student``."""
 
@@ -185,6 +191,7 @@ class Resolved(Record):
     teacher: ResolvedTeacher | None
     prune: ResolvedPrune
     labels: ResolvedLabels
+    loss: ResolvedLoss = ResolvedLoss()
     student: ResolvedStudent
     train: ResolvedTrain
 

@@ -118,7 +118,7 @@ def run_key_fields(inputs: TrainingInputs) -> dict[str, Any]:
         fields |= {
             "teacher": inputs.teacher_key_fields,
             "loss": recipe.loss.key_fields(),
-            "labels": recipe.labels.model_dump(mode="json", include={"mode", "reshape", "topk"}),
+            "labels": {"mode": recipe.labels.mode, "topk": recipe.labels.topk, **recipe.labels.reshape_fields()},
         }
     elif recipe.loss.label_smoothing:
         fields["loss"] = {"label_smoothing": recipe.loss.label_smoothing}

@@ -186,7 +186,6 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
         Its weights do not fit, the hold-out is empty, or there are fewer samples than a batch needs.
     """
     train, model, weights = recipe.train, recipe.student.model, recipe.student.weights
-    loss_function(recipe.loss, has_teacher=recipe.teacher is not None)
     if weights is not None and models.is_cached(weights, model):
         models.load_weights(models.build(model, images.num_classes), weights, name=model)
     if not images.export:
@@ -373,15 +372,17 @@ def teacher_source(inputs: TrainingInputs) -> TeacherSource:
     if recipe.labels.reshape:
         assert subset is not None
         sigma_K = torch.tensor(subset.array("class_std.npy"), dtype=torch.float32, device=inputs.runtime.device)
-    return live_teacher_source(inputs.runtime, inputs.teacher.net, sigma_K)
+    return live_teacher_source(inputs.runtime, inputs.teacher.net, sigma_K, recipe.labels.reshape_strength)
 
 
-def live_teacher_source(runtime: Runtime, net: nn.Module, sigma_K: Tensor | None = None) -> TeacherSource:
-    """Return the logits of a teacher that runs on every batch, reshaped if σ is given."""
+def live_teacher_source(
+    runtime: Runtime, net: nn.Module, sigma_K: Tensor | None = None, strength: float = 1.0
+) -> TeacherSource:
+    """Return the logits of a teacher that runs on every batch, reshaped with λ = `strength` if σ is given."""
 
     def live(images: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad(), runtime.autocast():
             logits_BK = net(images).float().clone()  # CUDA graphs reuse their outputs
-            return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K)
+            return logits_BK if sigma_K is None else reshape_logits(logits_BK, labels, sigma_K, strength)
 
     return TeacherSource(lambda view: None, live, lambda rows: rows[0])

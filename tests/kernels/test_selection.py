@@ -109,8 +109,30 @@ def test_reshaping_without_jit_gives_the_same():
     z_NK, y_N = case("balanced")
     z_NK, std_N = z_NK[:20], score_logits(z_NK[:20], y_N[:20]).std
     out, flat = np.empty_like(z_NK), np.empty(20, bool)
-    reshape._reshape_rows.py_func(z_NK, std_N, out, flat)
-    np.testing.assert_allclose(reshape_rows(z_NK, std_N)[0], out, atol=1e-5)
+    for strength in (1.0, 0.5):
+        reshape._reshape_rows.py_func(z_NK, 2 * std_N, strength, out, flat)
+        np.testing.assert_allclose(reshape_rows(z_NK, 2 * std_N, strength)[0], out, atol=1e-5)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 20), st.floats(0, 1))
+def test_partial_reshaping_is_the_power_of_the_scale(seed, K, strength):
+    rng = np.random.default_rng(seed)
+    z_MK = (10 ** rng.uniform(-2, 2, (6, 1)) * rng.normal(size=(6, K))).astype(np.float32)
+    sigma_M = 10 ** rng.uniform(-2, 2, 6)
+    z_MK[0] = 3.5  # no spread
+    out, flat = reshape_rows(z_MK, sigma_M, strength)
+    assert flat == 1
+    assert not out[0].any()
+    for z, sigma, row in zip(z_MK[1:].astype(np.float64), sigma_M[1:], out[1:], strict=True):
+        expected = (z - z.mean()) * (sigma / z.std(ddof=1)) ** strength
+        np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_ends_of_reshape_strength_are_full_reshaping_and_centring():
+    z_NK, y_N = case("balanced")
+    sigma_N = class_std(score_logits(z_NK, y_N).std, y_N, z_NK.shape[1])[y_N]
+    np.testing.assert_array_equal(reshape_rows(z_NK, sigma_N, 1.0)[0], reshape_rows(z_NK, sigma_N)[0])
+    np.testing.assert_allclose(reshape_rows(z_NK, sigma_N, 0.0)[0], z_NK - z_NK.mean(1, keepdims=True), atol=1e-5)
 
 
 def test_rows_without_spread_come_back_as_zeros_and_are_counted():

@@ -21,6 +21,7 @@ from fastkd.data.loader import Loader
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages import labelling, resumable, teacher_pass
+from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare
 from fastkd.verification import check_recipe
 
@@ -215,6 +216,46 @@ def test_topk_keeps_the_largest_and_the_mass_of_the_others(labelled, tiny_recipe
     np.testing.assert_array_equal(np.take_along_axis(rows, indices.astype(int), 1), logits)
     p = np.exp(rows / 2) / np.exp(rows / 2).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(tail[:, 0], 1 - np.take_along_axis(p, indices.astype(int), 1).sum(axis=1), atol=1e-3)
+
+
+def partly_reshaped(pipe: Pipeline, z_MK: np.ndarray, strength: float) -> np.ndarray:
+    """Return rows of raw logits of the kept samples as they should be stored (float64 [M, K])."""
+    ids, sigma_K = np.asarray(pipe.subset.array("indices.npy")), np.asarray(pipe.subset.array("class_std.npy"))
+    sigma_M1 = sigma_K[np.asarray(pipe.scores.array("labels.npy"))[ids]][:, None]
+    scale_M1 = (sigma_M1 / z_MK.std(axis=1, ddof=1, keepdims=True)) ** strength
+    return (z_MK - z_MK.mean(axis=1, keepdims=True)) * scale_M1
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.4])
+def test_partly_reshaped_rows_are_stored_checked_and_are_those_of_a_live_teacher(tiny_recipe, strength):
+    overrides = (*VIEWS, "labels.views=1", f"labels.reshape_strength={strength}", "train.epochs=1")
+    pipe, full = Pipeline(tiny_recipe(*overrides)), Pipeline(tiny_recipe(*VIEWS, "labels.views=1"))
+    ids = np.asarray(pipe.subset.array("indices.npy"))
+    expected = partly_reshaped(pipe, pipe.scores.array("logits.npy")[ids].astype(np.float64), strength)
+    stored = pipe.subset.array("logits.npy").astype(np.float64)
+    assert (np.abs(stored - expected) <= allowed(expected)).all()
+    assert pipe.subset.manifest.inputs["reshape_strength"] == strength
+    assert "reshape_strength" not in full.subset.manifest.inputs
+    assert full.labels.key != pipe.labels.key
+    assert [one.wrong for one in check_recipe(tiny_recipe(*overrides), pairs=99)] == [0, 0]
+
+    job = prepare(pipe.training_inputs)
+    online = Pipeline(tiny_recipe(*overrides, "labels.mode=online"))
+    live = prepare(online.training_inputs).teacher.live
+    for batch in job.batches(job.ids, 0):
+        a, b = job.teacher.decode(batch.stored), live(batch.images, batch.labels)
+        torch.testing.assert_close(a, b - b.mean(1, keepdim=True), rtol=1e-2, atol=2e-2)
+    assert run_key_fields(online.training_inputs)["labels"]["reshape_strength"] == strength
+
+
+def test_no_reshaping_with_a_strength_is_no_reshaping(tiny_recipe):
+    plain = pipeline.prune(tiny_recipe("labels.reshape=false"))[0]
+    again, built = pipeline.prune(tiny_recipe("labels={reshape: false, reshape_strength: 0.5}"))
+    assert not built
+    assert again.key == plain.key
+    zero = pipeline.prune(tiny_recipe("labels.reshape_strength=0"))[0]
+    assert zero.key != plain.key
+    np.testing.assert_allclose(zero.array("logits.npy"), plain.array("logits.npy"), rtol=2e-3, atol=1e-3)
 
 
 def test_another_temperature_makes_other_topk_labels(tiny_recipe):

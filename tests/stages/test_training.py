@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fastkd import models, pipeline, recipe
-from fastkd.engine import losses
 from fastkd.errors import InputError
 from fastkd.machine import usable_cores
 from fastkd.pipeline import Pipeline
+from fastkd.recipe.tables import LOSSES
 from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare
 
@@ -103,25 +103,39 @@ def test_all_of_the_kd_loss_is_in_the_key_of_a_live_teacher_too(tiny_recipe):
     assert (warm["loss"]["temperature"], cold["loss"]["temperature"]) == (2.0, 4.0)
 
 
-def test_a_loss_that_is_added_to_the_table_trains(tiny_recipe, monkeypatch):
-    def hinge(student_BK, labels_B, teacher_BK, *, alpha, temperature, **others):
-        return torch.nn.functional.multi_margin_loss(student_BK, labels_B, reduction="none") + alpha * (
-            student_BK - teacher_BK / temperature
-        ).square().mean(1)
+OF_LOSS = {
+    "kd": {"alpha", "gamma", "label_smoothing", "temperature"},
+    "standardised": {"name", "alpha", "gamma", "label_smoothing", "temperature"},
+    "dkd": {"name", "gamma", "label_smoothing", "temperature", "dkd_alpha", "dkd_beta"},
+    "dist": {"name", "gamma", "label_smoothing", "temperature", "dist_beta", "dist_gamma"},
+    "nkd": {"name", "alpha", "gamma", "label_smoothing", "temperature", "nkd_gamma"},
+}
 
-    usual, _ = pipeline.train(tiny_recipe())
-    monkeypatch.setitem(losses.LOSSES, "hinge", hinge)
-    run, built = pipeline.train(tiny_recipe("loss.name=hinge"))
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_student_trains_with_each_loss_on_the_same_stored_rows(tiny_recipe, name):
+    pipe = Pipeline(tiny_recipe(f"loss.name={name}", "loss.temperature=2", "train.epochs=2"))
+    run, built = pipe.train()
     assert built
-    assert run.facts["top1"]["val"] > 0.5
-    assert run.manifest.inputs["loss"]["name"] == "hinge"
-    assert "name" not in usual.manifest.inputs["loss"]
-    assert [e["loss"] for e in events(run, "steps")] != [e["loss"] for e in events(usual, "steps")]
+    assert pipe.subset.key == Pipeline(tiny_recipe()).subset.key
+    trace = [line["loss"] for line in events(run, "steps")]
+    assert len(trace) == 6
+    assert np.isfinite(trace).all()
+    assert np.mean(trace[3:]) < np.mean(trace[:3])
+    assert run.manifest.inputs["loss"].keys() == OF_LOSS[name]
 
 
-def test_an_unknown_loss_is_refused_before_anything_is_built(tiny_recipe, tmp_path):
-    own = tmp_path / "own"
-    loaded = tiny_recipe("loss.name=hint", f"data.artifacts_dir={own}")
-    with pytest.raises(InputError, match=r"loss\.name='hint': unknown loss; known: kd$"):
-        pipeline.train(loaded)
-    assert not list(own.rglob("*.json"))
+def test_each_loss_gives_another_trace(tiny_recipe):
+    runs = [pipeline.train(tiny_recipe(f"loss.name={name}", "train.epochs=1"))[0] for name in LOSSES]
+    assert len({tuple(line["loss"] for line in events(run, "steps")) for run in runs}) == len(LOSSES)
+
+
+def test_microbatches_with_a_loss_over_the_batch_train(tiny_recipe):
+    """The mean over the parts of their batch terms; see `dist_loss`."""
+    run, _ = pipeline.train(tiny_recipe("loss.name=dist", "train.epochs=1", "train.accumulate=5"))
+    assert np.isfinite([line["loss"] for line in events(run, "steps")]).all()
+
+
+def test_an_unknown_loss_is_refused_with_the_known_ones(tiny_recipe):
+    with pytest.raises(InputError, match=r"loss\.name: 'hint' is wrong: should be 'kd', 'standardised', 'dkd',"):
+        tiny_recipe("loss.name=hint")
