@@ -12,9 +12,11 @@ from harness import command_file
 from fastkd import artifacts, console
 from fastkd import write as command
 from fastkd.artifacts import building
+from fastkd.artifacts.manifest import Manifest, digest_of
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.pipeline import write
 from fastkd.stages.images import ImageSource
+from fastkd.stages.trained_student import STORED, stored_options
 
 pytestmark = pytest.mark.timeout(60)
 OPTIONS = {"n": 40, "sides": (9, 9), "workers": 1}
@@ -122,6 +124,27 @@ def test_other_options_are_refused_unless_forced(noise, dataset):
     artifact, built = write(noise, dataset.path, OPTIONS | {"n": 41}, force=True)
     assert built
     assert artifact.facts["counts"]["train"] == 41
+
+
+def test_a_data_set_of_an_earlier_version_is_reused_with_the_defaults_of_later_options(noise, dataset):
+    """Its manifest lacks options that did not exist."""
+    manifest = artifacts.read_manifest(dataset.path)
+    raw = manifest.model_dump()
+    for options in (raw["settings"]["options"], raw["facts"]["options"]):
+        del options["background"], options["exif"]
+    raw["digest"] = digest_of(raw)
+    artifacts.write_manifest(dataset.path, Manifest.model_validate(raw))
+    artifact, built = write(noise, dataset.path, OPTIONS)
+    assert (built, artifact.key) == (False, dataset.key)
+    assert stored_options(artifact.facts["options"]).keys() == set(STORED)
+    with pytest.raises(InputError, match=r"options.background is 'none', not 'white'"):
+        write(noise, dataset.path, OPTIONS | {"background": "white"})
+
+
+def test_options_that_affect_pixels_are_for_the_student_too(noise, dataset):
+    options = dataset.facts["options"]
+    assert stored_options(options) == {name: options[name] for name in STORED}
+    assert stored_options(options | {"exif": "apply"})["exif"] == "apply"
 
 
 def test_a_writer_that_was_edited_is_another(noise, tmp_path):
