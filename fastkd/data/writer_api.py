@@ -131,7 +131,7 @@ class WriterOptions(BaseModel):
     background: Annotated[str, BeforeValidator(_known_background)] = "none"
     """Colour below transparent pixels: `white`, `black`, `mean` (124,116,104) or `R,G,B`. `none`: alpha is dropped."""
     exif: Literal["ignore", "apply"] = "ignore"
-    """`ignore`: pixels are stored as they lie in the file. `apply`: images are turned as their EXIF orientation says."""
+    """`ignore`: images are stored as they lie in the file. `apply`: turned as their EXIF orientation says."""
     on_error: Literal["fail", "skip"] = "fail"
     """`fail`: unreadable images are an error that lists them. `skip`: they are left out and listed in the manifest."""
     workers: int = Field(0, ge=0)
