@@ -128,7 +128,8 @@ def source_files(options: Options) -> Iterable[str | Path]:
         image = columns.index(options.image)
         split = columns.index(options.split) if options.split in columns else None
         for _, row in rows:
-            if len(row) == len(columns) and (split is None or row[split].strip().lower() in SPLITS):
+            used = len(row) == len(columns) and (split is None or row[split].strip().lower() in SPLITS)
+            if used and "\0" not in row[image]:
                 yield os.path.join(options.file.parent, row[image].strip())
 
 
@@ -190,8 +191,8 @@ def _divide(options: Options, table: Table) -> dict[str, np.ndarray]:
     if table.splits is None:
         if ratio is None:
             raise InputError(
-                f"{where}: has no column {options.split!r}; its columns are {some(table.columns)}. Name it with split=, "
-                "or cut val from the rows with val_ratio=0.1"
+                f"{where}: has no column {options.split!r}; its columns are {some(table.columns)}. Name it with "
+                "split=, or cut val from the rows with val_ratio=0.1"
             )
         train, val = cut_val(where, table.codes, ratio, options.seed)
         return {"train": train, "val": val}
