@@ -73,10 +73,12 @@ def read(options: Options) -> Source:
 
 
 def source_files(options: Options) -> Iterable[str | Path]:
-    """Return the shards and the file of class names. Empty: the folder of the shards is gone."""
-    if not options.train.parent.is_dir():
+    """Return the shards and the file of class names. Empty: the shards are gone."""
+    patterns = [pattern for pattern in (options.train, options.val) if pattern]
+    shards = [path for pattern in patterns for path in expand(pattern, may_be_missing=True)]
+    if not any(path.exists() for path in shards):
         return []
-    return [path for paths in _shards(options).values() for path in paths] + [p for p in [options.classes] if p]
+    return shards + ([options.classes] if options.classes else [])
 
 
 def _shards(options: Options) -> dict[str, list[Path]]:

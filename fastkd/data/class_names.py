@@ -98,7 +98,7 @@ def number_labels(
     numbers = {name: number for number, name in enumerate(chosen)}
     if classes is not None:
         numbers = {str(number): number for number in range(len(chosen))} | numbers
-        if unknown := [name for split in used.values() for name in split if name not in numbers]:
+        if unknown := list(dict.fromkeys(name for split in used.values() for name in split if name not in numbers)):
             raise InputError(
                 f"{where}: labels that are no class: {some(unknown)}; expected one of the {len(chosen)} class names "
                 f"({some(chosen)}) or a number in 0…{len(chosen) - 1}"

@@ -1,5 +1,6 @@
 """Random access to the samples of tar shards, through an index of offsets."""
 
+import contextlib
 import errno
 import glob
 import os
@@ -25,13 +26,13 @@ MAX_SHARDS = 1_000_000
 MAX_LABEL_BYTES = 16 << 20
 
 
-def expand(pattern: Path) -> list[Path]:
+def expand(pattern: Path, *, may_be_missing: bool = False) -> list[Path]:
     """Return the files of a pattern with ``{000..012}``, ``{a,b}``, ``*``, ``?`` or ``[…]``.
 
     Raises
     ------
     InputError
-        A file is missing, or `*` matches nothing.
+        A file is missing, or `*` matches nothing, unless it `may_be_missing`.
     """
     paths = [""]
     text, position = str(pattern), 0
@@ -46,7 +47,8 @@ def expand(pattern: Path) -> list[Path]:
     for path in paths:
         is_pattern = any(sign in path for sign in "*?[") and not os.path.exists(path)
         found += (sorted(glob.glob(path)) or [path]) if is_pattern else [path]
-    if missing := [path for path in found if not os.path.isfile(path)]:
+    missing = [path for path in found if not os.path.isfile(path)]
+    if missing and not may_be_missing:
         raise InputError(
             f"{printable(pattern)}: {len(missing):,} of {len(found):,} shards are missing: {some(missing)}"
         )
@@ -229,11 +231,10 @@ class ShardImages:
 
 def described(shard: Path, header: int) -> str:
     """Return the names of a shard and of the member whose header is at a position."""
-    try:
-        with shard.open("rb") as stream:
-            stream.seek(header)
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                member = archive.next()
-        return f"{printable(shard)}: {printable(member.name) if member else '?'}"
-    except (OSError, tarfile.TarError):
-        return f"{printable(shard)}: member at byte {header:,}"
+    name = f"member at byte {header:,}"
+    with contextlib.suppress(OSError, tarfile.TarError), shard.open("rb") as stream:
+        stream.seek(header)
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            if (member := archive.next()) is not None:
+                name = printable(member.name)
+    return f"{printable(shard)}: {name}"

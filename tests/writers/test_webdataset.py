@@ -165,21 +165,14 @@ def test_names_folders_and_members_of_other_kinds(pictures, tmp_path):
         add(archive, "__MACOSX/0001.jpg", b"of macOS")
         add(archive, "dataset_info.json", b"{}")
         add(archive, "folder", b"", type=tarfile.DIRTYPE)
-    refused(
-        "its sample|the sample has no .cls", train=str(tmp_path / "x.tar"), val_ratio=0.5
-    )  # 0003.v2.jpg: one sample
-    with tarfile.open(tmp_path / "y.tar", "w") as archive, tarfile.open(tmp_path / "x.tar") as old:
-        for member in old:
-            if "0003" not in member.name:
-                archive.addfile(member, old.extractfile(member))
-    splits, classes = read(train=str(tmp_path / "y.tar"), val_ratio=0.5)
+    splits, classes = read(train=str(tmp_path / "x.tar"), val_ratio=0.5)
     assert classes == ["0", "1"]
     assert len(splits["train"]) + len(splits["val"]) == 5
     names = {split.describe(i).rpartition("/")[2] for split in splits.values() for i in range(len(split))}
     assert any(name.endswith("caf\\xe9.JPG") for name in names)
     assert any("x" * 180 in name for name in names)
     (text,) = [text for text in console.warnings_since(0) if "left out members" in text]
-    for part in ("5 .txt", "2 hidden files", "1 .json"):
+    for part in ("5 .txt", "2 hidden files", "1 .v2.jpg", "1 .v2.cls", "and 2 more"):  # .v2.txt, .json
         assert part in text
 
 
@@ -278,4 +271,12 @@ def test_a_source_that_changed_is_refused(pictures, shards, tmp_path):
     pack(tmp_path / "val-0.tar", rows[1:])
     with pytest.raises(InputError, match=r"its source changed since it was written: .*val-0.tar"):
         write("webdataset", tmp_path / "out", options)
-    assert write("webdataset", tmp_path / "out", options, force=True)[0].key != key
+    again = write("webdataset", tmp_path / "out", options, force=True)[0].key
+    assert again != key
+    (tmp_path / "train-001.tar").unlink()
+    with pytest.raises(InputError, match=r"5 files of .* now 4 files"):
+        write("webdataset", tmp_path / "out", options)
+    for file in tmp_path.glob("*.tar"):
+        file.unlink()
+    assert write("webdataset", tmp_path / "out", options)[0].key == again
+    assert any("its source is gone" in text for text in console.warnings_since(0))
