@@ -188,7 +188,8 @@ def test_unreadable_images_are_listed_in_one_pass_or_skipped(pictures, table, tm
     os.symlink("nowhere", tmp_path / "link.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "text.jpg").write_text("no image")
-    names = ["link.jpg", "pipe.jpg", "text.jpg", "gone.jpg", ".", "with\nbreak.jpg"]
+    (tmp_path / "folder.jpg").mkdir()
+    names = ["link.jpg", "pipe.jpg", "text.jpg", "gone.jpg", "folder.jpg", "with\nbreak.jpg"]
     rows = [[name, "cat", "train"] for name in names] + rows_of(pictures, tmp_path)
     save(table, rows)
     options = {"file": str(table), "workers": 1}
