@@ -112,9 +112,8 @@ def _existing(pipeline: Pipeline, name: str, artifact: Artifact, size: int | Non
     if name == "label" and (lacks := views - artifact.facts["views"]) > 0:
         left = lacks / views
         return PlannedStage(name, "grow", artifact.path, size=round(left * (size or 0)), left=left)
-    used = sum(stamp.size for stamp in artifact.manifest.files.values())
     seconds = artifact.cost_s if name == "train" else pipeline.costs[name].seconds
-    return PlannedStage(name, "reuse", artifact.path, seconds, used)
+    return PlannedStage(name, "reuse", artifact.path, seconds, artifact.bytes_on_disk)
 
 
 def _is_begun(pipeline: Pipeline, stage: str, partial: Path) -> bool:

@@ -28,7 +28,7 @@ def main(
     facts, counts = artifact.facts, artifact.facts["counts"]
     for text in facts.get(WARNINGS, ()):  # also if the data set is reused
         console.warn(text)
-    size = sum(stamp.size for stamp in artifact.manifest.files.values())
+    size = artifact.bytes_on_disk
     done = f"written in {artifact.cost_s:.1f} s" if written else "reused: it was written before, with the same options"
     return cli.CommandResult.of(
         f"{artifact.path}: {counts['train']:,} train and {counts['val']:,} val images of {len(facts['classes'])} "
@@ -76,7 +76,8 @@ Writers (`writers/NAME.py` describes the options of each):
 {shipped}
 
 Options of every writer: `mode=raw|jpg|smart`, `max_resolution=PIXELS`, `jpeg_quality=90`,
-`smart_threshold_bytes=65536`, `on_error=fail|skip` (a corrupt image), `workers=0` (one per core)."""
+`smart_threshold_bytes=65536`, `background=none|white|black|mean|R,G,B` (behind transparent pixels),
+`exif=ignore|apply` (orientation), `on_error=fail|skip` (unreadable images), `workers=0` (one per core)."""
 
 
 if __name__ == "__main__":

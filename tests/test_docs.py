@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from glob import glob
 from pathlib import Path
@@ -40,6 +41,7 @@ PARSED_ONLY = {
     "report runs/quickstart": "takes 6 s; likewise",
     "report runs/savings": "takes 6 s; likewise, and tests/report compares RUNs",
     "study mine.yaml": "trains for a minute; tests/study runs one",
+    "write hf_dataset": "needs the library datasets, which downloads or was downloaded; tests/writers",
     "write image_folder data/imagenet": "nobody has the images at hand; the same with others is run",
     "write fashion_mnist": "reads files that not every machine has, or downloads 30 MB; tests/writers",
 }
@@ -218,6 +220,7 @@ def furnish(folder: Path, arrays: dict[str, np.ndarray]) -> None:
             file = folder / "home" / "pets" / split / ("cat", "dog", "fox")[label] / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(file)
+    furnish_formats(folder, folder / "home" / "pets")
     shutil.copytree(folder / "home" / "pets" / "val" / "cat", folder / "photos")
     shutil.copy(folder / "photos" / "0.png", folder / "boot.png")
     (folder / "home" / "mine").mkdir()
@@ -234,6 +237,30 @@ def furnish(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     (folder / "recipes").mkdir()
     for name, settings in RECIPES.items():
         (folder / f"{name}.yaml").write_text(RECIPE.format(name=Path(name).name, **settings))
+
+
+def furnish_formats(folder: Path, pets: Path) -> None:
+    """Put the images of a folder there in the other formats that writers read."""
+    shutil.copytree(pets / "train", folder / "home" / "all_pets" / "train")
+    shutil.copytree(pets / "train", folder / "home" / "flat" / "train")
+    (folder / "home" / "flat" / "val").mkdir()
+    rows, labels = ["image,label,split"], []
+    for file in sorted(pets.glob("*/*/*.png")):
+        split, name = file.parts[-3:-1]
+        rows.append(f"{file.relative_to(folder)},{name},{split}")
+        if split == "val":
+            shutil.copy(file, folder / "home" / "flat" / "val")
+            labels.append(f"{file.name} {name}")
+    (folder / "pets.csv").write_text("\n".join(rows))
+    (folder / "home" / "flat" / "val.txt").write_text("\n".join(labels))
+    (folder / "shards").mkdir()
+    for number in range(2):
+        with tarfile.open(folder / "shards" / f"pets-{number:03}.tar", "w") as archive:
+            for file in sorted((pets / "train").glob("*/*.png"))[number::2]:
+                archive.add(file, f"{file.stem}.png")
+                label = tarfile.TarInfo(f"{file.stem}.cls")
+                label.size = 3
+                archive.addfile(label, io.BytesIO(file.parent.name.encode()))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ file, and a digest of all that: any damaged byte is detected.
 """
 
 from fastkd.artifacts.building import BEGUN, Built, build, claim, in_use, is_claimed, remove
-from fastkd.artifacts.files import file_digest, fsync, write_whole
+from fastkd.artifacts.files import bytes_on_disk, file_digest, fsync, write_whole
 from fastkd.artifacts.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -48,6 +48,7 @@ __all__ = [
     "Kind",
     "Manifest",
     "build",
+    "bytes_on_disk",
     "canonical",
     "claim",
     "differences",

@@ -16,6 +16,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def bytes_on_disk(status: os.stat_result) -> int:
+    """Return the bytes that a file uses on disk. Less than its size if it has holes, as .beton files do."""
+    return min(status.st_size, status.st_blocks * 512)
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

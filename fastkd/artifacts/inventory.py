@@ -37,8 +37,8 @@ class Found:
     kind, key, parents
         As far as they are known; `parents` by kind, as in manifests.
     bytes : int
-        Size of its files. Files of an unfinished build that have a second hard link are not counted: LABELS that are
-        extended share files with the published ones.
+        Bytes that its files use on disk. Files of an unfinished build that have a second hard link are not counted:
+        LABELS that are extended share files with the published ones.
     changed : float
         Time of publishing, or of the last change (seconds since 1970).
     note
@@ -131,7 +131,7 @@ def _taken(path: Path, *, shared: bool = True) -> dict[str, Any]:
             with suppress(OSError):  # deleted meanwhile
                 file = os.lstat(os.path.join(place, name))
                 if stat.S_ISREG(file.st_mode) and (shared or file.st_nlink == 1):
-                    taken += file.st_size
+                    taken += artifacts.bytes_on_disk(file)
                 changed = max(changed, file.st_mtime)
     return {"bytes": taken, "changed": changed}
 
@@ -146,8 +146,8 @@ def check_artifact(path: Path) -> Artifact:
     """
     artifact = artifacts.load(path)
     artifacts.verify(artifact)
-    size = sum(stamp.size for stamp in artifact.manifest.files.values())
-    console.say(f"{artifact.manifest.kind} {path}: {len(artifact.manifest.files)} files, {size / 1e6:,.1f} MB: whole")
+    size = f"{artifact.bytes_on_disk / 1e6:,.1f} MB"
+    console.say(f"{artifact.manifest.kind} {path}: {len(artifact.manifest.files)} files, {size}: whole")
     return artifact
 
 

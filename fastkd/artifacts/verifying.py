@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastkd.artifacts.files import file_digest, write_whole
+from fastkd.artifacts.files import bytes_on_disk, file_digest, write_whole
 from fastkd.artifacts.manifest import MANIFEST, Kind, Manifest, differences, key_of, read_manifest
 from fastkd.errors import ArtifactError, InputError
 
@@ -78,6 +78,11 @@ class Artifact:
     def cost_s(self) -> float:
         """Wall seconds that building took."""
         return self.manifest.cost_s
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes that its files use on disk, without holes."""
+        return sum(bytes_on_disk(os.stat(self.path / name)) for name in self.manifest.files)
 
     def file(self, name: str) -> Path:
         """Return the path of a file that the manifest lists."""

@@ -7,7 +7,7 @@ workers.
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from fastkd.data import isolated_process
 from fastkd.data.ffcv_format import STORED
 from fastkd.data.isolated_process import Report
 from fastkd.data.notices import MAX_NAMES, Found, listed
-from fastkd.data.split_writer import Split, found_in_both, found_two_labels, write_split
+from fastkd.data.split_writer import Split, SplitJob, UnreadableError, found_in_both, found_two_labels, write_split
 from fastkd.data.writer_api import MapDataset, Writer, WriterOptions, load_writer
 from fastkd.errors import FastkdError, InputError
 
 SPLITS = ("train", "val")
 Progress = Callable[[str, int, int], None]
 """``progress(split, done, total)``."""
+MAX_UNREADABLE = 100
+"""Number of unreadable samples that an error lists."""
 MIN_STD = 1e-3
 """A channel with a smaller standard deviation (a quarter of one of 256 levels) counts as constant."""
 
@@ -56,7 +58,7 @@ class Written:
             names = [f"{one['split']} {one['description'] or one['index']}: {one['reason']}" for one in skipped]
             counts = " and ".join(f"{len(split.skipped):,} of {name}" for name, split in self.splits.items())
             texts.append(f"left out {counts}, which cannot be read (on_error=skip): {listed(names, len(names))}")
-        texts += [found.warning for found in self.found]
+        texts += [found.warning for found in self.found if not found.quiet]
         constant = [
             channel
             for channel, std in zip(("red", "green", "blue"), self.splits["train"].std, strict=True)
@@ -68,6 +70,11 @@ class Written:
                 "as 1, so that normalised pixels are about 0; inspect the images"
             )
         return texts
+
+    @property
+    def notes(self) -> list[str]:
+        """One line per kind of notice that is no warning."""
+        return [found.warning for found in self.found if found.quiet]
 
 
 def usable_std(std: Sequence[float]) -> list[float]:
@@ -122,26 +129,50 @@ def write_here(request: tuple[str, dict[str, Any], str], report: Report) -> Writ
     except BaseException as error:
         raise FastkdError(f"writer {name}: read() failed: {isolated_process.describe_error(error)[1]}") from error
     datasets, classes = _check_source(name, source)
-    splits, digests = {}, {}
-    two_labels: list[Found] = []
+    jobs: dict[str, SplitJob] = {}
+    splits: dict[str, Split] = {}
+    unreadable: list[str] = []
     for split in SPLITS:
         file = Path(directory) / f"{split}.beton"
-        job, splits[split] = write_split(file, split, datasets[split], len(classes), options, report)
-        digests[split] = job.records["digest"].copy().view("V16").reshape(-1)
+        try:
+            jobs[split], splits[split] = write_split(file, split, datasets[split], len(classes), options, report)
+        except UnreadableError as error:
+            unreadable += error.samples
+            continue
         if split == "train":
-            empty = [classes[k] for k, n in enumerate(splits[split].class_counts) if n == 0]
-            if empty:
-                left_out = len(splits[split].skipped)
-                hint = f" ({left_out:,} samples of train were left out, as they cannot be read)" if left_out else ""
-                raise InputError(
-                    f"writer {name}: no sample in train of {listed([repr(one) for one in empty], len(empty))}: "
-                    f"every class needs at least one{hint}; leave such classes out of the class names"
-                )
-        else:
-            in_both = (job.records["state"] == STORED) & np.isin(digests[split], digests["train"])
-        two_labels += found_two_labels(job, classes)
-    found = _merged(two_labels) + found_in_both(job, in_both)
-    return Written(classes, splits, _merged([one for split in splits.values() for one in split.found]) + found)
+            _refuse_empty(name, classes, splits[split])
+    if unreadable:
+        raise InputError(_unreadable_text(unreadable, sum(len(datasets[split]) for split in SPLITS)))
+    digests = {split: job.records["digest"].copy().view("V16").reshape(-1) for split, job in jobs.items()}
+    in_both = (jobs["val"].records["state"] == STORED) & np.isin(digests["val"], digests["train"])
+    found = _merged([one for split in splits.values() for one in split.found])
+    found += _merged([one for job in jobs.values() for one in found_two_labels(job, classes)])
+    return Written(classes, splits, found + found_in_both(jobs["val"], in_both))
+
+
+def _refuse_empty(name: str, classes: list[str], train: Split) -> None:
+    """Refuse classes without a sample to train on."""
+    if not (empty := [classes[k] for k, n in enumerate(train.class_counts) if n == 0]):
+        return
+    left_out = len(train.skipped)
+    hint = f" ({left_out:,} samples of train were left out, as they cannot be read)" if left_out else ""
+    raise InputError(
+        f"writer {name}: no sample in train of {listed([repr(one) for one in empty], len(empty))}: "
+        f"every class needs at least one{hint}; leave such classes out of the class names"
+    )
+
+
+def _unreadable_text(samples: Sequence[str], total: int) -> str:
+    """Return the message that lists the samples that cannot be read."""
+    if len(samples) == 1:
+        return f"{samples[0]}; replace or delete it, or leave such samples out with on_error=skip"
+    shown, more = samples[:MAX_UNREADABLE], len(samples) - MAX_UNREADABLE
+    return (
+        f"{len(samples):,} of {total:,} images cannot be read; replace or delete them, "
+        "or leave such samples out with on_error=skip:"
+        + "".join(f"\n  {sample}" for sample in shown)
+        + (f"\n  and {more:,} more" if more > 0 else "")
+    )
 
 
 def _check_source(name: str, source: Any) -> tuple[Mapping[str, MapDataset], list[str]]:
@@ -205,6 +236,7 @@ def _merged(found: Sequence[Found]) -> list[Found]:
     for one in found:
         if one.kind in merged:
             before = merged[one.kind]
-            one = Found(one.kind, one.text, before.counts | one.counts, (before.names + one.names)[:MAX_NAMES])
+            names = (before.names + one.names)[:MAX_NAMES]
+            one = replace(one, counts=before.counts | one.counts, names=names)
         merged[one.kind] = one
     return list(merged.values())

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import operator
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastkd.data.notices import NONE, Notice
-from fastkd.data.writer_api import WriterOptions
+from fastkd.data.writer_api import WriterOptions, background_colour
 
 JPG, RAW = 0, 1
 """FFCV's codes for how an image is stored."""
@@ -25,6 +26,15 @@ MAX_SIDE = 65535  # FFCV keeps height and width as uint16
 _WIDE_MODES = ("I", "F")  # 16 and 32 bits per channel: PIL would clip them at 255 silently
 _JPEG_FORMATS = ("JPEG", "MPO")  # MPO: JPEG files one after another (phones); decoders stop after the first
 _EXIF_PLACES = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientation; pixels are [H, W, 3]
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
 # Errors caused by the file itself. Others (too many open files, no memory) are caused by the machine.
 _OF_THE_FILE = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.EIO, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
@@ -58,11 +68,12 @@ def encode(image: Any, options: WriterOptions) -> Stored:
     Parameters
     ----------
     image
-        uint8 [H, W], [H, W, 1] or [H, W, 3]; a PIL image; or the bytes of an image file. Grey becomes RGB, alpha is
-        dropped, and an EXIF orientation is ignored (as in FFCV and torchvision); see the `notices` of the result.
+        uint8 [H, W], [H, W, 1] or [H, W, 3]; a PIL image; or the bytes of an image file. Grey becomes RGB.
     options
-        A JPEG file that satisfies `mode` and `max_resolution`, and that FFCV decodes without an error, is kept byte for
-        byte. Other images are shrunk with INTER_AREA, as in FFCV, and stored as pixels or as a new JPEG.
+        A JPEG file that satisfies `mode`, `max_resolution` and `exif`, and that FFCV decodes without an error, is kept
+        byte for byte. Other images are shrunk with INTER_AREA, as in FFCV, and stored as pixels or as a new JPEG.
+        By default alpha is dropped and an EXIF orientation is ignored (as in FFCV and torchvision): see `background`,
+        `exif`, and the `notices` of the result.
 
     Raises
     ------
@@ -78,29 +89,31 @@ def encode(image: Any, options: WriterOptions) -> Stored:
         width, height = opened.size
         fits = max(height, width) <= (options.max_resolution or MAX_SIDE)
         came_as_jpeg = opened.format in _JPEG_FORMATS
-        if came_as_jpeg and opened.mode in ("RGB", "L") and fits and _as_jpeg(height, width, options):
+        usual = came_as_jpeg and opened.mode in ("RGB", "L")
+        turned = came_as_jpeg and options.exif == "apply" and _orientation(opened) > 1
+        if usual and fits and not turned and _as_jpeg(height, width, options):
             pixels = decode_jpeg(data, height, width)
             if pixels is not None:
-                return _stored(JPG, pixels, data, _orientation(opened))
-        pixels, alpha, notices = _pil_pixels(opened)
-        if came_as_jpeg and fits:
+                return _stored(JPG, pixels, data, Notice.ROTATED if _orientation(opened) > 1 else NONE)
+        pixels, alpha, notices = _pil_pixels(opened, options)
+        if came_as_jpeg and fits and not (usual and turned):
             notices |= Notice.REENCODED
     elif isinstance(image, Image.Image):
-        pixels, alpha, notices = _pil_pixels(image)
+        pixels, alpha, notices = _pil_pixels(image, options)
     else:
         pixels = _array_pixels(image)
 
     pixels = _shrink(pixels, options.max_resolution)
     height, width = pixels.shape[:2]
+    wrong = WrongSampleError if isinstance(image, np.ndarray) else CorruptImageError
     if max(height, width) > MAX_SIDE:
-        wrong = WrongSampleError if isinstance(image, np.ndarray) else CorruptImageError
         raise wrong(f"an image of {height}×{width}: at most {MAX_SIDE} a side; set max_resolution")
     if not _as_jpeg(height, width, options):
         return _stored(RAW, pixels, pixels.reshape(-1), notices & ~Notice.REENCODED, alpha)
     data = _encode_jpeg(pixels, options.jpeg_quality)
-    decoded = decode_jpeg(data, height, width)
-    if decoded is None:
-        raise WrongSampleError(f"an image of {height}×{width}: FFCV cannot decode it as JPEG; use mode=raw")
+    decoded = None if data is None else decode_jpeg(data, height, width)
+    if data is None or decoded is None:
+        raise wrong(f"an image of {height}×{width}: it cannot be stored as JPEG; set max_resolution, or use mode=raw")
     return _stored(JPG, decoded, data, notices if came_as_jpeg else notices | Notice.LOSSY, alpha)
 
 
@@ -182,7 +195,7 @@ def unreadable(error: BaseException) -> CorruptImageError | None:
         found = re.search(r"\d{6,}", str(error))
         count = f"{int(found[0]):,}" if found else "it has"
         limit = f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
-        return CorruptImageError(f"too many pixels: {count}, and at most {limit} are decoded; shrink it first")
+        return CorruptImageError(f"too large: {count} pixels, and at most {limit} are decoded; shrink the file first")
     if isinstance(error, UnidentifiedImageError):
         return CorruptImageError(f"corrupt image: {error}")
     if isinstance(error, OSError) and error.errno is not None:
@@ -212,7 +225,7 @@ def _corrupt(error: Exception) -> Exception:
     return unreadable(error) or CorruptImageError(f"corrupt image: {type(error).__name__}: {error}")
 
 
-def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[int, int] | None, Notice]:
+def _pil_pixels(image: Image.Image, options: WriterOptions) -> tuple[np.ndarray, tuple[int, int] | None, Notice]:
     """Return the pixels (uint8 [H, W, 3]), the extremes of the alpha channel if there is one, and the notices."""
     if image.mode.split(";")[0] in _WIDE_MODES:
         raise CorruptImageError(
@@ -221,15 +234,22 @@ def _pil_pixels(image: Image.Image) -> tuple[np.ndarray, tuple[int, int] | None,
     deep = ";16" in str(getattr(image, "tile", ""))  # Pillow converts these to 8 bits; load() empties the list
     try:
         image.load()  # Image.open reads the header only
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
         alpha = _alpha_extremes(image)
+        transparent = alpha is not None and alpha[0] < 255
+        colour = background_colour(options.background)
+        shown = _on_background(image, colour) if transparent and colour else image
+        pixels = np.array(shown if shown.mode == "RGB" else shown.convert("RGB"))
     except MemoryError:
         raise
     except Exception as error:
         raise _corrupt(error) from error
-    notices = _orientation(image)
-    if alpha and alpha[0] < 255:
-        notices |= Notice.TRANSPARENT
+    notices = NONE
+    if transparent:
+        notices |= Notice.COMPOSITED if colour else Notice.TRANSPARENT
+    if (orientation := _orientation(image)) > 1:
+        notices |= Notice.TURNED if options.exif == "apply" else Notice.ROTATED
+        if options.exif == "apply":
+            pixels = np.ascontiguousarray(_TURNS[orientation](pixels))
     if deep:
         notices |= Notice.DEEP
     with contextlib.suppress(Exception):  # the frames after the first may be damaged
@@ -247,14 +267,19 @@ def _alpha_extremes(image: Image.Image) -> tuple[int, int] | None:
     return int(values.min()), int(values.max())
 
 
-def _orientation(image: Image.Image) -> Notice:
-    """Return `Notice.ROTATED` if the header contains an EXIF orientation other than 1."""
-    if not _EXIF_PLACES & image.info.keys():
-        return NONE
-    with contextlib.suppress(Exception):  # EXIF data is often damaged; decoders ignore that
-        if image.getexif().get(0x0112, 1) in range(2, 9):
-            return Notice.ROTATED
-    return NONE
+def _on_background(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Return an image with alpha, composited on a colour."""
+    above = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", above.size, (*colour, 255)), above)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation in the header, 1 … 8. 1: upright, or there is none."""
+    if _EXIF_PLACES & image.info.keys():
+        with contextlib.suppress(Exception):  # EXIF data is often damaged; decoders ignore that
+            if (orientation := image.getexif().get(0x0112, 1)) in _TURNS:
+                return int(orientation)
+    return 1
 
 
 def _array_pixels(image: Any) -> np.ndarray:
@@ -279,11 +304,13 @@ def _shrink(pixels: np.ndarray, max_resolution: int | None) -> np.ndarray:
     return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
 
 
-def _encode_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray:
-    done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not done:
-        raise WrongSampleError(f"an image of {pixels.shape}: OpenCV cannot encode it as JPEG; use mode=raw")
-    return data.reshape(-1)
+def _encode_jpeg(pixels: np.ndarray, quality: int) -> np.ndarray | None:
+    """Return the bytes of a JPEG file. None: a side is too long for JPEG."""
+    try:
+        done, data = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    except cv2.error:
+        return None
+    return data.reshape(-1) if done else None
 
 
 def _moments(pixels: np.ndarray) -> tuple[int, ...]:

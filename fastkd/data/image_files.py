@@ -59,6 +59,11 @@ def some(names: Iterable[str]) -> str:
     return listed([printable(name) for name in names[:MAX_NAMES]], len(names))
 
 
+def is_image(path: str | os.PathLike[str]) -> bool:
+    """Return whether the suffix of a file is that of an image."""
+    return os.path.splitext(os.fspath(path))[1].lower() in SUFFIXES
+
+
 def folded(name: str) -> str:
     """Return the normal form of a name. It is equal for names that differ only in case or Unicode composition."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
@@ -125,7 +130,7 @@ def list_images(folder: str | os.PathLike[str], seen: dict[Identity, str] | None
                 deeper.append((entry.path, above | more | {identity}))
             elif not entry.is_file() and not link:
                 listing.leave_out("neither file nor folder", entry.path)
-            elif suffix not in SUFFIXES:
+            elif not is_image(entry.name):
                 broken = link and not os.path.exists(entry.path)
                 listing.leave_out("broken links" if broken else suffix or "without suffix", entry.path)
             elif link and os.path.exists(entry.path) and not entry.is_file():

@@ -26,6 +26,10 @@ class Notice(enum.IntFlag):
     """It is animated or has several pages; the first frame was stored."""
     DEEP = 128
     """It has 16 bits per channel; the high 8 were stored."""
+    COMPOSITED = 256
+    """Some of its pixels are transparent; it was pasted onto the background."""
+    TURNED = 512
+    """Its EXIF orientation is not 1; it was applied."""
 
 
 _TEXTS = {
@@ -41,24 +45,36 @@ _TEXTS = {
     ),
     Notice.TRANSPARENT: (
         "transparent",
-        "have transparent pixels. The alpha channel was dropped: the colours below it were stored. Paste them onto a "
-        "background first if these are not what they should show",
+        "have transparent pixels. The alpha channel was dropped: the colours below it were stored. If these are not "
+        "what they should show, give a colour: background=white",
     ),
     Notice.HIDDEN: (
         "one_colour_without_alpha",
         "are of one colour without their alpha channel, which alone holds the picture. Nothing can be learned from "
-        "them as stored; paste them onto a background first",
+        "them as stored; give a background of another colour: background=white",
     ),
     Notice.FLAT: ("one_colour", "are of one colour in all pixels. Nothing can be learned from them; inspect them"),
     Notice.ROTATED: (
         "exif_orientation",
         "have an EXIF orientation other than 1. It was not applied: they were stored as their pixels lie, as "
-        "torchvision reads them. Turn them first (exiftran, or PIL.ImageOps.exif_transpose) if they should be upright",
+        "torchvision reads them. If they should be upright, give exif=apply",
     ),
     Notice.SEVERAL: ("several_frames", "are animated or have several pages. The first frame was stored"),
     Notice.DEEP: ("sixteen_bits", "have 16 bits per channel. The high 8 bits of each were stored"),
+    Notice.COMPOSITED: ("on_background", "have transparent pixels and were pasted onto background={background}"),
+    Notice.TURNED: (
+        "exif_applied",
+        "were turned as their EXIF orientation says; JPEG files among them were encoded again with "
+        "jpeg_quality={quality} unless pixels are stored",
+    ),
 }
-
+_HIDDEN_ON_BACKGROUND = (
+    "one_colour_on_background",
+    "are of one colour on background={background}, which is the colour of the picture in them. Nothing can be learned "
+    "from them as stored; give a background of another colour",
+)
+QUIET = Notice.COMPOSITED | Notice.TURNED
+"""Kinds that are counted without a warning: they were asked for."""
 
 NONE = Notice(0)
 
@@ -77,12 +93,15 @@ class Found:
         Number of images by split.
     names : list of str
         Names of the first `MAX_NAMES` images.
+    quiet : bool
+        Whether it is only counted: no warning.
     """
 
     kind: str
     text: str
     counts: dict[str, int]
     names: list[str]
+    quiet: bool = False
 
     @property
     def warning(self) -> str:
@@ -92,9 +111,13 @@ class Found:
         return f"{total:,} image{'s' if total != 1 else ''} ({splits}) {self.text}: {listed(self.names, total)}"
 
 
-def kinds(jpeg_quality: int) -> Mapping[Notice, tuple[str, str]]:
+def kinds(jpeg_quality: int, background: str) -> Mapping[Notice, tuple[str, str]]:
     """Return name and text of each kind, in the order of the warnings."""
-    return {notice: (name, text.format(quality=jpeg_quality)) for notice, (name, text) in _TEXTS.items()}
+    texts = _TEXTS if background == "none" else _TEXTS | {Notice.HIDDEN: _HIDDEN_ON_BACKGROUND}
+    return {
+        notice: (name, text.format(quality=jpeg_quality, background=background))
+        for notice, (name, text) in texts.items()
+    }
 
 
 def listed(names: Sequence[str], total: int) -> str:

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 from PIL import ImageFile
 
+from fastkd import console
 from fastkd.console import printable
 from fastkd.data import isolated_process
 from fastkd.data.encode import CorruptImageError, Stored, WrongSampleError, check_label, encode, unreadable
@@ -37,7 +38,7 @@ from fastkd.data.ffcv_format import (
     write_tables,
 )
 from fastkd.data.isolated_process import Report
-from fastkd.data.notices import MAX_NAMES, Found, kinds
+from fastkd.data.notices import MAX_NAMES, QUIET, Found, kinds
 from fastkd.data.writer_api import MapDataset, WriterOptions
 from fastkd.errors import FastkdError, InputError
 from fastkd.machine import usable_cores
@@ -81,6 +82,20 @@ class Split:
     std: list[float]
     skipped: list[dict[str, Any]]
     found: list[Found]
+
+
+class UnreadableError(Exception):
+    """Samples of a split cannot be read, and ``on_error=fail``.
+
+    Attributes
+    ----------
+    samples : list of str
+        Position, name and reason of each.
+    """
+
+    def __init__(self, samples: list[str]) -> None:
+        super().__init__(f"{len(samples)} samples cannot be read")
+        self.samples = samples
 
 
 @dataclass(frozen=True)
@@ -145,7 +160,13 @@ def write_split(
     options: WriterOptions,
     report: Report,
 ) -> tuple[SplitJob, Split]:
-    """Write the file of one split; return the data shared with the workers, and the result."""
+    """Write the file of one split; return the data shared with the workers, and the result.
+
+    Raises
+    ------
+    UnreadableError
+        Some samples cannot be read, and ``on_error=fail``. All samples were tried.
+    """
     total = len(dataset)
     num_workers = min(options.workers or usable_cores(), total)
     context = mp.get_context("fork")  # data sets need not be picklable
@@ -176,6 +197,8 @@ def write_split(
         for worker in workers:
             worker.process.kill()
             worker.process.join()
+    if skipped and options.on_error == "fail":
+        raise UnreadableError([f"{job.where(one['index'])}: {one['reason']}" for one in skipped])
     moments = [sum(values) for values in zip(*(w.moments for w in workers if w.moments), strict=True)]
     return job, _finish(job, moments, skipped)
 
@@ -194,6 +217,8 @@ def _watch(workers: Sequence[_Worker], job: SplitJob, report: Report, total: int
                 if kind == "done":
                     tally.done += value
                 elif kind == "skipped":
+                    if not tally.skipped and job.options.on_error == "fail":
+                        console.warn(f"{job.where(value['index'])}: {value['reason']}. Trying all other images, too")
                     tally.skipped.append(value)
                 elif kind == "finished":
                     worker.moments = value
@@ -261,9 +286,6 @@ def _write_chunks(job: SplitJob, number: int, channel: Connection) -> tuple[int,
             try:
                 stored, label = _sample(job, index)
             except CorruptImageError as error:
-                if job.options.on_error == "fail":
-                    hint = "replace or delete it, or leave such samples out with on_error=skip"
-                    raise InputError(f"{job.where(index)}: {error}; {hint}") from None
                 job.records[index]["state"] = SKIPPED
                 channel.send(("skipped", _skipped(job, index, error)))
                 continue
@@ -352,10 +374,11 @@ def _finish(job: SplitJob, moments: Sequence[int], skipped: list[dict[str, Any]]
 def _found(job: SplitJob) -> list[Found]:
     """Count the notices about the images of a split."""
     found = []
-    for notice, (kind, text) in kinds(job.options.jpeg_quality).items():
+    for notice, (kind, text) in kinds(job.options.jpeg_quality, job.options.background).items():
         indices = np.flatnonzero(job.records["notices"] & notice.value)
         if len(indices):
-            found.append(Found(kind, text, {job.split: len(indices)}, job.names(indices)))
+            quiet = notice in QUIET
+            found.append(Found(kind, text, {job.split: len(indices)}, job.names(indices), quiet))
     return found
 
 

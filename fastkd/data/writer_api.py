@@ -41,6 +41,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from fastkd import caches, shipped
 from fastkd.data.image_files import some
@@ -72,6 +73,34 @@ LocalPath = Annotated[Path, BeforeValidator(_no_odd_path), AfterValidator(_absol
 """A path as an option of a writer. It is made absolute."""
 
 
+BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0), "mean": (124, 116, 104)}
+"""Colours by name. `mean` is ImageNet's, which becomes about 0 when pixels are normalised."""
+
+
+def _known_background(value: Any) -> Any:
+    """Accept a list of three numbers for R,G,B; refuse unknown colours."""
+    if value is None:  # YAML's null
+        return "none"
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
+    if not isinstance(text, str):
+        raise ValueError(f"{value!r} is no colour; expected none, white, black, mean or R,G,B (0…255)")
+    background_colour(text)
+    return text.replace(" ", "")
+
+
+def background_colour(background: str) -> tuple[int, int, int] | None:
+    """Return the colour (R, G, B) of `WriterOptions.background`. None: alpha is dropped."""
+    if background == "none":
+        return None
+    if background in BACKGROUNDS:
+        return BACKGROUNDS[background]
+    numbers = [part.strip() for part in background.split(",")]
+    if len(numbers) != 3 or not all(n.isascii() and n.isdigit() and int(n) <= 255 for n in numbers):
+        raise ValueError(f"{background!r} is no colour; expected none, white, black, mean or R,G,B (0…255)")
+    red, green, blue = map(int, numbers)
+    return red, green, blue
+
+
 def download_folder(name: str) -> Any:
     """Return the default of an option for a download directory: ``~/.cache/fastkd/NAME``.
 
@@ -99,8 +128,12 @@ class WriterOptions(BaseModel):
     """Quality of new JPEGs. JPEG files that need no change are kept byte for byte."""
     smart_threshold_bytes: int = Field(65536, ge=0)
     """Number of pixel bytes (height · width · 3) above which `smart` stores JPEG."""
+    background: Annotated[str, BeforeValidator(_known_background)] = "none"
+    """Colour below transparent pixels: `white`, `black`, `mean` (124,116,104) or `R,G,B`. `none`: alpha is dropped."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """`ignore`: images are stored as they lie in the file. `apply`: turned as their EXIF orientation says."""
     on_error: Literal["fail", "skip"] = "fail"
-    """`fail`: a corrupt image is an error. `skip`: it is left out and listed in the manifest."""
+    """`fail`: unreadable images are an error that lists them. `skip`: they are left out and listed in the manifest."""
     workers: int = Field(0, ge=0)
     """Number of worker processes. 0: one per usable core."""
 
@@ -153,7 +186,8 @@ def stratified_split(labels: Sequence[int] | np.ndarray, val_ratio: float, seed:
         Indices in ascending order (int64).
     """
     labels = np.asarray(labels)
-    hashes = np.array([xxhash.xxh3_64_intdigest(struct.pack("<qq", seed, i)) for i in range(len(labels))], np.uint64)
+    digests = (xxhash.xxh3_64_intdigest(struct.pack("<qq", seed, i)) for i in range(len(labels)))
+    hashes = np.fromiter(digests, np.uint64, len(labels))
     is_val = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -263,6 +297,15 @@ class Writer:
             return self.options_model.model_validate(values)
         except ValidationError as error:
             raise InputError(f"writer {self.name}: wrong options\n{explain(error, self.options_model)}") from None
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the defaults of the options that need not be given, as JSON values."""
+        fields = self.options_model.model_fields.items()
+        return {
+            name: to_jsonable_python(field.get_default(call_default_factory=True))
+            for name, field in fields
+            if not field.is_required()
+        }
 
     def snapshot(self, options: WriterOptions, since_ns: int | None = None) -> Snapshot | None:
         """Take a snapshot of the source. None: the writer does not list its files.

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from fastkd import artifacts
-from fastkd.artifacts import Artifact, Built, FileStamp, Manifest, file_digest, read_manifest
+from fastkd.artifacts import Artifact, Built, FileStamp, Manifest, bytes_on_disk, file_digest, read_manifest
 from fastkd.data.beton_writer import Progress
 from fastkd.data.extract import Table, extract, read_table
 from fastkd.errors import ArtifactError, FastkdError, InputError
@@ -190,7 +190,7 @@ def _data_path(subset: Artifact, given: str | os.PathLike[str] | None) -> Path:
 
 def _origin(subset: Artifact, data: Artifact, table: Table) -> dict[str, Any]:
     """Return key, counts and bytes of the DATASET that was pruned; check that `data` is it, or an export of it."""
-    files = {name: data.file(name).stat().st_size for name in _BETONS}
+    files = {name: bytes_on_disk(data.file(name).stat()) for name in _BETONS}
     size = {"parent": sum(files.values()), "images_parent": int(table.sizes.sum())}
     itself = {"dataset": data.key, "counts": data.facts["counts"], "bytes": size}
     earlier = data.facts.get("export")
@@ -281,8 +281,8 @@ def _fill(directory: Path, sources: _Sources, progress: Progress | None) -> Buil
         "bytes": {
             **sources.origin["bytes"],
             "images": done.image_bytes,
-            "dataset": sum((directory / name).stat().st_size for name in _BETONS),
-            "labels": _size(labels) if labels else 0,
+            "dataset": sum(bytes_on_disk((directory / name).stat()) for name in _BETONS),
+            "labels": labels.bytes_on_disk if labels else 0,
         },
     }
     inputs = {"train": done.content_hash, "val": data.manifest.inputs["val"], "classes": data.facts["classes"]}

@@ -16,7 +16,7 @@ from fastkd.distributed import current
 from fastkd.engine.runtime import Runtime
 from fastkd.stages.images import ImageSource
 from fastkd.stages.run_log import Cost
-from fastkd.stages.trained_student import STORED
+from fastkd.stages.trained_student import stored_options
 
 VERSIONS = ("fastkd", "torch", "torchvision", "ffcv", "numba", "numpy", "timm")
 """Packages whose version env.json records."""
@@ -41,7 +41,7 @@ def write_student(
         "classes": images.classes,
         "input_hw": list(input_hw),
         "crop_ratio": images.crop_ratio,
-        "stored": {name: images.dataset.facts["options"][name] for name in STORED},
+        "stored": stored_options(images.dataset.facts["options"]),
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
         "ema": recipe.train.ema_decay is not None,

@@ -1,5 +1,6 @@
 """A trained student, ready to use: its network, and the preprocessing that ``model.json`` describes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,15 @@ from fastkd.stages import run_schema
 
 STORED = ("mode", "max_resolution", "jpeg_quality", "smart_threshold_bytes")
 """The writer's options that affect pixels."""
+STORED_IF_SET = ("background", "exif")
+"""Further ones, recorded where they differ from the default: earlier versions do not know them."""
+
+
+def stored_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a data set's recorded options that affect pixels, for ``model.json``."""
+    fields = WriterOptions.model_fields
+    given = [name for name in STORED_IF_SET if options.get(name, fields[name].default) != fields[name].default]
+    return {name: options[name] for name in (*STORED, *given)}
 
 
 @dataclass(frozen=True)

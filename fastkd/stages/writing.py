@@ -66,7 +66,8 @@ def write(
     # For errors while sealing and publishing; write_betons explains those of writers and workers.
     with full_disk_explained(out_dir, "the next run starts over", setting="another OUT_DIR"):
         artifact, built = build(out_dir, "DATASET", None, builder, settings=settings, force=force)
-    if not built and (phrases := differences(_content(settings), _content(artifact.manifest.settings))):
+    found = _content(artifact.manifest.settings, loaded.defaults())
+    if not built and (phrases := differences(_content(settings), found)):
         raise InputError(
             f"{out_dir}: holds a data set that was written with other settings: {'; '.join(phrases)}. "
             f"Choose another directory, or replace it with {fix}"
@@ -90,6 +91,8 @@ def _fill(
     written = write_betons(writer, options, directory, progress)
     if source is not None and source.files == 0:  # the writer has just downloaded it
         source = writer.snapshot(options)
+    for text in written.notes:
+        console.say(f"write: {text}")
     for text in written.warnings:
         console.warn(f"write: {text}")
     train, val = written.splits["train"], written.splits["val"]
@@ -148,9 +151,13 @@ def _identity(writer: Writer) -> dict[str, str]:
     return {"writer": str(writer.path), "writer_xxh3_128": file_digest(writer.path)}
 
 
-def _content(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that determine the contents: all but the number of workers."""
-    options = {key: value for key, value in settings.get("options", {}).items() if key != "workers"}
+def _content(settings: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the settings that determine the contents: all but the number of workers.
+
+    `defaults` replace options that an earlier version did not record.
+    """
+    options = {**(defaults or {}), **settings.get("options", {})}
+    options.pop("workers", None)
     return settings | {"options": options}
 
 

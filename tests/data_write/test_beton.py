@@ -16,6 +16,7 @@ import xxhash
 from harness import seconds
 from PIL import Image
 
+from fastkd import console
 from fastkd.data import beton_writer, encode, ffcv_format, split_writer
 from fastkd.data.writer_api import load_writer
 from fastkd.errors import FastkdError, InputError
@@ -503,7 +504,7 @@ UNREADABLE = {
     "a folder": r"cannot be read \(Is a directory\)",
     "truncated": "corrupt image: ",
     "empty": "corrupt image: ",
-    "too many pixels": "too many pixels: 182,000,000",
+    "too many pixels": "too large: 182,000,000 pixels",
     "16 bits": "an image of mode 'I;16' .*only 8 bits can be stored; convert it first",
 }
 
@@ -517,7 +518,8 @@ def test_an_unreadable_sample(files, how, decoded):
     make_unreadable(root / "train" / "1.png", how)
     with pytest.raises(InputError, match=rf"^train sample 1 \(1.png\): {UNREADABLE[how]}.*; .*on_error=skip"):
         write(writer, out, root=str(root), decoded=decoded, workers=1)
-    (out / "train.beton").unlink()
+    for file in out.iterdir():
+        file.unlink()
     written = write(writer, out, root=str(root), decoded=decoded, workers=1, on_error="skip")
     assert written.splits["train"].count == 5
     (skipped,) = written.splits["train"].skipped
@@ -527,6 +529,47 @@ def test_an_unreadable_sample(files, how, decoded):
         rf"left out 1 of train and 0 of val, which cannot be read \(on_error=skip\): train 1.png: {UNREADABLE[how]}",
         written.warnings[0],
     )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_unreadable_samples_are_listed_in_one_pass(files, workers):
+    writer, root, out = files
+    for number, how in enumerate(UNREADABLE):
+        image_file(root / "train" / f"bad-{number}.png", seed=number)
+        make_unreadable(root / "train" / f"bad-{number}.png", how)
+    make_unreadable(root / "val" / "2.png", "truncated")
+    with pytest.raises(InputError) as caught:
+        write(writer, out, root=str(root), workers=workers)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("8 of 17 images cannot be read; replace or delete them, or leave such samples out with on_")
+    for number, (line, reason) in enumerate(zip(lines, UNREADABLE.values(), strict=False)):
+        assert re.match(rf"  train sample {6 + number} \(bad-{number}.png\): {reason}", line)
+    assert re.match(r"  val sample 2 \(2.png\): corrupt image", lines[-1])
+    assert len(lines) == 8
+    at_once = console.warnings_since(0)  # one a split
+    assert len(at_once) == 2
+    assert {f"  {text.removesuffix('. Trying all other images, too')}" for text in at_once} < set(lines)
+
+
+def test_a_list_of_unreadable_samples_ends(files, monkeypatch):
+    writer, root, out = files
+    monkeypatch.setattr(beton_writer, "MAX_UNREADABLE", 2)
+    for number in (1, 3, 4, 5):
+        make_unreadable(root / "train" / f"{number}.png", "empty")
+    with pytest.raises(InputError) as caught:
+        write(writer, out, root=str(root), workers=1)
+    assert str(caught.value).startswith("4 of 10 images cannot be read")
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "  train sample 1 (1.png)", "  train sample 3 (3.png)", "  and 2 more",
+    ]  # fmt: skip
+
+
+def test_an_unreadable_sample_leaves_no_files(files):
+    writer, root, out = files
+    make_unreadable(root / "train" / "1.png", "truncated")
+    with pytest.raises(InputError, match=r"^train sample 1 \(1.png\)"):
+        write_watched(writer, out, root=str(root), workers=1)
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
@@ -589,6 +632,36 @@ def test_what_is_noticed_is_counted(files, workers):
     assert told["val_in_train"].startswith("4 images (4 of val) are in train, too")
     assert told["val_in_train"].endswith("copy-0.png, copy-1.png, copy-2.png, copy.jpg")
     assert written.warnings == [one.warning for one in written.found]
+
+
+def test_what_was_asked_for_is_counted_without_a_warning(files):
+    writer, root, out = files
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image_file(root / "train" / "turned.jpg", seed=20, exif=turned)
+    image_file(root / "val" / "clear.png", seed=21, mode="RGBA")
+    clear = Image.open(root / "val" / "clear.png")
+    clear.putalpha(Image.fromarray(np.arange(120, dtype=np.uint8).reshape(12, 10)))
+    clear.save(root / "val" / "clear.png")
+    Image.merge("LA", [Image.new("L", (9, 9), 255), Image.radial_gradient("L").resize((9, 9))]).save(
+        root / "val" / "white.png"
+    )
+    written = write(writer, out, root=str(root), background="white", exif="apply", mode="jpg", workers=1)
+    counts = {one.kind: one.counts for one in written.found if one.kind != "lossy"}
+    assert counts == {
+        "one_colour_on_background": {"val": 1},
+        "on_background": {"val": 2},
+        "exif_applied": {"train": 1},
+    }
+    applied, composited = sorted(written.notes)
+    assert composited == (
+        "2 images (2 of val) have transparent pixels and were pasted onto background=white: clear.png, white.png"
+    )
+    assert applied.startswith("1 image (1 of train) were turned as their EXIF orientation says")
+    assert [text.split(":")[0] for text in written.warnings if "one colour" in text] == [
+        "1 image (1 of val) are of one colour on background=white, which is the colour of the picture in them. Nothing "
+        "can be learned from them as stored; give a background of another colour"
+    ]
 
 
 def test_nothing_is_said_of_plain_images(files):

@@ -6,7 +6,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from fastkd.data import encode as e
 from fastkd.data.notices import Notice
@@ -307,7 +307,98 @@ def test_arrays_of_any_layout(kind, tmp_path):
     assert (e.encode(other, WriterOptions()).data == pixels.reshape(-1)).all()
 
 
+# Transparent images on a colour, and images turned as EXIF says
+
+
+TRANSPARENT = [name for name in NOTICED if name.startswith(("transparent", "nearly", "shape", "all transparent"))]
+COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0), "mean": (124, 116, 104), "9, 200,30": (9, 200, 30)}
+
+
+@pytest.mark.parametrize("background", COLOURS)
+@pytest.mark.parametrize("name", [name for name in TRANSPARENT if "jpeg" not in name])
+def test_transparent_pixels_show_the_background(name, background):
+    image, _, _ = NOTICED[name]
+    stored = e.encode(image, WriterOptions(background=background))
+    opened = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+    rgba = np.array(opened.convert("RGBA")).astype(float)
+    share = rgba[..., 3:] / 255
+    expected = rgba[..., :3] * share + np.array(COLOURS[background]) * (1 - share)
+    assert np.abs(stored.data.reshape(expected.shape) - expected).max() <= 1
+    assert stored.notices & Notice.COMPOSITED
+    assert not stored.notices & Notice.TRANSPARENT
+
+
+@pytest.mark.parametrize("name", [n for n, (image, _, _) in NOTICED.items() if n not in TRANSPARENT])
+def test_a_background_changes_nothing_in_opaque_images(name):
+    image, mode, notices = NOTICED[name]
+    stored = e.encode(image, WriterOptions(mode=mode, background="9,9,9"))
+    assert stored.data.tobytes() == e.encode(image, WriterOptions(mode=mode)).data.tobytes()
+    assert stored.notices == notices
+
+
+def test_a_picture_of_the_colour_of_its_background():
+    black = file_of(transparent(colour=0), "PNG")
+    assert e.encode(black, WriterOptions(background="black")).notices == Notice.COMPOSITED | Notice.HIDDEN
+    assert e.encode(black, WriterOptions(background="white")).notices == Notice.COMPOSITED
+
+
+@pytest.mark.parametrize(
+    "background", ["grey", "1,2", "1,2,3,4", "1,2,256", "-1,2,3", "", [1, 2], 255, "1,2,x", "²,1,1"]
+)
+def test_backgrounds_that_are_no_colour(background):
+    with pytest.raises(ValueError, match="is no colour; expected none, white, black, mean or R,G,B"):
+        WriterOptions(background=background)
+
+
+def test_forms_of_a_background():
+    given = [WriterOptions(background=value).background for value in (None, [1, 2, 3], "1, 2, 3", "mean")]
+    assert given == ["none", "1,2,3", "1,2,3", "mean"]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_orientation_is_applied(kind, orientation):
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    data = file_of(RGB, kind, **lossless, **turned(orientation))
+    upright = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    stored = e.encode(data, WriterOptions(exif="apply"))
+    assert (stored.height, stored.width) == upright.shape[:2]
+    assert (stored.data.reshape(upright.shape) == upright).all()
+    assert stored.notices == (Notice.TURNED if orientation > 1 and kind != "TIFF" else 0)
+    image = Image.open(io.BytesIO(data))
+    assert (e.encode(image, WriterOptions(exif="apply")).data == stored.data).all()
+
+
+@pytest.mark.parametrize("max_resolution", [None, 9])
+def test_a_turned_jpeg_is_encoded_again_and_an_upright_one_is_kept(max_resolution):
+    options = WriterOptions(exif="apply", mode="jpg", max_resolution=max_resolution)
+    stored = e.encode(file_of(RGB, "JPEG", **turned(6)), options)
+    assert (stored.mode, stored.notices) == (e.JPG, Notice.TURNED)
+    assert stored.height > stored.width
+    upright = file_of(RGB, "JPEG", **turned(1))
+    kept = e.encode(upright, WriterOptions(exif="apply", mode="jpg"))
+    assert (kept.data.tobytes(), kept.notices) == (upright, 0)
+    cmyk = e.encode(file_of(RGB.convert("CMYK"), "JPEG", **turned(6)), WriterOptions(exif="apply", mode="jpg"))
+    assert cmyk.notices == Notice.TURNED | Notice.REENCODED
+
+
+def test_a_transparent_image_is_turned_with_its_alpha():
+    image = transparent()
+    data = file_of(image, "PNG", **turned(8))
+    stored = e.encode(data, WriterOptions(exif="apply", background="white"))
+    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    assert (stored.data.reshape(10, 8, 3) == np.array(white.transpose(Image.Transpose.ROTATE_90))).all()
+    assert stored.notices == Notice.TURNED | Notice.COMPOSITED
+
+
 # What cannot be used, in its own words
+
+
+def test_a_side_that_jpeg_cannot_hold_is_of_the_file():
+    with pytest.raises(e.CorruptImageError, match="an image of 1×65501: it cannot be stored as JPEG; set max_res"):
+        e.encode(file_of(Image.new("L", (65501, 1)), "PNG"), WriterOptions(mode="jpg"))
+    with pytest.raises(e.WrongSampleError, match="it cannot be stored as JPEG"):
+        e.encode(np.zeros((1, 65501, 3), np.uint8), WriterOptions(mode="jpg"))
 
 
 def test_too_many_pixels_is_not_corrupt():
@@ -315,7 +406,7 @@ def test_too_many_pixels_is_not_corrupt():
     header = b"IHDR" + struct.pack(">IIBBBBB", 14000, 13000, 8, 0, 0, 0, 0)
     data[12:33] = header + zlib.crc32(header).to_bytes(4, "big")
     with pytest.raises(
-        e.CorruptImageError, match=r"^too many pixels: 182,000,000, and at most 178,956,970 are decoded"
+        e.CorruptImageError, match=r"^too large: 182,000,000 pixels, and at most 178,956,970 are decoded; shrink"
     ):
         e.encode(bytes(data), WriterOptions())
 

@@ -11,10 +11,13 @@ from harness import command_file
 
 from fastkd import artifacts, console
 from fastkd import write as command
-from fastkd.artifacts import building
+from fastkd.artifacts import building, inventory
+from fastkd.artifacts.manifest import Manifest, digest_of
+from fastkd.data.writer_api import writer_names
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.pipeline import write
 from fastkd.stages.images import ImageSource
+from fastkd.stages.trained_student import STORED, stored_options
 
 pytestmark = pytest.mark.timeout(60)
 OPTIONS = {"n": 40, "sides": (9, 9), "workers": 1}
@@ -122,6 +125,27 @@ def test_other_options_are_refused_unless_forced(noise, dataset):
     artifact, built = write(noise, dataset.path, OPTIONS | {"n": 41}, force=True)
     assert built
     assert artifact.facts["counts"]["train"] == 41
+
+
+def test_a_data_set_of_an_earlier_version_is_reused_with_the_defaults_of_later_options(noise, dataset):
+    """Its manifest lacks options that did not exist."""
+    manifest = artifacts.read_manifest(dataset.path)
+    raw = manifest.model_dump()
+    for options in (raw["settings"]["options"], raw["facts"]["options"]):
+        del options["background"], options["exif"]
+    raw["digest"] = digest_of(raw)
+    artifacts.write_manifest(dataset.path, Manifest.model_validate(raw))
+    artifact, built = write(noise, dataset.path, OPTIONS)
+    assert (built, artifact.key) == (False, dataset.key)
+    assert stored_options(artifact.facts["options"]).keys() == set(STORED)
+    with pytest.raises(InputError, match=r"options.background is 'none', not 'white'"):
+        write(noise, dataset.path, OPTIONS | {"background": "white"})
+
+
+def test_options_that_affect_pixels_are_for_the_student_too(noise, dataset):
+    options = dataset.facts["options"]
+    assert stored_options(options) == {name: options[name] for name in STORED}
+    assert stored_options(options | {"exif": "apply"})["exif"] == "apply"
 
 
 def test_a_writer_that_was_edited_is_another(noise, tmp_path):
@@ -241,11 +265,25 @@ def test_command_explains_wrong_input(tmp_path, monkeypatch, capsys, arguments, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_size_is_that_on_disk(noise, tmp_path, monkeypatch, capsys):
+    """A .beton file of few images is mostly a hole of 8 MiB."""
+    assert run(monkeypatch, noise, tmp_path / "out", "n=40") == 0
+    artifact = artifacts.load(tmp_path / "out")
+    files = [tmp_path / "out" / name for name in artifact.manifest.files]
+    used = sum(512 * file.stat().st_blocks for file in files)
+    assert sum(file.stat().st_size for file in files) > 2 * (8 << 20)
+    assert artifact.bytes_on_disk <= used < 1_000_000
+    assert f"classes, {artifact.bytes_on_disk / 1e6:,.1f} MB; written" in capsys.readouterr().out.replace("\n", " ")
+    (found,) = inventory.scan([tmp_path])
+    manifest = tmp_path / "out" / artifacts.MANIFEST
+    assert found.bytes - artifacts.bytes_on_disk(manifest.stat()) == artifact.bytes_on_disk
+
+
 def test_help_lists_the_writers(monkeypatch, capsys):
     assert run(monkeypatch, "--help") == 0
     told = capsys.readouterr().out
     assert "python -m fastkd.write fashion_mnist data/fashion_mnist" in told
-    for name in ("arrays", "cifar10", "cifar100", "digits", "fashion_mnist", "image_folder"):
+    for name in writer_names():
         assert name in told
 
 
