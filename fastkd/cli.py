@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings, errors and the last line.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and everything else to stderr.")]
 NoCode = Annotated[
-    bool, typer.Option("--no-code", help=f"Refuse a recipe whose writer is a file: it would run. As {NO_CODE}=1.")
+    bool, typer.Option("--no-code", help=f"Refuse a recipe whose writer or model is Python code. As {NO_CODE}=1.")
+]
+UserModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="my/net.py:FUNCTION", help="The code of a network of your own, which is run."),
 ]
 WARNINGS = "warnings"
 """The key, in every command's JSON object, of the list of warnings."""

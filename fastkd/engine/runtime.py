@@ -134,11 +134,21 @@ class Runtime:
         return torch.compile(net, dynamic=False, mode=mode)  # type: ignore[return-value]
 
     def optimizer(self, optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Return the optimizer of a recipe, fused."""
+        """Return the optimizer of a recipe, fused.
+
+        Without ``optim.decay_norms``, parameters of fewer than 2 dimensions (biases, scales and shifts of normalisation
+        layers) are a second group without weight decay, as in timm's ``param_groups_weight_decay``.
+        """
         common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
+        groups: Any = parameters
+        if not optim.decay_norms:
+            weights, others = [], []
+            for parameter in parameters:
+                (weights if parameter.dim() > 1 else others).append(parameter)
+            groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         if optim.name == "adamw":
-            return torch.optim.AdamW(parameters, betas=optim.betas, **common)
-        return torch.optim.SGD(parameters, momentum=optim.momentum, nesterov=optim.nesterov, **common)
+            return torch.optim.AdamW(groups, betas=optim.betas, **common)
+        return torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, **common)
 
     def to_host(self, tensor: Tensor) -> Callable[[], np.ndarray]:
         """Start copying a tensor to the host, and return a function that waits for the copy."""

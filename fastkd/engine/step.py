@@ -78,7 +78,8 @@ class ClipGradNorm:
         """Unscale and clip the gradients of the parameters of an optimizer."""
         if self.max_norm is not None:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_norm)
+            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.max_norm)
 
 
 @dataclass

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 
 def export_student(
-    run: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False
+    run: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, model: str | None = None
 ) -> tuple[Artifact, bool]:
     """Publish a RUN's student in formats that need neither fastkd nor the data.
 
@@ -37,6 +37,8 @@ def export_student(
     ----------
     out
         A new directory. One that holds anything but an earlier export is refused, `force` or not.
+    model
+        The code of a network of the user's own; see `fastkd.stages.trained_student.open_student`.
 
     Returns
     -------
@@ -61,7 +63,7 @@ def export_student(
         target,
         "STUDENT",
         {"run": loaded.key, **{name: stamps[name].xxh3_128 for name in ("student.safetensors", "model.json")}},
-        lambda directory: _fill(directory, open_student(source)),
+        lambda directory: _fill(directory, open_student(source, model)),
         parents={"RUN": loaded.key},
         settings={"run": str(source.absolute())},
         force=force,

@@ -1,6 +1,6 @@
 """Recipes: YAML files, ``a.b=c`` overrides, and frozen, validated models. Unknown keys are errors."""
 
-from fastkd.recipe.paths import LocalPath
+from fastkd.recipe.paths import HUB, LocalPath, model_name
 from fastkd.recipe.read import dump, load, locate, read_yaml, schema, settings_of
 from fastkd.recipe.schema import PLACES, Recipe
 from fastkd.recipe.sections import (
@@ -19,6 +19,7 @@ from fastkd.recipe.sections import (
 )
 
 __all__ = [
+    "HUB",
     "PLACES",
     "Data",
     "Labels",
@@ -37,6 +38,7 @@ __all__ = [
     "dump",
     "load",
     "locate",
+    "model_name",
     "read_yaml",
     "schema",
     "settings_of",

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fastkd.recipe.paths import LocalPath, Weights, WriterName
+from fastkd.recipe.paths import LocalPath, ModelName, Weights, WriterName
 from fastkd.recipe.tables import AUGMENTATIONS, METHODS, SCORES
 
 
@@ -96,13 +96,17 @@ class Data(Section):
     """Read only the needed images, through the page cache of the operating system. Off: pages of 8 MB."""
 
 
-class Teacher(Section):
-    """The teacher: a checkpoint, or a recipe that trains one."""
+_OF_A_NETWORK = ("weights", "overrides", "input_px", "mean", "std")
 
-    model: str | None = None
-    """Name of a network: cifar/…, torchvision/… or timm/…."""
+
+class Teacher(Section):
+    """The teacher: a checkpoint, a recipe that trains one, or its logits."""
+
+    model: ModelName | None = None
+    """Name of a network: cifar/…, torchvision/… or timm/…; or your own: package.module:factory, my/net.py:factory."""
     weights: Weights | None = None
-    """A .safetensors or .pth file, a RUN, or the name of published weights (IMAGENET1K_V1; timm: pretrained)."""
+    """A .safetensors or .pth file, a RUN, or published weights: `pretrained`, torchvision's names (IMAGENET1K_V1), or
+    hf-hub:OWNER/NAME for a network of timm."""
     recipe: LocalPath | None = None
     """Path of a recipe without a teacher, relative to this file. It is trained first, or reused, on the DATASET, device
     and precision of this recipe. Its own section `data` decides on hold-out, image size, crop and views; the first
@@ -116,11 +120,22 @@ class Teacher(Section):
     """Channel means of the teacher's input, in 0…1. Default: those stored with its weights, else the data set's."""
     std: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
     """Channel standard deviations of the teacher's input; required with `mean`."""
+    logits: LocalPath | None = None
+    """A .npy file of the logits of all training samples in the evaluation view (floating point [N, K]), made elsewhere.
+    It takes the place of a network."""
+    sample_ids: LocalPath | None = None
+    """A .npy file of the sample id of each row of `logits` (integers [N]). Default: the order of the data set."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Teacher":
-        if (self.recipe is None) == (self.model is None):
-            raise ValueError("give either `recipe`, or `model` and `weights`")
+        if [self.recipe, self.model, self.logits].count(None) != 2:
+            raise ValueError("give either `recipe`, or `model` and `weights`, or `logits`")
+        if self.sample_ids is not None and self.logits is None:
+            raise ValueError("`sample_ids` belongs to `logits`")
+        if self.logits is not None and (others := [name for name in _OF_A_NETWORK if getattr(self, name)]):
+            raise ValueError(
+                f"`{others[0]}` is a setting of a network, and `logits` take its place; remove one of both"
+            )
         if self.model is not None and self.weights is None:
             raise ValueError(f"model {self.model!r} needs `weights`: a file, a RUN, or the name of public weights")
         if self.recipe is not None and self.weights is not None:
@@ -251,10 +266,19 @@ class Labels(Section):
 class Student(Section):
     """The student."""
 
-    model: str
-    """Name of a network: cifar/…, torchvision/… or timm/…."""
+    model: ModelName
+    """Name of a network: cifar/…, torchvision/… or timm/…; or your own: package.module:factory, my/net.py:factory."""
     weights: Weights | None = None
-    """Initial weights. Default: random."""
+    """Initial weights, as `teacher.weights`. Default: random."""
+    head: Literal["keep", "new"] = "keep"
+    """`new`: all of `weights` but the classifier, which is initialised at random: for another number of classes. The
+    input is normalised as the weights expect, if that is known."""
+
+    @model_validator(mode="after")
+    def _new_head_of_weights(self) -> "Student":
+        if self.head == "new" and self.weights is None:
+            raise ValueError("`head: new` replaces the classifier of `weights`; without them all of the student is new")
+        return self
 
 
 class Loss(Section):
@@ -291,6 +315,8 @@ class Optim(Section):
     """Of `adamw`."""
     weight_decay: float = Field(5e-4, ge=0)
     """Weight decay, as the optimizer defines it."""
+    decay_norms: bool = True
+    """Whether weight decay also applies to biases and normalisation layers: parameters of fewer than 2 dimensions."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient of all weights. Default: no clipping."""
     schedule: Literal["step", "cosine", "one_cycle", "constant"] = "cosine"
@@ -313,6 +339,10 @@ class Optim(Section):
         if (self.schedule == "step") != bool(self.milestones_epochs):
             raise ValueError("`milestones_epochs` goes with `schedule: step`, and that needs them")
         return self
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the settings that determine the optimizer."""
+        return self.model_dump(mode="json", exclude={"decay_norms"} if self.decay_norms else set())
 
 
 class Train(Section):

@@ -26,6 +26,7 @@ from fastkd.pipeline import Pipeline
 from fastkd.recipe.tables import SCORES
 from fastkd.report import subset_plots
 from fastkd.report.runs import RunFacts
+from fastkd.validation import user_model
 
 EVAL_BATCH_SIZE = 256
 THUMBNAIL_PX = 96
@@ -258,9 +259,11 @@ class Inspector:
     def accuracy_by_class(self) -> ClassAccuracy:
         """Run the student, and the teacher where it can be had, over val."""
         pipeline, run = self.pipeline, self.run
-        net = models.build(run.recipe.student.model, pipeline.images.num_classes)
-        models.load_weights(net, run.path, name=run.recipe.student.model)
-        student = pipeline.runtime.to_device(models.Normalised(net, pipeline.images.normalisation).eval())
+        name = _known_model(run.recipe.student.model)
+        net = models.build(name, pipeline.images.num_classes)
+        models.load_weights(net, run.path, name=name)
+        normalisation = models.native_normalisation(name, run.path) or pipeline.images.normalisation
+        student = pipeline.runtime.to_device(models.Normalised(net, normalisation).eval())
         guess_N, label_N = self._predict(student, run.recipe.data.input_px, "student")
         count_K = np.bincount(label_N, minlength=pipeline.images.num_classes)
         teacher_K, why = None, ""
@@ -283,6 +286,7 @@ class Inspector:
     def _teacher(self) -> nn.Module:
         if self.run.recipe.teacher is None:
             raise InputError("this student had none")
+        _known_model(self.run.recipe.teacher.model)
         teacher = self.pipeline.teacher
         told = self.run.artifact.manifest.inputs.get("teacher", {})
         if told.get("weights") != teacher.key_fields["weights"]:
@@ -302,6 +306,13 @@ class Inspector:
                 done += len(batch.labels)
                 update(done, "")
         return np.concatenate(guesses), loader.labels()
+
+
+def _known_model(name: str | None) -> str:
+    """Refuse a network that is a user's code: a report runs none, since the RUN may come from anywhere."""
+    if name is not None and user_model(name):
+        raise InputError(f"{name} is Python code, which a report does not run")
+    return name or ""
 
 
 def data_uri(image_HWC: np.ndarray) -> str:

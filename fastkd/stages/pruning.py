@@ -15,7 +15,7 @@ from fastkd.kernels import (
     class_std,
     reshape_rows,
 )
-from fastkd.recipe import Prune, Recipe
+from fastkd.recipe import Prune, Recipe, model_name
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.resumable import RowFile, check_float16, full_disk_explained
 from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
@@ -98,11 +98,14 @@ def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
     stored = subset.manifest.settings
     if recipe.teacher is None:
         return subset
+    about = recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json")
+    if recipe.teacher.model is not None:
+        about["model"] = model_name(recipe.teacher.model)
     asked = {
         "holdout_ratio": recipe.data.holdout_ratio,
         "reshape": recipe.labels.reshape,
         "view": images.view_key_fields(images.teacher_px),
-        "teacher": recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json"),
+        "teacher": about,
         **_selection_key_fields(recipe.prune.static),
     }
     teacher = {name: stored.get("teacher", {}).get(name) for name in asked["teacher"]}

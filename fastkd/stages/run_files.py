@@ -34,9 +34,9 @@ def write_student(
 ) -> None:
     """Write the weights, and in model.json what a user of the student must know."""
     models.save_weights(net.net, directory / "student.safetensors")
-    normalisation = images.normalisation
+    normalisation = net.normalisation
     described = {
-        "model": recipe.student.model,
+        **models.model_key_fields(recipe.student.model),
         "num_classes": images.num_classes,
         "classes": images.classes,
         "input_hw": list(input_hw),
