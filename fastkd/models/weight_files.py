@@ -119,6 +119,8 @@ def _refuse_compressed(path: Path) -> None:
             members = packed.infolist()
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
         return  # not a zip file, or a damaged one, which torch reports
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        return  # a TorchScript program, which torch refuses before it reads more
     inflated, size = sum(member.file_size for member in members), path.stat().st_size
     if inflated > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise InputError(

@@ -5,7 +5,9 @@ from tiny_training import CPU
 from torch import nn
 
 from fastkd.engine.runtime import Runtime, has_bf16
+from fastkd.engine.step import ClipGradNorm
 from fastkd.errors import InputError
+from fastkd.recipe import Optim
 
 
 @pytest.mark.parametrize(
@@ -69,3 +71,28 @@ def test_memory_on_a_gpu_is_the_most_that_tensors_took():
     taken = torch.ones(64 << 20, dtype=torch.uint8, device=runtime.device)
     del taken
     assert runtime.memory_bytes() - before >= 64 << 20
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_without_decay_norms_only_weights_of_two_dimensions_or_more_decay(name):
+    """One step without a gradient shows the decay alone."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    for parameter in net.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = CPU.optimizer(Optim(name=name, lr=0.5, weight_decay=0.1, decay_norms=False), net.parameters())
+    optimizer.step()
+    for parameter in net.parameters():
+        assert torch.all(parameter == 1) if parameter.dim() < 2 else torch.all(parameter < 1)
+    usual = CPU.optimizer(Optim(name=name, lr=0.5), net.parameters())
+    assert [len(group["params"]) for group in usual.param_groups] == [6]
+
+
+def test_the_gradient_of_all_groups_is_clipped():
+    net = nn.Linear(2, 2)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    optimizer = CPU.optimizer(Optim(lr=0.1, decay_norms=False), net.parameters())
+    ClipGradNorm(1.0)(CPU.scaler(), optimizer)
+    norm = torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).norm()
+    assert norm == pytest.approx(1, rel=1e-3)
