@@ -31,7 +31,7 @@ def main(
 
     Example: python -m fastkd.score recipes/quickstart.yaml score.batch_size=512
 
-    Example: python -m fastkd.score mine.yaml --import logits.npy labels.views=plain
+    Example: python -m fastkd.score mine.yaml --import pets_logits.npy labels.views=plain
     """
     from fastkd import pipeline
 

@@ -142,9 +142,8 @@ class Runtime:
         common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
         groups: Any = parameters
         if not optim.decay_norms:
-            weights, others = [], []
-            for parameter in parameters:
-                (weights if parameter.dim() > 1 else others).append(parameter)
+            every = list(parameters)
+            weights, others = [p for p in every if p.dim() > 1], [p for p in every if p.dim() < 2]
             groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         if optim.name == "adamw":
             return torch.optim.AdamW(groups, betas=optim.betas, **common)

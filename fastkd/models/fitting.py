@@ -55,7 +55,7 @@ def fitting(own: State, states: States, weights: str, name: str | None, head: It
     if not fits:
         parts = [part for _, state in states for _, part in _parts(state)]
         differs = [_misfit(own, _without(head, renamed(part))) for part in parts]
-        nearest = min(range(len(parts)), key=lambda number: differs[number].count)
+        nearest = min(range(len(parts)), key=lambda number: differs[number].entries)
         kind = OtherClassesError if differs[nearest].classes else InputError
         named, hint = f" {name}" if name else "", _foreign_prefix(own, parts[nearest])
         raise kind(f"{weights}: these weights do not fit the model{named}: {differs[nearest].text}{hint}")
@@ -81,7 +81,7 @@ def _fits(
     """Yield how a state_dict fits the model, under each prefix under which it does."""
     for prefix, part in _parts(state):
         candidate = _without(head, renamed(part))
-        if not _misfit(own, candidate).count:
+        if not _misfit(own, candidate).entries:
             left_out = [] if len(part) == len(state) else [entry for entry in state if not entry.startswith(prefix)]
             yield _Fit(".".join(filter(None, (where, prefix.rstrip(".")))), candidate, left_out)
 
@@ -138,14 +138,14 @@ class _Misfit(NamedTuple):
 
     Attributes
     ----------
-    count
+    entries
         Number of entries that differ.
     classes
         Whether only the number of classes differs.
     """
 
     text: str
-    count: int
+    entries: int
     classes: bool
 
 

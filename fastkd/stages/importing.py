@@ -13,9 +13,11 @@ from fastkd.recipe import Teacher
 from fastkd.stages.images import ImageSource
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.resumable import RowFile, full_disk_explained, need_space
-from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
+from fastkd.stages.row_scores import score_chunks
 from fastkd.stages.store import ArtifactStore
 
+CHUNK_BYTES = 1 << 26
+"""Size of the rows that are copied at once."""
 SUSPECTS = "the order of the rows (teacher.sample_ids), the order of the classes, and that they are of these images"
 
 
@@ -100,11 +102,12 @@ def _fill(
     need_space(directory, N * K * dtype.itemsize, f"storing {N:,} rows of logits")
     labels_N = images.loader("train", 1).labels()
     with RowFile(directory / "logits.npy", dtype, N, K) as stored, console.progress("score", N, "rows") as update:
-        for start in range(0, N, CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
+        chunk = max(1, CHUNK_BYTES // (K * z_NK.itemsize))
+        for start in range(0, N, chunk):
+            rows = slice(start, start + chunk)
             with np.errstate(over="ignore"):  # values beyond the data type are reported below, as infinite
                 stored.append(np.asarray(z_NK[rows if row_N is None else row_N[rows]], dtype))
-            update(min(N, start + CHUNK_ROWS), "")
+            update(min(N, start + chunk), "")
     np.save(directory / "labels.npy", labels_N)
     found_NK = np.load(directory / "logits.npy", mmap_mode="r")
     top1 = float(score_chunks(found_NK, labels_N, str(file)).correct.mean())
