@@ -20,6 +20,7 @@ from fastkd.errors import ArtifactError, InputError, require
 from fastkd.recipe import Recipe
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.distributed_build import built_by_leader, decided_by_leader, is_shared, read_once_seen
+from fastkd.stages.ensemble import load_ensemble
 from fastkd.stages.images import ImageSource, teacher_px
 from fastkd.stages.importing import import_scores
 from fastkd.stages.label_format import LabelFormat, format_of, view_names
@@ -222,7 +223,10 @@ class Pipeline:
             name, weights = teacher_recipe(self.recipe).student.model, str(run.path)
         images = self.images
         with self.stopwatch.on("setup"):
-            loaded = load_teacher(teacher, str(name), str(weights), images, self.runtime)
+            if teacher.ensemble:
+                loaded = load_ensemble(teacher, images, self.runtime)
+            else:
+                loaded = load_teacher(teacher, str(name), str(weights), images, self.runtime)
         if images.export and (phrases := artifacts.differences(loaded.key_fields, self.teacher_key_fields)):
             raise ArtifactError(
                 f"{self.dataset.path}: was labelled by another teacher than the recipe's: {'; '.join(phrases)}"
@@ -330,9 +334,9 @@ class Pipeline:
         for px in sorted(sizes, key=lambda px: px or 0):
             student = recipe.student.model
             refuse_image_size("student.model", student, image_hw(px), "data.input_px", batch_size=parts)
-        if recipe.teacher is not None and recipe.teacher.model is not None and not self.is_known_export:
+        for model in recipe.teacher.models if recipe.teacher is not None and not self.is_known_export else ():
             hw = image_hw(teacher_px(recipe))
-            refuse_image_size("teacher.model", recipe.teacher.model, hw, "teacher.input_px", only_logits=False)
+            refuse_image_size("teacher.model", model, hw, "teacher.input_px", only_logits=False)
 
     @cached_property
     def training_inputs(self) -> TrainingInputs:
@@ -369,7 +373,7 @@ def _needs_teacher(pipeline: Pipeline) -> bool:
     teacher = pipeline.recipe.teacher
     if teacher is None or teacher.logits is not None:
         return False
-    if teacher.recipe is None and models.is_cached(str(teacher.weights), str(teacher.model)):
+    if teacher.recipe is None and all(models.is_cached(weights, model) for model, weights in teacher.checkpoints):
         return False
     return pipeline.recipe.labels.mode == "online" or not pipeline.is_known_export
 

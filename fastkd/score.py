@@ -49,7 +49,7 @@ def _changes(logits: Path, sample_ids: Path | None) -> list[str]:
     """Return the changes to a recipe that replace its teacher by logits."""
     files = {"logits": logits, "sample_ids": sample_ids}
     named = {name: None if file is None else str(file) for name, file in files.items()}
-    others: dict[str, object] = dict.fromkeys(recipe.Teacher.model_fields) | {"overrides": []}
+    others = {name: field.default for name, field in recipe.Teacher.model_fields.items()}
     return [f"teacher.{name}={json.dumps(value)}" for name, value in (others | named).items()]
 
 

@@ -124,6 +124,8 @@ def _shown(value: Any) -> str:
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """Return the field names of the section at `path`, looking through `Section | None`."""
     for name in path:
+        if name.isdigit():  # the position in a list of sections
+            continue
         field = model.model_fields.get(name)
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
         sections: list[Any] = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]

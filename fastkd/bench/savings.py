@@ -32,6 +32,8 @@ def ways(recipe: Recipe) -> list[Variant]:
     """
     if recipe.teacher is None:
         raise InputError(f"recipe {recipe.name} has no teacher: there is no distillation to save time on")
+    if recipe.teacher.ensemble:
+        raise InputError("teacher.ensemble: there is no single teacher to time: give teacher.model, or teacher.recipe")
     if recipe.teacher.input_px not in (None, recipe.data.input_px):
         raise InputError(
             f"teacher.input_px={recipe.teacher.input_px}: vanilla KD's live teacher sees the student's images; "

@@ -92,8 +92,8 @@ class Workbench:
         """Name of the teacher's net."""
         teacher = self.recipe.teacher
         assert teacher is not None
-        if teacher.logits is not None:
-            raise InputError("teacher.logits: there is no network to time; give teacher.model, or teacher.recipe")
+        if teacher.logits is not None or teacher.ensemble:
+            raise InputError("there is no single teacher to time: give teacher.model, or teacher.recipe")
         return teacher.model or recipes.load(str(teacher.recipe), teacher.overrides).student.model
 
     def job(self, runtime: Runtime, *, live: nn.Module | None = None) -> TrainingSetup:

@@ -13,10 +13,10 @@ from fastkd.recipe.sections import (
     Score,
     Section,
     Student,
-    Teacher,
     Train,
     View,
 )
+from fastkd.recipe.teacher import Member, Teacher
 
 __all__ = [
     "HUB",
@@ -26,6 +26,7 @@ __all__ = [
     "LocalPath",
     "Log",
     "Loss",
+    "Member",
     "Optim",
     "Prune",
     "Recipe",

@@ -46,7 +46,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise InputError(f"recipe {file} is wrong:\n{explain(error, Recipe)}") from None
     refuse_code(recipe.data.writer, f"recipe {file}")
-    for model in (recipe.student.model, recipe.teacher.model if recipe.teacher else None):
+    for model in (recipe.student.model, *(recipe.teacher.models if recipe.teacher else ())):
         refuse_model_code(model, f"recipe {file}")
     return recipe
 

@@ -17,10 +17,10 @@ from fastkd.recipe.sections import (
     Section,
     Seed,
     Student,
-    Teacher,
     Train,
     View,
 )
+from fastkd.recipe.teacher import Teacher
 
 MAX_SIZES = 6
 MAX_NAME = 100
@@ -142,7 +142,10 @@ class Recipe(Section):
 
 PLACES: dict[str, Any] = {
     "data": {"path", "artifacts_dir", "writer"},
-    "teacher": {"weights", "recipe", "logits", "sample_ids"},
+    "teacher": {
+        **dict.fromkeys(("weights", "recipe", "logits", "sample_ids"), True),
+        "ensemble": {"__all__": {"weights"}},
+    },
     "prune": {"ids"},
     "student": {"weights"},
     "train": {"runs_dir"},

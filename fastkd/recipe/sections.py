@@ -96,62 +96,6 @@ class Data(Section):
     """Read only the needed images, through the page cache of the operating system. Off: pages of 8 MB."""
 
 
-_OF_A_NETWORK = ("weights", "overrides", "input_px", "mean", "std")
-
-
-class Teacher(Section):
-    """The teacher: a checkpoint, a recipe that trains one, or its logits."""
-
-    model: ModelName | None = None
-    """Name of a network: cifar/…, torchvision/… or timm/…; or your own: package.module:factory, my/net.py:factory."""
-    weights: Weights | None = None
-    """A .safetensors or .pth file, a RUN, or published weights: `pretrained`, torchvision's names (IMAGENET1K_V1), or
-    hf-hub:OWNER/NAME for a network of timm."""
-    recipe: LocalPath | None = None
-    """Path of a recipe without a teacher, relative to this file. It is trained first, or reused, on the DATASET, device
-    and precision of this recipe. Its own section `data` decides on hold-out, image size, crop and views; the first
-    three default to those of this recipe."""
-    input_px: int | None = Field(None, ge=1)
-    """Side of the images that are scored and labelled. Default: `data.input_px`. A student at another size sees the
-    same crops."""
-    overrides: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Changes (a.b=c) to that recipe."""
-    mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
-    """Channel means of the teacher's input, in 0…1. Default: those stored with its weights, else the data set's."""
-    std: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
-    """Channel standard deviations of the teacher's input; required with `mean`."""
-    logits: LocalPath | None = None
-    """A .npy file of the logits of all training samples in the evaluation view (floating point [N, K]), made elsewhere.
-    It takes the place of a network."""
-    sample_ids: LocalPath | None = None
-    """A .npy file of the sample id of each row of `logits` (integers [N]). Default: the order of the data set."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Teacher":
-        if [self.recipe, self.model, self.logits].count(None) != 2:
-            raise ValueError("give either `recipe`, or `model` and `weights`, or `logits`")
-        if self.sample_ids is not None and self.logits is None:
-            raise ValueError("`sample_ids` belongs to `logits`")
-        if self.logits is not None and (others := [name for name in _OF_A_NETWORK if getattr(self, name)]):
-            raise ValueError(
-                f"`{others[0]}` is a setting of a network, and `logits` take its place; remove one of both"
-            )
-        if self.model is not None and self.weights is None:
-            raise ValueError(f"model {self.model!r} needs `weights`: a file, a RUN, or the name of public weights")
-        if self.recipe is not None and self.weights is not None:
-            raise ValueError("`weights` belongs to `model`; a `recipe` brings its own")
-        if self.model is not None and self.overrides:
-            raise ValueError("`overrides` are changes to a `recipe`; a `model` with `weights` has none")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("`mean` and `std` go together")
-        if self.mean and self.std and not (all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)):
-            raise ValueError(
-                f"`mean` {list(self.mean)} and `std` {list(self.std)}: expected values for pixels in 0 … 1: a mean "
-                "lies in 0 … 1, and a std is above 0 and at most 1; divide values for pixels in 0 … 255 by 255"
-            )
-        return self
-
-
 class Score(Section):
     """The teacher's pass over the training set."""
 

@@ -286,7 +286,8 @@ class Inspector:
     def _teacher(self) -> nn.Module:
         if self.run.recipe.teacher is None:
             raise InputError("this student had none")
-        _known_model(self.run.recipe.teacher.model)
+        for name in self.run.recipe.teacher.models:
+            _known_model(name)
         teacher = self.pipeline.teacher
         told = self.run.artifact.manifest.inputs.get("teacher", {})
         if told.get("weights") != teacher.key_fields["weights"]:
@@ -308,11 +309,11 @@ class Inspector:
         return np.concatenate(guesses), loader.labels()
 
 
-def _known_model(name: str | None) -> str:
+def _known_model(name: str) -> str:
     """Refuse a network that is a user's code: a report runs none, since the RUN may come from anywhere."""
-    if name is not None and user_model(name):
+    if user_model(name):
         raise InputError(f"{name} is Python code, which a report does not run")
-    return name or ""
+    return name
 
 
 def data_uri(image_HWC: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from fastkd import console, models
 from fastkd import recipe as recipes
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
-from fastkd.recipe import Data, Recipe, Teacher
+from fastkd.recipe import Data, Member, Recipe, Teacher
 from fastkd.stages.images import ImageSource, teacher_px
 from fastkd.validation import user_model
 
@@ -34,7 +34,9 @@ class LoadedTeacher:
     warnings: tuple[str, ...] = ()
 
 
-def load_teacher(teacher: Teacher, name: str, weights: str, images: ImageSource, runtime: Runtime) -> LoadedTeacher:
+def load_teacher(
+    teacher: Teacher | Member, name: str, weights: str, images: ImageSource, runtime: Runtime
+) -> LoadedTeacher:
     """Build a teacher, load its weights, and compare what is known about them with the data set.
 
     The last layer computes in float32: bf16 logits have ties, and blur σ.
@@ -42,7 +44,7 @@ def load_teacher(teacher: Teacher, name: str, weights: str, images: ImageSource,
     Parameters
     ----------
     teacher
-        The recipe's section.
+        The recipe's section, or an entry of its ensemble.
     name, weights
         The model and its weights; of a teacher that is given by a recipe, those of its RUN.
 
@@ -172,7 +174,7 @@ def _teacher_data(own: Data, recipe: Recipe) -> Data:
     return own.model_copy(update=taken)
 
 
-def _normalisation(teacher: Teacher, name: str, weights: str, images: ImageSource) -> models.Normalisation:
+def _normalisation(teacher: Teacher | Member, name: str, weights: str, images: ImageSource) -> models.Normalisation:
     """Return the recipe's mean and std, else those of the weights, else those of the data set, with a warning."""
     if teacher.mean and teacher.std:
         return models.Normalisation(teacher.mean, teacher.std)
