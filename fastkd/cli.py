@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only warnings, errors and the last line.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout, and everything else to stderr.")]
 NoCode = Annotated[
-    bool,
-    typer.Option("--no-code", help=f"Refuse a recipe whose writer is a file: its code would run. As {NO_CODE}=1."),
+    bool, typer.Option("--no-code", help=f"Refuse a recipe whose writer or model is Python code. As {NO_CODE}=1.")
+]
+UserModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="my/net.py:FUNCTION", help="The code of your own network, which is run."),
 ]
 WARNINGS = "warnings"
 """Key of the list of warnings in the JSON object of every command."""

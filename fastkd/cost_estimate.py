@@ -106,6 +106,8 @@ def rates_of(recipe: Recipe) -> dict[str, Any]:
         include={"data", "teacher", "score", "labels", "student", "train"},
         exclude={
             "data": {"artifacts_dir", "holdout_ratio"},
+            "teacher": {"logits", "sample_ids", "ensemble", "mix"},
+            "student": {"head"},
             "labels": {"views", "view_seed", "reshape", "reshape_strength"},
             "train": {"epochs", "runs_dir", "checkpoint_every_s", "eval_every_epochs"},
         },

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fastkd import artifacts, models
 from fastkd.artifacts import BEGUN, MANIFEST, Artifact, partial_of
@@ -81,7 +80,7 @@ def _planned(pipeline: Pipeline, force: frozenset[str] | set[str], out: Path | N
         size = _bytes(pipeline, name, dataset)
         if name == "train":
             _check_student(pipeline, dataset, found=not missing)
-        if missing:
+        if missing or (name == "train" and not _has_weights(pipeline.recipe)):
             yield PlannedStage(name, "build", size=size)
             continue
         try:
@@ -98,6 +97,12 @@ def _planned(pipeline: Pipeline, force: frozenset[str] | set[str], out: Path | N
             yield PlannedStage(name, "fetch")
         else:
             yield _existing(pipeline, name, artifact, size, forced=name in force)
+
+
+def _has_weights(recipe: Recipe) -> bool:
+    """Return whether the student's initial weights are on this machine: the key of the RUN depends on them."""
+    weights = recipe.student.weights
+    return weights is None or not models.is_published(weights) or models.is_cached(weights, recipe.student.model)
 
 
 def _artifact(pipeline: Pipeline, stage: Stage, out: Path | None) -> Artifact | None:
@@ -176,9 +181,8 @@ def _bytes(pipeline: Pipeline, stage: str, dataset: Artifact | None) -> int | No
     if stage == "score":
         return all_of_train * (K * np.dtype(recipe.score.dtype).itemsize + 8)
     if stage == "train":
-        with torch.device("meta"):
-            net = models.build(recipe.student.model, K)
-        return sum(tensor.numel() * tensor.element_size() for tensor in net.state_dict().values())
+        entries = models.entry_shapes(recipe.student.model, K).values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in entries)
     kept = all_of_train if images.export else round(_keep_ratio(pipeline) * len(images.train_ids))
     if stage == "prune":
         return kept * (2 * K + 8) + 4 * all_of_train + 8 * K

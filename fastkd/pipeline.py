@@ -20,7 +20,9 @@ from fastkd.errors import ArtifactError, InputError, require
 from fastkd.recipe import Recipe
 from fastkd.stages import labelling, pruning, scoring, training
 from fastkd.stages.distributed_build import built_by_main, decided_by_main, is_shared, read_once_seen
+from fastkd.stages.ensemble import load_ensemble
 from fastkd.stages.images import ImageSource, teacher_px
+from fastkd.stages.importing import import_scores
 from fastkd.stages.label_format import LabelFormat, format_of, view_names
 from fastkd.stages.pruning import prune_arrays
 from fastkd.stages.resumable import subset_key_fields
@@ -215,11 +217,18 @@ class Pipeline:
         teacher = self.recipe.teacher
         if teacher is None:
             raise InputError("this recipe has no `teacher`, and scoring and distilling need one")
+        if teacher.logits is not None:
+            raise InputError("teacher.logits: there is no network to run: these logits were made elsewhere")
         run = self.teacher_run
-        name, weights = (run.facts["model"], run.path) if run else (teacher.model, teacher.weights)
+        name, weights = teacher.model, teacher.weights
+        if run is not None:
+            name, weights = teacher_recipe(self.recipe).student.model, str(run.path)
         images = self.images
         with self.stopwatch.on("setup"):
-            loaded = load_teacher(teacher, str(name), str(weights), images, self.runtime)
+            if teacher.ensemble:
+                loaded = load_ensemble(teacher, images, self.runtime)
+            else:
+                loaded = load_teacher(teacher, str(name), str(weights), images, self.runtime)
         if images.export and (phrases := artifacts.differences(loaded.key_fields, self.teacher_key_fields)):
             raise ArtifactError(
                 f"{self.dataset.path}: was labelled by another teacher than the recipe's: {'; '.join(phrases)}"
@@ -228,8 +237,12 @@ class Pipeline:
 
     @property
     def teacher_key_fields(self) -> dict[str, Any]:
-        """The teacher's part of artifact keys. An export knows it without the teacher."""
-        return self.subset.manifest.settings.get("teacher", {}) if self.images.export else self.teacher.key_fields
+        """The teacher's part of artifact keys. An export and imported logits need no teacher for it."""
+        if self.images.export:
+            return self.subset.manifest.settings.get("teacher", {})
+        if self.recipe.teacher is not None and self.recipe.teacher.logits is not None:
+            return self.scores.manifest.inputs["teacher"]
+        return self.teacher.key_fields
 
     # --- scores, subset and labels --------------------------------------------------------------------------------
 
@@ -240,8 +253,15 @@ class Pipeline:
             raise InputError(
                 f"{self.dataset.path} is an export: its samples were selected before; score the whole data set"
             )
-        built = scoring.build_scores(self.store, self.images, self.teacher, self.recipe.score, self.runtime)
-        return self.note("score", *built)
+        teacher, settings = self.recipe.teacher, self.recipe.score
+        if teacher is None or teacher.logits is None:
+            built = scoring.build_scores(self.store, self.images, self.teacher, settings, self.runtime)
+            return self.note("score", *built)
+
+        def build() -> tuple[Artifact, bool]:
+            return import_scores(self.store, self.images, teacher, settings.dtype)
+
+        return self.note("score", *(built_by_main(build) if self.store.build else build()))
 
     @cached_property
     def subset(self) -> Artifact:
@@ -315,9 +335,9 @@ class Pipeline:
         for px in sorted(sizes, key=lambda px: px or 0):
             student = recipe.student.model
             refuse_image_size("student.model", student, image_hw(px), "data.input_px", batch_size=parts)
-        if recipe.teacher is not None and recipe.teacher.model is not None and not self.is_known_export:
+        for model in recipe.teacher.models if recipe.teacher is not None and not self.is_known_export else ():
             hw = image_hw(teacher_px(recipe))
-            refuse_image_size("teacher.model", recipe.teacher.model, hw, "teacher.input_px")
+            refuse_image_size("teacher.model", model, hw, "teacher.input_px", only_logits=False)
 
     @cached_property
     def training_inputs(self) -> TrainingInputs:
@@ -352,7 +372,9 @@ class Pipeline:
 
 def _needs_teacher(pipeline: Pipeline) -> bool:
     teacher = pipeline.recipe.teacher
-    if teacher is None or (teacher.recipe is None and models.is_cached(str(teacher.weights), str(teacher.model))):
+    if teacher is None or teacher.logits is not None:
+        return False
+    if teacher.recipe is None and all(models.is_cached(weights, model) for model, weights in teacher.checkpoints):
         return False
     return pipeline.recipe.labels.mode == "online" or not pipeline.is_known_export
 

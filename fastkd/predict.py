@@ -19,6 +19,7 @@ def main(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of a RUN, or of an exported student.")],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGES", help="Image files, or folders of images.")],
     top: Annotated[int, typer.Option(min=1, help="Number of classes to print for each image.")] = 3,
+    model: cli.UserModel = None,
 ) -> cli.CommandResult:
     """Classify images: print the most probable classes of each.
 
@@ -32,7 +33,7 @@ def main(
     from fastkd.stages.predicting import find_images, predict
     from fastkd.stages.trained_student import open_student
 
-    student = open_student(run)
+    student = open_student(run, model)
     files = find_images(images)
     table = Table(title=f"predict: {student.described['model']}", title_justify="left")
     table.add_column("image", overflow="fold")

@@ -5,6 +5,7 @@ Also decides whether a recipe may run code.
 
 import difflib
 import os
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, get_args
 
@@ -13,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fastkd.errors import InputError
 
 NO_CODE = "FASTKD_NO_CODE"
-"""Environment variable: if set to 1 (also by ``--no-code``), writers that are files are refused."""
+"""Environment variable: if set to 1 (also by ``--no-code``), writers and models that are code are refused."""
 _SHOWN = 200
+_FACTORY = re.compile(r"(?P<source>.+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):(?P<function>[A-Za-z_]\w*)", re.DOTALL)
 
 Mean = Annotated[float, Field(ge=-1e4, le=1e4, allow_inf_nan=False)]
 Deviation = Annotated[float, Field(ge=1e-6, le=1e4, allow_inf_nan=False)]
@@ -34,6 +36,12 @@ def is_file_name(writer: str) -> bool:
     return writer.endswith(".py") or os.sep in writer
 
 
+def user_model(model: str) -> tuple[str, str] | None:
+    """Split ``my/net.py:factory`` or ``package.module:factory`` into source and function. None: it is another name."""
+    match = _FACTORY.fullmatch(model)
+    return (match["source"], match["function"]) if match else None
+
+
 def refuse_code(writer: str | None, where: str) -> None:
     """Refuse a writer that is a file if `NO_CODE` is set, since importing it runs its code.
 
@@ -42,12 +50,30 @@ def refuse_code(writer: str | None, where: str) -> None:
     InputError
         The writer is a file, and `NO_CODE` is set.
     """
-    forbidden = os.environ.get(NO_CODE, "").strip().lower() not in ("", "0", "false", "no", "off")
-    if forbidden and writer is not None and is_file_name(writer):
+    if _is_forbidden() and writer is not None and is_file_name(writer):
         raise InputError(
             f"{where}: the writer is a file, {writer}, whose code would run; --no-code or {NO_CODE} forbids that. "
             "Read the file first, then leave these out"
         )
+
+
+def refuse_model_code(model: str | None, where: str) -> None:
+    """Refuse a model that is a function in Python code, if `NO_CODE` is set.
+
+    Raises
+    ------
+    InputError
+        It is one, and none may be run.
+    """
+    if _is_forbidden() and model is not None and user_model(model):
+        raise InputError(
+            f"{where}: the model is Python code, {model}, which would run; --no-code or {NO_CODE} forbids that. "
+            "Read the code first, then leave these out"
+        )
+
+
+def _is_forbidden() -> bool:
+    return os.environ.get(NO_CODE, "").strip().lower() not in ("", "0", "false", "no", "off")
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -98,6 +124,8 @@ def _shown(value: Any) -> str:
 def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """Return the field names of the section at `path`, looking through `Section | None`."""
     for name in path:
+        if name.isdigit():  # the position in a list of sections
+            continue
         field = model.model_fields.get(name)
         kinds = (field.annotation, *get_args(field.annotation)) if field else ()
         sections: list[Any] = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]

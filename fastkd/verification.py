@@ -34,7 +34,8 @@ def check_recipe(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Com
     if recipe.teacher is None:
         return []
     images = pipeline.images
-    has_teacher = images.export is None or recipe.teacher.recipe is None
+    imported = recipe.teacher.logits is not None
+    has_teacher = (images.export is None or recipe.teacher.recipe is None) and not imported
     if has_teacher and pipeline.teacher_run:
         check_artifact(pipeline.teacher_run.path)
     if not pipeline.needs("prune"):
@@ -45,8 +46,10 @@ def check_recipe(recipe: Recipe, *, pairs: int = 256, seed: int = 0) -> list[Com
     labels = check_artifact(pipeline.labels.path) if recipe.uses_labels else None
     if not has_teacher:
         console.say(
-            "the teacher is not part of an export, so stored labels are not compared with it; to compare them, give "
-            "teacher.recipe=null, teacher.model and teacher.weights"
+            "the logits were made elsewhere: there is no teacher to compare them with"
+            if imported
+            else "the teacher is not part of an export, so stored labels are not compared with it; to compare "
+            "them, give teacher.recipe=null, teacher.model and teacher.weights"
         )
         return []
     ids_M = np.asarray(subset.array("indices.npy"))

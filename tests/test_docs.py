@@ -58,6 +58,13 @@ student: {{model: cifar/resnet8}}
 optim: {{lr: 0.01}}
 train: {{epochs: 2, batch_size: 10, compile: false, precision: fp32, device: cpu}}
 """
+FINETUNE = """
+name: finetune_teacher
+data: {path: data/pets, input_px: 16}
+student: {model: cifar/resnet8, weights: my_teacher.safetensors, head: new}
+optim: {lr: 0.01}
+train: {epochs: 1, batch_size: 10, compile: false, precision: fp32, device: cpu}
+"""
 RECIPES = {
     "mine": {"family": "none", "views": "epochs"},
     "recipes/quickstart": {"family": "none", "views": "plain"},
@@ -232,11 +239,13 @@ def furnish(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     for names, array in ((("logits", "Z"), logits), (("labels", "Y"), np.arange(90) % 3)):
         for name in names:
             np.save(folder / f"{name}.npy", array)
+    np.save(folder / "pets_logits.npy", logits[:60])
     (folder / "my_writer.py").write_text(python_blocks("writers.md")[0])
     models.save_weights(models.build("cifar/resnet8", 3), folder / "my_teacher.safetensors")
     (folder / "recipes").mkdir()
     for name, settings in RECIPES.items():
         (folder / f"{name}.yaml").write_text(RECIPE.format(name=Path(name).name, **settings))
+    (folder / "recipes" / "finetune_teacher.yaml").write_text(FINETUNE)
 
 
 def furnish_formats(folder: Path, pets: Path) -> None:

@@ -37,6 +37,8 @@ def savings_variants(recipe: Recipe) -> list[Variant]:
         The recipe has no teacher, or the teacher has another image size than the student.
     """
     teacher = require_teacher(recipe)
+    if teacher.ensemble:
+        raise InputError("teacher.ensemble: there is no single teacher to time: give teacher.model, or teacher.recipe")
     if teacher.input_px not in (None, recipe.data.input_px):
         raise InputError(
             f"teacher.input_px={teacher.input_px}: the live teacher of vanilla KD gets the student's images; for this "

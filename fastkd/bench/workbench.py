@@ -29,6 +29,7 @@ from fastkd.engine.inference import predict
 from fastkd.engine.prefetch import DeviceBatch
 from fastkd.engine.runtime import Runtime
 from fastkd.engine.step import train_batch, train_step
+from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages.label_format import decoder, label_format, view_files
 from fastkd.stages.training_setup import (
@@ -96,6 +97,8 @@ class Workbench:
     def teacher_model(self) -> str:
         """Name of the teacher's network."""
         teacher = self._teacher
+        if teacher.logits is not None or teacher.ensemble:
+            raise InputError("there is no single teacher to time: give teacher.model, or teacher.recipe")
         return teacher.model or recipes.load(str(teacher.recipe), teacher.overrides).student.model
 
     def setup(self, runtime: Runtime, *, live: nn.Module | None = None) -> TrainingSetup:

@@ -131,7 +131,7 @@ def read(file: Path) -> Checkpoint | None:
 def restore(found: Checkpoint, student: nn.Module, train: TrainState, per_sample_loss: PerSampleLoss | None) -> None:
     """Restore the state of a training from a checkpoint."""
     optimizer = train.optimizer.state_dict()
-    parameters = train.optimizer.param_groups[0]["params"]
+    parameters = [one for group in train.optimizer.param_groups for one in group["params"]]
     optimizer["state"] = {}
     for name, tensor in found.tensors.items():
         part, _, rest = name.partition(".")

@@ -160,13 +160,22 @@ class Runtime:
 
         Momentum starts as zeros, as torch's fused SGD leaves it uninitialised if the gradients of its first step
         overflow in float16.
+
+        Without ``optim.decay_norms``, parameters of fewer than 2 dimensions (biases, scales and shifts of normalisation
+        layers) are a second group without weight decay, as in timm's ``param_groups_weight_decay``.
         """
         common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
+        groups: Any = parameters
+        if not optim.decay_norms:
+            every = list(parameters)
+            weights, others = [p for p in every if p.dim() > 1], [p for p in every if p.dim() < 2]
+            groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         if optim.name == "adamw":
-            return torch.optim.AdamW(parameters, betas=optim.betas, **common)
-        sgd = torch.optim.SGD(parameters, momentum=optim.momentum, nesterov=optim.nesterov, **common)
-        for parameter in sgd.param_groups[0]["params"] if optim.momentum else ():
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return torch.optim.AdamW(groups, betas=optim.betas, **common)
+        sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, **common)
+        for group in sgd.param_groups if optim.momentum else ():
+            for parameter in group["params"]:
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
 
     def to_host(self, tensor: Tensor) -> Callable[[], np.ndarray]:

@@ -78,7 +78,8 @@ class ClipGradNorm:
         """Unscale and clip the gradients of the parameters of an optimizer."""
         if self.max_norm is not None:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.max_norm)
+            parameters = [one for group in optimizer.param_groups for one in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.max_norm)
 
 
 @dataclass
@@ -103,8 +104,9 @@ class TrainState:
 
     def __post_init__(self) -> None:
         if self._keeps_gradients:
-            for parameter in self.optimizer.param_groups[0]["params"]:
-                parameter.grad = torch.zeros_like(parameter)
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Average gradients over processes in the last microbatch only."""

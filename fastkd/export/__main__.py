@@ -21,6 +21,7 @@ def main(
         typer.Option(metavar="LABELS", help="For a SUBSET: the LABELS to include. Default: those beside it."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+    model: cli.UserModel = None,
 ) -> cli.CommandResult:
     """Export the student of a RUN, or the kept samples of a SUBSET.
 
@@ -37,18 +38,20 @@ def main(
     Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab data/cifar10_half
     """
     if artifacts.read_manifest(path).kind != "RUN":
+        if model is not None:
+            raise InputError(f"{path}: is no RUN; --model belongs to the student of a RUN")
         return _export_subset(path, out, data, labels, force)
     if data is not None or labels is not None:
         raise InputError(f"{path}: is a RUN; --data and --labels are for a SUBSET")
-    return _export_run(path, out, force)
+    return _export_run(path, out, force, model)
 
 
-def _export_run(run: Path, out: Path, force: bool) -> cli.CommandResult:
+def _export_run(run: Path, out: Path, force: bool, model: str | None) -> cli.CommandResult:
 
     from fastkd.export.student import export_student
 
     console.heading(f"export {run} → {out}")
-    artifact, built = export_student(run, out, force=force)
+    artifact, built = export_student(run, out, force=force, model=model)
     files = {name: stamp for name, stamp in artifact.manifest.files.items() if name != "model.json"}
     for name, stamp in files.items():
         worst = artifact.facts["worst_difference"].get(name)

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 
 
 def export_student(
-    run: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False
+    run: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, model: str | None = None
 ) -> tuple[Artifact, bool]:
     """Publish the student of a RUN in formats that need neither fastkd nor the data.
 
@@ -37,6 +37,8 @@ def export_student(
     ----------
     out
         Output directory. A directory with other contents than an earlier export is refused, even with `force`.
+    model
+        The code of the user's own network; see `fastkd.stages.trained_student.open_student`.
 
     Returns
     -------
@@ -61,7 +63,7 @@ def export_student(
         target,
         "STUDENT",
         {"run": loaded.key, **{name: stamps[name].xxh3_128 for name in ("student.safetensors", "model.json")}},
-        lambda directory: _fill(directory, open_student(source)),
+        lambda directory: _fill(directory, open_student(source, model)),
         parents={"RUN": loaded.key},
         settings={"run": str(source.absolute())},
         force=force,

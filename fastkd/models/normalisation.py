@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastkd.models.registry import import_timm, split, torchvision_weights
+from fastkd.errors import InputError
+from fastkd.models.registry import import_timm, is_published, split, torchvision_weights
 from fastkd.models.sidecar import description
+from fastkd.models.weight_files import reason
+from fastkd.recipe import HUB
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ def native_normalisation(name: str, weights: str | Path | None) -> Normalisation
     """Return the normalisation that `weights` of the network `name` were trained with. None: that of the data set.
 
     It is recorded in the ``model.json`` of a RUN or an exported student (see `fastkd.models.sidecar`), and by
-    torchvision and timm for their published weights. Other local weights of one of their networks are assumed to be
-    these or derived from them, and the result is marked as `guessed`. For CIFAR checkpoints it is None.
+    torchvision, timm and the hub for their published weights. Other local weights of one of their networks are assumed
+    to be these or derived from them, and the result is marked as `guessed`. For CIFAR checkpoints and networks of a
+    user it is None.
     """
     if weights is None:
         return None
@@ -45,9 +50,21 @@ def native_normalisation(name: str, weights: str | Path | None) -> Normalisation
         preset = published.get(str(weights), published["DEFAULT"]).transforms()
         return Normalisation(tuple(preset.mean), tuple(preset.std), guessed=str(weights) not in published)
     if library == "timm":
-        config = import_timm().get_pretrained_cfg(net)
-        return Normalisation(tuple(config.mean), tuple(config.std), guessed=str(weights) != "pretrained")
+        config = _timm_config(net, str(weights))
+        return Normalisation(tuple(config.mean), tuple(config.std), guessed=not is_published(weights))
     return None
+
+
+def _timm_config(net: str, weights: str) -> Any:
+    """Return timm's description of a network with its published weights, or that on the hub, which is downloaded."""
+    timm = import_timm()
+    if not weights.startswith(HUB):
+        return timm.get_pretrained_cfg(net)
+    try:
+        config, *_ = timm.models.load_model_config_from_hf(weights.removeprefix(HUB))
+        return timm.models.PretrainedCfg(**config)
+    except Exception as error:  # errors of the hub's client
+        raise InputError(f"could not fetch the description of {weights}: {reason(error)}") from None
 
 
 class Normalised(nn.Module):
@@ -58,7 +75,7 @@ class Normalised(nn.Module):
     net
         Network for normalised float32 images [B, 3, H, W]; the attribute ``net``.
     normalisation
-        The normalisation. It is not part of the state_dict.
+        The normalisation; the attribute ``normalisation``. It is not part of the state_dict.
     """
 
     scale: torch.Tensor
@@ -67,6 +84,7 @@ class Normalised(nn.Module):
     def __init__(self, net: nn.Module, normalisation: Normalisation) -> None:
         super().__init__()
         self.net = net
+        self.normalisation = normalisation
         mean = torch.tensor(normalisation.mean, dtype=torch.float64).reshape(1, 3, 1, 1)
         std = torch.tensor(normalisation.std, dtype=torch.float64).reshape(1, 3, 1, 1)
         self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)

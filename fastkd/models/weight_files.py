@@ -6,17 +6,19 @@ other known classes are replaced by inert placeholders.
 
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from fastkd import artifacts, console
+from fastkd import artifacts
 from fastkd.errors import InputError
 
 State = Mapping[str, torch.Tensor]
+States = Sequence[tuple[str, State]]
+"""The state_dicts in a checkpoint with their keys, the preferred one first."""
 
 PICKLES = (".pth", ".pt", ".tar", ".ckpt")
 # Keys under which training scripts store weights; moving averages first, as in timm.
@@ -33,8 +35,8 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / artifacts.MANIFEST).is_file()
 
 
-def read_file(path: Path) -> State:
-    """Return the state_dict in a file, on the CPU: bare, or inside the checkpoint of a training script.
+def read_file(path: Path) -> States:
+    """Return the state_dicts in a file, on the CPU: bare (its key is empty), or in the checkpoint of a training script.
 
     Raises
     ------
@@ -48,15 +50,15 @@ def read_file(path: Path) -> State:
             raise InputError(
                 f"{path}: not a whole safetensors file ({reason(error)}). Copy or download it again."
             ) from None
-        return unwrapped(_state_dict(state, path))
+        return _state_dicts(state, path)
     if path.suffix not in PICKLES:
         expected = f".safetensors, {', '.join(PICKLES)} or a RUN directory"
         raise InputError(f"{path}: unknown kind of weights; expected {expected}")
-    return unwrapped(_state_dict(_unpickle(path), path))
+    return _state_dicts(_unpickle(path), path)
 
 
 def takes_average(path: Path) -> bool:
-    """Return whether `read_file` selects a moving average of the weights in a checkpoint."""
+    """Return whether a moving average of the weights is preferred in a checkpoint."""
     if path.suffix not in PICKLES:
         return False
     where = next((where for where, _ in _states(_unpickle(path))), "")
@@ -117,6 +119,8 @@ def _refuse_compressed(path: Path) -> None:
             members = packed.infolist()
     except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile):
         return  # not a zip file, or a damaged one, which torch reports
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        return  # a TorchScript program, which torch refuses before it reads more
     inflated, size = sum(member.file_size for member in members), path.stat().st_size
     if inflated > size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise InputError(
@@ -131,34 +135,29 @@ def _unpickle(path: Path) -> Any:
         with torch.serialization.safe_globals(BESIDE):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes raise various errors
-        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if foreign or "TorchScript" in str(error):
+            load = "torch.jit.load(FILE)" if foreign is None else "torch.load(FILE, weights_only=False)"
             raise InputError(
-                f"{path}: holds objects other than tensors ({foreign[1]}); loading those would run code from the file. "
-                "If you trust it, convert it once, where it was made: safetensors.torch.save_file(STATE_DICT, "
-                "'weights.safetensors'), with the state_dict out of torch.load(FILE, weights_only=False)."
+                f"{path}: holds objects other than tensors ({foreign[1] if foreign else 'a TorchScript program'}); "
+                "loading those would run code from the file. If you trust it, save its state_dict once, where it was "
+                f"made: net = {load}; torch.save(net.state_dict(), 'weights.pth'). For a checkpoint that is a mapping, "
+                "take the state_dict, or the net, out of it: torch.save(net['model'], 'weights.pth')."
             ) from None
         raise InputError(
             f"{path}: not a whole torch checkpoint ({reason(error)}). Copy or download it again."
         ) from None
 
 
-def _state_dict(checkpoint: Any, path: Path) -> State:
-    """Return the weights in a checkpoint. Warn if it contains several with the same entries."""
-    found = list(_states(checkpoint))
+def _state_dicts(checkpoint: Any, path: Path) -> States:
+    """Return the weights in a checkpoint, at least one."""
+    found = [(where, unwrapped(state)) for where, state in _states(checkpoint)]
     if not found:
         inside = checkpoint if isinstance(checkpoint, dict) else {}
         names = ", ".join(str(key) for key in list(inside)[:5]) or type(checkpoint).__name__
         expected = f"one (entry name → tensor) bare or under {', '.join((*STATE_KEYS, *EMA_KEYS))}"
         raise InputError(f"{path}: holds no state_dict; expected {expected}, found {names}")
-    (where, state), *others = found
-    entries = unwrapped(state).keys()
-    if rivals := [name for name, other in others if unwrapped(other).keys() == entries]:
-        average = ", an exponential moving average of the others" if where.split(".")[0] in EMA_KEYS else ""
-        console.warn(
-            f"weights: {path} holds weights under {' and under '.join(repr(name) for name in (where, *rivals))}: those "
-            f"under {where!r} are used{average}. For others save them alone: torch.save(checkpoint[{rivals[0]!r}], …)"
-        )
-    return state
+    return found
 
 
 def _states(value: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:

@@ -1,8 +1,6 @@
 """Loading, saving and hashing the weights of a network."""
 
-import re
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,14 @@ import xxhash
 from torch import nn
 
 from fastkd.errors import InputError
-from fastkd.models.registry import import_timm, split, torchvision_weights
+from fastkd.models.fitting import first_of, fitting, is_counter
+from fastkd.models.registry import entry_shapes, import_timm, is_published, split, torchvision_weights
 from fastkd.models.sidecar import STUDENT, description, student_artifact
-from fastkd.models.weight_files import State, is_run, read_file, reason, unwrapped
+from fastkd.models.weight_files import State, States, is_run, read_file, reason, unwrapped
+from fastkd.recipe import HUB, model_name
 
 
-def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = None) -> None:
+def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = None, new_head: int = 0) -> list[str]:
     """Load weights into `module`. After an error it is unchanged.
 
     Parameters
@@ -25,23 +25,45 @@ def load_weights(module: nn.Module, weights: str | Path, *, name: str | None = N
     weights
         A ``.safetensors`` file; a ``.pth``, ``.pt``, ``.tar`` or ``.ckpt`` file that holds a state_dict, bare or under
         ``model``, ``state_dict`` and the like; a RUN or an exported student; or, by `name`, published weights:
-        torchvision's (``DEFAULT``, ``IMAGENET1K_V1``, ``ResNet50_Weights.IMAGENET1K_V2``) or timm's (``pretrained``).
+        torchvision's (``DEFAULT``, ``IMAGENET1K_V1``, ``ResNet50_Weights.IMAGENET1K_V2``), ``pretrained`` (torchvision
+        and timm), or ``hf-hub:OWNER/NAME`` (timm).
     name
-        The name of the network, which is needed for published weights.
+        The name of the network, which is needed for published weights and for a new head.
+    new_head
+        Number of classes of `module`, if its classifier stays as it is and only the other entries are loaded. 0: all.
+
+    Returns
+    -------
+    list of str
+        The entries that were not loaded: those of a new head.
 
     Raises
     ------
+    OtherClassesError
+        The weights were trained for another number of classes.
     InputError
         The weights are missing, damaged or unsafe to load, cannot be downloaded, or do not fit; lists the differences.
     """
     own = unwrapped(module.state_dict())
-    state = _fitting(own, _read(weights, name), str(weights), name)
-    if wrong := _unusable(own, state):
+    head = _head_entries(str(name), new_head) if new_head else []
+    fitted = {entry: tensor for entry, tensor in own.items() if entry not in head}
+    state = fitting(fitted, _read(weights, name), str(weights), name, head)
+    if wrong := _unusable(fitted, state):
         raise InputError(f"{weights}: {wrong}")
     with torch.no_grad():
-        for entry, tensor in own.items():
+        for entry, tensor in fitted.items():
             if entry in state:
                 tensor.copy_(state[entry])
+    return head
+
+
+def _head_entries(name: str, num_classes: int) -> list[str]:
+    """Return the entries of a network whose shapes depend on the number of classes."""
+    entries, others = entry_shapes(name, num_classes), entry_shapes(name, num_classes + 1)
+    head = [entry for entry, tensor in entries.items() if entry not in others or others[entry].shape != tensor.shape]
+    if not head:
+        raise InputError(f"model {name}: no layer depends on the number of classes; there is no classifier to replace")
+    return head
 
 
 def is_cached(weights: str | Path, name: str) -> bool:
@@ -50,9 +72,27 @@ def is_cached(weights: str | Path, name: str) -> bool:
     if Path(weights).exists():
         return True
     if library == "timm":
-        return str(weights) != "pretrained"
+        return not is_published(weights) or _is_in_hub_cache(net, str(weights))
     published = torchvision_weights(net).get(str(weights)) if library == "torchvision" else None
     return published is None or (Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name).is_file()
+
+
+def _is_in_hub_cache(net: str, weights: str) -> bool:
+    """Return whether the cache of the hub's client holds weights for timm."""
+    published = import_timm().get_pretrained_cfg(net).hf_hub_id
+    repository = weights.removeprefix(HUB) if weights.startswith(HUB) else published
+    if not repository:
+        return False
+    from huggingface_hub import try_to_load_from_cache  # timm depends on it
+
+    owner_name, _, revision = repository.partition("@")
+    return isinstance(try_to_load_from_cache(owner_name, "model.safetensors", revision=revision or None), str)
+
+
+def published_digest(weights: str, name: str) -> str:
+    """Return the digest of published weights, as of `weights_digest`. They are downloaded if necessary."""
+    [(_, state)] = _read(weights, name)
+    return _digest(state)
 
 
 def save_weights(module: nn.Module, path: str | Path) -> None:
@@ -68,17 +108,21 @@ def weights_digest(module: nn.Module) -> str:
     It covers name, dtype, shape and bytes of each entry, in the order of names. It does not depend on the device, the
     memory format, or wrapping by DDP or ``torch.compile``. The batch counters of BatchNorm are excluded.
     """
+    return _digest(unwrapped(module.state_dict()))
+
+
+def _digest(state: State) -> str:
     digest = xxhash.xxh3_128()
-    for entry, tensor in sorted(unwrapped(module.state_dict()).items()):
-        if not _is_counter(entry):
+    for entry, tensor in sorted(state.items()):
+        if not is_counter(entry):
             digest.update(f"{entry}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _read(weights: str | Path, name: str | None) -> State:
+def _read(weights: str | Path, name: str | None) -> States:
     described = description(weights)
-    if described and name and described.get("model", name) != name:
+    if described and name and described.get("model", model_name(name)) != model_name(name):
         raise InputError(
             f"{weights}: are the weights of {described['model']} by their model.json, and are requested for {name}; "
             f"give the model {described['model']}, or other weights"
@@ -90,14 +134,16 @@ def _read(weights: str | Path, name: str | None) -> State:
     if library == "torchvision":
         published = torchvision_weights(net)
         if entry := published.get(str(weights)):
-            return _fetch_torchvision(entry)
+            return [("", _fetch_torchvision(entry))]
         expected += (
             f", or weights that torchvision publishes for {net}: {', '.join(e for e in published if '.' not in e)}"
         )
     if library == "timm":
-        if str(weights) == "pretrained":
-            return _fetch_timm(net)
-        expected += ", or 'pretrained', the weights that timm publishes"
+        if is_published(weights):
+            return [("", _fetch_timm(net, str(weights)))]
+        expected += f", or 'pretrained', the weights that timm publishes, or {HUB}OWNER/NAME"
+    elif str(weights).startswith(HUB):
+        raise InputError(f"{weights}: weights on the hub are for networks of timm: give a model timm/…")
     if not Path(weights).is_file():
         raise InputError(f"{weights}: no such weights; expected {expected}")
     return read_file(Path(weights))
@@ -110,13 +156,18 @@ def _fetch_torchvision(entry: Any) -> State:
         raise _not_fetched(f"{entry} from {entry.url}", error) from None
 
 
-def _fetch_timm(net: str) -> State:
+def _fetch_timm(net: str, weights: str) -> State:
+    """Return the weights that timm publishes for a network, or, of ``hf-hub:…``, those of the network described there.
+
+    timm reads safetensors, or pickles with ``weights_only=True``.
+    """
     timm = import_timm()
+    source = weights if weights.startswith(HUB) else net
     try:
         with torch.random.fork_rng(devices=[]):  # does not advance the caller's random state
-            return timm.create_model(net, pretrained=True).state_dict()
+            return timm.create_model(source, pretrained=True).state_dict()
     except Exception as error:  # errors of the hub's client, or RuntimeErrors of timm
-        raise _not_fetched(f"timm's pretrained weights of {net}", error) from None
+        raise _not_fetched(weights if source == weights else f"timm's pretrained weights of {net}", error) from None
 
 
 def _not_fetched(what: str, error: Exception) -> InputError:
@@ -125,64 +176,12 @@ def _not_fetched(what: str, error: Exception) -> InputError:
     )
 
 
-def _torchvision_names(state: State) -> State:
-    """Rename the entries of older torchvision files and drop auxiliary classifiers, as torchvision's loaders do."""
-
-    def renamed(entry: str) -> str:
-        entry = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)", r"\1\2", entry)
-        entry = re.sub(r"\.mlp\.linear_1\.", ".mlp.0.", entry)
-        return re.sub(r"\.mlp\.linear_2\.", ".mlp.3.", entry)
-
-    auxiliary = ("aux1.", "aux2.", "AuxLogits.")
-    return {renamed(k): v for k, v in state.items() if not k.startswith(auxiliary)}
-
-
-def _fitting(own: State, state: State, weights: str, name: str | None) -> State:
-    """Return the entries of a checkpoint under the names of the model.
-
-    A common prefix of all entries (``model.``, ``backbone.``) is removed if they fit only without it.
-
-    Raises
-    ------
-    InputError
-        The entries do not fit; lists the differences.
-    """
-    renamed = _torchvision_names if name and split(name)[0] == "torchvision" else dict
-    differs, stripped = _misfit(own, first := renamed(state)), state
-    if not differs:
-        return first
-    while prefix := _common_prefix(stripped):
-        stripped = {entry.removeprefix(prefix): tensor for entry, tensor in stripped.items()}
-        if not _misfit(own, candidate := renamed(stripped)):
-            return candidate
-    named = f" {name}" if name else ""
-    raise InputError(f"{weights}: these weights do not fit the model{named}: {differs}{_foreign_prefix(own, state)}")
-
-
-def _common_prefix(state: State) -> str:
-    """Return the common first part of all names, with its dot. Empty: there is none."""
-    parts = {entry.partition(".")[0] for entry in state}
-    return f"{parts.pop()}." if len(parts) == 1 and all("." in entry for entry in state) else ""
-
-
-def _foreign_prefix(own: State, state: State) -> str:
-    """Describe a prefix of most entries of a checkpoint that no entry of the model has. Empty: there is none."""
-    parts = Counter(entry.partition(".")[0] for entry in state if "." in entry)
-    prefix, count = parts.most_common(1)[0] if parts else ("", 0)
-    if 2 * count <= len(state) or any(entry.startswith(f"{prefix}.") for entry in own):
-        return ""
-    return (
-        f" {count} of its {len(state)} entries begin with '{prefix}.', and none of the model's does: a file with those "
-        "alone would be read without that prefix."
-    )
-
-
 def _unusable(own: State, state: State) -> str:
     """Describe tensors of a wrong type or with values that are not finite. Empty: there are none."""
     kinds, values = [], []
     for entry, ours in own.items():
         theirs = state.get(entry)
-        if theirs is None or _is_counter(entry):
+        if theirs is None or is_counter(entry):
             continue
         if _kind(theirs) != _kind(ours):
             kinds.append(f"{entry} is {_dtype(theirs)}, expected {_dtype(ours)}")
@@ -192,9 +191,9 @@ def _unusable(own: State, state: State) -> str:
                 values.append(f"{entry} ({bad:,} of {theirs.numel():,})")
     phrases = []
     if kinds:
-        phrases.append(f"holds tensors of a type that weights of this model are not: {_first(kinds)}")
+        phrases.append(f"holds tensors of a type that weights of this model are not: {first_of(kinds)}")
     if values:
-        phrases.append(f"holds values that are not finite: {_first(values)}")
+        phrases.append(f"holds values that are not finite: {first_of(values)}")
     advice = ". Was its training diverging, or is the file damaged? Give another checkpoint"
     return "; ".join(phrases) + advice if phrases else ""
 
@@ -207,35 +206,3 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def _dtype(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _is_counter(entry: str) -> bool:
-    """Return whether an entry is a batch counter of BatchNorm, which old checkpoints lack and evaluation ignores."""
-    return entry.endswith("num_batches_tracked")
-
-
-def _misfit(own: State, state: State) -> str:
-    """Describe the differences between a checkpoint and the model. Empty: it fits."""
-    missing = [k for k in own if k not in state and not _is_counter(k)]
-    foreign = [k for k in state if k not in own and not _is_counter(k)]
-    shaped = [k for k in own if k in state and own[k].shape != state[k].shape]
-    phrases, advice = [], "Check the model's name, or give weights that were trained with it."
-
-    # A head for other classes differs in its first dimension only; a network of another width also in others.
-    counts = {(state[k].shape[:1], own[k].shape[:1]) for k in shaped}
-    if len(counts) == 1 and all(state[k].shape[1:] == own[k].shape[1:] for k in shaped):
-        theirs, ours = (shape.numel() for shape in counts.pop())
-        phrases.append(f"the checkpoint's classifier has {theirs} classes, the model is built for {ours}")
-        advice = f"Build the model for {theirs} classes, or give weights trained on its {ours}."
-    if missing:
-        phrases.append(f"{len(missing)} missing: {_first(missing)}")
-    if foreign:
-        phrases.append(f"{len(foreign)} unknown to the model: {_first(foreign)}")
-    if shaped:
-        changes = [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}" for k in shaped]
-        phrases.append(f"{len(shaped)} of another shape: {_first(changes)}")
-    return f"{'; '.join(phrases)}. {advice}" if phrases else ""
-
-
-def _first(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (", …" if len(items) > 5 else "")

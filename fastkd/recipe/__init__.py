@@ -1,6 +1,6 @@
 """Recipes: YAML files, ``a.b=c`` overrides, and frozen, validated models. Unknown keys are errors."""
 
-from fastkd.recipe.paths import LocalPath
+from fastkd.recipe.paths import HUB, LocalPath, model_name
 from fastkd.recipe.read import dump, load, locate, read_yaml, schema, settings_of
 from fastkd.recipe.schema import PLACES, Recipe
 from fastkd.recipe.sections import (
@@ -13,18 +13,20 @@ from fastkd.recipe.sections import (
     Score,
     Section,
     Student,
-    Teacher,
     Train,
     View,
 )
+from fastkd.recipe.teacher import Member, Teacher
 
 __all__ = [
+    "HUB",
     "PLACES",
     "Data",
     "Labels",
     "LocalPath",
     "Log",
     "Loss",
+    "Member",
     "Optim",
     "Prune",
     "Recipe",
@@ -37,6 +39,7 @@ __all__ = [
     "dump",
     "load",
     "locate",
+    "model_name",
     "read_yaml",
     "schema",
     "settings_of",

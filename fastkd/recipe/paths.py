@@ -6,8 +6,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+from fastkd.validation import user_model
+
 MANIFEST = "manifest.json"
 """The file that identifies an artifact."""
+HUB = "hf-hub:"
+"""Prefix of weights on the Hugging Face hub."""
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".tar", ".ckpt")
 
 
@@ -40,6 +44,8 @@ def _absolute(text: str) -> str:
 
 def _weights(text: str) -> str:
     """Return an absolute path, or the name of published weights unchanged."""
+    if text.startswith(HUB):
+        return text
     is_path = os.sep in text or text.startswith("~") or text.endswith(WEIGHT_FILES)
     return _absolute(text) if is_path or os.path.isfile(os.path.join(text, MANIFEST)) else text
 
@@ -49,9 +55,23 @@ def _writer(text: str) -> str:
     return _absolute(text) if os.sep in text or text.startswith("~") or text.endswith(".py") else text
 
 
+def _model(text: str) -> str:
+    """Return a model's name, with the path of a user's file made absolute."""
+    source, function = user_model(text) or ("", "")
+    return f"{_absolute(source)}:{function}" if source.endswith(".py") else text
+
+
+def model_name(model: str) -> str:
+    """Return the name of a model as artifacts record it: that of a user's file without its folder."""
+    source, function = user_model(model) or ("", "")
+    return f"{os.path.basename(source)}:{function}" if source.endswith(".py") else model
+
+
 LocalPath = Annotated[str, AfterValidator(_absolute)]
 """A path in a recipe. `~` is expanded; relative paths are relative to the working directory."""
 Weights = Annotated[str, AfterValidator(_weights)]
 """A path, or the name of published weights."""
+ModelName = Annotated[str, AfterValidator(_model)]
+"""Name of a network, or a user's function: ``package.module:factory``, ``my/net.py:factory``."""
 WriterName = Annotated[str, AfterValidator(_writer)]
 """Name of an included writer, or path of a user's writer."""

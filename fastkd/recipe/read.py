@@ -12,7 +12,7 @@ from fastkd import shipped
 from fastkd.errors import InputError
 from fastkd.recipe import plain_yaml
 from fastkd.recipe.schema import Recipe
-from fastkd.validation import explain, refuse_code
+from fastkd.validation import explain, refuse_code, refuse_model_code
 
 MAX_BYTES = 1 << 20
 """Largest recipe file."""
@@ -49,6 +49,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *settings: Mapping[str
     except ValidationError as error:
         raise InputError(f"recipe {file} is wrong:\n{explain(error, Recipe)}") from None
     refuse_code(recipe.data.writer, f"recipe {file}")
+    for model in (recipe.student.model, *(recipe.teacher.models if recipe.teacher else ())):
+        refuse_model_code(model, f"recipe {file}")
     return recipe
 
 

@@ -17,11 +17,11 @@ from fastkd.recipe.sections import (
     Section,
     Seed,
     Student,
-    Teacher,
     Train,
     View,
 )
 from fastkd.recipe.tables import LOSSES
+from fastkd.recipe.teacher import Teacher
 
 MAX_SIZES = 6
 MAX_NAME = 100
@@ -65,6 +65,10 @@ class Recipe(Section):
         teacher_px = self.teacher.input_px if self.teacher else None
         if self.labels.mode == "online" and teacher_px not in (None, self.data.input_px):
             raise ValueError(f"`teacher.input_px` {teacher_px}: a live teacher sees the student's images")
+        if self.teacher and self.teacher.logits and (self.labels.mode == "online" or self.num_views is not None):
+            raise ValueError(
+                "`teacher.logits` are those of the evaluation view: set `labels.mode: stored` and `labels.views: plain`"
+            )
         train = self.train
         if train.batch_size % train.accumulate:
             raise ValueError(f"`train.accumulate` {train.accumulate} does not divide the batch of {train.batch_size}")
@@ -97,6 +101,8 @@ class Recipe(Section):
         unused("optim", of_optim, optim, Optim(lr=1), f"optim.name={optim.name}")
         if optim.schedule != "step":
             unused("optim", {"decay_factor"}, optim, Optim(lr=1), f"optim.schedule={optim.schedule}")
+        if not optim.decay_norms and not optim.weight_decay:
+            messages.append("optim.decay_norms=False has no effect with optim.weight_decay=0")
         of_view = set(View.model_fields) - set(view.key_fields()) - {"cutout_ratio"}
         unused("data.view", of_view, view, View(), f"data.view.family={view.family}")
         of_loss = set(Loss.model_fields) - set(LOSSES[loss.name].settings) - {"name"}
@@ -144,7 +150,10 @@ class Recipe(Section):
 
 PLACES: dict[str, Any] = {
     "data": {"path", "artifacts_dir", "writer"},
-    "teacher": {"weights", "recipe"},
+    "teacher": {
+        **dict.fromkeys(("weights", "recipe", "logits", "sample_ids"), True),
+        "ensemble": {"__all__": {"weights"}},
+    },
     "prune": {"ids"},
     "student": {"weights"},
     "train": {"runs_dir"},

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fastkd.recipe.paths import LocalPath, Weights, WriterName
+from fastkd.recipe.paths import LocalPath, ModelName, Weights, WriterName
 from fastkd.recipe.tables import AUGMENTATIONS, LOSSES, METHODS, SCORES
 
 
@@ -96,47 +96,6 @@ class Data(Section):
     """Loader threads. 0: measured, so that loading stays ahead of the training step."""
     os_cache: bool = True
     """Read only the needed images, through the page cache of the operating system. Off: pages of 8 MB."""
-
-
-class Teacher(Section):
-    """The teacher: a checkpoint, or a recipe that trains one."""
-
-    model: str | None = None
-    """Name of a network: cifar/…, torchvision/… or timm/…."""
-    weights: Weights | None = None
-    """A .safetensors or .pth file, a RUN, or the name of published weights (IMAGENET1K_V1; timm: pretrained)."""
-    recipe: LocalPath | None = None
-    """Path of a recipe without a teacher, relative to this file. It is trained first, or reused, on the DATASET, device
-    and precision of this recipe. Its own section `data` decides on hold-out, image size, crop and views; the first
-    three default to those of this recipe."""
-    input_px: int | None = Field(None, ge=1)
-    """Side of the images that are scored and labelled. Default: `data.input_px`. A student at another size sees the
-    same crops."""
-    overrides: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Changes (a.b=c) to that recipe."""
-    mean: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
-    """Channel means of the teacher's input, in 0…1. Default: those stored with its weights, else the data set's."""
-    std: Annotated[tuple[float, float, float], Field(strict=False)] | None = None
-    """Channel standard deviations of the teacher's input; required with `mean`."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "Teacher":
-        if (self.recipe is None) == (self.model is None):
-            raise ValueError("give either `recipe`, or `model` and `weights`")
-        if self.model is not None and self.weights is None:
-            raise ValueError(f"model {self.model!r} needs `weights`: a file, a RUN, or the name of public weights")
-        if self.recipe is not None and self.weights is not None:
-            raise ValueError("`weights` belongs to `model`; a `recipe` brings its own")
-        if self.model is not None and self.overrides:
-            raise ValueError("`overrides` are changes to a `recipe`; a `model` with `weights` has none")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError("`mean` and `std` go together")
-        if self.mean and self.std and not (all(0 <= m <= 1 for m in self.mean) and all(0 < s <= 1 for s in self.std)):
-            raise ValueError(
-                f"`mean` {list(self.mean)} and `std` {list(self.std)}: expected values for pixels in 0 … 1: a mean "
-                "lies in 0 … 1, and a std is above 0 and at most 1; divide values for pixels in 0 … 255 by 255"
-            )
-        return self
 
 
 class Score(Section):
@@ -265,10 +224,19 @@ class Labels(Section):
 class Student(Section):
     """The student."""
 
-    model: str
-    """Name of a network: cifar/…, torchvision/… or timm/…."""
+    model: ModelName
+    """Name of a network: cifar/…, torchvision/… or timm/…; or your own: package.module:factory, my/net.py:factory."""
     weights: Weights | None = None
-    """Initial weights. Default: random."""
+    """Initial weights, as `teacher.weights`. Default: random."""
+    head: Literal["keep", "new"] = "keep"
+    """`new`: all of `weights` but the classifier, which is initialised at random: for another number of classes. The
+    input is normalised as the weights expect, if that is known."""
+
+    @model_validator(mode="after")
+    def _new_head_of_weights(self) -> "Student":
+        if self.head == "new" and self.weights is None:
+            raise ValueError("`head: new` replaces the classifier of `weights`; without them all of the student is new")
+        return self
 
 
 class Loss(Section):
@@ -317,6 +285,8 @@ class Optim(Section):
     """Of `adamw`."""
     weight_decay: float = Field(5e-4, ge=0)
     """Weight decay, as the optimizer defines it."""
+    decay_norms: bool = True
+    """Whether weight decay also applies to biases and normalisation layers: parameters of fewer than 2 dimensions."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient of all weights. Default: no clipping."""
     schedule: Literal["step", "cosine", "one_cycle", "constant"] = "cosine"
@@ -339,6 +309,10 @@ class Optim(Section):
         if (self.schedule == "step") != bool(self.milestones_epochs):
             raise ValueError("`milestones_epochs` goes with `schedule: step`, and that needs them")
         return self
+
+    def key_fields(self) -> dict[str, Any]:
+        """Return the settings that determine the optimizer."""
+        return self.model_dump(mode="json", exclude={"decay_norms"} if self.decay_norms else set())
 
 
 class Train(Section):

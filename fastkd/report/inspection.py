@@ -26,6 +26,7 @@ from fastkd.pipeline import Pipeline
 from fastkd.recipe.tables import SCORES
 from fastkd.report import subset_plots
 from fastkd.report.runs import RunFacts
+from fastkd.validation import user_model
 
 EVAL_BATCH_SIZE = 256
 THUMBNAIL_PX = 96
@@ -259,9 +260,11 @@ class Inspector:
     def accuracy_by_class(self) -> ClassAccuracy:
         """Run the student, and the teacher if it is available, on val."""
         pipeline, run = self.pipeline, self.run
-        net = models.build(run.recipe.student.model, pipeline.images.num_classes)
-        models.load_weights(net, run.path, name=run.recipe.student.model)
-        student = pipeline.runtime.to_device(models.Normalised(net, pipeline.images.normalisation).eval())
+        name = _known_model(run.recipe.student.model)
+        net = models.build(name, pipeline.images.num_classes)
+        models.load_weights(net, run.path, name=name)
+        normalisation = models.native_normalisation(name, run.path) or pipeline.images.normalisation
+        student = pipeline.runtime.to_device(models.Normalised(net, normalisation).eval())
         guess_N, label_N = self._predict(student, run.recipe.data.input_px, "student")
         count_K = np.bincount(label_N, minlength=pipeline.images.num_classes)
         teacher_K, why = None, ""
@@ -284,6 +287,8 @@ class Inspector:
     def _teacher(self) -> nn.Module:
         if self.run.recipe.teacher is None:
             raise InputError("this student was trained without a teacher")
+        for name in self.run.recipe.teacher.models:
+            _known_model(name)
         teacher = self.pipeline.teacher
         recorded = self.run.artifact.manifest.inputs.get("teacher", {})
         if recorded.get("weights") != teacher.key_fields["weights"]:
@@ -301,6 +306,13 @@ class Inspector:
                 done += len(batch.labels)
                 update(done, "")
         return np.concatenate(guesses), loader.labels()
+
+
+def _known_model(name: str) -> str:
+    """Refuse a network that is a user's code: a report runs none, since the RUN may come from anywhere."""
+    if user_model(name):
+        raise InputError(f"{name} is Python code, which a report does not run")
+    return name
 
 
 def data_uri(image_HWC: np.ndarray) -> str:

@@ -23,6 +23,7 @@ def judge_logits(
     stage: str,
     whose: str,
     class_names: Sequence[str] | None = None,
+    suspects: str = "its normalisation (teacher.mean, teacher.std), the order of its classes, its weights",
 ) -> dict[str, Any]:
     """Warn of logits at chance level, with permuted classes, or that are not logits; return facts for a manifest.
 
@@ -37,6 +38,8 @@ def judge_logits(
         Name of the stage, for warnings.
     whose
         Source of the logits, for warnings: "the teacher".
+    suspects
+        What to check if they are at chance.
 
     Returns
     -------
@@ -52,7 +55,7 @@ def judge_logits(
         console.warn(
             f"{stage}: {whose} is at chance: its top-1 is {top1:.2%}, and always predicting the largest class gives "
             f"{chance:.2%} ({limit:.2%} would be significant for {N:,} samples of {K:,} classes). A student learns "
-            "nothing from it. Check its weights, its normalisation (teacher.mean, teacher.std) and its classes"
+            f"nothing from it. Check {suspects}"
         )
     moved = _warn_of_other_order(logits_NK, labels_N, stage, whose, class_names)
     return {"chance": chance, "at_chance": at_chance, "moved_classes": moved}

@@ -15,7 +15,7 @@ from fastkd.kernels import (
     class_std,
     reshape_rows,
 )
-from fastkd.recipe import Labels, Prune, Recipe
+from fastkd.recipe import Labels, Prune, Recipe, model_name
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.resumable import RowFile, check_float16, full_disk_explained
 from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
@@ -98,11 +98,14 @@ def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
     stored = subset.manifest.settings
     if recipe.teacher is None:
         return subset
+    about = recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json")
+    if recipe.teacher.model is not None:
+        about["model"] = model_name(recipe.teacher.model)
     asked = {
         "holdout_ratio": recipe.data.holdout_ratio,
         **recipe.labels.reshape_fields(),
         "view": images.view_key_fields(images.teacher_px),
-        "teacher": recipe.teacher.model_dump(include={"model", "mean", "std"}, exclude_none=True, mode="json"),
+        "teacher": about,
         **_selection_key_fields(recipe.prune.static),
     }
     teacher = {name: stored.get("teacher", {}).get(name) for name in asked["teacher"]}
@@ -216,7 +219,8 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, labels: Labe
     scores = score_chunks(z_NK, y_N, candidates.file)
     if candidates.file is not None:
         top1 = float(scores.correct.mean())
-        judge_logits(z_NK, y_N, top1, "prune", candidates.file, candidates.class_names)
+        suspects = "the order of its rows and of its classes, and that the labels are of the same samples"
+        judge_logits(z_NK, y_N, top1, "prune", candidates.file, candidates.class_names, suspects)
     y_T = y_N[train_ids]
     count_K = np.bincount(y_T, minlength=K)
     if not count_K.all():

@@ -34,9 +34,9 @@ def write_student(
 ) -> None:
     """Write the weights, and model.json, which describes the input of the student."""
     models.save_weights(net.net, directory / "student.safetensors")
-    normalisation = images.normalisation
+    normalisation = net.normalisation
     described = {
-        "model": recipe.student.model,
+        **models.model_key_fields(recipe.student.model),
         "num_classes": images.num_classes,
         "classes": images.classes,
         "input_hw": list(input_hw),

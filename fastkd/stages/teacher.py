@@ -10,8 +10,9 @@ from fastkd import console, models
 from fastkd import recipe as recipes
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
-from fastkd.recipe import Data, Recipe, Teacher
+from fastkd.recipe import Data, Member, Recipe, Teacher
 from fastkd.stages.images import ImageSource, teacher_px
+from fastkd.validation import user_model
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,9 @@ class LoadedTeacher:
     warnings: tuple[str, ...] = ()
 
 
-def load_teacher(teacher: Teacher, name: str, weights: str, images: ImageSource, runtime: Runtime) -> LoadedTeacher:
+def load_teacher(
+    teacher: Teacher | Member, name: str, weights: str, images: ImageSource, runtime: Runtime
+) -> LoadedTeacher:
     """Build a teacher, load its weights, and compare their description with the data set.
 
     The last layer computes in float32, since bf16 logits have ties and a less precise σ.
@@ -41,31 +44,41 @@ def load_teacher(teacher: Teacher, name: str, weights: str, images: ImageSource,
     Parameters
     ----------
     teacher
-        The recipe's section.
+        The recipe's section, or an entry of its ensemble.
     name, weights
         The model and its weights. If the teacher is given by a recipe, those of its RUN.
 
     Raises
     ------
     InputError
-        The weights do not fit the model or the image size, or were trained on the same classes in another order.
+        The weights do not fit the model, the image size or the number of classes, or were trained on the same classes
+        in another order.
     """
     mark = console.warning_mark()
-    refuse_image_size("teacher.model", name, images.image_hw(images.teacher_px), "teacher.input_px")
-    net = models.build(name, images.num_classes)
-    models.load_weights(net, weights, name=name)
+    K, image_hw = images.num_classes, images.image_hw(images.teacher_px)
+    refuse_image_size("teacher.model", name, image_hw, "teacher.input_px", num_classes=K, only_logits=False)
+    net = models.build(name, K)
+    try:
+        models.load_weights(net, weights, name=name)
+    except models.OtherClassesError as error:
+        raise InputError(
+            f"{error} A teacher of other classes is fine-tuned first: write a recipe without a teacher and with "
+            f"student: {{model: {name}, weights: {weights}, head: new}}, such as recipes/finetune_teacher.yaml, and "
+            "give it here as teacher.recipe, in place of teacher.model and teacher.weights"
+        ) from None
     normalisation = _normalisation(teacher, name, weights, images)
     described = models.description(weights) or {}
     _compare_classes(weights, described.get("classes"), images.classes)
     _warn_of_other_size(weights, described.get("input_hw"), images)
     _warn_of_other_holdout(weights, images)
     key_fields = {
-        "model": name,
+        **models.model_key_fields(name),
         "weights": models.weights_digest(net),
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
     }
-    net = models.Normalised(models.float32_head(net, images.num_classes), normalisation)
+    net = models.float32_head(net, K)
+    net = models.Normalised(models.LogitsOnly(net) if user_model(name) else net, normalisation)
     placed = runtime.compiled(runtime.to_device(net.eval().requires_grad_(False)))
     return LoadedTeacher(placed, key_fields, tuple(console.warnings_since(mark)))
 
@@ -90,7 +103,14 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
 
 
 def refuse_image_size(
-    key: str, name: str, image_hw: Sequence[int] | None, size_key: str, *, batch_size: int = 0
+    key: str,
+    name: str,
+    image_hw: Sequence[int] | None,
+    size_key: str,
+    *,
+    batch_size: int = 0,
+    num_classes: int | None = None,
+    only_logits: bool = True,
 ) -> None:
     """Refuse a network that cannot process images of a size.
 
@@ -102,6 +122,8 @@ def refuse_image_size(
         None: images vary in size; nothing is checked, since the loader refuses them without a fixed size.
     batch_size
         If given, a training step is tested too.
+    num_classes, only_logits
+        See `fastkd.models.refusal`.
 
     Raises
     ------
@@ -111,10 +133,10 @@ def refuse_image_size(
     if image_hw is None:
         return
     height, width = image_hw
-    problem = models.refusal(name, 10, height, width)
+    problem = models.refusal(name, num_classes, height, width, only_logits=only_logits)
     where = ""
     if not problem and batch_size:
-        problem = models.refusal(name, 10, height, width, batch_size=min(batch_size, 2), training=True)
+        problem = models.refusal(name, num_classes, height, width, batch_size=min(batch_size, 2), training=True)
         where = f", in training with batches of {batch_size}" if batch_size < 2 else ", in training"
     if problem:
         raise InputError(
@@ -152,7 +174,7 @@ def _teacher_data(own: Data, recipe: Recipe) -> Data:
     return own.model_copy(update=taken)
 
 
-def _normalisation(teacher: Teacher, name: str, weights: str, images: ImageSource) -> models.Normalisation:
+def _normalisation(teacher: Teacher | Member, name: str, weights: str, images: ImageSource) -> models.Normalisation:
     """Return the recipe's mean and std, else those of the weights, else those of the data set, with a warning."""
     if teacher.mean and teacher.std:
         return models.Normalisation(teacher.mean, teacher.std)

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fastkd import artifacts, models
+from fastkd import artifacts, console, models
 from fastkd.artifacts import Artifact
 from fastkd.data.single_image import evaluation_view
 from fastkd.data.writer_api import WriterOptions
 from fastkd.errors import ArtifactError, InputError
+from fastkd.recipe import model_name
 from fastkd.stages import run_schema
+from fastkd.validation import user_model
 
 STORED = ("mode", "max_resolution", "jpeg_quality", "smart_threshold_bytes")
 """The writer's options that affect pixels."""
@@ -69,13 +71,21 @@ class Student:
         return evaluation_view(image, options, self.input_hw, self.described["crop_ratio"])
 
 
-def open_student(path: Path) -> Student:
+def open_student(path: Path, model: str | None = None) -> Student:
     """Open the student of a RUN or of an exported folder.
+
+    Parameters
+    ----------
+    model
+        For a network that is a user's code: ``my/net.py:factory``. The name that the artifact records is not enough,
+        since its code would run, and the artifact may come from an untrusted source.
 
     Raises
     ------
     ArtifactError
         It is missing or damaged, model.json is invalid, or was written by an early version without preprocessing.
+    InputError
+        The network is a user's code, and `model` is missing or another one.
     """
     artifact = artifacts.load(path)
     if artifact.manifest.kind not in ("RUN", "STUDENT"):
@@ -92,11 +102,29 @@ def open_student(path: Path) -> Student:
     checked = run_schema.validated(described, run_schema.Described, file)
     weights = artifact.file("student.safetensors")
     _compare_head(weights, checked.num_classes, file)
-    net = models.build(checked.model, checked.num_classes)
-    models.load_weights(net, weights, name=checked.model)
+    name = _network(described, model, file)
+    net = models.build(name, checked.num_classes)
+    models.load_weights(net, weights, name=name)
     normalisation = models.Normalisation(_three(checked.mean), _three(checked.std))
     normalised = models.Normalised(net, normalisation).eval().requires_grad_(False)
     return Student(artifact, normalised, described)
+
+
+def _network(described: dict[str, Any], given: str | None, said_by: Path) -> str:
+    """Return the name of the network to build: the recorded one, or the user's code that is given for it."""
+    recorded = described["model"]
+    if given is None:
+        if user_model(recorded):
+            raise InputError(
+                f"{said_by}: the network is Python code, {recorded}, which is not stored with the weights. "
+                f"If you trust it, say where it is: --model {recorded}, with its folder in front"
+            )
+        return recorded
+    if not user_model(given) or model_name(given) != recorded:
+        raise InputError(f"--model {given}: {said_by} is of {recorded}; leave it out, or give that network's code")
+    if models.source_digest(given) != described.get("source"):
+        console.warn(f"{given}: has changed since {said_by.parent} was trained: its outputs may be others")
+    return given
 
 
 def _compare_head(weights: Path, num_classes: int, said_by: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastkd import artifacts, console, models
+from fastkd import artifacts, console
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact, Built
 from fastkd.data.order import dealt_batches
@@ -24,12 +24,13 @@ from fastkd.engine.schedule import learning_rates
 from fastkd.errors import InputError
 from fastkd.stages.distributed_build import build_together, decided_by_main, read_once_seen
 from fastkd.stages.label_format import view_names
+from fastkd.stages.new_student import derive_seed
 from fastkd.stages.resumable import full_disk_explained
 from fastkd.stages.run_files import timing, write_environment, write_json, write_recipe, write_student
 from fastkd.stages.run_log import Cost, History
 from fastkd.stages.stop_signal import StopRequest
 from fastkd.stages.store import ArtifactStore, MissingError
-from fastkd.stages.training_setup import LOADING_HELP, TrainingInputs, TrainingSetup, derive_seed, prepare
+from fastkd.stages.training_setup import LOADING_HELP, TrainingInputs, TrainingSetup, prepare
 
 CHECKPOINTS = "checkpoints"
 EVAL_BATCH_SIZE = 256
@@ -107,8 +108,8 @@ def run_key_fields(inputs: TrainingInputs) -> dict[str, Any]:
         "holdout_ratio": recipe.data.holdout_ratio,
         "view": images.view_key_fields(recipe.data.input_px, varied=recipe.num_views is not None),
         "views": recipe.num_views,
-        "student": {"model": recipe.student.model, "weights": _student_weights(recipe)},
-        "optim": recipe.optim.model_dump(mode="json"),
+        "student": inputs.student_key_fields,
+        "optim": recipe.optim.key_fields(),
         "epochs": recipe.train.epochs,
         "batch_size": recipe.train.batch_size,
         "seed": recipe.seed,
@@ -139,17 +140,6 @@ def _unusual(train: recipes.Train) -> dict[str, Any]:
     if train.progressive_px:
         unusual["progressive_px"] = sorted(train.progressive_px.items())
     return unusual
-
-
-def _student_weights(recipe: recipes.Recipe) -> str | None:
-    """Return an identifier of the initial weights: the digest of a file, the key of an artifact, or a name."""
-    weights = recipe.student.weights
-    if weights is None:
-        return None
-    path = Path(weights)
-    if path.is_file():
-        return artifacts.file_digest(path) + (" (average)" if models.takes_average(path) else "")
-    return artifacts.load(path).key if path.is_dir() else weights
 
 
 def other_recipe_error(recipe: recipes.Recipe, directory: Path) -> InputError:
@@ -374,7 +364,11 @@ class _Training:
         write_student(self.directory, recipe, self.inputs.images, setup.result, setup.loader.image_hw)
         times = timing(self.origin.costs, self.stopwatch.seconds, self.inputs.stored_bytes, epochs)
         write_json(self.directory / "timing.json", times)
-        facts = {"model": recipe.student.model, "top1": accuracy, "images_per_s": times["images_per_s"]}
+        facts = {
+            "model": recipes.model_name(recipe.student.model),
+            "top1": accuracy,
+            "images_per_s": times["images_per_s"],
+        }
         if recipe.prune.dynamic:
             images = recipe.train.epochs * setup.images_per_epoch
             share = facts["trained_share"] = sum(e["images"] for e in epochs) / images

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -26,10 +27,10 @@ from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime
 from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, train_batch, warm_up
 from fastkd.errors import InputError
-from fastkd.kernels import hash64
 from fastkd.stages.images import ImageSource
 from fastkd.stages.label_format import decoder, format_of, open_view
 from fastkd.stages.logit_checks import judge_logits
+from fastkd.stages.new_student import check_net, new_student, student_key_fields
 from fastkd.stages.run_log import Stopwatch
 from fastkd.stages.selection import most_kept
 from fastkd.stages.teacher import LoadedTeacher
@@ -81,6 +82,11 @@ class TrainingInputs:
     def sample_ids(self) -> np.ndarray:
         """Ids of the samples to train on, ascending (int64 [M])."""
         return self.images.train_ids if self.subset is None else np.asarray(self.subset.array("indices.npy"))
+
+    @cached_property
+    def student_key_fields(self) -> dict[str, Any]:
+        """The student's part of the key: its model, and what identifies its initial weights."""
+        return student_key_fields(self.recipe.student, self.images)
 
     @property
     def stored_bytes(self) -> int:
@@ -185,9 +191,8 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
     InputError
         Its weights do not fit, the hold-out is empty, or there are fewer samples than a batch needs.
     """
-    train, model, weights = recipe.train, recipe.student.model, recipe.student.weights
-    if weights is not None and models.is_cached(weights, model):
-        models.load_weights(models.build(model, images.num_classes), weights, name=model)
+    train = recipe.train
+    check_net(recipe.student, images)
     if not images.export:
         held_out, others = len(images.holdout_ids), len(images.train_ids)
         if recipe.data.holdout_ratio and not (held_out and others):
@@ -213,7 +218,7 @@ def prepare(inputs: TrainingInputs) -> TrainingSetup:
     """Build everything that the first step needs, compile it if the recipe says so, and set the loader threads."""
     recipe, images, runtime, stopwatch = inputs.recipe, inputs.images, inputs.runtime, inputs.stopwatch
     with stopwatch.on("setup"):
-        student = _new_student(recipe, images, runtime)
+        student = new_student(recipe, images, runtime)
         setup = build_training_setup(recipe, images, runtime, inputs.sample_ids, student, teacher_source(inputs))
         if inputs.teacher is not None and setup.teacher.live and not recipe.needs_scores and current().is_main:
             _judge_live_teacher(images, inputs.teacher, runtime)
@@ -330,24 +335,6 @@ def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
         f"train: a step takes {1e3 * step_s:.2f} ms, loading a batch {1e3 * batch_s:.2f} ms in one thread: "
         f"the loader uses {loader.workers} of {most} threads"
     )
-
-
-def _new_student(recipe: recipes.Recipe, images: ImageSource, runtime: Runtime) -> models.Normalised:
-    """Build the student on the device. Its initial weights depend only on the seed of the recipe."""
-    student = recipe.student
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(recipe.seed, "init"))
-        net = models.build(student.model, images.num_classes)
-    if student.weights is not None:
-        models.load_weights(net, student.weights, name=student.model)
-    normalised = models.Normalised(net, images.normalisation)
-    runtime.to_device(normalised)
-    return normalised
-
-
-def derive_seed(seed: int, purpose: str) -> int:
-    """Return an independent seed for a purpose."""
-    return int(hash64(np.array([0]), seed, purpose)[0] >> np.uint64(1))
 
 
 def teacher_source(inputs: TrainingInputs) -> TeacherSource:

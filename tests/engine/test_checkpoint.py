@@ -67,7 +67,11 @@ def train(state: TrainState, running: PerSampleLoss, first: int, last: int) -> N
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("optim", [Optim(lr=0.1), Optim(name="adamw", lr=0.1)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    "optim",
+    [Optim(lr=0.1), Optim(name="adamw", lr=0.1), Optim(name="adamw", lr=0.1, decay_norms=False)],
+    ids=["sgd", "adamw", "two groups"],
+)
 def test_a_training_goes_on_bit_for_bit(tmp_path, optim):
     net, state, running = make(optim)
     train(state, running, 0, 4)

@@ -9,7 +9,9 @@ from torch import nn
 
 from fastkd.distributed import ProcessGroup
 from fastkd.engine.runtime import Runtime, has_bf16
+from fastkd.engine.step import ClipGradNorm
 from fastkd.errors import InputError
+from fastkd.recipe import Optim
 
 
 @pytest.mark.parametrize(
@@ -145,3 +147,28 @@ def test_a_network_is_wrapped_for_the_gpu_of_its_process(card, monkeypatch):
     net = nn.Sequential(nn.BatchNorm2d(2))
     runtime.sync_batchnorm(net)
     assert isinstance(net[0], nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_without_decay_norms_only_weights_of_two_dimensions_or_more_decay(name):
+    """One step without a gradient shows the decay alone."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    for parameter in net.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = CPU.optimizer(Optim(name=name, lr=0.5, weight_decay=0.1, decay_norms=False), net.parameters())
+    optimizer.step()
+    for parameter in net.parameters():
+        assert torch.all(parameter == 1) if parameter.dim() < 2 else torch.all(parameter < 1)
+    usual = CPU.optimizer(Optim(name=name, lr=0.5), net.parameters())
+    assert [len(group["params"]) for group in usual.param_groups] == [6]
+
+
+def test_the_gradient_of_all_groups_is_clipped():
+    net = nn.Linear(2, 2)
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    optimizer = CPU.optimizer(Optim(lr=0.1, decay_norms=False), net.parameters())
+    ClipGradNorm(1.0)(CPU.scaler(), optimizer)
+    norm = torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).norm()
+    assert norm == pytest.approx(1, rel=1e-3)

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastkd import artifacts, console, models
 from fastkd.errors import ArtifactError, InputError
+from fastkd.models.weights import _head_entries
 
 
 def net(seed: int, num_classes: int = 10) -> nn.Module:
@@ -200,7 +201,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, legacy):
     message = refused(file)
     assert not marker.exists()
     assert f"{file}: holds objects other than tensors (posix.system)" in message
-    assert "safetensors.torch.save_file" in message
+    assert "torch.save(net.state_dict(), 'weights.pth')" in message
     # The file is what it claims to be: an unsafe reader would have run it.
     torch.load(file, weights_only=False)
     assert marker.exists()
@@ -213,9 +214,24 @@ def test_code_behind_an_allowed_name_is_not_run(tmp_path):
     assert "holds no state_dict" in refused(file)
 
 
-def test_whole_model_is_refused(tmp_path):
-    torch.save(net(0), tmp_path / "w.pt")
-    assert "holds objects other than tensors (fastkd.models.resnet.CifarResNet)" in refused(tmp_path / "w.pt")
+def test_whole_model_is_refused_and_the_advice_works(tmp_path):
+    torch.save(source := net(0), tmp_path / "w.pt")
+    message = refused(tmp_path / "w.pt")
+    assert "holds objects other than tensors (fastkd.models.resnet.CifarResNet)" in message
+    code = message.partition("where it was made: ")[2].partition(". For a checkpoint")[0]
+    assert code == "net = torch.load(FILE, weights_only=False); torch.save(net.state_dict(), 'weights.pth')"
+    code = code.replace("FILE", repr(str(tmp_path / "w.pt"))).replace("'weights.pth'", repr(str(tmp_path / "ok.pth")))
+    exec(code, {"torch": torch})
+    models.load_weights(target := net(1), tmp_path / "ok.pth")
+    assert models.weights_digest(target) == models.weights_digest(source)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_a_torchscript_program_is_refused(tmp_path):
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "w.pt")
+    message = refused(tmp_path / "w.pt")
+    assert "holds objects other than tensors (a TorchScript program)" in message
+    assert "net = torch.jit.load(FILE)" in message
 
 
 def test_reading_widens_nothing_for_others(tmp_path):
@@ -328,6 +344,41 @@ def test_of_two_nets_the_one_that_is_taken_is_named(tmp_path):
     assert "'model' and under 'teacher'" in console.warnings_since(0)[0]
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "student.", "module.model.", "_orig_mod.net."])
+def test_entries_under_a_known_prefix_are_used_beside_others(tmp_path, prefix, capsys):
+    """As Lightning writes them, with the weights of a loss or of a projection beside those of the network."""
+    source, target = net(0), net(1)
+    state = {f"{prefix}{k}": v for k, v in source.state_dict().items()} | {"criterion.weight": torch.ones(3)}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2"}, tmp_path / "w.ckpt")
+    models.load_weights(target, tmp_path / "w.ckpt")
+    assert models.weights_digest(source) == models.weights_digest(target)
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"the entries under 'state_dict.{prefix.removesuffix('.')}' are used, and 1 others are not" in told
+    assert "criterion.weight" in told
+
+
+def test_of_several_prefixes_that_fit_the_average_is_used_and_all_are_named(tmp_path):
+    raw, averaged, target = net(0), net(2), net(1)
+    state = {f"model.{k}": v for k, v in raw.state_dict().items()}
+    state |= {f"model_ema.module.{k}": v for k, v in averaged.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "w.ckpt")
+    models.load_weights(target, tmp_path / "w.ckpt")
+    assert models.weights_digest(target) == models.weights_digest(averaged)
+    (warning,) = console.warnings_since(0)
+    assert "under 'state_dict.model_ema.module' and under 'state_dict.model': those under" in warning
+    assert "an exponential moving average of the others" in warning
+
+
+def test_of_a_teacher_and_a_student_the_one_that_fits_is_loaded(tmp_path):
+    source, target = net(0), net(1)
+    torch.save(
+        {"student": models.build("cifar/resnet14", 10).state_dict(), "teacher": source.state_dict()}, tmp_path / "w.pth"
+    )
+    models.load_weights(target, tmp_path / "w.pth")
+    assert models.weights_digest(target) == models.weights_digest(source)
+    assert not console.warnings_since(0)
+
+
 def test_a_prefix_that_does_not_lead_to_a_fit_is_named(tmp_path):
     state = {f"encoder.{k}": v for k, v in net(0).state_dict().items() if not k.startswith("fc")}
     torch.save({**state, "head.weight": torch.zeros(3, 3)}, tmp_path / "w.pth")
@@ -335,6 +386,60 @@ def test_a_prefix_that_does_not_lead_to_a_fit_is_named(tmp_path):
     assert (
         f"{len(state)} of its {len(state) + 1} entries begin with 'encoder.', and none of the model's does" in message
     )
+
+
+# A new classifier
+
+
+@pytest.mark.parametrize("form", [lambda sd: sd, lambda sd: {"state_dict": {f"module.{k}": v for k, v in sd.items()}}])
+def test_a_new_head_is_left_as_it_was_and_the_rest_is_loaded(tmp_path, form):
+    source, target = net(0, num_classes=20), net(1, num_classes=5)
+    torch.save(form(source.state_dict()), tmp_path / "w.pth")
+    fc = target.fc.weight.clone()
+    new = models.load_weights(target, tmp_path / "w.pth", name="cifar/resnet8", new_head=5)
+    assert new == ["fc.weight", "fc.bias"]
+    assert torch.equal(target.fc.weight, fc)
+    expected = {k: v for k, v in source.state_dict().items() if not k.startswith("fc.")}
+    assert all(torch.equal(target.state_dict()[k], v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("torchvision/squeezenet1_1", ["classifier.1.weight", "classifier.1.bias"]),
+        ("torchvision/vgg11", ["classifier.6.weight", "classifier.6.bias"]),
+        ("torchvision/vit_b_32", ["heads.head.weight", "heads.head.bias"]),
+        ("cifar/mobilenetv2", ["classifier.0.weight", "classifier.0.bias"]),
+    ],
+)
+def test_the_classifier_is_found_by_its_shape(name, head):
+    state = torch.get_rng_state()
+    assert _head_entries(name, 5) == head
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_new_head_does_not_need_an_old_one_but_all_the_rest(tmp_path):
+    """Self-supervised checkpoints have another head, or none."""
+    target, state = net(1), {k: v for k, v in net(0).state_dict().items() if not k.startswith("fc.")}
+    torch.save(state | {"fc.0.weight": torch.zeros(8, 64), "fc.2.weight": torch.zeros(2, 8)}, tmp_path / "moco.pth")
+    for file in ("moco.pth", "none.pth"):
+        models.load_weights(target, tmp_path / file, name="cifar/resnet8", new_head=10)
+        torch.save(state, tmp_path / "none.pth")
+    assert torch.equal(target.conv1.weight, state["conv1.weight"])
+    state.pop("conv1.weight")
+    torch.save(state, tmp_path / "none.pth")
+    with pytest.raises(InputError, match=r"1 missing: conv1\.weight"):
+        models.load_weights(target, tmp_path / "none.pth", name="cifar/resnet8", new_head=10)
+
+
+def test_other_classes_are_an_error_of_their_own_below_any_prefix(tmp_path):
+    torch.save({"model": {f"backbone.{k}": v for k, v in net(0, 20).state_dict().items()}}, tmp_path / "w.pth")
+    with pytest.raises(models.OtherClassesError, match="classifier has 20 classes, the model is built for 10"):
+        models.load_weights(net(1), tmp_path / "w.pth")
+    models.save_weights(models.build("cifar/resnet8x4", 20), tmp_path / "wide.safetensors")
+    with pytest.raises(InputError) as error:
+        models.load_weights(net(1), tmp_path / "wide.safetensors")
+    assert type(error.value) is InputError
 
 
 BAD = {
@@ -424,7 +529,7 @@ def small(num_classes: int) -> nn.Module:
     return models.build("torchvision/squeezenet1_1", num_classes)
 
 
-@pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"])
+@pytest.mark.parametrize("weights", ["pretrained", "DEFAULT", "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"])
 def test_published_torchvision_weights(monkeypatch, weights):
     source, asked = small(1000), []
 
@@ -520,6 +625,46 @@ def test_timm_pretrained(monkeypatch):
         "could not fetch timm's pretrained weights of resnet10t: cannot reach the hub. A local file"
     )
     assert "or 'pretrained'" in refused("pretraind", name="timm/resnet10t")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A timm network as it lies on the Hugging Face hub, in a folder that takes the hub's place."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    source = models.build("timm/resnet10t", 20)
+    models.save_weights(source, tmp_path / "model.safetensors")
+    config = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "classifier": "fc", "input_size": [3, 64, 64]}
+    described = {"architecture": "resnet10t", "num_classes": 20, "pretrained_cfg": config}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+
+    def download(repo_id, filename, **_):
+        assert repo_id == "someone/pets"
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", download)
+    return source
+
+
+def test_weights_of_the_hub_are_loaded_by_timm(hub):
+    target, weights = models.build("timm/resnet10t", 20), "hf-hub:someone/pets"
+    models.load_weights(target, weights, name="timm/resnet10t")
+    assert models.weights_digest(target) == models.weights_digest(hub)
+    assert models.published_digest(weights, "timm/resnet10t") == models.weights_digest(hub)
+    normalisation = models.native_normalisation("timm/resnet10t", weights)
+    assert normalisation == models.Normalisation((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert not normalisation.guessed
+    assert not models.is_cached(weights, "timm/resnet10t")
+    new = models.load_weights(models.build("timm/resnet10t", 5), weights, name="timm/resnet10t", new_head=5)
+    assert new == ["fc.weight", "fc.bias"]
+
+
+def test_weights_of_the_hub_are_for_timm_and_say_what_they_do_not_fit(hub):
+    assert "are for networks of timm" in refused("hf-hub:someone/pets", name="cifar/resnet8")
+    with pytest.raises(InputError, match="do not fit the model timm/resnet18"):
+        models.load_weights(models.build("timm/resnet18", 20), "hf-hub:someone/pets", name="timm/resnet18")
+    with pytest.raises(InputError, match="could not fetch hf-hub:other/net"):
+        models.load_weights(models.build("timm/resnet18", 20), "hf-hub:other/net", name="timm/resnet18")
 
 
 # The digest
