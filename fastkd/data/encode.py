@@ -92,9 +92,9 @@ def encode(image: Any, options: WriterOptions) -> Stored:
         usual = came_as_jpeg and opened.mode in ("RGB", "L")
         turned = came_as_jpeg and options.exif == "apply" and _orientation(opened) > 1
         if usual and fits and not turned and _as_jpeg(height, width, options):
-            pixels = decode_jpeg(data, height, width)
-            if pixels is not None:
-                return _stored(JPG, pixels, data, Notice.ROTATED if _orientation(opened) > 1 else NONE)
+            copied = decode_jpeg(data, height, width)
+            if copied is not None:
+                return _stored(JPG, copied, data, Notice.ROTATED if _orientation(opened) > 1 else NONE)
         pixels, alpha, notices = _pil_pixels(opened, options)
         if came_as_jpeg and fits and not (usual and turned):
             notices |= Notice.REENCODED
