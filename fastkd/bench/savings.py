@@ -41,18 +41,19 @@ def ways(recipe: Recipe) -> list[Variant]:
     live = {"mode": "online", "reshape": False, "views": "epochs", "topk": None}
     # Prune() rather than a ratio of 1, at which a dynamic method leaves samples out as well.
     vanilla = changed(recipe, labels=live, train={"progressive_px": {}}).model_copy(update={"prune": Prune()})
+    kept = "" if recipe.prune.dynamic and ratio == 1 else f" (keep {ratio:g})"
     columns = [
         Variant("vanilla", "vanilla KD (all data)", vanilla),
-        Variant("recipe", recipe.prune.method + ("" if recipe.prune.dynamic else f" (keep {ratio:g})"), recipe),
+        Variant("recipe", recipe.prune.method + kept, recipe),
     ]
     if recipe.prune.method != "random" and ratio < 1:
-        random = changed(recipe, prune={"method": "random"})
+        random = changed(recipe, prune={"method": "random", "rotate": False, "weight_power": 0.0})
         columns.append(Variant("random", f"random (keep {ratio:g})", random))
     if ratio < 1 and (fewer := round(epochs * ratio)) >= 1:
         title = f"all data ({fewer} of {epochs} epochs)"
         same = changed(
             recipe,
-            prune={"keep_ratio": 1.0},
+            prune={"keep_ratio": 1.0, "rotate": False},
             train={
                 "epochs": fewer,
                 "progressive_px": {round(e * fewer / epochs): px for e, px in recipe.train.progressive_px.items()},

@@ -235,8 +235,9 @@ def what_was_kept(run: RunFacts, selection: "Selection") -> str:
     """Say which method kept how much: of one that chooses while it trains, what share it trained on."""
     kept, of = int(selection.kept.sum()), len(selection.kept)
     if run.dynamic:
+        how = "it chose" if run.resolved["prune"].get("rotate") else "by their losses it chose"
         return (
-            f"{run.dynamic} drops none of them for good: by their losses it chose anew in each epoch, and trained on "
+            f"{run.dynamic} drops none of them for good: {how} anew in each epoch, and trained on "
             f"{run.trained_share:.1%} of the images of all epochs."
         )
     return f"{selection.method} kept {kept:,} of {of:,} samples ({kept / of:.1%})."

@@ -306,6 +306,8 @@ def way(resolved: Mapping[str, Any]) -> str:
     if labels["mode"] == "online" and not chosen and not labels["reshape"]:
         return VANILLA
     kept = prune["method"] + ("" if dynamic or listed else f", keep {prune['keep_ratio']:g}") if chosen else "all data"
+    if prune.get("rotate"):
+        kept += ", other samples in each epoch"
     return kept + (", live teacher" if labels["mode"] == "online" else "")
 
 
