@@ -241,7 +241,7 @@ def test_a_training_that_is_broken_off_in_epoch_one_ends_with_the_very_same_stud
         ({"method": "stratified", "rotate": True}, "and a `keep_ratio` below 1"),
         (
             {"method": "stratified", "keep_ratio": 0.5, "rotate": True, "weight_power": 0.5},
-            "`weight_power` 0.5: weights the losses of fixed samples, not with `rotate`",
+            "`weight_power` 0.5: is for fixed samples; with `rotate` give 0",
         ),
     ],
 )
