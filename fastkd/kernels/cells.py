@@ -98,7 +98,7 @@ def _first_centres(points_SD: np.ndarray, words_S: np.ndarray, count: int) -> np
     """Draw centres with probability proportional to the squared distance from those before (k-means++)."""
     centres_CD = np.empty((count, points_SD.shape[1]), np.float64)
     distance_S = np.full(len(points_SD), np.inf)
-    drawn = np.argmin(words_S)
+    drawn = int(np.argmin(words_S))
     for c in range(count):
         centres_CD[c] = points_SD[drawn]
         least = np.inf
