@@ -20,7 +20,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Output directory, with --logits.")] = None,
     keep_ratio: Annotated[float, typer.Option(help="Share of the samples to keep, above 0 and at most 1.")] = 0.5,
     method: Annotated[
-        str, typer.Option(help="medium, easy, hard, random, random_unbalanced, ccs, beta or list.")
+        str, typer.Option(help="medium, easy, hard, random, random_unbalanced, ccs, beta, stratified or list.")
     ] = "medium",
     score: Annotated[
         str, typer.Option(help="cross_entropy, entropy, margin, least_confidence, el2n or std.")

@@ -195,7 +195,13 @@ def _load(path: str | Path, overrides: Sequence[str]) -> Recipe:
 def _open_train(recipe: Recipe) -> _Source:
     if recipe.prune.dynamic:
         raise InputError(
-            f"prune.method={recipe.prune.method}: needs the losses of fastkd's own loop: python -m fastkd.train"
+            f"prune.method={recipe.prune.method} selects again in each epoch of fastkd's own loop: python -m "
+            "fastkd.train"
+        )
+    if recipe.prune.weighted:
+        raise InputError(
+            f"prune.weight_power={recipe.prune.weight_power:g}: losses are weighted in fastkd's own loop: python -m "
+            "fastkd.train"
         )
     if recipe.teacher is not None and recipe.labels.mode == "online":
         raise InputError("labels.mode=online: run a live teacher in your own loop; give labels.mode=stored")

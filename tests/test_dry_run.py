@@ -200,6 +200,9 @@ def test_seconds_come_from_the_plan_that_was_measured_for_this_here(command, tin
     assert told["train"] == pytest.approx(own["further_student_s"])
     assert told["score"] == pytest.approx(own["score"])
     assert cost_estimate.expected(tiny_recipe("train.epochs=60"), runtime)["train"] > 2 * told["train"]
+    rotating = tiny_recipe("prune.method=stratified", "prune.rotate=true")
+    whole = cost_estimate.expected(tiny_recipe("prune.keep_ratio=1.0"), runtime)
+    assert cost_estimate.expected(rotating, runtime) == whole | {"train": told["train"]}
     assert cost_estimate.expected(tiny_recipe("student.model=cifar/resnet14"), runtime) is None
     assert cost_estimate.expected(tiny_recipe("train.batch_size=30"), runtime) is None
     code, text = command(train.main, tiny_recipe.path, "--dry-run")

@@ -134,7 +134,15 @@ def test_an_export_is_read_with_the_recipe(tiny_recipe, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("prune={method: infobatch, keep_ratio: 1.0}",), "needs the losses of fastkd's own loop"),
+        (("prune={method: infobatch, keep_ratio: 1.0}",), "selects again in each epoch of fastkd's own loop"),
+        (
+            ("prune={method: stratified, keep_ratio: 0.5, rotate: true}",),
+            r"prune\.method=stratified selects again in each epoch",
+        ),
+        (
+            ("prune={method: stratified, keep_ratio: 0.5, tilt: 0.5, weight_power: 0.5}",),
+            r"prune\.weight_power=0\.5: losses are weighted in fastkd's own loop",
+        ),
         (("labels.mode=online",), "run a live teacher in your own loop"),
         (("train.batch_size=1000",), "larger than the 75 samples"),
     ],

@@ -502,7 +502,7 @@ def test_other_encodings_are_read_or_refused(tmp_path, encoding):
 def test_every_name_of_the_tables_is_implemented_and_its_settings_are_keys():
     for name, method in tables.METHODS.items():
         assert method.dynamic or callable(getattr(selection, f"select_{name}"))
-        assert set(method.settings) <= set(recipe.Prune.model_fields)
+        assert {*method.settings, *method.optional} <= set(recipe.Prune.model_fields)
     assert tuple(tables.AUGMENTATIONS) == FAMILIES
     assert {name for one in tables.AUGMENTATIONS.values() for name in one.settings} <= set(recipe.View.model_fields)
     assert set(tables.SCORES) <= set(Scores._fields)

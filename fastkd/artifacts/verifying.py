@@ -31,6 +31,7 @@ _ARRAYS: tuple[tuple[Kind, str, str, tuple[str | int, ...]], ...] = (
     ("SUBSET", "logits.npy", "<f2", ("count", "classes")),
     ("SUBSET", "class_std.npy", "<f8", ("classes",)),
     ("SUBSET", "difficulty.npy", "<f4", ("scored",)),
+    ("SUBSET", "weights.npy", "<f4", ("count",)),
     ("LABELS", "views/v*.indices.npy", "<u2", ("count", "topk")),
     ("LABELS", "views/v*.logits.npy", "<f2", ("count", "topk")),
     ("LABELS", "views/v*.tail.npy", "<f4", ("count", 1)),

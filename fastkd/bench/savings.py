@@ -48,9 +48,10 @@ def savings_variants(recipe: Recipe) -> list[Variant]:
     live = {"mode": "online", "reshape": False, "views": "epochs", "topk": None}
     # Prune() instead of keep_ratio=1, with which a dynamic method still leaves out samples.
     vanilla = changed(recipe, labels=live, train={"progressive_px": {}}).model_copy(update={"prune": Prune()})
+    kept = "" if recipe.prune.dynamic and ratio == 1 else f" (keep {ratio:g})"
     variants = [
         Variant("vanilla", "vanilla KD (all data)", vanilla),
-        Variant("recipe", recipe.prune.method + ("" if recipe.prune.dynamic else f" (keep {ratio:g})"), recipe),
+        Variant("recipe", recipe.prune.method + kept, recipe),
     ]
     if recipe.prune.method != "random" and (random := baseline(recipe, "random")):
         variants.append(Variant("random", f"random (keep {ratio:g})", random))

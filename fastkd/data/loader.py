@@ -213,9 +213,10 @@ class Loader:
         """Return the number of full batches of `count` samples. None at all is an error."""
         return full_batches(count, self.batch_size, self.split)
 
-    def labels(self) -> np.ndarray:
-        """Return the labels of all samples of the split in the order of their ids (int64 [N])."""
-        return self._column("label").astype(np.int64)
+    def labels(self, sample_ids: np.ndarray | None = None) -> np.ndarray:
+        """Return the labels of samples (int64 [n]). Default: of all samples of the split, in the order of their ids."""
+        labels_N = self._column("label").astype(np.int64)
+        return labels_N if sample_ids is None else labels_N[self._positions(self._checked(sample_ids))]
 
     def _column(self, name: str) -> np.ndarray:
         """Return one field of all samples, by position."""

@@ -1,4 +1,4 @@
-"""Dynamic pruning: skips samples of an epoch by their latest loss."""
+"""Weights of samples, and dynamic pruning, which skips samples of an epoch by their latest loss."""
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ class PerSampleLoss:
     ----------
     sample_ids : int64 [M]
         Samples to train on.
+    weight_M : float32 [M], optional
+        Their weights. Default: 1.
 
     Attributes
     ----------
@@ -21,12 +23,14 @@ class PerSampleLoss:
         Indexed by sample id. The loss is infinite before the first step on a sample.
     """
 
-    def __init__(self, sample_ids: np.ndarray, runtime: Runtime) -> None:
+    def __init__(self, sample_ids: np.ndarray, runtime: Runtime, weight_M: np.ndarray | None = None) -> None:
         self.sample_ids = sample_ids
         self._group = runtime.group
         count = int(sample_ids.max()) + 1
         self.loss_N = torch.full((count,), torch.inf, device=runtime.device)
         self.weight_N = torch.ones(count, device=runtime.device)
+        if weight_M is not None:
+            self._set_weights(weight_M)
         self._merged_N = self.loss_N.clone()
 
     def mark_merged(self) -> None:
@@ -52,7 +56,9 @@ class PerSampleLoss:
     def infobatch(self, drop_ratio: float, *, seed: int, epoch: int) -> None:
         """Select the samples of an epoch; see `fastkd.kernels.infobatch_weights`."""
         draw_M = hash64(self.sample_ids, seed, "infobatch", epoch)
-        weight_M = infobatch_weights(self.loss_N.cpu().numpy()[self.sample_ids], draw_M, drop_ratio)
+        self._set_weights(infobatch_weights(self.loss_N.cpu().numpy()[self.sample_ids], draw_M, drop_ratio))
+
+    def _set_weights(self, weight_M: np.ndarray) -> None:
         weight_N = np.ones(len(self.weight_N), np.float32)
         weight_N[self.sample_ids] = weight_M
         self.weight_N.copy_(torch.from_numpy(weight_N))

@@ -1,8 +1,10 @@
 """Numba kernels: arrays in, arrays out. They know no files, recipes or torch."""
 
 from fastkd.kernels.agreement import Agreement, agreement, chance_limits
+from fastkd.kernels.cells import class_cells, principal_axes, project
 from fastkd.kernels.gather import gather_rows
 from fastkd.kernels.hashing import hash64
+from fastkd.kernels.inclusion import SystematicSample, inclusion_probabilities, systematic_sample
 from fastkd.kernels.reshape import class_std, reshape_rows
 from fastkd.kernels.scores import Scores, score_logits
 from fastkd.kernels.selection import (
@@ -23,9 +25,11 @@ __all__ = [
     "FAMILIES",
     "Agreement",
     "Scores",
+    "SystematicSample",
     "agreement",
     "beta_draw",
     "chance_limits",
+    "class_cells",
     "class_ranks",
     "class_std",
     "coverage_strata",
@@ -33,11 +37,15 @@ __all__ = [
     "floored_quotas",
     "gather_rows",
     "hash64",
+    "inclusion_probabilities",
     "infobatch_weights",
+    "principal_axes",
+    "project",
     "proportional_quotas",
     "reshape_rows",
     "score_logits",
     "select_ranks",
+    "systematic_sample",
     "topk_rows",
     "uniform_quotas",
     "window_ranks",

@@ -21,7 +21,7 @@ def baseline(recipe: Recipe, which: Baseline) -> Recipe | None:
     if which == "full":
         return recipe.model_copy(update={"prune": Prune()})
     prune = recipe.prune
-    if prune.dynamic or prune.method == "list" or prune.keep_ratio == 1:  # its number of steps is not known, or full's
+    if prune.method == "list" or prune.keep_ratio == 1:  # the number of steps is unknown, or that of full KD
         return None
     if which == "random":
         kept = {name: getattr(prune, name) for name in ("keep_ratio", "quota", "seed", "min_per_class")}

@@ -112,8 +112,9 @@ class Prune(Section):
 
     method: MethodName = "medium"
     """`medium`, `easy`, `hard`: a window of difficulty ranks in each class. `random`: at random in each class.
-    `random_unbalanced`: at random. `ccs`: coverage-centric strata. `beta`: ranks drawn from a Beta density. `list`:
-    your own list. `infobatch`: keeps all, and skips some in each epoch."""
+    `random_unbalanced`: at random. `ccs`: coverage-centric strata. `beta`: ranks drawn from a Beta density.
+    `stratified`: spread evenly over the teacher's logits and over difficulty in each class. `list`: your own list.
+    `infobatch`: keeps all, and skips some in each epoch."""
     score: ScoreName = "cross_entropy"
     """The measure of difficulty. A small margin or std is difficult."""
     keep_ratio: Ratio = 1.0
@@ -125,17 +126,37 @@ class Prune(Section):
     """Smallest number of samples to keep of each class (or all of a smaller class). They replace samples of the classes
     that keep the largest share, so that the total stays as `keep_ratio` says, unless the minimums alone exceed it."""
     seed: Seed = 0
-    """Seed of `random`, `random_unbalanced`, `ccs`, `beta` and `infobatch`."""
+    """Seed of `random`, `random_unbalanced`, `ccs`, `beta`, `stratified` and `infobatch`."""
     window_centre: float = Field(0.5, ge=0, le=1)
     """Centre of the window of `medium` among the ranks: 0 the easiest, 1 the hardest."""
     drop_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the hardest samples that `ccs` drops first."""
     strata: int = Field(50, ge=1, le=1_000_000)
     """Number of strata of equal width of `ccs`."""
+    class_balanced: bool = False
+    """Apply `ccs` within each class, to as many samples as `quota` says."""
     beta_mode: float = Field(0.5, ge=0, le=1)
     """Mode of the density of `beta` among the ranks: 0 the easiest, 1 the hardest."""
     beta_concentration: float = Field(6.0, ge=2)
     """Concentration of the density of `beta`; at 2 it is uniform."""
+    tilt: float = Field(0.0, ge=0, le=4)
+    """η of `stratified`: inclusion probabilities ∝ (ds/du)^η, the slope of the score s over its rank u in 0 … 1. At 1,
+    scores are covered evenly, as by `ccs`; at 0, all probabilities are equal."""
+    focus: float = Field(0.0, ge=0)
+    """τ of `stratified`: inclusion probabilities ∝ the density Beta(τμ + 1, τ(1 − μ) + 1) of the rank; uniform at 0."""
+    focus_centre: float = Field(0.5, ge=0, le=1)
+    """μ of `stratified`, the rank on which `focus` centres: 0 the easiest, 1 the hardest."""
+    hard_drop_ratio: float = Field(0.0, ge=0, lt=1)
+    """Share of the hardest samples of each class that `stratified` keeps only with the probability of `floor`."""
+    floor: float = Field(0.25, ge=0, le=1)
+    """ε of `stratified`: share of the inclusion probability that all samples of a class have in common, π = min(1,
+    c·((1 − ε)·g/mean g + ε)), where g is the product of `tilt`, `focus` and `hard_drop_ratio`."""
+    weight_power: float = Field(0.0, ge=0, le=1)
+    """κ of `stratified`: the losses of kept samples are weighted by π^(−κ), with mean 1. At 1 the expected gradient is
+    that of all samples. An effective sample size below 0.7 is an error."""
+    rotate: bool = False
+    """Select other samples in each epoch (`stratified`): all of them in turn, over 1/`keep_ratio` epochs. Labels are
+    needed for all samples."""
     ids: LocalPath | None = None
     """A .npy file of int64 sample ids, for `list`."""
     easy_drop_ratio: float = Field(0.5, ge=0, lt=1)
@@ -154,7 +175,14 @@ class Prune(Section):
             )
         if self.min_per_class and self.method in ("list", "infobatch"):
             raise ValueError(f"`min_per_class` {self.min_per_class}: is for methods that choose, not for {self.method}")
-        if self.dynamic and self.keep_ratio < 1:
+        if self.rotate and (self.method != "stratified" or self.keep_ratio == 1):
+            raise ValueError(
+                f"`rotate`: selects a share of the samples in each epoch; give `method: stratified`, not "
+                f"{self.method}, and a `keep_ratio` below 1"
+            )
+        if self.rotate and self.weight_power:
+            raise ValueError(f"`weight_power` {self.weight_power}: is for fixed samples; with `rotate` give 0")
+        if METHODS[self.method].dynamic and self.keep_ratio < 1:
             raise ValueError(
                 f"`keep_ratio` {self.keep_ratio}: `infobatch` keeps all samples; `easy_drop_ratio` says how many "
                 "easy ones it leaves out of an epoch"
@@ -168,23 +196,32 @@ class Prune(Section):
 
     @property
     def leaves_out(self) -> bool:
-        """Whether samples are excluded from all of training."""
+        """Whether samples are excluded from training, or from epochs of it, by the teacher's logits."""
         return self.keep_ratio < 1 or self.method == "list"
 
     @property
     def dynamic(self) -> bool:
         """Whether samples are selected again in each epoch, during training."""
-        return METHODS[self.method].dynamic
+        return METHODS[self.method].dynamic or self.rotate
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the losses of the kept samples are weighted."""
+        return self.weight_power > 0 and "weight_power" in METHODS[self.method].optional
 
     @property
     def static(self) -> "Prune":
         """The selection before training: all samples, if the method is dynamic."""
+        if self.rotate:  # difficulty is read from its SUBSET
+            return Prune(score=self.score)
         return Prune() if self.dynamic else self
 
     def key_fields(self) -> dict[str, Any]:
         """Return the settings that determine the selection: not those of other methods."""
         method = METHODS[self.method]
         names = {"method", *method.settings}
+        names |= {name for name in method.optional if getattr(self, name) != Prune.model_fields[name].default}
+        names |= {"quota"} if "class_balanced" in names else set()
         names |= {"score"} if method.scored else set()
         names |= {"keep_ratio"} if method.ratio else set()
         names |= {"min_per_class"} if self.min_per_class else set()

@@ -11,6 +11,8 @@ class Method:
     ----------
     settings
         Keys of the recipe's section ``prune`` that the method uses; they are part of artifact keys.
+    optional
+        Keys that it uses too, and that are part of artifact keys only if they differ from their defaults.
     scored
         Whether it selects by a score (``prune.score``).
     ratio
@@ -20,6 +22,7 @@ class Method:
     """
 
     settings: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     scored: bool = False
     ratio: bool = True
     dynamic: bool = False
@@ -31,8 +34,13 @@ METHODS = {
     "hard": Method(("quota",), scored=True),
     "random": Method(("quota", "seed")),
     "random_unbalanced": Method(("seed",)),
-    "ccs": Method(("seed", "drop_ratio", "strata"), scored=True),
+    "ccs": Method(("seed", "drop_ratio", "strata"), ("class_balanced",), scored=True),
     "beta": Method(("quota", "seed", "beta_mode", "beta_concentration"), scored=True),
+    "stratified": Method(
+        ("quota", "seed"),
+        ("tilt", "focus", "focus_centre", "hard_drop_ratio", "floor", "weight_power", "rotate"),
+        scored=True,
+    ),
     "list": Method(ratio=False),
     "infobatch": Method(("seed", "easy_drop_ratio", "full_epochs_ratio"), ratio=False, dynamic=True),
 }

@@ -237,8 +237,9 @@ def what_was_kept(run: RunFacts, selection: "Selection") -> str:
     """Describe how many samples a method kept; for a dynamic method, the share of images that it trained on."""
     kept, of = int(selection.kept.sum()), len(selection.kept)
     if run.dynamic:
+        how = "it selects other samples" if run.resolved["prune"].get("rotate") else "it selects by loss"
         return (
-            f"{run.dynamic} drops no sample permanently: it selects by loss in each epoch, and trained on "
+            f"{run.dynamic} drops no sample permanently: {how} in each epoch, and trained on "
             f"{run.trained_share:.1%} of the images of all epochs."
         )
     return f"{selection.method} kept {kept:,} of {of:,} samples ({kept / of:.1%})."

@@ -307,6 +307,8 @@ def variant(resolved: Mapping[str, Any]) -> str:
     if labels["mode"] == "online" and not chosen and not labels["reshape"] and loss == "kd":
         return VANILLA
     kept = prune["method"] + ("" if dynamic or listed else f", keep {prune['keep_ratio']:g}") if chosen else "all data"
+    if prune.get("rotate"):
+        kept += ", other samples in each epoch"
     return kept + (", live teacher" if labels["mode"] == "online" else "") + (f", {loss}" if loss != "kd" else "")
 
 

@@ -16,11 +16,13 @@ from fastkd.kernels import (
     reshape_rows,
 )
 from fastkd.recipe import Labels, Prune, Recipe, model_name
+from fastkd.recipe.tables import METHODS
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.resumable import RowFile, check_float16, full_disk_explained
 from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
 from fastkd.stages.selection import Pool, difficulty, keeps_none, select
 from fastkd.stages.store import ArtifactStore
+from fastkd.stages.stratified import loss_weights
 
 if TYPE_CHECKING:  # importing torch takes seconds; selecting from logits does not need it
     from fastkd.stages.images import ImageSource
@@ -110,8 +112,10 @@ def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
     }
     teacher = {name: stored.get("teacher", {}).get(name) for name in asked["teacher"]}
     made = {**subset.manifest.inputs, "view": stored.get("view"), "teacher": teacher if "teacher" in stored else None}
-    asked["min_per_class"] = recipe.prune.static.min_per_class
-    made["min_per_class"] = subset.manifest.inputs.get("min_per_class", 0)
+    settings = recipe.prune.static
+    for name in ("min_per_class", *METHODS[settings.method].optional):
+        asked[name] = getattr(settings, name)
+        made[name] = made.get(name, Prune.model_fields[name].default)
     asked.setdefault("reshape_strength", 1.0)
     made["reshape_strength"] = subset.manifest.inputs.get("reshape_strength", 1.0)
     known = {name: value for name, value in asked.items() if made.get(name) is not None}  # user logits lack some
@@ -228,7 +232,9 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, labels: Labe
         raise InputError(f"{len(empty)} of {K} classes have no samples to train on: {', '.join(empty[:10])}")
     sigma_K = class_std(scores.std[train_ids], y_T, K)
     difficulty_N = difficulty(scores, settings)
-    kept = train_ids[select(Pool(difficulty_N[train_ids], y_T, train_ids, K, settings))]
+    pool = Pool(difficulty_N[train_ids], y_T, train_ids, K, settings, z_NK, train_ids)
+    selected = select(pool)
+    kept = train_ids[selected]
     if not len(kept):
         raise keeps_none(settings, len(train_ids))
     # With σ of the row itself, reshaping only removes its mean.
@@ -248,6 +254,10 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, labels: Labe
         "teacher_top1_kept": float(scores.correct[kept].mean()),
         "teacher_top1_all": float(scores.correct[train_ids].mean()),
     }
+    if settings.weighted:
+        weight_M, facts["effective_share"] = loss_weights(pool.probabilities[selected], settings.weight_power)
+        np.save(directory / "weights.npy", weight_M)
+        console.say(f"prune: loss weights leave an effective sample size of {facts['effective_share']:.1%}")
     correct_K = np.bincount(y_T, weights=scores.correct[train_ids], minlength=K)
     _print_selection(candidates, settings, facts, sigma_K, count_K, correct_K / count_K)
     return Built(facts=facts)

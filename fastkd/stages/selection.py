@@ -11,6 +11,7 @@ from fastkd.artifacts import open_array
 from fastkd.errors import InputError
 from fastkd.kernels import (
     Scores,
+    SystematicSample,
     beta_draw,
     class_ranks,
     coverage_strata,
@@ -23,6 +24,7 @@ from fastkd.kernels import (
 )
 from fastkd.recipe import Prune
 from fastkd.recipe.tables import SCORES
+from fastkd.stages.stratified import difficulty_probabilities, logit_points, stratified_sample
 
 
 @dataclass
@@ -39,6 +41,10 @@ class Pool:
         Number of classes, K.
     settings
         The recipe's section ``prune``.
+    logits : floating point [R, K]
+        The teacher's logits; may be a memory map.
+    rows : int64 [N]
+        The samples' rows in `logits`.
     """
 
     difficulty: np.ndarray
@@ -46,6 +52,8 @@ class Pool:
     ids: np.ndarray
     num_classes: int
     settings: Prune
+    logits: np.ndarray
+    rows: np.ndarray
 
     @cached_property
     def draw(self) -> np.ndarray:
@@ -63,6 +71,19 @@ class Pool:
         quotas = proportional_quotas if self.settings.quota == "proportional" else uniform_quotas
         quota_K = quotas(self.counts, self.settings.keep_ratio)
         return floored_quotas(quota_K, self.counts, self.settings.min_per_class)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """Inclusion probability of each sample by its difficulty (float64 [N])."""
+        return difficulty_probabilities(self.difficulty, self.labels, self.quotas, self.settings)
+
+    @cached_property
+    def stratified(self) -> SystematicSample:
+        """A systematic sample that is spread over the logits and over difficulty in each class."""
+        points_ND = logit_points(self.logits, self.rows, self.draw)
+        return stratified_sample(
+            self.probabilities, self.difficulty, self.labels, points_ND, self.draw, self.num_classes, self.settings.seed
+        )
 
     def smallest(self, value_N: np.ndarray) -> np.ndarray:
         """Return the positions of the smallest values of each class, up to its quota, ascending (int64 [M])."""
@@ -129,14 +150,44 @@ def select_random_unbalanced(pool: Pool) -> np.ndarray:
 def select_ccs(pool: Pool) -> np.ndarray:
     """Keep the same number of samples from each stratum of difficulty (`fastkd.kernels.coverage_strata`).
 
-    ``min_per_class`` is applied afterwards; samples that the method drops as too hard are added last.
+    ``min_per_class`` is applied afterwards; samples that the method drops as too hard are added last. With
+    ``class_balanced``, it selects within each class instead, up to the class's quota.
     """
     settings, N = pool.settings, len(pool.ids)
+    if settings.class_balanced:
+        return _class_balanced_ccs(pool)
     keep, drop_ratio = round(settings.keep_ratio * N), settings.drop_ratio
     kept = coverage_strata(pool.difficulty, pool.draw, keep, drop_ratio=drop_ratio, strata=settings.strata)
     hardest_N = np.zeros(N, np.bool_)
     hardest_N[np.argsort(pool.difficulty, kind="stable")[N - round(drop_ratio * N) :]] = True
     return _with_floor(pool, kept, hardest_N)
+
+
+def _class_balanced_ccs(pool: Pool) -> np.ndarray:
+    """Keep the same number of samples from each stratum of difficulty of each class."""
+    kept = []
+    for c, keep in enumerate(pool.quotas.tolist()):
+        members = np.flatnonzero(pool.labels == c)
+        if keep:
+            settings, draw = pool.settings, pool.draw[members]
+            at = coverage_strata(
+                pool.difficulty[members], draw, keep, drop_ratio=settings.drop_ratio, strata=settings.strata
+            )
+            kept.append(members[at])
+    return np.sort(np.concatenate(kept)) if kept else np.empty(0, np.int64)
+
+
+def select_stratified(pool: Pool) -> np.ndarray:
+    """Keep a systematic sample of each class, ordered by cells of similar logits and by difficulty.
+
+    The logits are standardised by row, as by ``labels.reshape``, and projected onto their 16 principal components; each
+    class is divided into up to 16 cells by k-means. The samples are ordered by class, by cell along a tour of
+    neighbours, and by difficulty, alternately up and down. Sample i is kept if ⌊Π_i + U⌋ > ⌊Π_{i−1} + U⌋, where Π is
+    the cumulative inclusion probability and U uniform in 0 … 1 (see `fastkd.kernels.systematic_sample`): numbers by
+    class and probabilities are exact, and neighbours are rarely kept together, so that means over the subset of what
+    depends on cell and difficulty vary less than over random samples.
+    """
+    return np.flatnonzero(pool.stratified.kept())
 
 
 def select_list(pool: Pool) -> np.ndarray:

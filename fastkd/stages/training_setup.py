@@ -27,10 +27,13 @@ from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime
 from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, train_batch, warm_up
 from fastkd.errors import InputError
+from fastkd.kernels import SystematicSample
+from fastkd.recipe.tables import METHODS
 from fastkd.stages.images import ImageSource
 from fastkd.stages.label_format import decoder, format_of, open_view
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.new_student import check_net, new_student, student_key_fields
+from fastkd.stages.rotation import rotation
 from fastkd.stages.run_log import Stopwatch
 from fastkd.stages.selection import most_kept
 from fastkd.stages.teacher import LoadedTeacher
@@ -127,7 +130,9 @@ class TrainingSetup:
     ids : int64 [M]
         Samples to train on, ascending.
     per_sample_loss
-        The loss of each sample, if a dynamic method selects by it.
+        The loss of each sample, if a dynamic method selects by it, and their weights.
+    rotation
+        The samples of each epoch, if they rotate (``prune.rotate``).
     """
 
     recipe: recipes.Recipe
@@ -137,6 +142,7 @@ class TrainingSetup:
     ids: np.ndarray
     teacher: TeacherSource
     per_sample_loss: PerSampleLoss | None
+    rotation: SystematicSample | None = None
 
     @property
     def images_per_epoch(self) -> int:
@@ -153,16 +159,17 @@ class TrainingSetup:
         return self.student if self.state.ema.net is None else cast(models.Normalised, self.state.ema.net)
 
     def epoch_ids(self, epoch: int, *, begun: bool = False) -> np.ndarray:
-        """Return the samples of an epoch in order: all, or those that a dynamic method selects (int64 [n]).
+        """Return the samples of an epoch in order: all, or those that are selected for it (int64 [n]).
 
         Parameters
         ----------
         begun
             Whether the dynamic method has already selected for this epoch.
         """
-        order = epoch_order(len(self.ids), self.recipe.seed, epoch)
-        if self.per_sample_loss is not None:
-            prune = self.recipe.prune
+        order, prune = epoch_order(len(self.ids), self.recipe.seed, epoch), self.recipe.prune
+        if self.rotation is not None:
+            order = order[self.rotation.kept(epoch)[order]]
+        elif self.per_sample_loss is not None and prune.dynamic:
             epochs = self.recipe.train.epochs
             full = epoch >= epochs - round(epochs * prune.full_epochs_ratio, 9)
             if not begun:
@@ -204,6 +211,8 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
             format_of(recipe, images.num_classes)
         if kept is None:
             kept = most_kept(recipe.prune.static, images.train_ids, images.num_classes)
+        if recipe.prune.rotate:
+            kept = most_kept(recipe.prune, images.train_ids, images.num_classes)
     if kept is None:  # an export, which is opened later
         return
     steps = train.epochs * full_batches(kept, train.batch_size)
@@ -218,8 +227,8 @@ def prepare(inputs: TrainingInputs) -> TrainingSetup:
     """Build everything that the first step needs, compile it if the recipe says so, and set the loader threads."""
     recipe, images, runtime, stopwatch = inputs.recipe, inputs.images, inputs.runtime, inputs.stopwatch
     with stopwatch.on("setup"):
-        student = new_student(recipe, images, runtime)
-        setup = build_training_setup(recipe, images, runtime, inputs.sample_ids, student, teacher_source(inputs))
+        student, source = new_student(recipe, images, runtime), teacher_source(inputs)
+        setup = build_training_setup(recipe, images, runtime, inputs.sample_ids, student, source, inputs.subset)
         if inputs.teacher is not None and setup.teacher.live and not recipe.needs_scores and current().is_main:
             _judge_live_teacher(images, inputs.teacher, runtime)
     with stopwatch.on("compile"):
@@ -252,8 +261,14 @@ def build_training_setup(
     ids_M: np.ndarray,
     student: models.Normalised,
     teacher: TeacherSource,
+    subset: Artifact | None = None,
 ) -> TrainingSetup:
     """Combine a student with its samples (int64 [M]), its teacher signal and its optimizer, not yet compiled.
+
+    Parameters
+    ----------
+    subset
+        Decides on the weights of samples, and on those of each epoch if they rotate. None: neither is applied.
 
     Raises
     ------
@@ -266,8 +281,12 @@ def build_training_setup(
         parts = f"{world.size} processes" + (f" × {train.accumulate} microbatches" if train.accumulate > 1 else "")
         raise InputError(f"train.batch_size={train.batch_size}: is not divisible by {parts}; give a multiple")
     loader = images.loader("train", train.batch_size // world.size)
-    least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if recipe.prune.dynamic else 0)
-    full_batches(least, train.batch_size)
+    by_loss = METHODS[recipe.prune.method].dynamic
+    sample = None
+    if subset is not None and recipe.prune.rotate:
+        sample = rotation(recipe.prune, subset, loader, images.num_classes)
+    least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if by_loss else 0)
+    full_batches(least if sample is None else int(sample.kept().sum()), train.batch_size)
     if train.sync_batchnorm and world.size > 1:
         runtime.sync_batchnorm(student)
     student.train()
@@ -281,8 +300,11 @@ def build_training_setup(
         clip=ClipGradNorm(recipe.optim.clip_norm),
         ema=ModelEma(student, train.ema_decay) if train.ema_decay else NoEma(),
     )
-    per_sample_loss = PerSampleLoss(ids_M, runtime) if recipe.prune.dynamic else None
-    return TrainingSetup(recipe, loader, student, state, ids_M, teacher, per_sample_loss)
+    weight_M = None
+    if subset is not None and "weights.npy" in subset.manifest.files:
+        weight_M = np.asarray(subset.array("weights.npy"))
+    per_sample_loss = PerSampleLoss(ids_M, runtime, weight_M) if by_loss or weight_M is not None else None
+    return TrainingSetup(recipe, loader, student, state, ids_M, teacher, per_sample_loss, sample)
 
 
 def compile_sizes(setup: TrainingSetup) -> float:

@@ -61,7 +61,7 @@ class Costs:
 
 def _epochs(recipe: Recipe) -> float:
     """Return the work of a training, in epochs of all data."""
-    return recipe.train.epochs * (1.0 if recipe.prune.dynamic else recipe.prune.keep_ratio)
+    return recipe.train.epochs * recipe.prune.keep_ratio
 
 
 def _kind(recipe: Recipe) -> tuple[object, ...]:

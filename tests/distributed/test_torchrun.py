@@ -27,6 +27,7 @@ GROUPNORM = (
 )
 VIEWS = ("data.view.family=pad_crop_flip", "labels.views=2", "labels.batch_size=16", "score.batch_size=16")
 DYNAMIC = (*GROUPNORM, "prune.method=infobatch", "prune.keep_ratio=1", "labels.mode=online", "labels.reshape=false")
+ROTATE = (*GROUPNORM, "prune.method=stratified", "prune.rotate=true")
 STOPPED_AT = 10
 
 
@@ -122,11 +123,13 @@ def runs(given, runs_in, tmp_path_factory):
 
     pipeline.train(given(*GROUPNORM, place("alone"), "log.every_steps=1"))
     pipeline.train(given(*DYNAMIC, place("dynamic alone")))
+    pipeline.train(given(*ROTATE, place("rotating alone"), "log.every_steps=1"))
     run(
         2,
         task(given, "train", *GROUPNORM, place("two")),
         task(given, "train", *GROUPNORM, place("stopped"), stop_after=STOPPED_AT),
         task(given, "train", *DYNAMIC, place("dynamic")),
+        task(given, "train", *ROTATE, place("rotating")),
         task(given, "train", *GROUPNORM, place("parts"), "train.accumulate=3", "train.ema_decay=0.9"),
         task(given, "train", "train.epochs=2", "train.batch_size=24", place("batchnorm")),
         task(given, "label", *VIEWS, f"data.artifacts_dir={folder / 'labels of 2'}"),
@@ -153,6 +156,10 @@ def test_a_training_of_two_that_was_stopped_goes_on_alone_from_the_same_sample(g
 
 def test_a_batch_in_parts_is_the_same_step(runs):
     np.testing.assert_allclose(trace(runs / "parts"), trace(runs / "alone"), rtol=2e-4)
+
+
+def test_rotating_samples_are_the_same_in_all_processes(runs):
+    np.testing.assert_allclose(trace(runs / "rotating"), trace(runs / "rotating alone"), rtol=2e-4)
 
 
 def test_dynamic_pruning_goes_by_the_losses_that_all_processes_saw(runs):

@@ -22,6 +22,14 @@ from fastkd.stages.training_setup import prepare
 SCORED = tuple(name for name, method in METHODS.items() if method.scored)
 
 
+def pool_of(score_N: np.ndarray, y_N: np.ndarray, chosen: Prune, logits_NK: np.ndarray | None = None) -> Pool:
+    """A pool of every third id, with logits of noise if none are given."""
+    N, K = len(y_N), int(y_N.max()) + 1
+    if logits_NK is None:
+        logits_NK = np.random.default_rng(7).normal(size=(N, max(K, 2))).astype(np.float32)
+    return Pool(score_N, y_N, 3 * np.arange(N), K, chosen, logits_NK, np.arange(N))
+
+
 def kept(recipe) -> np.ndarray:
     return np.asarray(pipeline.prune(recipe)[0].array("indices.npy"))
 
@@ -42,7 +50,7 @@ def test_each_method_keeps_so_many_and_its_subset_says_how(tiny_recipe, method, 
     assert ids.min() >= 0
     assert ids.max() < 150
     assert subset.manifest.inputs["method"] == method
-    if method not in ("ccs", "random_unbalanced"):
+    if "quota" in METHODS[method].settings:
         assert subset.facts["class_counts"] == [len(ids) // 3] * 3
 
 
@@ -155,6 +163,25 @@ def test_ones_own_logits_with_more_settings(tmp_path, command):
     assert "`ids` goes with `method: list`" in said
 
 
+def test_class_balanced_ccs_is_ccs_within_each_class(tiny_recipe):
+    whole, _ = pipeline.prune(tiny_recipe("prune.method=ccs"))
+    assert set(whole.manifest.inputs) & {"quota", "class_balanced"} == set()
+    assert pipeline.prune(tiny_recipe("prune.method=ccs", "prune.quota=uniform"))[0].path == whole.path
+    chosen = ("prune.method=ccs", "prune.class_balanced=true")
+    balanced, _ = pipeline.prune(tiny_recipe(*chosen))
+    assert balanced.facts["class_counts"] == [25] * 3 != whole.facts["class_counts"]
+    assert balanced.manifest.inputs["quota"] == "proportional"
+    uniform, _ = pipeline.prune(tiny_recipe(*chosen, "prune.quota=uniform"))
+    assert uniform.path != balanced.path
+    pipe = Pipeline(tiny_recipe(*chosen))
+    score_N, y_N = np.asarray(balanced.array("difficulty.npy")), np.asarray(pipe.scores.array("labels.npy"))
+    for c in range(3):
+        members = np.flatnonzero(y_N == c)
+        own = Prune(method="ccs", keep_ratio=0.5)
+        alone = select(Pool(score_N[members], np.zeros(50, np.int64), members, 1, own, score_N[:, None], members))
+        assert set(members[alone]) == set(kept(tiny_recipe(*chosen))) & set(members)
+
+
 @pytest.mark.parametrize("method", ["medium", "easy", "hard"])
 @given(seed=st.integers(0, 10_000), ratio=st.floats(0.1, 1.0), quota=st.sampled_from(["proportional", "uniform"]))
 @settings(max_examples=20)
@@ -261,10 +288,10 @@ CHOSEN = [
     for name, method in METHODS.items()
     if method.ratio
     for quota in ([{"quota": "proportional"}, {"quota": "uniform"}] if "quota" in method.settings else [{}])
-]
+] + [{"method": "ccs", "class_balanced": True, "quota": quota} for quota in ("proportional", "uniform")]
 
 
-@pytest.mark.parametrize("chosen", CHOSEN, ids=lambda one: "-".join(one.values()))
+@pytest.mark.parametrize("chosen", CHOSEN, ids=lambda one: "-".join(map(str, one.values())))
 @given(
     count_K=st.lists(st.integers(1, 40), min_size=2, max_size=8),
     ratio=st.floats(0.05, 0.9),
@@ -275,9 +302,9 @@ CHOSEN = [
 def test_every_method_keeps_its_least_of_each_class(chosen, count_K, ratio, floor, seed):
     y_N = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(count_K)), count_K))
     score_N = np.random.default_rng(seed + 1).random(len(y_N)).astype(np.float32)
-    ids_N, K = 3 * np.arange(len(y_N)), len(count_K)
-    without = select(Pool(score_N, y_N, ids_N, K, Prune(keep_ratio=ratio, seed=seed, **chosen)))
-    found = select(Pool(score_N, y_N, ids_N, K, Prune(keep_ratio=ratio, seed=seed, min_per_class=floor, **chosen)))
+    chosen = {"keep_ratio": ratio, "seed": seed, **chosen}
+    without, found = (select(pool_of(score_N, y_N, Prune(min_per_class=least, **chosen))) for least in (0, floor))
+    K = len(count_K)
     assert np.all(np.diff(found) > 0)
     least_K = np.minimum(floor, count_K)
     kept_K, without_K = (np.bincount(y_N[one], minlength=K) for one in (found, without))
