@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastkd import cli, console, recipe
-from fastkd.bench import machine_line
+from fastkd.bench import busy_note, machine_line
 
 
 class Reference(StrEnum):
@@ -302,7 +302,8 @@ def prune(
         f"{looped['samples'][-1]:,} samples, time growing with their number to the power of {looped['growth']:.2f}; "
         f"extrapolated as linear to {report['samples']:,}"
     )
-    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores, numba {versions['numba']}, torch {versions['torch']}")
+    libraries = f"numba {versions['numba']}, torch {versions['torch']}"
+    console.say(f"machine: {cpu['cpu']}, {cpu['cores']} cores{busy_note(cpu)}, {libraries}")
     return cli.CommandResult(f"written: {out / 'prune.json'}", report)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from fastkd import console, machine
-from fastkd.bench import charts
+from fastkd.bench import busy_note, charts
 from fastkd.bench.pipelines import (
     CASES,
     MANY_VIEWS,
@@ -183,4 +183,4 @@ def machine_line(report: dict[str, Any]) -> str:
     """Return on what, and with what, it was measured."""
     machine, versions = report["machine"], report["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("ffcv", "torch", "pillow"))
-    return f"{machine['cpu']}, {machine['cores']} cores, no GPU used; {named}"
+    return f"{machine['cpu']}, {machine['cores']} cores, no GPU used{busy_note(machine)}; {named}"

@@ -1,4 +1,4 @@
-"""Tables of the names in recipes: selection methods, augmentations and scores."""
+"""Tables of the names in recipes: selection methods, augmentations, scores and loggers."""
 
 from dataclasses import dataclass
 
@@ -72,3 +72,6 @@ SCORES = {
     "std": -1,
 }
 """Scores by name, with the sign that makes the hardest sample have the largest value."""
+
+LOGGERS = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", "trackio": "Trackio"}
+"""Loggers (``log.to``) by the name of their package, each with its class in `fastkd.stages.loggers`."""
