@@ -208,7 +208,7 @@ def test_the_build_lines_of_the_dockerfile_give_arguments_that_it_has():
     assert used == ["doctor", "train"]
 
 
-def test_make_wheel_builds_both(tmp_path):
+def test_make_wheel_builds_both():
     """From the sdist, so that a wheel of the sdist holds all."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -69,3 +71,18 @@ def test_memory_on_a_gpu_is_the_most_that_tensors_took():
     taken = torch.ones(64 << 20, dtype=torch.uint8, device=runtime.device)
     del taken
     assert runtime.memory_bytes() - before >= 64 << 20
+
+
+def test_the_warning_that_there_is_no_gpu_is_hidden_and_no_other(monkeypatch, caplog):
+    """torch gives it on a machine with a CUDA toolkit and no GPU, whenever something is compiled."""
+    from torch.utils import cpp_extension
+
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_HOME", "/usr/local/cuda")
+    cpp_extension._find_cuda_home()
+    logger.warning("another warning")
+    assert caplog.messages == ["another warning"]
+    monkeypatch.setattr(logger, "filters", [])
+    cpp_extension._find_cuda_home()
+    assert caplog.messages[1:] == ["No CUDA runtime is found, using CUDA_HOME='/usr/local/cuda'"]
