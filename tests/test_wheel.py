@@ -19,6 +19,7 @@ import yaml
 from harness import seconds
 
 import fastkd
+from fastkd.recipe.tables import LOGGERS
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -158,9 +159,11 @@ def test_ci_runs_on_every_python_that_the_package_names():
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
     versions = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
     assert jobs["test"]["strategy"]["matrix"]["python"] == versions
-    (check,) = [step for step in jobs["test"]["steps"] if "run" in step]
+    check, loggers = [step for step in jobs["test"]["steps"] if "run" in step]
     assert check == {"run": ".ci/run", "env": {"PYTHON": "python${{ matrix.python }}"}}
     assert os.access(ROOT / check["run"], os.X_OK)
+    assert extras_in(loggers["run"]) == set(LOGGERS) - {"tensorboard"}
+    assert all((ROOT / name).is_file() for name in re.findall(r"tests/\S+", loggers["run"]))
 
 
 def test_ci_installs_the_package_and_uses_it():

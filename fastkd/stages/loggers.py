@@ -222,7 +222,12 @@ class Loggers:
             for name, value in values.items()
             if isinstance(value, int | float) and name not in ("epoch", "step")
         }
-        self._for_each(lambda logger: None if sent and not logger.rewinds else logger.log(numbers, self._step))
+
+        def log(logger: Logger) -> None:
+            if logger.rewinds or not sent:
+                logger.log(numbers, self._step)
+
+        self._for_each(log)
 
     def flush(self) -> None:
         """Flush all."""
@@ -250,9 +255,9 @@ class Loggers:
             console.warn(f"log.to: {name} failed at step {self._step} and is not used any more ({text})")
 
 
-def _identity(event: Mapping[str, Any]) -> tuple[Any, ...]:
+def _identity(event: Mapping[str, Any]) -> str:
     """Return what identifies an event of metrics.jsonl within a training."""
-    return tuple(event.get(name) for name in ("event", "split", "epoch", "step"))
+    return repr([event.get(name) for name in ("event", "split", "epoch", "step")])
 
 
 def _read_ids(directory: Path) -> dict[str, str]:

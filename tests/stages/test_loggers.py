@@ -290,6 +290,21 @@ def test_a_lost_identifier_starts_a_new_run(damage, service, tmp_path):
     assert [entries[0][0] for entries in service.entries.values()] == [1, 2]
 
 
+def test_damaged_lines_of_metrics_jsonl_are_no_hindrance(service, tmp_path):
+    with History(tmp_path, "key", Stopwatch(), loggers=["wandb"]) as history:
+        history.epoch.steps = 1
+        history.write("steps", epoch=0, step=1, loss=1.0)
+        state = history.state()
+        history.write("steps", epoch=0, step=2, loss=2.0)
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('[]\n{"event": [{}]}\n{"event": "ste')
+    with History(tmp_path, "key", Stopwatch(), state, loggers=["wandb"]) as history:
+        for step in (2, 3):
+            history.write("steps", epoch=0, step=step, loss=float(step))
+    (entries,) = service.entries.values()
+    assert entries == [(step, "steps/loss", loss) for step, loss in LOSSES[:3]]
+
+
 def test_only_the_process_that_writes_has_loggers(service, tmp_path):
     with History(tmp_path, "key", Stopwatch(), loggers=SERVICES, writes=False) as history:
         history.write("steps", epoch=0, step=1, loss=1.0)
