@@ -82,11 +82,11 @@ class FakeService:
     def mlflow(self) -> dict[str, object]:
         def create_run(experiment, run_name):
             run_id = f"m{len(self.entries)}"
-            self.start(run_id, project=experiment, name=run_name, config={})
+            self.start(run_id, project=experiment, name=run_name)
             return SimpleNamespace(info=SimpleNamespace(run_id=run_id))
 
         def log_batch(run_id, metrics=(), params=()):
-            self.runs[-1]["config"] |= dict(params)
+            self.runs[-1].setdefault("config", {}).update(params)
             for name, value, _, step in metrics:
                 self.add(run_id, {name: value}, step)
 
@@ -364,7 +364,7 @@ def test_a_training_whose_logger_fails_is_completed(service, tiny_recipe):
     run, _ = pipeline.train(tiny_recipe("log.to=[mlflow]"))
     assert run.file("student.safetensors").exists()
     assert [text for text in run.facts[artifacts.WARNINGS] if "mlflow" in text] == [
-        "log.to: mlflow failed at step 3 and is not used any more (ConnectionError: no route)"
+        "log.to: mlflow failed at step 1 and is not used any more (ConnectionError: no route)"
     ]
 
 
