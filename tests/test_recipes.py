@@ -23,7 +23,7 @@ def test_list_tells_each_recipe_with_a_whole_sentence(run):
     """The first of the comment at its top, which may take several lines there."""
     code, text = run("list", "--json")
     assert code == 0
-    told = {one["name"]: one["about"] for one in json.loads(text)["recipes"]}
+    told = {one["name"]: one["about"] for one in json.loads(text.splitlines()[0])["recipes"]}
     assert set(told) == {file.stem for file in SHIPPED}
     for file in SHIPPED:
         about = told[file.stem]

@@ -86,7 +86,7 @@ def test_the_wheel_trains_on_the_digits_where_there_is_no_clone(environment, tmp
     script = environment / "bin" / "fastkd"
     where = run(environment / "bin" / "python", "-c", "import fastkd; print(fastkd.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment)
-    assert re.search(r"fastkd +" + re.escape(fastkd.__version__), run(script, "doctor", cwd=tmp_path))
+    assert run(script, "doctor", cwd=tmp_path).endswith("Everything needed is installed.\n")
     run(script, "recipes", "copy", "digits", cwd=tmp_path)
     short = ["train.epochs=1", "teacher.overrides=[train.epochs=1]", "train.device=cpu"]
     told = json.loads(run(script, "train", "digits.yaml", *short, "--json", cwd=tmp_path))
