@@ -1,6 +1,6 @@
 # `make` lists the targets. Each target runs the set-up first, which takes a fraction of a second if it is complete.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak docs lint check clean
+.PHONY: help setup demo test soak docs lint check wheel clean
 
 PYTHON_IN_VENV := .venv/bin/python
 # One pytest worker per usable core, up to 8 (each loads torch and compiles kernels).
@@ -39,6 +39,11 @@ lint: setup ## ruff (rules and format) and mypy
 	$(PYTHON_IN_VENV) -m mypy
 
 check: lint test ## lint and tests; run it before a commit
+
+wheel: setup ## dist/: the sdist, and the wheel that is built from it
+	rm -rf build dist
+	$(PYTHON_IN_VENV) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(PYTHON_IN_VENV) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
 clean: ## remove caches and build leftovers; keeps .venv, data and runs
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ import json
 import re
 import runpy
 from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -138,12 +139,12 @@ def _one_command(call: str, command: Any, doc: str) -> Iterator[str]:
             yield from (part, "")
     yield from ("```bash", *(" ".join(example.split()) for example in examples), "```", "")
     if command.params:
-        yield from ("| Argument, option | Default | Meaning |", "|---|---|---|")
+        yield from ("| Argument, option | Value | Default | Meaning |", "|---|---|---|---|")
     for word, p in zip(words, arguments, strict=True):
-        yield f"| `{_cell(word)}` | {'–' if p.required else 'none'} | {_cell(p.help or '')} |"
+        yield f"| `{_cell(word)}` | {_values(p)} | {'–' if p.required else 'none'} | {_cell(p.help or '')} |"
     for p in options:
         flags = ", ".join(f"`{flag}`" for flag in (*p.opts, *p.secondary_opts))
-        yield f"| {flags} | {_default(p.default)} | {_cell(p.help or '')} |"
+        yield f"| {flags} | {_values(p)} | {_default(p.default)} | {_cell(p.help or '')} |"
     yield ""
 
 
@@ -153,6 +154,21 @@ def _word(argument: Any) -> str:
     if argument.nargs < 0 and not re.search(r"…|\.\.\.", word):
         word += " …"
     return word if argument.required or word.startswith("[") else f"[{word}]"
+
+
+def _values(parameter: Any) -> str:
+    """Return what values an option takes: its choices, or its type and bounds. An argument's name says it."""
+    kind = parameter.type_descriptor.annotation
+    for one in getattr(kind, "__args__", ()):  # of a list
+        kind = one
+    if issubclass(kind, Enum):
+        return ", ".join(f"`{choice.value}`" for choice in kind)
+    if kind is bool or parameter.param_type_name == "argument":
+        return "–"
+    word = parameter.metavar
+    name = f"`{word}`" if word else {int: "integer", float: "number", str: "text"}.get(kind, "path")
+    bounds = [f"{sign} {value}" for sign, value in (("≥", parameter.min), ("≤", parameter.max)) if value is not None]
+    return " ".join([name, ", ".join(bounds)]).strip()
 
 
 def _default(value: Any) -> str:

@@ -287,6 +287,11 @@ def error(message: str) -> None:
     err.print(f"error: {message}", markup=False, style="red")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: ``1 view``, ``2 views``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def clock(seconds: float, *, whole: bool = False) -> str:
     """Format seconds: 40.2 s, 3:20 min, 2:05 h; with `whole`, 40 s."""
     if seconds < 120:

@@ -46,8 +46,11 @@ EXTRAS = {
     "bench": "study and bench savings with several seeds",
     "digits": "the writer digits",
     "export": "exporting a student as ONNX",
-    "tensorboard": "log.tensorboard",
+    "mlflow": "log.to: [mlflow]",
+    "tensorboard": "log.to: [tensorboard]",
     "timm": "models named timm/…",
+    "trackio": "log.to: [trackio]",
+    "wandb": "log.to: [wandb]",
 }
 """Purpose of each optional dependency."""
 FASHION_MNIST = tuple(

@@ -51,6 +51,12 @@ def require(purpose: str, *packages: str) -> None:
     InputError
         A package is missing; the message says how to install it.
     """
-    missing = [name for name in packages if importlib.util.find_spec(_MODULES.get(name, name)) is None]
+    missing = [name for name in packages if not _is_installed(_MODULES.get(name, name))]
     if missing:
         raise InputError(f"{purpose} needs {', '.join(missing)}, not installed: pip install {' '.join(missing)}")
+
+
+def _is_installed(module: str) -> bool:
+    """Return whether a module is found. A folder of that name in the working directory, such as wandb's, is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None

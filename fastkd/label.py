@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from fastkd import cli, recipe
+from fastkd import cli, console, recipe
 
 
 def main(
@@ -25,7 +25,7 @@ def main(
     artifact, built = pipeline.label(recipe.load(path, overrides or ()), force=force)
     facts = artifact.facts
     return cli.CommandResult.of(
-        f"LABELS: {artifact.path} ({facts['count']:,} samples × {facts['views']} views, "
+        f"LABELS: {artifact.path} ({facts['count']:,} samples × {console.counted(facts['views'], 'view')}, "
         f"{facts['bytes'] / 1e6:,.1f} MB)",
         artifact,
         built,

@@ -93,6 +93,24 @@ def usable_cores() -> int:
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
+def _load_average() -> float:
+    """Return the average number of running processes in the last minute; 0 if unknown."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0
+
+
+LOAD_AT_START = _load_average()
+"""Load average when this module was imported: before this process itself could have raised it."""
+
+
+def load() -> dict[str, Any]:
+    """Return the load average at the start, and whether it exceeded the number of cores: then timings are too long."""
+    average, cores = LOAD_AT_START, os.cpu_count() or 1
+    return {"load_at_start": round(average, 2), "busy": average > cores}
+
+
 def memory_bytes(meminfo: str, limits: Sequence[str] = ()) -> tuple[int, int]:
     """Return (total, available) bytes from /proc/meminfo, limited by ``memory.max`` files; 0 if unknown."""
     kib = {name: int(value) for name, value in re.findall(r"^(\w+):\s+(\d+) kB$", meminfo, re.MULTILINE)}
@@ -125,6 +143,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_model(cpuinfo),
         "cores": usable_cores(),
         "cpu_quota_cores": cpu_quota(cgroup_values("cpu.max", self_cgroup)),
+        **load(),
         "bf16": bf16_from_flags(cpuinfo),
         "memory_bytes": total,
         "memory_available_bytes": available,

@@ -315,7 +315,7 @@ class Pipeline:
         kept
             Number of samples to train on, if it is known; see `fastkd.stages.training_setup.check_student`.
         """
-        for text in self.recipe.without_effect():
+        for text in [*self.recipe.deprecated(), *self.recipe.without_effect()]:
             console.warn(f"recipe: {text}")
         self._check_image_sizes()
         check_student(self.recipe, self.images, kept)
@@ -353,8 +353,7 @@ class Pipeline:
     def build_run(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
         """Train the student, or find its RUN, without charging it to this pipeline."""
         if self.store.build:
-            if self.recipe.log.tensorboard:
-                require("log.tensorboard", "tensorboard")
+            require("log.to", *self.recipe.log.loggers)
             self.check()
             for stage in TABLE[:-1]:
                 if stage.needed(self):

@@ -1,8 +1,10 @@
 """``python -m fastkd.recipes list|show|copy|schema``: the recipes that are included with fastkd."""
 
 import difflib
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a recipe, as 
 
 
 def list_() -> cli.CommandResult:
-    """List the recipes, each with the first line of its description.
+    """List the recipes, each with the first sentence of its comment.
 
     JSON keys: recipes (for each: name, about, path).
 
@@ -31,7 +33,7 @@ def list_() -> cli.CommandResult:
     recipes = [
         {
             "name": file.stem,
-            "about": file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "),
+            "about": _about(file.read_text(encoding="utf-8")),
             "path": str(file),
         }
         for file in _files()
@@ -89,6 +91,12 @@ def schema() -> None:
     """
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     print(json.dumps(recipe.schema(), indent=2, ensure_ascii=not utf8))
+
+
+def _about(text: str) -> str:
+    """Return the first sentence of the comment at the top of a recipe."""
+    lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(line.removeprefix("# ") for line in lines))[0]
 
 
 def _files() -> list[Path]:

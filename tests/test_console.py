@@ -23,6 +23,12 @@ def test_times_are_said_as_people_do(seconds, said):
     assert clock(seconds) == said
 
 
+def test_a_noun_has_the_number_of_its_count():
+    assert [console.counted(number, "view") for number in (0, 1, 2, 1000)] == [
+        *("0 views", "1 view", "2 views", "1,000 views")
+    ]
+
+
 def test_what_stands_between_colons_is_printed_as_it_is(capsys):
     """A path may hold what rich takes for an emoji."""
     console.say("RUN: runs/:cat:/[bold]mine")

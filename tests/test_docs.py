@@ -111,6 +111,20 @@ def test_every_command_is_told_of_and_no_other():
         assert set(re.findall(r"python -m fastkd\.(\w+)", page.read_text())) <= {*COMMANDS, "NAME"}
 
 
+def test_the_page_of_commands_has_the_values_that_options_take():
+    """Choices, types and bounds, as ``--help`` shows them."""
+    lines = (DOCS / "commands.md").read_text().splitlines()
+
+    def values(option: str) -> set[str]:
+        return {line.split(" | ")[1] for line in lines if line.startswith(f"| `{option}`")}
+
+    assert values("--reference") == {"`none`, `measure`, `full`"}
+    assert values("--top") == {"integer ≥ 1"}
+    assert values("--node-gb-s") == {"number ≥ 0.001"}
+    assert values("--vary") == {"`KEY=A,B,…`"}
+    assert values("--json") == {"–"}
+
+
 def test_all_pages_are_in_the_nav_and_links_lead_somewhere():
     """Links to files here; those to headings are followed by mkdocs, below."""
     assert sorted(PAGES) == sorted(DOCS.glob("*.md"))

@@ -1,5 +1,6 @@
 """The recipes that ship: listed, shown, copied, described to editors."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,21 @@ def run(command, tmp_path, monkeypatch):
     return lambda name, *arguments: command(functions[name], name, *arguments, named=True)
 
 
-def test_list_tells_each_recipe_with_its_first_line(run):
-    """The head comment's."""
-    code, text = run("list")
+def test_list_tells_each_recipe_with_a_whole_sentence(run):
+    """The first of the comment at its top, which may take several lines there."""
+    code, text = run("list", "--json")
     assert code == 0
+    told = {one["name"]: one["about"] for one in json.loads(text.splitlines()[0])["recipes"]}
+    assert set(told) == {file.stem for file in SHIPPED}
     for file in SHIPPED:
-        (line,) = [line for line in text.splitlines() if line.split()[:1] == [file.stem]]
-        assert file.read_text().splitlines()[0].removeprefix("# ") in line
+        about = told[file.stem]
+        assert about.endswith(".")
+        assert about[:60] == file.read_text()[2:62]
+        assert about.count("(") == about.count(")")
+        assert about in " ".join(file.read_text().split("\n#\n")[0].replace("\n#", "").removeprefix("# ").split())
+    assert told["quickstart"].endswith("half of the data.")
+    code, text = run("list")
+    assert "".join(told["rn50_r18"].split()) in "".join(text.split())
 
 
 def test_show_prints_a_recipe_as_it_is(run):

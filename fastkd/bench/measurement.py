@@ -67,4 +67,5 @@ def write_report(report: Mapping[str, Any], file: Path) -> None:
 
 def machine_line(machine: Mapping[str, Any], gpu: str | None) -> str:
     """Return the line below a chart or a table that names the machine (see `fastkd.machine.describe`)."""
-    return f"{machine['cpu']}, {machine['cores']} cores, {gpu or 'no GPU'}"
+    busy = f", busy (load {machine['load_at_start']:.1f} at the start)" if machine.get("busy") else ""
+    return f"{machine['cpu']}, {machine['cores']} cores, {gpu or 'no GPU'}{busy}"

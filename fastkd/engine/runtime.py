@@ -1,6 +1,7 @@
 """Device, precision and process group. Everything specific to CUDA is here and in `fastkd.engine.prefetch`."""
 
 import inspect
+import logging
 import os
 import resource
 import time
@@ -18,6 +19,11 @@ from fastkd.distributed import ProcessGroup, current
 from fastkd.errors import InputError
 from fastkd.machine import has_kernels, usable_cores
 from fastkd.recipe import Optim
+
+# On a machine with a CUDA toolkit and no GPU, torch.compile imports a module that warns that there is no GPU.
+logging.getLogger("torch.utils.cpp_extension").addFilter(
+    lambda record: not str(record.msg).startswith("No CUDA runtime is found")
+)
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")

@@ -84,6 +84,10 @@ class Recipe(Section):
             raise ValueError("`train.eval_every_epochs` evaluates the hold-out and needs `data.holdout_ratio` above 0")
         return self
 
+    def deprecated(self) -> list[str]:
+        """Return a message for each setting with an old name, which names the new one."""
+        return ["log.tensorboard is deprecated; use log.to: [tensorboard]"] if self.log.tensorboard else []
+
     def without_effect(self) -> list[str]:
         """Return a message for each non-default setting that has no effect in this recipe."""
         messages: list[str] = []

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastkd.recipe.paths import LocalPath, ModelName, Weights, WriterName
-from fastkd.recipe.tables import AUGMENTATIONS, LOSSES, METHODS, SCORES
+from fastkd.recipe.tables import AUGMENTATIONS, LOGGERS, LOSSES, METHODS, SCORES
 
 
 class Section(BaseModel):
@@ -28,11 +28,13 @@ if TYPE_CHECKING:  # the names are those of the tables
     ScoreName: TypeAlias = str
     AugmentationName: TypeAlias = str
     LossName: TypeAlias = str
+    LoggerName: TypeAlias = str
 else:
     MethodName = Literal[tuple(METHODS)]
     ScoreName = Literal[tuple(SCORES)]
     AugmentationName = Literal[tuple(AUGMENTATIONS)]
     LossName = Literal[tuple(LOSSES)]
+    LoggerName = Literal[tuple(LOGGERS)]
 
 
 class View(Section):
@@ -390,5 +392,12 @@ class Log(Section):
 
     every_steps: int = Field(50, ge=1)
     """Steps between lines of metrics.jsonl."""
-    tensorboard: bool = False
-    """Write the same metrics for TensorBoard (tensorboard --logdir runs), into the RUN; needs tensorboard."""
+    to: Annotated[tuple[LoggerName, ...], Field(strict=False)] = ()
+    """Loggers that receive the numbers of metrics.jsonl, too. Each needs the package of its name."""
+    tensorboard: bool = Field(False, json_schema_extra={"deprecated": True})
+    """Deprecated: use `to: [tensorboard]`."""
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Names of the loggers, each once."""
+        return tuple(dict.fromkeys([*self.to, *(["tensorboard"] if self.tensorboard else [])]))

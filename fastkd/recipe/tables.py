@@ -1,4 +1,4 @@
-"""Tables of the names in recipes: selection methods, augmentations, scores and losses."""
+"""Tables of the names in recipes: selection methods, augmentations, scores, losses and loggers."""
 
 from dataclasses import dataclass
 
@@ -111,3 +111,6 @@ LOSSES = {
     "nkd": LossTerms(("alpha",), ("nkd_gamma",)),
 }
 """Losses with a teacher by name."""
+
+LOGGERS = {"tensorboard": "TensorBoard", "wandb": "WandB", "mlflow": "MLflow", "trackio": "Trackio"}
+"""Loggers (``log.to``) by the name of their package, each with its class in `fastkd.stages.loggers`."""

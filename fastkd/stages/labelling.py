@@ -157,7 +157,9 @@ def exported_labels(
             "Change the recipe, or export again"
         )
     if labels is None or labels.facts["views"] < views:
-        held = f"labels of {labels.facts['views']} views" if labels else "only the labels of the evaluation view"
+        held = "only the labels of the evaluation view"
+        if labels:
+            held = f"labels of {console.counted(labels.facts['views'], 'view')}"
         raise InputError(
             f"{path}: was exported with {held}, but the recipe needs {views} views: label them on the machine that has "
             "the teacher (python -m fastkd.label RECIPE) and export again, or change labels.views"
@@ -196,8 +198,9 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
     _drop_damaged(labeller, folder, progress, wanted)
     total, left = len(wanted) * len(kept), sum(len(kept) - progress.rows(v) for v in wanted)
     earlier_s = sum(progress.views[v]["cost_s"] for v in wanted if v in progress.views)
+    seen = console.counted(len(wanted), "view")
     console.heading(
-        f"label: {labeller.teacher.key_fields['model']} on {len(kept):,} samples in {len(wanted)} views: "
+        f"label: {labeller.teacher.key_fields['model']} on {len(kept):,} samples in {seen}: "
         f"{total * per_row / 1e6:,.1f} MB ({per_row} bytes per image and view)"
     )
     if left < total:

@@ -80,6 +80,7 @@ def timing(
         "step_s": wall_s - wait_s,
         "data_wait_share": wait_s / wall_s,
         "images_per_s": sum(e["images"] for e in epochs) / wall_s,
+        **machine.load(),
         "epochs": epochs,
     }
 

@@ -3,14 +3,15 @@
 import contextlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from fastkd.engine.epoch import Epoch
+from fastkd.stages.loggers import LoggedRun, Loggers
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Stopwatch:
 class History:
     """Writes metrics.jsonl, one JSON object per line, and counts epochs and steps.
 
+    As a context manager, it closes its files and loggers at the end.
+
     Parameters
     ----------
     directory : Path
@@ -64,8 +67,10 @@ class History:
     before : dict, optional
         The value of `state` in the checkpoint to resume from. metrics.jsonl is truncated to that point; the time of
         the work that was lost since then is charged to training.
-    tensorboard : bool
-        Also write for TensorBoard, into the folder ``tensorboard``.
+    loggers : sequence of str
+        Names of loggers that receive the numbers, too; see `fastkd.stages.loggers`.
+    config : mapping
+        The resolved recipe, for the loggers.
     writes : bool
         Whether this process writes files. Of several processes, only the main one does.
 
@@ -86,7 +91,8 @@ class History:
         watch: Stopwatch,
         before: dict[str, Any] | None = None,
         *,
-        tensorboard: bool = False,
+        loggers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
         writes: bool = True,
     ) -> None:
         self.key, self._watch = key, watch
@@ -96,17 +102,18 @@ class History:
         self.earlier_s = 0.0
         self._saved = time.monotonic()
         self._stream: TextIO | None = None
-        self._board: Board | None = None
         if before is not None:
             self.epochs, self.epoch = before["epochs"], Epoch(**before["epoch"])
         if not writes:
             return
+        lost: list[dict[str, Any]] = []
         if before is None:
             self._file.unlink(missing_ok=True)
         else:
             if not self._file.exists():
                 self._file.touch()
             lost_s = max(0.0, self._file.stat().st_mtime - before["saved_at"])
+            lost = _events_after(self._file, before["metrics_bytes"])
             os.truncate(self._file, min(before["metrics_bytes"], self._file.stat().st_size))
             self.earlier_s = sum(before["seconds"].values()) + lost_s
             for what, seconds in before["seconds"].items():
@@ -114,8 +121,7 @@ class History:
             watch.charge("train", lost_s)
         self._stream = self._file.open("a", buffering=1, encoding="utf-8")
         steps = self.steps_before + self.epoch.steps
-        if tensorboard:
-            self._board = Board(directory / "tensorboard", steps)
+        self._loggers = Loggers(loggers, LoggedRun(directory, config or {}, steps), lost)
         if before is not None:
             self.write("resumed", epoch=len(self.epochs), step=steps, lost_s=lost_s)
             worked_until = before["saved_at"] + lost_s  # so that idle time is never charged
@@ -132,8 +138,7 @@ class History:
             return
         at_s = round(sum(self._watch.so_far().values()), 3)
         self._stream.write(json.dumps({"event": event, "at_s": at_s, **values}) + "\n")
-        if self._board is not None:
-            self._board.write(event, values)
+        self._loggers.write(event, values)
 
     def end_epoch(self) -> None:
         """Log a summary of the epoch, and start the next."""
@@ -157,8 +162,8 @@ class History:
     def state(self) -> dict[str, Any]:
         """Return the state to store in a checkpoint."""
         self._saved = time.monotonic()
-        if self._board is not None:
-            self._board.flush()
+        if self._stream is not None:
+            self._loggers.flush()
         return {
             "key": self.key,
             "epochs": self.epochs,
@@ -168,44 +173,24 @@ class History:
             "saved_at": time.time(),
         }
 
-    def close(self) -> None:
-        """Close the files."""
+    def __enter__(self) -> "History":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         if self._stream is not None:
             self._stream.close()
-        if self._board is not None:
-            self._board.close()
+            self._loggers.close(completed=kind is None)
 
 
-class Board:
-    """Writes the numbers of metrics.jsonl for TensorBoard, over steps.
-
-    Parameters
-    ----------
-    folder : Path
-    steps : int
-        Number of steps done before. 0 starts a new log; otherwise entries of later steps are purged.
-    """
-
-    def __init__(self, folder: Path, steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        if not steps:
-            shutil.rmtree(folder, ignore_errors=True)
-        self._step = steps
-        self._writer = SummaryWriter(folder, purge_step=steps + 1 if steps else None)
-
-    def write(self, event: str, values: dict[str, Any]) -> None:
-        """Add the numbers of an event, such as loss, lr, data_wait_share, and top-1."""
-        self._step = values.get("step", self._step)
-        prefix = "/".join([event, *([values["split"]] if "split" in values else [])])
-        for name, value in values.items():
-            if isinstance(value, int | float) and name not in ("epoch", "step"):
-                self._writer.add_scalar(f"{prefix}/{name}", value, self._step)
-
-    def flush(self) -> None:
-        """Flush the file."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._writer.close()
+def _events_after(file: Path, start: int) -> list[dict[str, Any]]:
+    """Return the events of metrics.jsonl from a byte on. Lines that are incomplete or damaged are left out."""
+    with file.open("rb") as stream:
+        stream.seek(start)
+        lines = stream.readlines()
+    events = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict)]

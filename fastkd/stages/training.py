@@ -176,10 +176,10 @@ class _Training:
         found = self._last_checkpoint()
         self.setup = self._prepare(found)
         self.history = self._begin(found)
-        with StopRequest() as stop:
-            self._train_to_the_end(stop)
-        accuracy = self._evaluate_at_the_end()
-        self.history.close()
+        with self.history:
+            with StopRequest() as stop:
+                self._train_to_the_end(stop)
+            accuracy = self._evaluate_at_the_end()
         if not world.is_main:
             return Built()
         return Built(facts=self._write_results(accuracy), earlier_s=self.history.earlier_s)
@@ -225,7 +225,8 @@ class _Training:
             self.key,
             self.stopwatch,
             found.state if found else None,
-            tensorboard=self.recipe.log.tensorboard,
+            loggers=self.recipe.log.loggers,
+            config=self.recipe.model_dump(mode="json"),
             writes=world.is_main,
         )
         if found:

@@ -1,3 +1,4 @@
+import logging
 import warnings
 
 import numpy as np
@@ -172,3 +173,18 @@ def test_the_gradient_of_all_groups_is_clipped():
     ClipGradNorm(1.0)(CPU.scaler(), optimizer)
     norm = torch.cat([parameter.grad.flatten() for parameter in net.parameters()]).norm()
     assert norm == pytest.approx(1, rel=1e-3)
+
+
+def test_the_warning_that_there_is_no_gpu_is_hidden_and_no_other(monkeypatch, caplog):
+    """torch gives it on a machine with a CUDA toolkit and no GPU, whenever something is compiled."""
+    from torch.utils import cpp_extension
+
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_HOME", "/usr/local/cuda")
+    cpp_extension._find_cuda_home()
+    logger.warning("another warning")
+    assert caplog.messages == ["another warning"]
+    monkeypatch.setattr(logger, "filters", [])
+    cpp_extension._find_cuda_home()
+    assert caplog.messages[1:] == ["No CUDA runtime is found, using CUDA_HOME='/usr/local/cuda'"]

@@ -188,9 +188,13 @@ def test_a_plain_recipe_has_nothing_to_label(tiny_recipe, command):
 
 
 def test_the_label_command(tiny_recipe, command):
-    code, said = command(label.main, tiny_recipe.path, *VIEWS, "labels.views=2")
+    code, said = command(label.main, tiny_recipe.path, *VIEWS, "labels.views=1")
     assert code == 0
-    assert "75 samples × 2 views" in said
+    assert "75 samples × 1 view, " in said
+    assert "75 samples in 1 view: " in said
+    code, said = command(label.main, tiny_recipe.path, *VIEWS, "labels.views=3")
+    assert code == 0
+    assert "75 samples × 3 views, " in said
     assert "in 2 views: 0.0 MB (6 bytes per image and view)" in said  # what it will need is said before
 
 
