@@ -67,35 +67,27 @@ class _Sender:
     """Sends batches to the device, through pinned memory where the buffers of the loader are not pinned themselves."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._stream = device, _copy_stream(device)
+        self._device, self._stream, self._copied = device, _copy_stream(device), torch.cuda.Event()
         self._pinned: tuple[Tensor | None, ...] = ()
 
-    def send(self, batch: DeviceBatch) -> "_Sent":
-        """Start copying a batch to the device. Wait for `_Sent.copied` before the next one."""
+    def send(self, batch: DeviceBatch) -> DeviceBatch:
+        """Start copying a batch to the device. Call `wait` before the batch is used, and before sending the next."""
         tensors = batch.tensors()
         if not self._pinned:
             self._pinned = tuple(None if t.is_pinned() else torch.empty_like(t, pin_memory=True) for t in tensors)
         sources = [t if own is None else own.copy_(t) for own, t in zip(self._pinned, tensors, strict=True)]
+        user = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
             images, labels, sample_ids, *stored = (t.to(self._device, non_blocking=True) for t in sources)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
-        return _Sent(DeviceBatch(images, labels, sample_ids, tuple(stored), batch.valid), copied)
+            self._copied.record(self._stream)
+        sent = DeviceBatch(images, labels, sample_ids, tuple(stored), batch.valid)
+        for tensor in sent.tensors():
+            tensor.record_stream(user)
+        return sent
 
-
-class _Sent(NamedTuple):
-    """A batch on its way to the device, and the event that marks the end of its copy."""
-
-    batch: DeviceBatch
-    copied: torch.cuda.Event
-
-    def arrived(self) -> DeviceBatch:
-        """Return the batch. The current stream waits for the copy; the host does not."""
-        current = torch.cuda.current_stream(self.batch.images.device)
-        current.wait_event(self.copied)
-        for tensor in self.batch.tensors():
-            tensor.record_stream(current)
-        return self.batch
+    def wait(self) -> None:
+        """Wait for the copy."""
+        self._copied.synchronize()
 
 
 @functools.cache
@@ -110,8 +102,8 @@ def _one_ahead(batches: Iterator[DeviceBatch], device: torch.device) -> Iterator
     for batch in batches:
         sent = sender.send(batch)
         if ahead is not None:
-            yield ahead.arrived()
-        sent.copied.synchronize()  # the loader reuses its buffers; the copy has ended while the step was launched
+            yield ahead
+        sender.wait()  # the loader reuses its buffers; meanwhile, the host has launched the step of the batch before
         ahead = sent
     if ahead is not None:
-        yield ahead.arrived()
+        yield ahead

@@ -81,9 +81,9 @@ def test_copies_to_cuda_are_asynchronous_and_use_one_stream(card):
     assert card.syncs[before:] == []
 
 
-def test_without_waiting_for_its_copy_a_batch_would_be_garbage(card, monkeypatch):
-    monkeypatch.setattr(cuda_standin.Stream, "wait_event", lambda self, event: None)
-    fed = next(prefetch_to_device(batches(2), cuda_runtime()))
+def test_without_waiting_for_its_copy_a_batch_would_be_garbage(card):
+    with mock.patch.object(cuda_standin.Event, "synchronize"):
+        fed = next(prefetch_to_device(batches(1), cuda_runtime()))
     assert fed.images.unique().tolist() == [cuda_standin.GARBAGE]
     assert not torch.equal(fed.labels.cpu(), next(batches(1)).labels)
 
@@ -106,9 +106,11 @@ def test_pinned_buffers_of_the_loader_are_not_copied_on_the_host(card):
 
 
 def test_without_waiting_for_the_copy_the_loader_would_overwrite_a_batch(card):
-    expected = list(batches(5))
+    expected, found = list(batches(5)), []
     with mock.patch.object(cuda_standin.Event, "synchronize"):
-        found = [fed.sample_ids.tolist() for fed in prefetch_to_device(pinned(expected), cuda_runtime())]
+        for fed in prefetch_to_device(pinned(expected), cuda_runtime()):
+            torch.cuda.synchronize()  # the copy is made now
+            found.append(fed.sample_ids.tolist())
     assert found == [batch.sample_ids.tolist() for batch in (*expected[1:], expected[-1])]
 
 
