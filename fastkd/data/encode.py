@@ -110,11 +110,11 @@ def encode(image: Any, options: WriterOptions) -> Stored:
         raise wrong(f"an image of {height}×{width}: at most {MAX_SIDE} a side; set max_resolution")
     if not _as_jpeg(height, width, options):
         return _stored(RAW, pixels, pixels.reshape(-1), notices & ~Notice.REENCODED, alpha)
-    data = _encode_jpeg(pixels, options.jpeg_quality)
-    decoded = None if data is None else decode_jpeg(data, height, width)
-    if data is None or decoded is None:
+    encoded = _encode_jpeg(pixels, options.jpeg_quality)
+    decoded = None if encoded is None else decode_jpeg(encoded, height, width)
+    if encoded is None or decoded is None:
         raise wrong(f"an image of {height}×{width}: it cannot be stored as JPEG; set max_resolution, or use mode=raw")
-    return _stored(JPG, decoded, data, notices if came_as_jpeg else notices | Notice.LOSSY, alpha)
+    return _stored(JPG, decoded, encoded, notices if came_as_jpeg else notices | Notice.LOSSY, alpha)
 
 
 def _stored(
