@@ -87,7 +87,8 @@ def read(options: Options) -> Source:
     where = printable(options.path)
     tables = _open(options)
     codes = Codes()
-    labels, names = {}, None
+    labels: dict[str, np.ndarray] = {}
+    names: list[str] | None = None
     for split, table in tables.items():
         labels[split], found = _labels(options, table, codes)
         if split == "val" and found != names:

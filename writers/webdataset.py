@@ -21,7 +21,7 @@ from pydantic import Field
 from fastkd import console
 from fastkd.data.class_names import Codes, cut_val, number_labels, read_classes
 from fastkd.data.image_files import some
-from fastkd.data.shards import Index, described, expand
+from fastkd.data.shards import Index, ShardImages, described, expand
 from fastkd.data.writer_api import LocalPath, Source, WriterOptions
 from fastkd.errors import InputError
 
@@ -49,7 +49,8 @@ class Options(WriterOptions):
 def read(options: Options) -> Source:
     """Index the shards."""
     shards = _shards(options)
-    codes, images = Codes(), {}
+    codes = Codes()
+    images: dict[str, ShardImages] = {}
     texts: list[str] = []
     for split, paths in shards.items():
         where = _where(options, split)

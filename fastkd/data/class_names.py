@@ -89,7 +89,8 @@ def number_labels(
     InputError
         A label is not a class, or a class of val is not in train.
     """
-    names, texts = list(codes.seen), []
+    names = list(codes.seen)
+    texts: list[str] = []
     used = {split: [names[code] for code in np.unique(labels)] for split, labels in splits.items()}
     chosen = list(classes) if classes is not None else ordered(used["train"])
     if classes is None:

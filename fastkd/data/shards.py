@@ -87,9 +87,9 @@ class Index:
 
     def images(self, labels: array) -> "ShardImages":
         """Return the indexed images with their labels."""
-        header, offset, size = (np.frombuffer(column, np.int64) for column in (self.header, self.offset, self.size))
-        shard, label = (np.frombuffer(column, np.int32) for column in (self.shard, labels))
-        return ShardImages(self.shards, shard, header, offset, size, label)
+        header, offset, size = (np.frombuffer(a, np.int64) for a in (self.header, self.offset, self.size))
+        shard = np.frombuffer(self.shard, np.int32)
+        return ShardImages(self.shards, shard, header, offset, size, np.frombuffer(labels, np.int32))
 
     def samples(self, label_suffix: str, image_suffix: str | None) -> Iterator[bytes]:
         """Index the shards one after the other; yield the bytes of each sample's label.
@@ -182,7 +182,7 @@ def _members(stream: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar. tarfile stops silently at a damaged header, which is an error here."""
     with tarfile.open(fileobj=stream, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined] # it keeps all of them
+            archive.members.clear()  # type: ignore[attr-defined]  # it keeps all of them
             if member.size < 0:
                 raise tarfile.ReadError(f"{printable(member.name)} has a negative size")
             yield member

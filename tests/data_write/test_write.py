@@ -275,8 +275,7 @@ def test_size_is_that_on_disk(noise, tmp_path, monkeypatch, capsys):
     assert artifact.bytes_on_disk <= used < 1_000_000
     assert f"classes, {artifact.bytes_on_disk / 1e6:,.1f} MB; written" in capsys.readouterr().out.replace("\n", " ")
     (found,) = inventory.scan([tmp_path])
-    manifest = tmp_path / "out" / artifacts.MANIFEST
-    assert found.bytes - artifacts.bytes_on_disk(manifest.stat()) == artifact.bytes_on_disk
+    assert 0 < found.bytes - artifact.bytes_on_disk < 10_000  # the manifest and the record of its verification
 
 
 def test_help_lists_the_writers(monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """The evaluation view of a single image is what a loader gives of it once it is written."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -40,3 +42,20 @@ def test_pixels_are_those_of_the_loader(folder, tmp_path, options, max_resolutio
         found = np.concatenate([batch.images.permute(0, 2, 3, 1).numpy() for batch in batches])
         for file, expected in zip(files, found, strict=True):
             np.testing.assert_array_equal(evaluation_view(file.read_bytes(), stored, (px, px), ratio), expected)
+
+
+def test_transparent_and_rotated_images_are_treated_as_those_of_the_data_set():
+    """A drawing on a transparent ground, turned by EXIF."""
+    drawing = Image.new("RGBA", (12, 8))
+    drawing.paste((200, 10, 10, 255), (0, 0, 6, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    drawing.save(stream, "PNG", exif=exif)
+    plain, composited = (
+        evaluation_view(stream.getvalue(), WriterOptions(**options), (12, 8), None)
+        for options in ({}, {"background": "0,0,255", "exif": "apply"})
+    )
+    assert (plain[:, -1] == 0).all()
+    assert (composited[:6] == (200, 10, 10)).all()
+    assert (composited[6:] == (0, 0, 255)).all()
