@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 
-def read_text(path: str | Path) -> str:
+def text_of(path: str | Path) -> str:
     """Return the text of a file, or nothing if it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")
@@ -70,7 +70,7 @@ def cgroup_values(name: str, self_cgroup: str, mount: Path = Path("/sys/fs/cgrou
     found = re.search(r"^0::/?(.*)$", self_cgroup, re.MULTILINE)
     folder = mount / (found.group(1) if found else "")
     above = [folder, *folder.parents]
-    values = [read_text(one / name).strip() for one in above if one == mount or mount in one.parents]
+    values = [text_of(one / name).strip() for one in above if one == mount or mount in one.parents]
     return [value for value in values if value]
 
 
@@ -89,7 +89,7 @@ def usable_cores() -> int:
     if stand_in := os.environ.get("FASTKD_TEST_CORES"):
         return int(stand_in)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota(cgroup_values("cpu.max", read_text("/proc/self/cgroup")))
+    quota = cpu_quota(cgroup_values("cpu.max", text_of("/proc/self/cgroup")))
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
@@ -121,7 +121,7 @@ def memory_bytes(meminfo: str, limits: Sequence[str] = ()) -> tuple[int, int]:
 
 def memory() -> tuple[int, int]:
     """Return the (total, available) bytes of memory that this process may use; 0 if unknown."""
-    return memory_bytes(read_text("/proc/meminfo"), cgroup_values("memory.max", read_text("/proc/self/cgroup")))
+    return memory_bytes(text_of("/proc/meminfo"), cgroup_values("memory.max", text_of("/proc/self/cgroup")))
 
 
 def disk_free_bytes() -> int:
@@ -134,10 +134,10 @@ def disk_free_bytes() -> int:
 
 def describe() -> dict[str, Any]:
     """Return a description of this machine. `gpus` is empty: finding them needs torch or the driver."""
-    cpuinfo, self_cgroup = read_text("/proc/cpuinfo"), read_text("/proc/self/cgroup")
+    cpuinfo, self_cgroup = text_of("/proc/cpuinfo"), text_of("/proc/self/cgroup")
     total, available = memory()
     return {
-        "os": os_name(read_text("/etc/os-release")),
+        "os": os_name(text_of("/etc/os-release")),
         "python": platform.python_version(),
         "executable": sys.executable,
         "cpu": cpu_model(cpuinfo),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import seconds
 
-from fastkd import doctor, machine
+from fastkd import dependencies, doctor, machine
 
 SCRIPT = Path(doctor.__file__)
 BARE = [sys.executable, "-I", "-S", str(SCRIPT)]  # -S: no site-packages, as on a machine with nothing installed
@@ -101,7 +101,7 @@ def test_syntax_is_that_of_python_3_8():
 
 def test_missing_headers_are_notes_once_ffcv_imports(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    findings = doctor.build_findings(ffcv_imports=True)
+    findings = dependencies.build_findings(ffcv_imports=True)
     assert {one.mark for one in findings} <= {"ok", "note"}
     assert all(not one.mend for one in findings)
 
@@ -120,7 +120,7 @@ def fake_bin(tmp_path, monkeypatch):
 
 def test_opencv_5_alone_will_not_do(fake_bin):
     fake_bin("pkg-config", '[ "$2" = opencv5 ] && echo 5.0.0')
-    opencv = next(one for one in doctor.build_findings(False) if one.name == "OpenCV headers")
+    opencv = next(one for one in dependencies.build_findings(False) if one.name == "OpenCV headers")
     assert opencv.mark == "missing"
     assert "ffcv cannot use opencv5 5.0.0" in opencv.text
 
@@ -129,7 +129,7 @@ def test_opencv_5_alone_will_not_do(fake_bin):
 def test_apt_command_is_the_whole_command(fake_bin, monkeypatch, uid, sudo):
     fake_bin("apt-get")
     monkeypatch.setattr(os, "geteuid", lambda: uid)
-    opencv = next(one for one in doctor.build_findings(False) if one.name == "OpenCV headers")
+    opencv = next(one for one in dependencies.build_findings(False) if one.name == "OpenCV headers")
     assert opencv.mend == f"{sudo}apt-get update && {sudo}apt-get install -y libopencv-dev"
 
 
@@ -144,44 +144,44 @@ def test_commands_come_once_and_system_packages_first_in_one():
 
 def test_requirements_without_metadata_are_those_of_pyproject(monkeypatch):
     def not_installed(name):
-        raise doctor.importlib.metadata.PackageNotFoundError(name)
+        raise dependencies.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(doctor.importlib.metadata, "requires", not_installed)
+    monkeypatch.setattr(dependencies.importlib.metadata, "requires", not_installed)
     text = (doctor.ROOT / "pyproject.toml").read_text()
-    assert doctor.dependencies_in(text) == tomllib.loads(text)["project"]["dependencies"]
-    found = {one.name: one for one in doctor.requirements()}
+    assert dependencies.dependencies_in(text) == tomllib.loads(text)["project"]["dependencies"]
+    found = {one.name: one for one in dependencies.requirements(text)}
     assert found["torch"].least
     assert "timm" not in found
 
 
 def test_the_extras_of_users_are_those_of_pyproject():
     extras = tomllib.loads((doctor.ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert set(doctor.EXTRAS) == set(extras) - {"dev", "docs"}
+    assert set(dependencies.EXTRAS) == set(extras) - {"dev", "docs"}
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("numpy>=1.26", doctor.Requirement("numpy", "1.26")),
-        ("scikit-learn", doctor.Requirement("scikit-learn")),
-        ('timm>=1.0; extra == "timm"', doctor.Requirement("timm", "1.0", "timm")),
+        ("numpy>=1.26", dependencies.Requirement("numpy", "1.26")),
+        ("scikit-learn", dependencies.Requirement("scikit-learn")),
+        ('timm>=1.0; extra == "timm"', dependencies.Requirement("timm", "1.0", "timm")),
     ],
 )
 def test_parse_requirement(line, expected):
-    assert doctor.parse_requirement(line) == expected
+    assert dependencies.parse_requirement(line) == expected
 
 
 def test_package_findings(monkeypatch, tmp_path):
     wanted = [
-        doctor.Requirement("torch", "2.5"),
-        doctor.Requirement("numba", "0.60"),
-        doctor.Requirement("ffcv", "1.0.2"),
-        doctor.Requirement("timm", "1.0", "timm"),
-        doctor.Requirement("ruff", "0.6", "dev"),
+        dependencies.Requirement("torch", "2.5"),
+        dependencies.Requirement("numba", "0.60"),
+        dependencies.Requirement("ffcv", "1.0.2"),
+        dependencies.Requirement("timm", "1.0", "timm"),
+        dependencies.Requirement("ruff", "0.6", "dev"),
     ]
     versions = {"torch": "2.14.1+cpu", "numba": "0.9.1"}
-    monkeypatch.setattr(doctor, "ROOT", tmp_path)  # not a checkout: pip, not make
-    torch, numba, ffcv, timm = doctor.package_findings(wanted, lambda name: versions.get(name, ""))
+    monkeypatch.setattr(dependencies, "ROOT", tmp_path)  # not a checkout: pip, not make
+    torch, numba, ffcv, timm = dependencies.package_findings(wanted, lambda name: versions.get(name, ""))
     assert torch == ("ok", "torch", "2.14.1+cpu", "")
     assert (numba.mark, numba.text) == ("missing", "0.9.1, but needs >= 0.60")
     assert numba.mend == f"{sys.executable} -m pip install 'numba>=0.60'"
@@ -194,22 +194,22 @@ def test_import_error_is_the_last_line_of_the_traceback(tmp_path, monkeypatch):
     (tmp_path / "crashing_thing.py").write_text("import os\nos.abort()\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert doctor.import_error("broken_thing")[0] == "OSError: libfoo.so.1: cannot open shared object file"
-    assert doctor.import_error("crashing_thing")[0] == "killed by signal 6 while importing"
-    assert doctor.import_error("no_such_thing") == ("not installed", "")
-    assert doctor.import_error("json") == (None, "")
+    assert dependencies.import_error("broken_thing")[0] == "OSError: libfoo.so.1: cannot open shared object file"
+    assert dependencies.import_error("crashing_thing")[0] == "killed by signal 6 while importing"
+    assert dependencies.import_error("no_such_thing") == ("not installed", "")
+    assert dependencies.import_error("json") == (None, "")
 
 
 def test_a_hanging_import_is_given_up(monkeypatch):
-    monkeypatch.setattr(doctor, "PROBE_TIMEOUT_S", 0.2)
-    assert doctor.import_error("time", "import time; time.sleep(60)")[0] == "no answer within 0.2 s"
+    monkeypatch.setattr(dependencies, "PROBE_TIMEOUT_S", 0.2)
+    assert dependencies.import_error("time", "import time; time.sleep(60)")[0] == "no answer within 0.2 s"
 
 
 def test_broken_imports_get_a_command():
-    finding = doctor.import_finding("ffcv", "ImportError: libGL.so.1: cannot open shared object file")
+    finding = dependencies.import_finding("ffcv", "ImportError: libGL.so.1: cannot open shared object file")
     assert finding.mark == "missing"
     assert "libgl1" in finding.mend or "libgl" in finding.mend
-    rebuilt = doctor.import_finding("ffcv", "ImportError: undefined symbol: tjDecompress2")
+    rebuilt = dependencies.import_finding("ffcv", "ImportError: undefined symbol: tjDecompress2")
     assert rebuilt.mend.endswith("pip install --force-reinstall --no-deps --no-cache-dir ffcv")
 
 

@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # A unit is a module or a package right under fastkd, or a module that has rules of its own; "" is fastkd itself. A
 # dotted name allows that module alone. All may import themselves and fastkd (for its __version__), but those with an
 # empty set import nothing of fastkd.
-LEAVES = {"errors", "validation", "console", "distributed", "caches", "machine"}
+LEAVES = {"errors", "validation", "console", "distributed", "caches", "machine", "dependencies"}
 ARRAYS_AND_FILES = {"recipe", "artifacts", "kernels"}
 PARTS = {"data", "models", "engine"}  # never each other: stages put them together
 ABOVE_STAGES = LEAVES | ARRAYS_AND_FILES | PARTS | {"stages"}
@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "caches": set(),  # doctor loads it where nothing is installed
     "machine": set(),  # likewise
-    "doctor": {"caches", "machine"},  # runs where nothing is installed
+    "dependencies": set(),  # likewise
+    "doctor": {"caches", "dependencies", "machine"},  # runs where nothing is installed
     "__main__": {"console"},  # runs the commands by their names
     "validation": {"errors"},
     "console": {"errors"},
