@@ -39,7 +39,8 @@ class ModelEma:
         own, theirs = zip(*self._followed, strict=True)
         torch._foreach_lerp_(own, theirs, 1 - self.decay)
         if self._counted:
-            torch._foreach_copy_(*zip(*self._counted, strict=True))
+            own, theirs = zip(*self._counted, strict=True)
+            torch._foreach_copy_(own, theirs)
 
 
 def _tensors(net: nn.Module) -> list[torch.Tensor]:
