@@ -1,6 +1,5 @@
 """From a recipe to its artifacts: each is found by its key, or built when it is first needed."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -19,18 +18,19 @@ from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError, require
 from fastkd.recipe import Recipe
 from fastkd.stages import labelling, pruning, scoring, training
-from fastkd.stages.distributed_build import built_by_main, decided_by_main, is_shared, read_once_seen
+from fastkd.stages.distributed_build import built_by_main
 from fastkd.stages.ensemble import load_ensemble
-from fastkd.stages.images import ImageSource, teacher_px
+from fastkd.stages.images import ImageSource
 from fastkd.stages.importing import import_scores
 from fastkd.stages.label_format import LabelFormat, format_of, view_names
+from fastkd.stages.new_student import check_image_sizes
 from fastkd.stages.pruning import prune_arrays
 from fastkd.stages.resumable import subset_key_fields
 from fastkd.stages.run_log import Cost, Stopwatch
 from fastkd.stages.store import ArtifactStore
-from fastkd.stages.teacher import LoadedTeacher, load_teacher, refuse_image_size, teacher_recipe
+from fastkd.stages.teacher import LoadedTeacher, load_teacher, teacher_recipe
 from fastkd.stages.training_setup import TrainingInputs, check_student
-from fastkd.stages.writing import write
+from fastkd.stages.writing import is_export, open_dataset, open_together, write
 
 __all__ = ["STAGES", "TABLE", "Pipeline", "Stage", "label", "prune", "prune_arrays", "score", "train", "write"]
 
@@ -143,46 +143,18 @@ class Pipeline:
     @cached_property
     def dataset(self) -> Artifact:
         """The DATASET. It is written first if the recipe names a writer and it does not exist."""
-        world = current()
-        if not self.store.build or world.size == 1:
-            return self._dataset()
-        dataset = self._dataset() if world.is_main else None
-        key = decided_by_main(lambda: dataset and dataset.key)
-        # Each machine may have its own copy. A shared one may not be visible to another machine yet.
-        path, here = Path(self.recipe.data.path), world.is_main or self._has_dataset(str(key))
-        if not all(world.gather(here)) and is_shared(path.parent) and not here:
-            read_once_seen(path, lambda path: artifacts.read_manifest(path).key == key or None)
-        dataset = dataset or self._dataset()
-        world.check_equal("data set", {"key": dataset.key})
-        return dataset
+        data, build, path = self.recipe.data, self.store.build, Path(self.recipe.data.path)
 
-    def _has_dataset(self, key: str) -> bool:
-        with contextlib.suppress(ArtifactError):
-            return artifacts.read_manifest(Path(self.recipe.data.path)).key == key
-        return False
+        def opened() -> tuple[Artifact, bool]:
+            return open_dataset(data, build=build, force="write" in self.store.force)
 
-    def _dataset(self) -> Artifact:
-        data, path = self.recipe.data, Path(self.recipe.data.path)
-        if self.is_known_export:
-            console.say(f"{path} is an export: it includes the kept samples and their labels")
-            return self.note("write", artifacts.load(path, "DATASET"), built=False)
-        if data.writer is None or not self.store.build:
-            if not path.exists():
-                raise InputError(
-                    f"data.path={data.path}: no data set there. Write one (python -m fastkd.write WRITER {data.path}), "
-                    "or name the writer in data.writer"
-                )
-            return self.note("write", artifacts.load(path, "DATASET"), built=False)
-        with console.bars() as progress:
-            force = "write" in self.store.force
-            written = write(data.writer, path, dict(data.options), force=force, progress=progress, fix="--force write")
-        return self.note("write", *written)
+        dataset, built = open_together(opened, path) if build and current().size > 1 else opened()
+        return self.note("write", dataset, built)
 
     @property
     def is_known_export(self) -> bool:
         """Whether the DATASET is an export. False while it does not exist."""
-        path = Path(self.recipe.data.path)
-        return (path / artifacts.MANIFEST).exists() and "export" in artifacts.read_manifest(path).facts
+        return is_export(Path(self.recipe.data.path))
 
     @cached_property
     def images(self) -> ImageSource:
@@ -317,27 +289,8 @@ class Pipeline:
         """
         for text in [*self.recipe.deprecated(), *self.recipe.without_effect()]:
             console.warn(f"recipe: {text}")
-        self._check_image_sizes()
+        check_image_sizes(self.recipe, lambda: self.images, with_teacher=not self.is_known_export)
         check_student(self.recipe, self.images, kept)
-
-    def _check_image_sizes(self) -> None:
-        """Run student and teacher once on images of the sizes that they will see.
-
-        The DATASET is opened, or written, only if the recipe does not say these sizes.
-        """
-        recipe, train = self.recipe, self.recipe.train
-
-        def image_hw(px: int | None) -> list[int] | None:
-            return [px, px] if px else self.images.image_hw(None)
-
-        parts = max(1, train.batch_size // (current().size * train.accumulate))
-        sizes = {recipe.data.input_px, *(recipe.px_of(epoch) for epoch in range(train.epochs))}
-        for px in sorted(sizes, key=lambda px: px or 0):
-            student = recipe.student.model
-            refuse_image_size("student.model", student, image_hw(px), "data.input_px", batch_size=parts)
-        for model in recipe.teacher.models if recipe.teacher is not None and not self.is_known_export else ():
-            hw = image_hw(teacher_px(recipe))
-            refuse_image_size("teacher.model", model, hw, "teacher.input_px", only_logits=False)
 
     @cached_property
     def training_inputs(self) -> TrainingInputs:

@@ -1,5 +1,6 @@
 """The student before training: its network, initial weights and normalisation, and what identifies them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ from torch import nn
 
 from fastkd import artifacts, console, models
 from fastkd import recipe as recipes
+from fastkd.distributed import current
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.kernels import hash64
 from fastkd.recipe import Student
-from fastkd.stages.images import ImageSource
+from fastkd.stages.images import ImageSource, teacher_px
 from fastkd.stages.teacher import refuse_image_size
 from fastkd.validation import user_model
 
@@ -53,6 +55,31 @@ def check_net(student: Student, images: ImageSource) -> None:
         refuse_image_size("student.model", student.model, hw, "data.input_px", num_classes=K)
     if student.weights is not None and models.is_cached(student.weights, student.model):
         _load(models.build(student.model, K), student, images)
+
+
+def check_image_sizes(recipe: recipes.Recipe, images: Callable[[], ImageSource], *, with_teacher: bool) -> None:
+    """Run student and teacher once on images of the sizes that they will see, and refuse those that do not fit.
+
+    Parameters
+    ----------
+    images
+        Returns the images. Called only if the recipe does not say the sizes.
+    with_teacher
+        Whether the teacher is tested, too.
+    """
+
+    def image_hw(px: int | None) -> list[int] | None:
+        return [px, px] if px else images().image_hw(None)
+
+    train = recipe.train
+    parts = max(1, train.batch_size // (current().size * train.accumulate))
+    sizes = {recipe.data.input_px, *(recipe.px_of(epoch) for epoch in range(train.epochs))}
+    for px in sorted(sizes, key=lambda px: px or 0):
+        model = recipe.student.model
+        refuse_image_size("student.model", model, image_hw(px), "data.input_px", batch_size=parts)
+    for model in recipe.teacher.models if recipe.teacher is not None and with_teacher else ():
+        hw = image_hw(teacher_px(recipe))
+        refuse_image_size("teacher.model", model, hw, "teacher.input_px", only_logits=False)
 
 
 def student_key_fields(student: Student, images: ImageSource) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _with_floor(pool: Pool, kept: np.ndarray, last_N: np.ndarray) -> np.ndarray:
 
 
 def most_kept(settings: Prune, train_ids: np.ndarray, num_classes: int) -> int:
-    """Return the largest number of samples that a recipe can keep of `train_ids` (int64 [N]), whatever their scores."""
+    """Return the largest number of samples that a recipe can keep of `train_ids` (int64 [N]), for any scores."""
     if settings.method == "list":
         return len(listed_rows(train_ids, settings))
     N = len(train_ids)

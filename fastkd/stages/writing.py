@@ -1,14 +1,19 @@
 """write: read images with a writer, and publish them as .beton files → DATASET."""
 
+import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastkd import console, shipped
-from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, read_manifest
+from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, load, read_manifest
 from fastkd.data.beton_writer import Progress, write_betons
 from fastkd.data.writer_api import Snapshot, Writer, WriterOptions, load_writer
+from fastkd.distributed import current
 from fastkd.errors import ArtifactError, InputError
+from fastkd.recipe import Data
+from fastkd.stages.distributed_build import decided_by_main, is_shared, read_once_seen
 from fastkd.stages.resumable import full_disk_explained
 
 
@@ -142,6 +147,62 @@ def _refuse_overlap(out_dir: Path, options: WriterOptions, source: Snapshot | No
     for folder in source.folders if source else ():
         if folder.resolve() in place.parents:
             raise InputError(f"{out_dir}: is inside the source folder {folder}; choose a directory outside it")
+
+
+def is_export(path: Path) -> bool:
+    """Return whether there is an exported DATASET at a path."""
+    return (path / MANIFEST).exists() and "export" in read_manifest(path).facts
+
+
+def open_dataset(data: Data, *, build: bool, force: bool) -> tuple[Artifact, bool]:
+    """Open the DATASET of a recipe. It is written first if the recipe names a writer and it does not exist.
+
+    Parameters
+    ----------
+    build
+        Whether it may be written.
+    force
+        Write it again.
+
+    Returns
+    -------
+    dataset, written
+    """
+    path = Path(data.path)
+    if is_export(path):
+        console.say(f"{path} is an export: it includes the kept samples and their labels")
+        return load(path, "DATASET"), False
+    if data.writer is None or not build:
+        if not path.exists():
+            raise InputError(
+                f"data.path={data.path}: no data set there. Write one (python -m fastkd.write WRITER {data.path}), "
+                "or name the writer in data.writer"
+            )
+        return load(path, "DATASET"), False
+    with console.bars() as progress:
+        return write(data.writer, path, dict(data.options), force=force, progress=progress, fix="--force write")
+
+
+def open_together(opened: Callable[[], tuple[Artifact, bool]], path: Path) -> tuple[Artifact, bool]:
+    """Open a DATASET in all processes of a job: in the main one first, which may write it.
+
+    Each machine may have its own copy. A shared one may not be visible to another machine yet.
+    """
+    world = current()
+    found = opened() if world.is_main else None
+    key = decided_by_main(lambda: found and found[0].key)
+    here = world.is_main or _has_key(path, str(key))
+    if not all(world.gather(here)) and is_shared(path.parent) and not here:
+        read_once_seen(path, lambda path: read_manifest(path).key == key or None)
+    dataset, built = found or opened()
+    world.check_equal("data set", {"key": dataset.key})
+    return dataset, built
+
+
+def _has_key(path: Path, key: str) -> bool:
+    with contextlib.suppress(ArtifactError):
+        return read_manifest(path).key == key
+    return False
 
 
 def _identity(writer: Writer) -> dict[str, str]:
