@@ -5,7 +5,7 @@ import os
 import pytest
 
 from fastkd import machine
-from fastkd.bench import machine_line
+from fastkd.bench.measurement import machine_line
 from fastkd.stages.run_files import timing
 from fastkd.stages.run_log import Cost
 

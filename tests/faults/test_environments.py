@@ -276,7 +276,8 @@ def test_missing_permissions_for_a_path__are_reported_in_one_line_that_names_it(
         assert len([line for line in text.splitlines() if line.startswith("error: ")]) == 1
 
 
-def test_a_closed_terminal__stops_a_training_so_that_it_can_be_resumed(slowed, place):
+def test_a_closed_terminal__stops_a_training_so_that_it_can_be_resumed(slowed, may_be_nobody, place):
+    place.as_nobody("write")
     process = slowed(
         "train",
         place.folder / "student.yaml",

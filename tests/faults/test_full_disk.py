@@ -42,10 +42,17 @@ def refused(code: int, said: str, advice: str) -> None:
 
 
 CASES = {
-    "score": (score.main, inference, "_later", 3, ("score.batch_size=10",), "the next run resumes from here"),
+    "score": (score.main, inference, "_copy_to_host", 3, ("score.batch_size=10",), "the next run resumes from here"),
     "score, publishing": (score.main, building, "file_digest", 0, (), "the next run resumes from here"),
     "prune": (prune.main, pruning, "class_std", 0, (), "the next run starts over"),
-    "label": (label.main, inference, "_later", 3, (*VIEWS, "labels.batch_size=10"), "the next run resumes from here"),
+    "label": (
+        label.main,
+        inference,
+        "_copy_to_host",
+        3,
+        (*VIEWS, "labels.batch_size=10"),
+        "the next run resumes from here",
+    ),
 }
 
 

@@ -13,9 +13,9 @@ from fastkd import artifacts, pipeline
 
 VIEWS = ("data.view.family=flip", "labels.views=3")
 PACES = {
-    "score": ("fastkd.engine.inference:_later", 0.05, ("score.batch_size=10",)),
+    "score": ("fastkd.engine.inference:_copy_to_host", 0.05, ("score.batch_size=10",)),
     "prune": ("fastkd.stages.pruning:RowFile", 0.5, ()),
-    "label": ("fastkd.engine.inference:_later", 0.05, (*VIEWS, "labels.batch_size=10")),
+    "label": ("fastkd.engine.inference:_copy_to_host", 0.05, (*VIEWS, "labels.batch_size=10")),
 }
 TIMES = [pytest.param(1, id="once"), pytest.param(10, id="often", marks=[pytest.mark.soak, pytest.mark.timeout(900)])]
 

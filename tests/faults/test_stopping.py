@@ -49,9 +49,9 @@ class Case:
 
 
 CASES = {
-    "score": Case(score.main, "fastkd.engine.inference:_later", 2, ("score.batch_size=10",)),
+    "score": Case(score.main, "fastkd.engine.inference:_copy_to_host", 2, ("score.batch_size=10",)),
     "prune": Case(prune.main, "fastkd.stages.pruning:class_std", 0),
-    "label": Case(label.main, "fastkd.engine.inference:_later", 2, (*VIEWS, "labels.batch_size=10")),
+    "label": Case(label.main, "fastkd.engine.inference:_copy_to_host", 2, (*VIEWS, "labels.batch_size=10")),
 }
 ALWAYS = [("prune", "SIGTERM"), ("label", "Ctrl-C")]  # of score, SIGTERM is sent in test_resume.py
 
@@ -139,7 +139,7 @@ def test_an_export_that_is_stopped__keeps_the_previous_one(tiny_recipe, tmp_path
 def test_a_check_that_is_stopped__changes_nothing(tiny_recipe, slowed, command, traces, number):
     subset, _ = pipeline.prune(tiny_recipe())
     there = {p: p.stat().st_mtime_ns for p in subset.path.parent.rglob("*") if not p.name.startswith(".")}
-    stop(slowed("check", tiny_recipe.path, where="fastkd.engine.inference:_later", hold=NEVER), number)
+    stop(slowed("check", tiny_recipe.path, where="fastkd.engine.inference:_copy_to_host", hold=NEVER), number)
     assert traces.gone()
     assert there == {p: p.stat().st_mtime_ns for p in there}
     code, said = command(check.main, tiny_recipe.path)

@@ -9,7 +9,7 @@ from fastkd import artifacts, pipeline
 WAITS = "another process is"
 PLACES = {
     "write": ("fastkd.data.isolated_process:_receive", 1, ("workers=1", "n=60")),
-    "score": ("fastkd.engine.inference:_later", 4, ("score.batch_size=10",)),
+    "score": ("fastkd.engine.inference:_copy_to_host", 4, ("score.batch_size=10",)),
     "train": ("fastkd.engine.epoch:train_step", 4, ("train.checkpoint_every_s=0", "data.workers=1")),
 }
 """Where each command is held in the middle, until the other one waits for it."""

@@ -24,7 +24,7 @@ from fastkd.report import __main__ as command_module
 from fastkd.report import builder, fonts, plots
 from fastkd.report.inspection import Inspector
 from fastkd.report.plots import ends
-from fastkd.report.runs import differing, exports, grouped, noise_points, read, way
+from fastkd.report.runs import differing, exports, grouped, noise_points, read, variant
 
 NAMES = ["<script>alert(1)</script>", '$x_1$ & "co"', "plain"]
 """Of the classes: what would run, what matplotlib would take for mathematics, and a peaceful one."""
@@ -217,7 +217,7 @@ def test_samples_are_of_their_difficulty_and_side(runs):
 
 def test_another_loss_is_named_and_is_not_vanilla_kd(place):
     def title(*overrides: str) -> str:
-        return way(recipe.load(place / "student.yaml", overrides).model_dump(mode="json"))
+        return variant(recipe.load(place / "student.yaml", overrides).model_dump(mode="json"))
 
     vanilla = ("labels={mode: online, reshape: false}", "prune.keep_ratio=1")
     assert title(*vanilla) == "vanilla KD"

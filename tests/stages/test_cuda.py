@@ -12,6 +12,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.pipeline import Pipeline
 from fastkd.stages import training_setup
 from fastkd.stages.checking import TOLERANCE
+from fastkd.stages.new_student import new_student
 from fastkd.verification import check_recipe
 
 STORED = ("data.view.family=pad_crop_flip", "labels.views=2", "train.epochs=2")
@@ -93,7 +94,7 @@ def test_the_step_is_not_measured_while_a_cuda_graph_is_recorded(card, tiny_reci
     monkeypatch.setattr(training_setup, "warm_up", lambda state, batch: now.__setitem__(0, now[0] + next(seconds)))
     pipe = Pipeline(tiny_recipe("prune.keep_ratio=1.0", "labels.reshape=false", "train.device=cuda"))
     inputs = pipe.training_inputs
-    student = training_setup._new_student(inputs.recipe, inputs.images, inputs.runtime)
+    student = new_student(inputs.recipe, inputs.images, inputs.runtime)
     source = training_setup.teacher_source(inputs)
     setup = training_setup.build_training_setup(
         inputs.recipe, inputs.images, inputs.runtime, inputs.sample_ids, student, source

@@ -82,8 +82,8 @@ def test_sample_ids_give_the_order_and_are_part_of_the_key(imported, tmp_path):
         (lambda z: z[:-1], r"expected floating-point logits \[150, 3\].* found float32 \[149, 3\]"),
         (lambda z: np.c_[z, z[:, :1]], r"found float32 \[150, 4\]"),
         (lambda z: z.round().astype(np.int64), "found int64"),
-        (lambda z: np.where(z == z.max(), np.nan, z), "1 rows of the teacher's logits are not finite.*holds NaN"),
-        (lambda z: np.where(z == z.max(), 1e39, z.astype(np.float64)), "not finite.*holds inf"),
+        (lambda z: np.where(z == z.max(), np.nan, z), "1 rows of the teacher's logits are not finite.*contains NaN"),
+        (lambda z: np.where(z == z.max(), 1e39, z.astype(np.float64)), "not finite.*contains inf"),
     ],
 )
 def test_logits_of_another_shape_or_not_finite_are_refused(imported, change, told):
