@@ -127,7 +127,7 @@ def test_train_goes_the_whole_way_and_the_second_time_says_so(command, tiny_reci
     code, text = command(train.main, tiny_recipe.path, another_teacher)
     assert code == 0
     assert text.index("teacher: built") < text.index("score: built") < text.index("prune: built")
-    run = Path(text.splitlines()[-1].partition("RUN: ")[2])
+    (run,) = (Path(line.removeprefix("RUN: ")) for line in text.splitlines() if line.startswith("RUN: "))
     assert artifacts.load(run, "RUN").facts["top1"]["val"] > 0
     code, text = command(train.main, tiny_recipe.path, another_teacher)
     assert code == 0

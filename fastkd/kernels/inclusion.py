@@ -68,7 +68,9 @@ def capped_proportional(weight_n: np.ndarray, quota: int) -> np.ndarray:
     left_n = np.cumsum(descending_n[::-1])[::-1]  # sum of this weight and all smaller ones
     # With the t largest at 1, c = (quota − t) / left; the first t for which no other exceeds 1.
     capped = int(np.argmax(descending_n * (quota - np.arange(n)) <= left_n))
-    return np.minimum(1.0, weight_n * ((quota - capped) / left_n[capped]))
+    largest, left = descending_n[capped], left_n[capped]
+    shared_n = np.minimum(weight_n, largest) / left * (quota - capped)  # in this order, tiny weights do not overflow
+    return np.where(weight_n > largest, 1.0, np.minimum(1.0, shared_n))
 
 
 def inclusion_probabilities(

@@ -54,16 +54,17 @@ class Running:
     def __init__(self, *arguments: str | Path) -> None:
         self.process = subprocess.Popen(
             [sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, preexec_fn=self._heed_ctrl_c,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, preexec_fn=self._heed_signals,
         )  # fmt: skip
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     @staticmethod
-    def _heed_ctrl_c() -> None:
-        """Background jobs of a shell without job control ignore SIGINT, and hand that on."""
+    def _heed_signals() -> None:
+        """Background jobs of a shell without job control ignore SIGINT, those of nohup SIGHUP, and hand that on."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     def _read(self) -> None:
         assert self.process.stdout

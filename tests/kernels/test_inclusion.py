@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastkd.kernels import SystematicSample, hash64, inclusion_probabilities, systematic_sample
@@ -72,6 +72,7 @@ def test_probabilities_are_proportional_up_to_the_cap_and_sum_to_the_quota(weigh
         np.testing.assert_allclose(pi_n, np.minimum(1, high * weight_n), rtol=1e-6, atol=1e-9)
 
 
+@example(count_K=np.array([1, 4]), seed=0, shape={"focus": 1e6, "focus_centre": 0.0, "floor": 2.3e-309})
 @given(counts, shapes, seeds)
 def test_sizes_are_exact_and_draws_follow_the_definition(count_K, shape, seed):
     score_N, y_N, quota_K = case(count_K, seed)
