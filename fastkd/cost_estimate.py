@@ -141,10 +141,11 @@ def expected(recipe: Recipe, runtime: Runtime, keep_ratio: float | None = None) 
     sizes = replace(sizes, epochs=recipe.train.epochs)
     keep = recipe.prune.static.keep_ratio if keep_ratio is None else keep_ratio
     seconds = predict(measured, sizes, keep, recipe.num_views)
-    if recipe.prune.rotate:  # all are labelled, and some are trained on in each epoch
+    if recipe.prune.dynamic:  # all are labelled, and some are trained on in each epoch
         keep = recipe.prune.keep_ratio
     train_s = predict(measured, sizes, keep, recipe.num_views)["further_student_s"]
-    return {name: seconds[name] for name in ("score", "prune", "label")} | {"train": train_s}
+    choose_s = recipe.prune.auto_budget * train_s if recipe.prune.by_trial else 0.0  # at most
+    return {name: seconds[name] for name in ("score", "prune", "label")} | {"choose": choose_s, "train": train_s}
 
 
 def plan_folder(recipe: Recipe, devices: str = "") -> Path:

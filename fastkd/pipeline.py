@@ -17,7 +17,7 @@ from fastkd.distributed import current
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, InputError, require
 from fastkd.recipe import Recipe
-from fastkd.stages import labelling, pruning, scoring, training
+from fastkd.stages import choosing, labelling, pruning, scoring, training
 from fastkd.stages.distributed_build import built_by_main
 from fastkd.stages.ensemble import load_ensemble
 from fastkd.stages.images import ImageSource
@@ -236,16 +236,38 @@ class Pipeline:
         return self.note("score", *(built_by_main(build) if self.store.build else build()))
 
     @cached_property
+    def choice(self) -> Artifact:
+        """The CHOICE: which method ``prune.method: auto`` adopts."""
+        require("prune.method: auto", "scipy")
+        return self.note(
+            "choose",
+            *choosing.build_choice(self.store, self.images, self.scores, self.recipe, self.runtime, self._train_member),
+        )
+
+    def _train_member(self, recipe: Recipe, out: Path) -> tuple[Artifact, bool]:
+        """Train a student to compare selection methods."""
+        own = Pipeline(recipe)
+        own.dataset, own.costs["write"], own.used["write"] = self.dataset, self.costs["write"], self.dataset
+        return own.build_run(out=out)
+
+    @cached_property
+    def selected(self) -> Recipe:
+        """The recipe, with the method that ``prune.method: auto`` adopts."""
+        if not self.recipe.prune.by_trial or self.images.export:
+            return self.recipe
+        return choosing.adopted(self.recipe, self.choice)
+
+    @cached_property
     def subset(self) -> Artifact:
         """The SUBSET: the kept samples, and the teacher's logits of their evaluation view."""
         if self.images.export:
             own = pruning.exported_subset(self.images, self.recipe)
             current().check_equal("SUBSET", subset_key_fields(own))
             return self.note("prune", own, built=False)
-        scores = self.scores  # built by all processes, before the main one selects
+        scores, prune = self.scores, self.selected.prune.static  # built by all processes, before the main one selects
 
         def build() -> tuple[Artifact, bool]:
-            return pruning.build_subset(self.store, self.images, scores, self.recipe.prune.static, self.recipe.labels)
+            return pruning.build_subset(self.store, self.images, scores, prune, self.recipe.labels)
 
         if not self.store.build:
             return self.note("prune", *build())
@@ -295,7 +317,7 @@ class Pipeline:
     @cached_property
     def training_inputs(self) -> TrainingInputs:
         """What the student is trained from. Everything missing is built."""
-        recipe = self.recipe
+        recipe = self.selected
         subset = self.subset if self.needs("prune") else None
         labels = self.labels if self.needs("label") else None
         fields = self.teacher_key_fields if recipe.teacher is not None else None
@@ -335,6 +357,10 @@ def _needs_scores(pipeline: Pipeline) -> bool:
     return pipeline.recipe.needs_scores and not pipeline.is_known_export
 
 
+def _needs_choice(pipeline: Pipeline) -> bool:
+    return pipeline.recipe.prune.by_trial and not pipeline.is_known_export
+
+
 def _needs_subset(pipeline: Pipeline) -> bool:
     return pipeline.recipe.needs_scores or (pipeline.recipe.teacher is not None and pipeline.is_known_export)
 
@@ -343,6 +369,7 @@ TABLE = (
     Stage("write", lambda pipeline: True, lambda pipeline: pipeline.dataset),
     Stage("teacher", _needs_teacher, lambda pipeline: pipeline.teacher_run),
     Stage("score", _needs_scores, lambda pipeline: pipeline.scores),
+    Stage("choose", _needs_choice, lambda pipeline: pipeline.choice),
     Stage("prune", _needs_subset, lambda pipeline: pipeline.subset),
     Stage("label", lambda pipeline: pipeline.recipe.uses_labels, lambda pipeline: pipeline.labels),
     Stage("train", lambda pipeline: True, lambda pipeline: pipeline.build_run()[0]),

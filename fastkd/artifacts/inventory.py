@@ -19,7 +19,7 @@ from fastkd.errors import ArtifactError, InputError
 
 HOMES = (Path("data"), Path("runs"))
 """Default directories of artifacts, relative to the working directory."""
-DELETABLE = ("LABELS", "SUBSET", "SCORES")  # children before parents; users delete the other kinds themselves
+DELETABLE = ("LABELS", "SUBSET", "CHOICE", "SCORES")  # children before parents; users delete the other kinds themselves
 PICTURES, PICTURE_NAMES = ".pictures", ("difficulty.png", "samples.png")
 """Suffix of the folder with the pictures of a SUBSET, and its files."""
 _RESUMABLE = "unfinished: the same command resumes it"

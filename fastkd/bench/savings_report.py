@@ -6,7 +6,7 @@ from rich.table import Table
 
 from fastkd.bench.measurement import machine_line
 
-STAGE_LINES = ("write", "score", "prune", "label", "setup", "compile", "train", "evaluate")
+STAGE_LINES = ("write", "score", "choose", "prune", "label", "setup", "compile", "train", "evaluate")
 
 
 def conclusion(report: dict[str, Any]) -> str:

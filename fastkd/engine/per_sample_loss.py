@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fastkd.engine.runtime import Runtime
-from fastkd.kernels import hash64, infobatch_weights
+from fastkd.kernels import hash64, infobatch_weights, largest_losses
 
 
 class PerSampleLoss:
@@ -52,6 +52,14 @@ class PerSampleLoss:
     def kept(self) -> np.ndarray:
         """Return which of `sample_ids` are used in this epoch (bool [M])."""
         return self.weight_N.cpu().numpy()[self.sample_ids] > 0
+
+    def orderdp(self, keep_ratio: float, pool_ratio: float, *, seed: int, epoch: int) -> None:
+        """Select the samples of an epoch; see `fastkd.kernels.largest_losses`."""
+        draw_M = hash64(self.sample_ids, seed, "orderdp", epoch)
+        pool, keep = (round(ratio * len(draw_M)) for ratio in (pool_ratio, keep_ratio))
+        weight_M = np.zeros(len(draw_M), np.float32)
+        weight_M[largest_losses(self.loss_N.cpu().numpy()[self.sample_ids], draw_M, pool, keep)] = 1
+        self._set_weights(weight_M)
 
     def infobatch(self, drop_ratio: float, *, seed: int, epoch: int) -> None:
         """Select the samples of an epoch; see `fastkd.kernels.infobatch_weights`."""

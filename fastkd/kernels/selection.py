@@ -187,6 +187,24 @@ def coverage_strata(
     return np.sort(np.concatenate(kept))
 
 
+def largest_losses(loss_N: np.ndarray, draw_N: np.ndarray, pool: int, keep: int) -> np.ndarray:
+    """Return the samples with the largest losses of a random pool, in ascending order (int64 [keep]).
+
+    This is OrderDP (Jin et al., ICLR 2026, arXiv 2606.08574): a random subset, then its top q samples.
+
+    Parameters
+    ----------
+    loss_N : float32 [N]
+        Latest losses. Infinite: the sample has none yet; it is selected first.
+    draw_N : uint64 [N]
+        Distinct random words, which select the pool and break ties.
+    pool, keep : int
+        Numbers of samples, keep ≤ pool ≤ N.
+    """
+    drawn = np.argsort(draw_N, kind="stable")[:pool]
+    return np.sort(drawn[np.argsort(-loss_N[drawn], kind="stable")[:keep]])
+
+
 def infobatch_weights(loss_N: np.ndarray, draw_N: np.ndarray, drop_ratio: float) -> np.ndarray:
     """Return the weight of each sample's loss in an epoch; 0 for skipped samples (float32 [N]).
 

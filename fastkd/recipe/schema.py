@@ -80,6 +80,10 @@ class Recipe(Section):
             raise ValueError(
                 f"`train.progressive_px`: at most {MAX_SIZES} sizes, since the student is compiled for each"
             )
+        if self.prune.by_trial and not self.data.holdout_ratio:
+            raise ValueError(
+                "`prune.method: auto` compares students on the hold-out: give `data.holdout_ratio` above 0, such as 0.1"
+            )
         if self.train.eval_every_epochs and not self.data.holdout_ratio:
             raise ValueError("`train.eval_every_epochs` evaluates the hold-out and needs `data.holdout_ratio` above 0")
         return self

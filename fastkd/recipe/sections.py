@@ -116,7 +116,8 @@ class Prune(Section):
     """`medium`, `easy`, `hard`: a window of difficulty ranks in each class. `random`: at random in each class.
     `random_unbalanced`: at random. `ccs`: coverage-centric strata. `beta`: ranks drawn from a Beta density.
     `stratified`: spread evenly over the teacher's logits and over difficulty in each class. `list`: your own list.
-    `infobatch`: keeps all, and skips some in each epoch."""
+    `infobatch`: keeps all, and skips some in each epoch. `orderdp`: in each epoch, those of the largest losses in a
+    random pool. `auto`: compares methods by training students, and adopts one only if it beats `stratified`."""
     score: ScoreName = "cross_entropy"
     """The measure of difficulty. A small margin or std is difficult."""
     keep_ratio: Ratio = 1.0
@@ -128,7 +129,7 @@ class Prune(Section):
     """Smallest number of samples to keep of each class (or all of a smaller class). They replace samples of the classes
     that keep the largest share, so that the total stays as `keep_ratio` says, unless the minimums alone exceed it."""
     seed: Seed = 0
-    """Seed of `random`, `random_unbalanced`, `ccs`, `beta`, `stratified` and `infobatch`."""
+    """Seed of `random`, `random_unbalanced`, `ccs`, `beta`, `stratified`, `infobatch` and `orderdp`."""
     window_centre: float = Field(0.5, ge=0, le=1)
     """Centre of the window of `medium` among the ranks: 0 the easiest, 1 the hardest."""
     drop_ratio: float = Field(0.1, ge=0, lt=1)
@@ -166,6 +167,12 @@ class Prune(Section):
     remaining ones is weighted by 1 / (1 − share)."""
     full_epochs_ratio: float = Field(0.125, ge=0, le=1)
     """Share of the epochs, at the end, in which `infobatch` skips nothing."""
+    pool_ratio: Ratio = 0.75
+    """Share of the samples that `orderdp` draws at random in each epoch. It trains on those with the largest losses,
+    `keep_ratio` of all samples."""
+    auto_budget: float = Field(20.0, gt=0)
+    """Largest number of trainings that `auto` may take, each as long as the recipe's. Short ones count in proportion.
+    With more trainings it detects smaller differences."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Prune":
@@ -175,16 +182,23 @@ class Prune(Section):
             raise ValueError(
                 f"`keep_ratio` {self.keep_ratio} is more than `ccs` leaves after dropping the hardest {self.drop_ratio}"
             )
-        if self.min_per_class and self.method in ("list", "infobatch"):
+        if self.min_per_class and (self.method == "list" or METHODS[self.method].dynamic):
             raise ValueError(f"`min_per_class` {self.min_per_class}: is for methods that choose, not for {self.method}")
         if self.rotate and (self.method != "stratified" or self.keep_ratio == 1):
             raise ValueError(
                 f"`rotate`: selects a share of the samples in each epoch; give `method: stratified`, not "
                 f"{self.method}, and a `keep_ratio` below 1"
             )
+        if self.method == "auto" and self.keep_ratio == 1:
+            raise ValueError("`method: auto` needs a `keep_ratio` below 1: otherwise there is nothing to select")
         if self.rotate and self.weight_power:
             raise ValueError(f"`weight_power` {self.weight_power}: is for fixed samples; with `rotate` give 0")
-        if METHODS[self.method].dynamic and self.keep_ratio < 1:
+        if self.method == "orderdp" and self.pool_ratio < self.keep_ratio:
+            raise ValueError(
+                f"`pool_ratio` {self.pool_ratio} is less than `keep_ratio` {self.keep_ratio}: `orderdp` selects from "
+                "the pool"
+            )
+        if not METHODS[self.method].ratio and METHODS[self.method].dynamic and self.keep_ratio < 1:
             raise ValueError(
                 f"`keep_ratio` {self.keep_ratio}: `infobatch` keeps all samples; `easy_drop_ratio` says how many "
                 "easy ones it leaves out of an epoch"
@@ -199,12 +213,17 @@ class Prune(Section):
     @property
     def leaves_out(self) -> bool:
         """Whether samples are excluded from training, or from epochs of it, by the teacher's logits."""
-        return self.keep_ratio < 1 or self.method == "list"
+        return (self.keep_ratio < 1 and not METHODS[self.method].dynamic) or self.method == "list"
 
     @property
     def dynamic(self) -> bool:
         """Whether samples are selected again in each epoch, during training."""
         return METHODS[self.method].dynamic or self.rotate
+
+    @property
+    def by_trial(self) -> bool:
+        """Whether the method is chosen by training students."""
+        return METHODS[self.method].by_trial
 
     @property
     def weighted(self) -> bool:

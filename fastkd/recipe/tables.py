@@ -1,6 +1,7 @@
 """Tables of the names in recipes: selection methods, augmentations, scores, losses and loggers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,9 @@ class Method:
     ratio
         Whether it keeps ``prune.keep_ratio`` of the samples.
     dynamic
-        Whether it selects again in each epoch, during training.
+        Whether it selects again in each epoch, by the losses of training; implemented by `PerSampleLoss.NAME`.
+    by_trial
+        Whether it selects by training students: it stands for the method that it adopts.
     """
 
     settings: tuple[str, ...] = ()
@@ -26,6 +29,7 @@ class Method:
     scored: bool = False
     ratio: bool = True
     dynamic: bool = False
+    by_trial: bool = False
 
 
 METHODS = {
@@ -43,8 +47,22 @@ METHODS = {
     ),
     "list": Method(ratio=False),
     "infobatch": Method(("seed", "easy_drop_ratio", "full_epochs_ratio"), ratio=False, dynamic=True),
+    "orderdp": Method(("seed", "pool_ratio"), dynamic=True),
+    "auto": Method(("quota", "seed", "auto_budget"), scored=True, by_trial=True),
 }
 """Selection methods by name."""
+
+AUTO_MEMBERS: dict[str, dict[str, Any]] = {
+    "stratified": {"method": "stratified"},
+    "stratified, rotated": {"method": "stratified", "rotate": True},
+    "tilted": {"method": "stratified", "tilt": 0.5},
+    "tilted, rotated": {"method": "stratified", "tilt": 0.5, "rotate": True},
+    "covering": {"method": "stratified", "tilt": 1.0, "hard_drop_ratio": 0.1},
+    "covering, rotated": {"method": "stratified", "tilt": 1.0, "hard_drop_ratio": 0.1, "rotate": True},
+    "ccs, class-balanced": {"method": "ccs", "class_balanced": True},
+    "medium": {"method": "medium"},
+}
+"""The methods that ``auto`` compares, by the names in its messages, as settings of the recipe's section ``prune``."""
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,13 @@ PALETTE = {  # light, dark; contrast with the panel at least 4.5 for text and 3 
     "teal": ("#1b8574", "#4dc4b1"),
     "plum": ("#86509b", "#ca9fdd"),
     "olive": ("#74761a", "#bfc15c"),
+    "rose": ("#b03a5b", "#ee8aa6"),
 }
 INK, MUTED, RULE, PALE, PANEL = (PALETTE[name][0] for name in ("ink", "muted", "rule", "pale", "panel"))
 SERIES = tuple(PALETTE[name][0] for name in ("blue", "orange", "teal", "plum", "olive", "ink"))
-STAGE_COLOURS = dict(zip(STAGES, ("olive", "teal", "plum", "ink", "muted", "orange", "blue", "pale"), strict=True))
+STAGE_COLOURS = dict(
+    zip(STAGES, ("olive", "teal", "rose", "plum", "ink", "muted", "orange", "blue", "pale"), strict=True)
+)
 """Colour of each stage, by its name in the palette: the table of stages in the page serves as legend."""
 
 WIDTH_IN, ROW_IN = 5.2, 0.27  # width of a chart, legible on a phone; height of a row

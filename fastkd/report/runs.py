@@ -19,7 +19,7 @@ from fastkd.recipe import Recipe, read_yaml
 from fastkd.stages import run_schema
 from fastkd.validation import explain
 
-BEFORE = ("write", "score", "prune", "label")
+BEFORE = ("write", "score", "choose", "prune", "label")
 """Stages before the training of a student, whose artifacts additional students reuse."""
 STAGES = (*BEFORE, "setup", "compile", "train", "evaluate")
 SEED_NOISE_POINTS = 0.3
@@ -307,7 +307,7 @@ def variant(resolved: Mapping[str, Any]) -> str:
     if labels["mode"] == "online" and not chosen and not labels["reshape"] and loss == "kd":
         return VANILLA
     kept = prune["method"] + ("" if dynamic or listed else f", keep {prune['keep_ratio']:g}") if chosen else "all data"
-    if prune.get("rotate"):
+    if prune.get("rotate") or prune["method"] == "orderdp":
         kept += ", other samples in each epoch"
     return kept + (", live teacher" if labels["mode"] == "online" else "") + (f", {loss}" if loss != "kd" else "")
 

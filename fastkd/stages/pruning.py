@@ -37,7 +37,7 @@ def subset_fields(scores: Artifact, images: "ImageSource", settings: Prune, labe
         "scores": scores.key,
         "holdout_ratio": images.data.holdout_ratio,
         **labels.reshape_fields(),
-        **_selection_key_fields(settings),
+        **selection_key_fields(settings),
     }
 
 
@@ -108,7 +108,7 @@ def exported_subset(images: "ImageSource", recipe: Recipe) -> Artifact:
         **recipe.labels.reshape_fields(),
         "view": images.view_key_fields(images.teacher_px),
         "teacher": about,
-        **_selection_key_fields(recipe.prune.static),
+        **selection_key_fields(recipe.prune.static),
     }
     teacher = {name: stored.get("teacher", {}).get(name) for name in asked["teacher"]}
     made = {**subset.manifest.inputs, "view": stored.get("view"), "teacher": teacher if "teacher" in stored else None}
@@ -171,7 +171,7 @@ def prune_arrays(
     logits, labels : Path
         `.npy` files: floating point [N, K], K ≥ 2, and integers [N] in 0 … K−1.
     """
-    if settings.dynamic:
+    if settings.dynamic or settings.by_trial:
         raise InputError(f"--method {settings.method}: selects during training, not from logits")
     z_NK, y_N = open_array(logits), open_array(labels)
     if z_NK.ndim != 2 or z_NK.shape[1] < 2 or z_NK.dtype not in (np.float16, np.float32, np.float64):
@@ -196,7 +196,7 @@ def prune_arrays(
         "logits": file_digest(logits),
         "labels": file_digest(labels),
         **rows.reshape_fields(),
-        **_selection_key_fields(settings),
+        **selection_key_fields(settings),
     }
     if out.exists() and not (out / artifacts.MANIFEST).exists():
         raise InputError(f"--out {out}: something else is there already; choose a new directory")
@@ -211,7 +211,7 @@ def prune_arrays(
         )
 
 
-def _selection_key_fields(settings: Prune) -> dict[str, Any]:
+def selection_key_fields(settings: Prune) -> dict[str, Any]:
     """Return the key fields of a selection; of a list, the digest of its ids."""
     listed = {"ids": file_digest(Path(settings.ids))} if settings.ids and Path(settings.ids).is_file() else {}
     return settings.key_fields() | listed

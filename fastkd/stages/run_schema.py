@@ -57,7 +57,7 @@ class Described(Record, ChannelStatistics):
 class StageTime(Record):
     """The time of a stage."""
 
-    stage: Literal["write", "score", "prune", "label", "setup", "compile", "train", "evaluate"]
+    stage: Literal["write", "score", "choose", "prune", "label", "setup", "compile", "train", "evaluate"]
     seconds: Seconds
     reused: bool
 

@@ -170,13 +170,20 @@ class TrainingSetup:
         if self.rotation is not None:
             order = order[self.rotation.kept(epoch)[order]]
         elif self.per_sample_loss is not None and prune.dynamic:
-            epochs = self.recipe.train.epochs
-            full = epoch >= epochs - round(epochs * prune.full_epochs_ratio, 9)
             if not begun:
                 self.per_sample_loss.merge()
-                self.per_sample_loss.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
+                self._select_by_loss(self.per_sample_loss, epoch)
             order = order[self.per_sample_loss.kept()[order]]
         return self.ids[order]
+
+    def _select_by_loss(self, per_sample_loss: PerSampleLoss, epoch: int) -> None:
+        """Select the samples of an epoch by a dynamic method."""
+        prune, epochs = self.recipe.prune, self.recipe.train.epochs
+        if prune.method == "orderdp":
+            per_sample_loss.orderdp(prune.keep_ratio, prune.pool_ratio, seed=prune.seed, epoch=epoch)
+            return
+        full = epoch >= epochs - round(epochs * prune.full_epochs_ratio, 9)
+        per_sample_loss.infobatch(0.0 if full else prune.easy_drop_ratio, seed=prune.seed, epoch=epoch)
 
     def batches(self, ids: np.ndarray, epoch: int) -> Generator[Batch, None, None]:
         """Load samples in the given order, in the view of an epoch. Each process loads its part of each batch."""
@@ -211,7 +218,7 @@ def check_student(recipe: recipes.Recipe, images: ImageSource, kept: int | None 
             format_of(recipe, images.num_classes)
         if kept is None:
             kept = most_kept(recipe.prune.static, images.train_ids, images.num_classes)
-        if recipe.prune.rotate:
+        if recipe.prune.dynamic:
             kept = most_kept(recipe.prune, images.train_ids, images.num_classes)
     if kept is None:  # an export, which is opened later
         return
@@ -285,8 +292,7 @@ def build_training_setup(
     sample = None
     if subset is not None and recipe.prune.rotate:
         sample = rotation(recipe.prune, subset, loader, images.num_classes)
-    least = len(ids_M) - (int(recipe.prune.easy_drop_ratio * len(ids_M)) if by_loss else 0)
-    full_batches(least if sample is None else int(sample.kept().sum()), train.batch_size)
+    full_batches(_fewest(recipe.prune, len(ids_M)) if sample is None else int(sample.kept().sum()), train.batch_size)
     if train.sync_batchnorm and world.size > 1:
         runtime.sync_batchnorm(student)
     student.train()
@@ -305,6 +311,13 @@ def build_training_setup(
         weight_M = np.asarray(subset.array("weights.npy"))
     per_sample_loss = PerSampleLoss(ids_M, runtime, weight_M) if by_loss or weight_M is not None else None
     return TrainingSetup(recipe, loader, student, state, ids_M, teacher, per_sample_loss, sample)
+
+
+def _fewest(prune: recipes.Prune, count: int) -> int:
+    """Return the smallest number of samples that an epoch may have, of `count` to train on."""
+    if prune.method == "infobatch":
+        return count - int(prune.easy_drop_ratio * count)
+    return round(prune.keep_ratio * count) if METHODS[prune.method].dynamic else count
 
 
 def compile_sizes(setup: TrainingSetup) -> float:

@@ -1,7 +1,7 @@
 """The grid of a study: cells of arms that are compared with one another, and the students to train for them."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,8 @@ class Study(BaseModel):
     """``a.b=c`` changes to the recipe."""
     vary: dict[str, list[Any]] = {}
     """Values of each varied key of the recipe. Students of all combinations are trained."""
+    arms: list[dict[str, Any]] = []
+    """Arms of several keys each, such as ``{prune.method: ccs, prune.strata: 20}``; each is combined with `vary`."""
     tune: dict[str, list[Any]] = {}
     """Values of keys that are tuned on the hold-out, for each arm separately: baselines included."""
     seeds: int = Field(5, ge=1, le=10_000)
@@ -49,12 +51,35 @@ class Study(BaseModel):
     @field_validator("vary", "tune")
     @classmethod
     def _plausible(cls, given: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for name, values in given.items():
-            if name in _FORBIDDEN:
-                raise ValueError(f"`{name}` cannot be varied; use {_FORBIDDEN[name]}")
-            if not values:
-                raise ValueError(f"`{name}` has no values")
+        _refuse_forbidden(given)
+        if empty := [name for name, values in given.items() if not values]:
+            raise ValueError(f"`{empty[0]}` has no values")
         return given
+
+    @field_validator("arms")
+    @classmethod
+    def _plausible_arms(cls, given: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for arm in given:
+            _refuse_forbidden(arm)
+        return given
+
+    @property
+    def combinations(self) -> Iterator[dict[str, Any]]:
+        """Settings of each combination of an arm with the varied values."""
+        for arm in self.arms or [{}]:
+            for varied in _combinations(self.vary):
+                yield varied | arm
+
+    @property
+    def keys(self) -> set[str]:
+        """All keys of the recipe that differ between students."""
+        return {*self.vary, *self.tune}.union(*self.arms)
+
+
+def _refuse_forbidden(names: Iterable[str]) -> None:
+    for name in names:
+        if name in _FORBIDDEN:
+            raise ValueError(f"`{name}` cannot be varied; use {_FORBIDDEN[name]}")
 
 
 def read_study(path: str, given: Mapping[str, Any]) -> Study:
@@ -211,11 +236,11 @@ def grid_of(study: Study, folder: Path) -> Grid:
     base = recipes.load(study.recipe, study.overrides)
     if base.teacher is None:
         raise InputError(f"recipe {study.recipe} has no teacher: there is nothing to distil")
-    varies_holdout = any(name == "data.holdout_ratio" for name in (*study.vary, *study.tune))
-    holdout = {} if base.data.holdout_ratio or varies_holdout else {"data": {"holdout_ratio": HOLDOUT_RATIO}}
+    has_holdout = base.data.holdout_ratio or "data.holdout_ratio" in study.keys
+    holdout = {} if has_holdout else {"data": {"holdout_ratio": HOLDOUT_RATIO}}
     cells: dict[str, Cell] = {}
     skipped: dict[str, str] = {}
-    for varied in _combinations(study.vary):
+    for varied in study.combinations:
         trials = []
         for tuned in _combinations(study.tune):
             try:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.artifacts import write_whole
+from fastkd.comparison import Difference, holm, verdict
 from fastkd.errors import FastkdError
 from fastkd.recipe.baselines import BASELINES, Baseline
 from fastkd.report.runs import RunFacts, read
-from fastkd.study.comparison import Difference, holm, verdict
 from fastkd.study.grid import Arm, Cell, Grid, Trial
 
 NAMES: dict[Baseline, str] = {
@@ -193,7 +193,7 @@ def temporary(path: Path) -> Path:
 def as_csv(report: Mapping[str, Any]) -> str:
     """Return one line for each arm and seed. Top-1 is in 0…1; val is empty where it is not reported."""
     stream = io.StringIO()
-    varied = list(report["study"]["vary"])
+    varied = list(dict.fromkeys([*report["study"]["vary"], *(key for arm in report["study"]["arms"] for key in arm)]))
     tuned = list(report["study"]["tune"])
     columns = ["cell", "arm", "chosen", *varied, *tuned, "seed", "holdout", "val", "run"]
     table = csv.writer(stream, lineterminator="\n")

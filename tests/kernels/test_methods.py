@@ -11,6 +11,7 @@ from fastkd.kernels import (
     coverage_strata,
     hash64,
     infobatch_weights,
+    largest_losses,
     select_ranks,
     window_ranks,
 )
@@ -131,6 +132,24 @@ def test_infobatch_leaves_out_easy_ones_and_keeps_the_expected_gradient(count, d
     kept = weight_N[easy_N & (weight_N > 0)]
     assert (kept == kept[:1]).all()
     np.testing.assert_allclose(weight_N.sum(dtype=np.float64), count, rtol=1e-5)
+
+
+@given(st.integers(1, 200), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), seeds)
+def test_orderdp_keeps_the_largest_losses_of_a_random_pool(count, pool_ratio, keep_ratio, unknown, seed):
+    rng = np.random.default_rng(seed)
+    loss_N = rng.exponential(size=count).astype(np.float32)
+    loss_N[rng.random(count) < unknown] = np.inf
+    pool = round(pool_ratio * count)
+    keep = round(keep_ratio * pool)
+    draw_N = hash64(np.arange(count), seed, "orderdp")
+    kept = largest_losses(loss_N, draw_N, pool, keep)
+    assert len(np.unique(kept)) == keep == len(kept)
+    assert (np.diff(kept) > 0).all()
+    in_pool = np.argsort(draw_N)[:pool]
+    assert np.isin(kept, in_pool).all()
+    left_out = np.setdiff1d(in_pool, kept)
+    if keep and len(left_out):
+        assert loss_N[left_out].max() <= loss_N[kept].min()
 
 
 def test_infobatch_draws_each_easy_sample_alike():

@@ -251,6 +251,17 @@ def test_infobatch_that_drops_nothing_is_training_on_all(tiny_recipe):
     assert run.manifest.parents["SUBSET"] == plain.manifest.parents["SUBSET"]  # there is nothing to store twice
 
 
+def test_orderdp_trains_on_the_share_of_each_epoch_whose_losses_are_largest(tiny_recipe, tmp_path):
+    settings = ("prune={method: orderdp, keep_ratio: 0.5, pool_ratio: 0.8}", "train.epochs=3")
+    run, _ = pipeline.train(tiny_recipe(*settings))
+    assert [epoch["images"] for epoch in epochs_of(run)] == [75, 75, 75]
+    assert run.facts["trained_share"] == 0.5
+    again, _ = pipeline.train(tiny_recipe(*settings), out=tmp_path / "again")
+    assert again.manifest.files["student.safetensors"] == run.manifest.files["student.safetensors"]
+    other, _ = pipeline.train(tiny_recipe(*settings, "prune.pool_ratio=0.5"))
+    assert other.key != run.key
+
+
 def test_infobatch_has_nothing_to_choose_from_logits(tmp_path):
     with pytest.raises(InputError, match="selects during training"):
         pipeline.prune_arrays(tmp_path / "z.npy", tmp_path / "y.npy", tmp_path / "out", Prune(method="infobatch"))

@@ -2,11 +2,13 @@
 
 import gzip
 import io
+import shutil
 import sys
 import types
 import zipfile
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -414,3 +416,41 @@ def test_arrays_without_a_file(tmp_path):
     np.save(tmp_path / "one.npy", np.arange(3))
     with pytest.raises(InputError, match=r"not an .npz of plain arrays"):
         read("arrays", file=str(tmp_path / "one.npy"))
+
+
+# Glyphs
+
+FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+def test_glyphs_are_one_image_of_each_character_and_families_are_in_one_split():
+    splits, classes = read("glyphs", root=str(FONTS), characters="Ab3", px=20, fonts_per_family=2)
+    assert classes == ["A", "b", "3"]
+    assert min(map(len, splits.values())) > 0
+    drawn = {split: [data[i] for i in range(len(data))] for split, data in splits.items()}
+    for samples in drawn.values():
+        assert [label for _, label in samples] == [0, 1, 2] * (len(samples) // 3)
+        assert {image.shape for image, _ in samples} == {(20, 20)}
+        for image, _ in samples:
+            assert image.max() > 128
+            assert np.mean(image[[0, -1]]) < np.mean(image)  # there is a margin
+    again, _ = read("glyphs", root=str(FONTS), characters="Ab3", px=20, fonts_per_family=2)
+    np.testing.assert_array_equal(again["val"][0][0], splits["val"][0][0])
+    more, _ = read("glyphs", root=str(FONTS), characters="Ab3", px=20, fonts_per_family=9)
+    assert sum(map(len, more.values())) > sum(map(len, splits.values()))
+
+
+def test_fonts_without_a_character_or_damaged_are_left_out_and_copies_count_once(tmp_path):
+    for name in ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono.ttf", "cmsy10.ttf"):
+        shutil.copy(FONTS / name, tmp_path / name)
+    shutil.copy(FONTS / "DejaVuSans.ttf", tmp_path / "copy.otf")
+    (tmp_path / "damaged.ttf").write_bytes(b"no font")
+    counts = [
+        sum(map(len, read("glyphs", root=str(tmp_path), characters=text, val_ratio=0.5)[0].values()))
+        for text in ("AB", "A\N{CYRILLIC CAPITAL LETTER ZHE}")  # cmsy10 has calligraphic capitals
+    ]
+    assert counts == [8, 6]
+    with pytest.raises(InputError, match="0 families of fonts have all of"):
+        read("glyphs", root=str(tmp_path), characters="A\u4e00")
+    with pytest.raises(InputError, match="each must occur once"):
+        read("glyphs", root=str(tmp_path), characters="AA")

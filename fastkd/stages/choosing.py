@@ -1,0 +1,353 @@
+"""choose: adopt a selection method by trial trainings of the student (``prune.method: auto``) → CHOICE.
+
+The members are the methods of `fastkd.recipe.tables.AUTO_MEMBERS`; one of them is `FALLBACK`, stratified random.
+
+- Diagnostics, without training: members whose selection has much less of the teacher's entropy than all data, or
+  starves a class, are dropped.
+- Rounds of short trainings, each with its learning rate decayed to the end, of the same seeds for all members. They are
+  ranked by their divergence from the teacher on the hold-out, and a third remains, with the fallback.
+- The first of the last round against the fallback, in trainings of full length with seeds that were not used before. It
+  is adopted if the one-sided 95 % confidence bound of its difference in top-1 on the hold-out is above 0.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from rich.table import Table
+
+from fastkd import console
+from fastkd.artifacts import Artifact, Built
+from fastkd.comparison import Difference
+from fastkd.engine.inference import predict
+from fastkd.engine.runtime import Runtime
+from fastkd.errors import InputError
+from fastkd.recipe import Prune, Recipe
+from fastkd.recipe.baselines import in_epochs
+from fastkd.recipe.tables import AUTO_MEMBERS
+from fastkd.stages.distributed_build import build_together, decided_by_main
+from fastkd.stages.images import ImageSource
+from fastkd.stages.new_student import student_key_fields
+from fastkd.stages.pruning import selection_key_fields
+from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
+from fastkd.stages.run_files import write_json
+from fastkd.stages.selection import Pool, difficulty, select
+from fastkd.stages.store import ArtifactStore
+from fastkd.stages.trained_student import open_student
+from fastkd.stages.training import unusual_settings
+from fastkd.validation import user_model
+
+FALLBACK = "stratified"
+SHORT = (1 / 8, 1 / 3)
+"""Lengths of the trainings of each round, relative to the recipe's."""
+SHORT_SEEDS = range(1_000_000, 1_000_003)
+FULL_SEEDS = range(2_000_000, 2_000_020)
+LEAST_PAIRS = 3
+REMAIN = 1 / 3
+"""Share of the members that remain after each round."""
+LEAST_ENTROPY, LEAST_CLASS_SHARE = 0.5, 0.25
+"""Smallest mean entropy of the teacher on a selection, and smallest share of a class, relative to all data."""
+STUDENTS = "students"
+
+TrainMember = Callable[[Recipe, Path], tuple[Artifact, bool]]
+"""Trains the student of a recipe, or finds it, at a path."""
+
+
+def build_choice(
+    store: ArtifactStore,
+    images: ImageSource,
+    scores: Artifact,
+    recipe: Recipe,
+    runtime: Runtime,
+    train: TrainMember,
+) -> tuple[Artifact, bool]:
+    """Build or find the CHOICE of a recipe. All processes of a job build it.
+
+    Parameters
+    ----------
+    train
+        Trains one student.
+
+    Returns
+    -------
+    choice, built
+        `built` is False if it existed. Facts: `adopted` (name of the member), `prune` (its settings), `trainings`.
+
+    Raises
+    ------
+    InputError
+        ``prune.auto_budget`` is less than the shortest procedure needs.
+    """
+    fields = {
+        "scores": scores.key,
+        "holdout_ratio": recipe.data.holdout_ratio,
+        "view": images.view_key_fields(recipe.data.input_px, varied=recipe.num_views is not None),
+        "views": recipe.num_views,
+        "student": student_key_fields(recipe.student, images),
+        "optim": recipe.optim.key_fields(),
+        "loss": recipe.loss.key_fields(),
+        "labels": recipe.labels.model_dump(include={"mode", "topk", "view_seed"}) | recipe.labels.reshape_fields(),
+        "epochs": recipe.train.epochs,
+        "batch_size": recipe.train.batch_size,
+        **unusual_settings(recipe.train),
+        "prune": {**recipe.prune.key_fields(), "keep_ratio": recipe.prune.keep_ratio},
+        "members": {name: selection_key_fields(one) for name, one in members(recipe.prune).items()},
+    }
+    del fields["prune"]["seed"]
+    path = store.artifact_path("CHOICE", fields)
+
+    def fill(directory: Path) -> Built:
+        return _Trial(recipe, images, scores, runtime, train, directory).run()
+
+    return build_together(
+        path,
+        "CHOICE",
+        fields,
+        fill,
+        parents={"DATASET": images.dataset.key, "SCORES": scores.key},
+        settings={"data": str(images.dataset.path.absolute()), "student": recipe.student.model},
+        force="choose" in store.force,
+        resumable=True,
+        scratch=STUDENTS,
+        sources=lambda: [scores],
+    )
+
+
+def adopted(recipe: Recipe, choice: Artifact) -> Recipe:
+    """Return the recipe with the method that a CHOICE adopts, drawn by the recipe's seed."""
+    prune = Prune(**choice.facts["prune"]).model_copy(update={"seed": recipe.prune.seed})
+    return recipe.model_copy(update={"prune": prune})
+
+
+def members(prune: Prune) -> dict[str, Prune]:
+    """Return the settings of each member, with the recipe's ratio and quota; without those that do not allow them."""
+    common = prune.model_dump(include={"keep_ratio", "quota", "min_per_class", "score", "seed"})
+    found = {}
+    for name, settings in AUTO_MEMBERS.items():
+        try:
+            found[name] = Prune(**common, **settings)
+        except ValidationError:  # such as ccs, which cannot keep as many
+            continue
+    return found
+
+
+def rounds(epochs: int) -> list[int]:
+    """Return the number of epochs of the trainings of each round, ascending."""
+    return sorted({max(1, round(share * epochs)) for share in SHORT} - {epochs}) or [epochs]
+
+
+def schedule(count: int, epochs: int) -> Iterator[tuple[int, int]]:
+    """Yield the number of members and of epochs of each round of `count` members, the fallback included."""
+    for short in rounds(epochs):
+        yield count, short
+        count = min(count, remaining(count) + 1)
+
+
+def remaining(count: int) -> int:
+    """Return how many members remain after a round, besides the fallback."""
+    return max(1, math.ceil(REMAIN * count))
+
+
+def pairs(budget: float, count: int, epochs: int) -> int:
+    """Return the number of pairs of full trainings that the budget leaves after the rounds.
+
+    Raises
+    ------
+    InputError
+        It leaves too few.
+    """
+    short = sum(n * len(SHORT_SEEDS) * length / epochs for n, length in schedule(count, epochs))
+    if (left := int((budget - short) / 2 + 1e-9)) < LEAST_PAIRS:
+        raise InputError(
+            f"prune.auto_budget={budget:g} trainings: short ones of {count} methods take {short:.1f}, and "
+            f"{LEAST_PAIRS} pairs of full length {2 * LEAST_PAIRS}; give {short + 2 * LEAST_PAIRS:.1f} or more"
+        )
+    return min(left, len(FULL_SEEDS))
+
+
+def judge(member: Sequence[float], fallback: Sequence[float]) -> tuple[bool, Difference]:
+    """Return whether a member is adopted, and its difference to the fallback (top-1 of the same seeds, 0…1)."""
+    difference = Difference.of(member, fallback)
+    assert difference is not None
+    return difference.lower95 > 0, difference
+
+
+def divergence(teacher_NK: np.ndarray, student_NK: np.ndarray, temperature: float) -> float:
+    """Return the mean KL(softmax(teacher/T) ‖ softmax(student/T)) of logits [N, K], in nats."""
+    p_NK, q_NK = (_log_softmax(z_NK, temperature) for z_NK in (teacher_NK, student_NK))
+    return float((np.exp(p_NK) * (p_NK - q_NK)).sum(axis=1).mean())
+
+
+def _log_softmax(z_NK: np.ndarray, temperature: float) -> np.ndarray:
+    z_NK = z_NK.astype(np.float64) / temperature
+    z_NK -= z_NK.max(axis=1, keepdims=True)
+    return z_NK - np.log(np.exp(z_NK).sum(axis=1, keepdims=True))
+
+
+@dataclass
+class _Trial:
+    """The trainings of one CHOICE.
+
+    Attributes
+    ----------
+    directory
+        Where the CHOICE is built; the students are in `STUDENTS` until it is published.
+    trainings
+        Work so far, in trainings of full length.
+    earlier_s
+        Cost of the students that an interrupted build has trained (s).
+    """
+
+    recipe: Recipe
+    images: ImageSource
+    scores: Artifact
+    runtime: Runtime
+    train: TrainMember
+    directory: Path
+    trainings: float = 0.0
+    earlier_s: float = 0.0
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> Built:
+        """Choose, and write choice.json."""
+        found = members(self.recipe.prune)
+        count = pairs(self.recipe.prune.auto_budget, len(found), self.recipe.train.epochs)
+        console.heading(f"choose: {len(found)} selection methods, compared by training {self.recipe.student.model}")
+        self.record = {"fallback": FALLBACK, "members": {name: one.key_fields() for name, one in found.items()}}
+        left = self._diagnosed(found)
+        finalist = self._finalist({name: found[name] for name in left})
+        name = self._compared(finalist, found, count) if finalist != FALLBACK else FALLBACK
+        chosen = found[name].model_dump(mode="json", exclude={"seed"}, exclude_defaults=True)
+        facts = {"adopted": name, "prune": chosen, "trainings": round(self.trainings, 2)}
+        write_json(self.directory / "choice.json", self.record | facts)
+        console.say(f"choose: {self._reason(name, finalist)}")
+        return Built(facts=facts, earlier_s=self.earlier_s)
+
+    def _diagnosed(self, found: Mapping[str, Prune]) -> list[str]:
+        """Return the members that are worth a training, by what they select."""
+        diagnostics = decided_by_main(lambda: diagnose(self.scores, self.images, found, self.recipe.loss.temperature))
+        dropped = {
+            name: one
+            for name, one in diagnostics.items()
+            if name != FALLBACK and (one["entropy"] < LEAST_ENTROPY or one["least_class_share"] < LEAST_CLASS_SHARE)
+        }
+        for name, one in dropped.items():
+            console.say(
+                f"choose: {name} is left out: it keeps {one['entropy']:.0%} of the teacher's entropy, and "
+                f"{one['least_class_share']:.0%} of the smallest class, relative to random selection"
+            )
+        self.record |= {"diagnostics": diagnostics, "dropped": list(dropped)}
+        return [name for name in found if name not in dropped]
+
+    def _finalist(self, alive: Mapping[str, Prune]) -> str:
+        """Return the member that the rounds of short trainings rank first."""
+        self.record["rounds"] = []
+        for epochs in rounds(self.recipe.train.epochs):
+            found = {
+                name: [self._divergence(name, prune, seed, epochs) for seed in SHORT_SEEDS]
+                for name, prune in alive.items()
+            }
+            ranked = sorted(alive, key=lambda name: statistics.mean(found[name]))
+            self.record["rounds"].append({"epochs": epochs, "seeds": list(SHORT_SEEDS), "divergence": found})
+            console.show(_table(epochs, {name: found[name] for name in ranked}))
+            kept = {*ranked[: remaining(len(ranked))], FALLBACK}
+            alive = {name: alive[name] for name in ranked if name in kept}
+        return ranked[0]
+
+    def _compared(self, finalist: str, found: Mapping[str, Prune], count: int) -> str:
+        """Return the finalist if it beats the fallback in full trainings, else the fallback."""
+        top1: dict[str, list[float]] = {finalist: [], FALLBACK: []}
+        for seed in FULL_SEEDS[:count]:
+            for name, reached in top1.items():
+                run = self._student(name, found[name], seed, self.recipe.train.epochs)
+                reached.append(run.facts["top1"]["holdout"])
+        better, difference = judge(top1[finalist], top1[FALLBACK])
+        self.record["final"] = {
+            "seeds": list(FULL_SEEDS[:count]),
+            "top1": top1,
+            "difference": difference.mean,
+            "lower95": difference.lower95,
+        }
+        return finalist if better else FALLBACK
+
+    def _reason(self, name: str, finalist: str) -> str:
+        if finalist == FALLBACK:
+            return f"{FALLBACK} is used: the short trainings rank it first"
+        final = self.record["final"]
+        verb = "is adopted" if name == finalist else f"is not adopted, {FALLBACK} is used"
+        return (
+            f"{finalist} {verb}: {final['difference']:+.2f} points of top-1 on the hold-out in {len(final['seeds'])} "
+            f"pairs of full trainings, above {final['lower95']:+.2f} with 95 % confidence"
+        )
+
+    def _student(self, name: str, prune: Prune, seed: int, epochs: int) -> Artifact:
+        """Train the student of a member and a seed, which also draws the selection."""
+        recipe = self.recipe if epochs == self.recipe.train.epochs else in_epochs(self.recipe, epochs)
+        recipe = recipe.model_copy(update={"seed": seed, "prune": prune.model_copy(update={"seed": seed})})
+        console.say(f"choose: training with {name}, {epochs} epoch{'s' * (epochs > 1)}, seed {seed}")
+        with console.brief():
+            run, built = self.train(recipe, self.directory / STUDENTS / f"{name}-{epochs}-{seed}")
+        self.trainings += epochs / self.recipe.train.epochs
+        self.earlier_s += 0.0 if built else run.cost_s
+        return run
+
+    def _divergence(self, name: str, prune: Prune, seed: int, epochs: int) -> float:
+        """Return the divergence of a short training's student from the teacher, on the hold-out."""
+        run = self._student(name, prune, seed, epochs)
+        return decided_by_main(lambda: self._divergence_of(run))
+
+    def _divergence_of(self, run: Artifact) -> float:
+        ids, model = self.images.holdout_ids, self.recipe.student.model
+        net = self.runtime.to_device(open_student(run.path, model if user_model(model) else None).net)
+        batches = self.images.loader("train", min(256, len(ids))).batches(ids, last="pad")
+        student_NK = np.concatenate([one.logits for one in predict(self.runtime, net, batches)])
+        return divergence(self.scores.array("logits.npy")[ids], student_NK, self.recipe.loss.temperature)
+
+
+def diagnose(
+    scores: Artifact, images: ImageSource, found: Mapping[str, Prune], temperature: float
+) -> dict[str, dict[str, float]]:
+    """Return what each selection keeps, relative to random selection of as many samples.
+
+    Returns
+    -------
+    dict
+        Of each member: `entropy`, the mean entropy of the teacher at T = `temperature` on the kept samples; and
+        `least_class_share`, the smallest share of a class that is kept.
+    """
+    z_NK, y_N, ids_T = scores.array("logits.npy"), np.asarray(scores.array("labels.npy")), images.train_ids
+    entropy_T = np.concatenate(
+        [_entropy(z_NK[ids_T[first : first + CHUNK_ROWS]], temperature) for first in range(0, len(ids_T), CHUNK_ROWS)]
+    )
+    measures, y_T = score_chunks(z_NK, y_N), y_N[ids_T]
+    count_K = np.bincount(y_T, minlength=images.num_classes)
+    result = {}
+    for name, prune in found.items():
+        pool = Pool(difficulty(measures, prune)[ids_T], y_T, ids_T, images.num_classes, prune, z_NK, ids_T)
+        kept = select(pool)
+        share_K = np.bincount(y_T[kept], minlength=images.num_classes) / np.maximum(count_K, 1)
+        result[name] = {
+            "entropy": float(entropy_T[kept].mean() / max(entropy_T.mean(), 1e-12)),
+            "least_class_share": float(share_K[count_K > 0].min() / (len(kept) / len(ids_T))),
+        }
+    return result
+
+
+def _entropy(z_NK: np.ndarray, temperature: float) -> np.ndarray:
+    log_p_NK = _log_softmax(z_NK, temperature)
+    return -(np.exp(log_p_NK) * log_p_NK).sum(axis=1)
+
+
+def _table(epochs: int, found: Mapping[str, Sequence[float]]) -> Table:
+    """Return a table of the divergences of a round."""
+    grid = Table(title=f"{epochs} epoch{'s' * (epochs > 1)}, {len(SHORT_SEEDS)} seeds", title_justify="left")
+    grid.add_column("method")
+    grid.add_column("KL to the teacher on the hold-out", justify="right")
+    for name, values in found.items():
+        grid.add_row(name, f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
+    return grid

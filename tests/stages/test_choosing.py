@@ -1,0 +1,159 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from fastkd import pipeline
+from fastkd.errors import ArtifactError, InputError
+from fastkd.pipeline import Pipeline
+from fastkd.recipe import Prune, tables
+from fastkd.stages import choosing
+from fastkd.stages.choosing import FALLBACK
+
+AUTO = ("prune={method: auto, keep_ratio: 0.5, auto_budget: 12}", "data.holdout_ratio=0.2", "train.epochs=3")
+FEW = ("stratified", "stratified, rotated", "medium")
+
+
+@pytest.fixture
+def few_members(monkeypatch):
+    """Compare three methods only."""
+    monkeypatch.setattr(choosing, "AUTO_MEMBERS", {name: tables.AUTO_MEMBERS[name] for name in FEW})
+    monkeypatch.setattr(choosing, "LEAST_ENTROPY", 0.0)
+    monkeypatch.setattr(choosing, "LEAST_CLASS_SHARE", 0.0)
+
+
+def chosen_by(monkeypatch, divergences: dict[str, float], top1: dict[str, float]):
+    """Replace what students reach: by method, with a small difference between seeds."""
+    real = choosing._Trial._student
+
+    def student(self, name, prune, seed, epochs):
+        run = real(self, name, prune, seed, epochs)
+        run.facts["top1"]["holdout"] = top1[name] + seed % 7 / 1e3
+        return run
+
+    monkeypatch.setattr(choosing._Trial, "_student", student)
+    monkeypatch.setattr(
+        choosing._Trial, "_divergence", lambda self, name, prune, seed, epochs: divergences[name] + seed % 3 / 1e3
+    )
+
+
+@pytest.mark.parametrize(
+    ("top1", "expected"),
+    [
+        ({"stratified, rotated": 0.6, FALLBACK: 0.5}, "stratified, rotated"),
+        ({"stratified, rotated": 0.5, FALLBACK: 0.6}, FALLBACK),
+    ],
+)
+def test_auto_adopts_a_method_only_if_it_beats_stratified_in_full_trainings(
+    tiny_recipe, monkeypatch, few_members, top1, expected
+):
+    chosen_by(monkeypatch, {FALLBACK: 0.3, "stratified, rotated": 0.1, "medium": 0.9}, top1)
+    pipe = Pipeline(tiny_recipe(*AUTO))
+    run, _ = pipe.train()
+    record = json.loads(pipe.choice.file("choice.json").read_text())
+    assert record["adopted"] == expected
+    assert [set(one["divergence"]) for one in record["rounds"]] == [set(FEW)]
+    assert set(record["final"]["top1"]) == {FALLBACK, "stratified, rotated"}
+    assert (record["final"]["lower95"] > 0) == (expected != FALLBACK)
+    assert pipe.selected.prune.method == "stratified"
+    assert pipe.selected.prune.rotate == (expected != FALLBACK)
+    timing = json.loads(run.file("timing.json").read_text())
+    assert [one["seconds"] for one in timing["stages"] if one["stage"] == "choose"] == [pipe.choice.cost_s]
+    explicit = {"method": "stratified", "rotate": expected != FALLBACK, "keep_ratio": 0.5}
+    same, built = pipeline.train(tiny_recipe(f"prune={json.dumps(explicit)}", *AUTO[1:]))
+    assert not built
+    assert same.key == run.key  # it is the student of the method that was adopted
+
+
+def test_a_fallback_that_is_ranked_first_needs_no_full_training(tiny_recipe, monkeypatch, few_members):
+    chosen_by(monkeypatch, {FALLBACK: 0.1, "stratified, rotated": 0.2, "medium": 0.9}, {})
+    choice = Pipeline(tiny_recipe(*AUTO)).choice
+    assert choice.facts["adopted"] == FALLBACK
+    assert "final" not in json.loads(choice.file("choice.json").read_text())
+
+
+def test_trainings_are_counted_resumed_charged_and_deleted(tiny_recipe, monkeypatch, few_members):
+    recipe = tiny_recipe(*AUTO)
+    trained = []
+    real = Pipeline._train_member
+
+    def dies_at_the_fifth(self, member, out):
+        run, built = real(self, member, out)
+        trained.append((out.name, built))
+        if len(trained) == 5:
+            raise KeyboardInterrupt
+        return run, built
+
+    monkeypatch.setattr(Pipeline, "_train_member", dies_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        _ = Pipeline(recipe).choice
+    choice = Pipeline(recipe).choice
+    record = json.loads(choice.file("choice.json").read_text())
+    again = [name for name, built in trained[5:] if not built]
+    assert again == [name for name, _ in trained[:5]]
+    full = len(record["final"]["seeds"]) * 2 if "final" in record else 0
+    assert choice.facts["trainings"] == pytest.approx(9 / 3 + full)
+    assert choice.facts["trainings"] <= 12
+    assert {path.name for path in choice.path.iterdir()} <= {"choice.json", "manifest.json", ".verified.json"}
+    for one in record["rounds"]:
+        assert all(value > 0 for values in one["divergence"].values() for value in values)
+    assert not set(record["rounds"][0]["seeds"]) & set(record.get("final", {}).get("seeds", ()))
+    other_seed = Pipeline(tiny_recipe(*AUTO, "seed=5", "prune.seed=7"))
+    assert other_seed.choice.key == choice.key  # the choice is made once for all seeds
+    assert other_seed.selected.prune.seed == 7
+    assert Pipeline(tiny_recipe(*AUTO, "prune.keep_ratio=0.4"), build=False).recipe.prune.by_trial
+
+
+def test_members_that_starve_a_class_or_have_little_entropy_are_left_out(tiny_recipe):
+    pipe = Pipeline(tiny_recipe(*AUTO))
+    prunes = {
+        "easy": Prune(method="easy", keep_ratio=0.2),
+        "hard": Prune(method="hard", keep_ratio=0.2),
+        FALLBACK: Prune(method="stratified", keep_ratio=0.2),
+    }
+    found = choosing.diagnose(pipe.scores, pipe.images, prunes, 4.0)
+    assert found["easy"]["entropy"] < found[FALLBACK]["entropy"] < found["hard"]["entropy"]
+    assert found[FALLBACK]["least_class_share"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_schedule_and_the_budget():
+    assert choosing.rounds(24) == [3, 8]
+    assert choosing.rounds(2) == [1]
+    assert choosing.rounds(1) == [1]
+    assert list(choosing.schedule(8, 24)) == [(8, 3), (4, 8)]
+    # 8 members of 3 epochs and 4 of 8, three seeds each: 3 and 4 trainings of 24 epochs
+    assert choosing.pairs(20, 8, 24) == 6
+    assert choosing.pairs(1000, 8, 24) == len(choosing.FULL_SEEDS)
+    with pytest.raises(InputError, match=r"auto_budget=12 trainings: short ones of 8 methods take 7.0, .* give 13.0"):
+        choosing.pairs(12, 8, 24)
+
+
+def test_a_small_difference_is_not_adopted():
+    better, difference = choosing.judge([0.51, 0.53, 0.50], [0.50, 0.50, 0.50])
+    assert not better
+    assert difference.mean > 0
+    better, _ = choosing.judge([0.53, 0.53, 0.52], [0.50, 0.50, 0.50])
+    assert better
+
+
+def test_divergence_is_the_mean_kl_at_the_temperature():
+    rng = np.random.default_rng(0)
+    z, s = rng.normal(size=(2, 6, 5)) * 3
+    p, q = (np.exp(one / 2) / np.exp(one / 2).sum(1, keepdims=True) for one in (z, s))
+    assert choosing.divergence(z, s, 2.0) == pytest.approx((p * np.log(p / q)).sum(1).mean())
+    assert choosing.divergence(z, z + 7, 2.0) == pytest.approx(0, abs=1e-12)
+
+
+def test_members_that_cannot_keep_as_many_are_not_compared():
+    assert "ccs, class-balanced" in choosing.members(Prune(method="auto", keep_ratio=0.5))
+    assert "ccs, class-balanced" not in choosing.members(Prune(method="auto", keep_ratio=0.95))
+    assert FALLBACK in choosing.members(Prune(method="auto", keep_ratio=0.95))
+
+
+def test_a_damaged_choice_is_reported(tiny_recipe, monkeypatch, few_members):
+    chosen_by(monkeypatch, {FALLBACK: 0.1, "stratified, rotated": 0.2, "medium": 0.9}, {})
+    choice = Pipeline(tiny_recipe(*AUTO)).choice
+    shutil.copy(choice.path / "manifest.json", choice.path / "choice.json")
+    with pytest.raises(ArtifactError, match=r"choice\.json"):
+        _ = Pipeline(tiny_recipe(*AUTO)).choice
