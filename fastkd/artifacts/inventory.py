@@ -19,7 +19,7 @@ from fastkd.errors import ArtifactError, InputError
 
 HOMES = (Path("data"), Path("runs"))
 """Default directories of artifacts, relative to the working directory."""
-DELETABLE = ("LABELS", "SUBSET", "CHOICE", "SCORES")  # children before parents; users delete the other kinds themselves
+DELETABLE = ("LABELS", "SUBSET", "SCORES")  # children before parents; users delete the other kinds themselves
 PICTURES, PICTURE_NAMES = ".pictures", ("difficulty.png", "samples.png")
 """Suffix of the folder with the pictures of a SUBSET, and its files."""
 _RESUMABLE = "unfinished: the same command resumes it"
@@ -89,9 +89,8 @@ def _inspect(path: Path, has_manifest: bool) -> Found | None:
     if name.endswith(PARTIAL):
         begun = _begun(path)
         note = _RESUMABLE if begun else "unfinished, cannot be resumed: the next build deletes it"
-        left_over = (
-            begun.get("kind") != "RUN"
-        )  # users delete unfinished RUNs themselves: they may contain hours of training
+        # Users delete unfinished RUNs and CHOICEs themselves: they may contain hours of training.
+        left_over = begun.get("kind") not in ("RUN", "CHOICE")
         if artifacts.in_use(path.with_name(name.removesuffix(PARTIAL))):
             note, left_over = "a process is building it", False
         return Found(path, "unfinished", **begun, **_taken(path, shared=False), note=note, left_over=left_over)
@@ -181,7 +180,7 @@ def unneeded(folders: Sequence[Path], also: Sequence[Path] = ()) -> list[Found]:
 def _needed(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
     """Yield kind and key of the direct and indirect parents of all RUNs, exports and unfinished builds."""
     seen: set[tuple[str, str]] = set()
-    waiting = [one for one in found if one.state != "published" or one.kind in ("RUN", "DATASET")]
+    waiting = [one for one in found if one.state != "published" or one.kind in ("RUN", "CHOICE", "DATASET")]
     while waiting:
         for parent in waiting.pop().parents.items():
             if parent not in seen:

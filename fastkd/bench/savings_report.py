@@ -70,7 +70,9 @@ def table(report: dict[str, Any]) -> Table:
         grid.add_row(label, *("–" if f is None else form.format(f) for f in figures), style=style)
 
     for stage in STAGE_LINES:
-        grid.add_row(f"{stage} (s)", *(f"{e['stages'][stage]:.1f}" if stage in e["stages"] else "–" for e in columns))
+        if any(stage in e["stages"] for e in columns):
+            times = (f"{e['stages'][stage]:.1f}" if stage in e["stages"] else "–" for e in columns)
+            grid.add_row(f"{stage} (s)", *times)
     grid.add_section()
     add("first student (s)", "first_student_s", "{:.1f}")
     add("each additional student (s)", "further_student_s", "{:.1f}")

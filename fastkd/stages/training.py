@@ -279,7 +279,7 @@ class _Training:
         StoppedError
             A signal requested to stop; `history` is up to date.
         """
-        train, history, world, images = self.recipe.train, self.history, current(), self.setup.images_per_epoch
+        train, history, world, images = self.recipe.train, self.history, current(), self.setup.images_trained_on
         stop_here = AsyncAny(world, lambda: stop.requested)
         begun = len(history.epochs) * images + history.epoch.images
         evaluated = ""
@@ -301,7 +301,7 @@ class _Training:
     def _train_epoch(self, number: int, stop: Callable[[], bool], evaluated: str, update: console.Update) -> None:
         """Train the rest of an epoch."""
         setup, history, train = self.setup, self.history, self.recipe.train
-        epoch, images = history.epoch, setup.images_per_epoch
+        epoch, images = history.epoch, setup.images_trained_on
         with self.stopwatch.on("train"):
             ids = setup.epoch_ids(number, begun=epoch.steps > 0)
             lr_S = learning_rates(self.recipe.optim, train.epochs, number, setup.steps_of(len(ids)))

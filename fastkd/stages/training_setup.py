@@ -149,6 +149,12 @@ class TrainingSetup:
         """Images of a full epoch: all samples without an incomplete last batch."""
         return self.steps_of(len(self.ids)) * self.recipe.train.batch_size
 
+    @property
+    def images_trained_on(self) -> int:
+        """Images that an epoch trains on, as far as that is known before: `infobatch` may skip some of them."""
+        share = self.recipe.prune.keep_ratio if self.recipe.prune.dynamic else 1.0
+        return self.steps_of(round(share * len(self.ids))) * self.recipe.train.batch_size
+
     def steps_of(self, count: int) -> int:
         """Return the number of steps of an epoch of `count` samples."""
         return full_batches(count, self.recipe.train.batch_size)

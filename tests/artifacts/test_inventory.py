@@ -309,3 +309,10 @@ def test_of_a_real_student_nothing_is_deleted_that_it_was_made_from(tiny_recipe,
     assert not built
     assert again.manifest == trained.manifest
     export_dataset(pipe.subset.path, tmp_path / "export")
+
+
+def test_a_choice_and_what_it_was_made_from_are_kept_and_an_unfinished_one_too(disk, tmp_path):
+    make(tmp_path / "data" / "pets.artifacts" / "choice-1", "CHOICE", disk.data, disk.scores2)
+    partial = begin(tmp_path / "data" / "choice-9", "CHOICE", disk.data)
+    assert not {disk.scores2.path, partial} & set(unneeded(tmp_path))
+    assert disk.subset2.path in unneeded(tmp_path)

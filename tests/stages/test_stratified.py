@@ -180,6 +180,7 @@ def test_rotating_samples_are_all_of_them_in_turn(tiny_recipe, labels):
     setup = prepare(Pipeline(recipe).training_inputs)
     first, second, third = (setup.epoch_ids(epoch) for epoch in range(3))
     assert len(first) == len(second) == 75
+    assert setup.images_trained_on == 75 < setup.images_per_epoch
     assert set(first) | set(second) == set(range(150))
     assert set(first) == set(third)
     assert not np.array_equal(first, third)  # in another order
