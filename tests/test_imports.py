@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 # A unit is a module or a package right under fastkd, or a module that has rules of its own; "" is fastkd itself. A
 # dotted name allows that module alone. All may import themselves and fastkd (for its __version__), but those with an
 # empty set import nothing of fastkd.
-LEAVES = {"errors", "validation", "console", "distributed", "caches", "machine", "dependencies"}
+LEAVES = {"errors", "validation", "console", "distributed", "caches", "comparison", "machine", "dependencies"}
 ARRAYS_AND_FILES = {"recipe", "artifacts", "kernels"}
 PARTS = {"data", "models", "engine"}  # never each other: stages put them together
 ABOVE_STAGES = LEAVES | ARRAYS_AND_FILES | PARTS | {"stages"}
@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     # What fastkd offers at the top, imported when it is asked for.
     "": {"caches", "errors", "recipe", "engine.losses", "public_loader"},
     "errors": set(),
+    "comparison": set(),
     "caches": set(),  # doctor loads it where nothing is installed
     "machine": set(),  # likewise
     "dependencies": set(),  # likewise

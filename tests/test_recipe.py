@@ -110,6 +110,7 @@ def test_all_errors_come_at_once_with_the_nearest_key(write):
         ("teacher.model=cifar/resnet8", "needs `weights`"),
         ("teacher.mean=[0,0,0]", "give either `recipe`, or `model` and `weights`"),
         ("prune={method: infobatch, keep_ratio: 0.5}", "`infobatch` keeps all samples; `easy_drop_ratio` says"),
+        ("prune={method: medium, quota: global}", "`quota: global` is for `method: stratified`"),
         ("prune={method: orderdp, keep_ratio: 0.8, pool_ratio: 0.7}", "`pool_ratio` 0.7 is less than `keep_ratio` 0.8"),
         ("prune.easy_drop_ratio=1", "prune.easy_drop_ratio: 1 is wrong: should be less than 1"),
         (

@@ -122,9 +122,10 @@ class Prune(Section):
     """The measure of difficulty. A small margin or std is difficult."""
     keep_ratio: Ratio = 1.0
     """Share of the samples to keep."""
-    quota: Literal["proportional", "uniform"] = "proportional"
+    quota: Literal["proportional", "uniform", "global"] = "proportional"
     """`proportional`: exactly round(keep_ratio·N) samples, by class size. `uniform`: int(N/K·keep_ratio) of each class,
-    like the reference code."""
+    like the reference code. `global`: as many samples, regardless of their class: `stratified` keeps more of classes
+    with more difficult samples."""
     min_per_class: int = Field(0, ge=0, le=1_000_000_000)
     """Smallest number of samples to keep of each class (or all of a smaller class). They replace samples of the classes
     that keep the largest share, so that the total stays as `keep_ratio` says, unless the minimums alone exceed it."""
@@ -184,6 +185,8 @@ class Prune(Section):
             )
         if self.min_per_class and (self.method == "list" or METHODS[self.method].dynamic):
             raise ValueError(f"`min_per_class` {self.min_per_class}: is for methods that choose, not for {self.method}")
+        if self.quota == "global" and (self.method not in ("stratified", "auto") or self.min_per_class):
+            raise ValueError("`quota: global` is for `method: stratified`, without `min_per_class`")
         if self.rotate and (self.method != "stratified" or self.keep_ratio == 1):
             raise ValueError(
                 f"`rotate`: selects a share of the samples in each epoch; give `method: stratified`, not "

@@ -126,7 +126,7 @@ def adopted(recipe: Recipe, choice: Artifact) -> Recipe:
 
 def members(prune: Prune) -> dict[str, Prune]:
     """Return the settings of each member, with the recipe's ratio and quota; without those that do not allow them."""
-    common = prune.model_dump(include={"keep_ratio", "quota", "min_per_class", "score", "seed"})
+    common = prune.model_dump(include={"keep_ratio", "quota", "min_per_class", "score"})
     found = {}
     for name, settings in AUTO_MEMBERS.items():
         try:

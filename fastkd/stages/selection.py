@@ -75,6 +75,9 @@ class Pool:
     @cached_property
     def probabilities(self) -> np.ndarray:
         """Inclusion probability of each sample by its difficulty (float64 [N])."""
+        if self.settings.quota == "global":
+            keep = np.array([round(self.settings.keep_ratio * len(self.ids))])
+            return difficulty_probabilities(self.difficulty, np.zeros_like(self.labels), keep, self.settings)
         return difficulty_probabilities(self.difficulty, self.labels, self.quotas, self.settings)
 
     @cached_property
@@ -82,7 +85,14 @@ class Pool:
         """A systematic sample that is spread over the logits and over difficulty in each class."""
         points_ND = logit_points(self.logits, self.rows, self.draw)
         return stratified_sample(
-            self.probabilities, self.difficulty, self.labels, points_ND, self.draw, self.num_classes, self.settings.seed
+            self.probabilities,
+            self.difficulty,
+            self.labels,
+            points_ND,
+            self.draw,
+            self.num_classes,
+            self.settings.seed,
+            by_class=self.settings.quota != "global",
         )
 
     def smallest(self, value_N: np.ndarray) -> np.ndarray:

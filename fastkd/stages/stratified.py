@@ -84,6 +84,8 @@ def stratified_sample(
     draw_N: np.ndarray,
     num_classes: int,
     seed: int,
+    *,
+    by_class: bool = True,
 ) -> SystematicSample:
     """Draw a systematic sample along the serpentine order of the cells of each class.
 
@@ -93,10 +95,13 @@ def stratified_sample(
         Inclusion probabilities.
     points_ND : float32 [N, D]
         Points that cells are made of; see `logit_points`.
+    by_class
+        Whether the probabilities of each class sum to a whole number. If False, only those of all samples do.
     """
     cell_N = class_cells(points_ND, y_N, draw_N, num_classes, CELLS)
     order = serpentine_order(difficulty_N, cell_N, y_N, num_classes)
-    return systematic_sample(pi_N, order, y_N, hash64(np.arange(num_classes), seed, "systematic"))
+    words_K = hash64(np.arange(num_classes), seed, "systematic")
+    return systematic_sample(pi_N, order, y_N if by_class else np.zeros_like(y_N), words_K if by_class else words_K[:1])
 
 
 def loss_weights(pi_M: np.ndarray, power: float) -> tuple[np.ndarray, float]:

@@ -11,7 +11,7 @@ from numpy.lib.format import open_memmap
 
 from fastkd import artifacts, pipeline
 from fastkd.errors import InputError
-from fastkd.kernels import hash64
+from fastkd.kernels import hash64, inclusion_probabilities
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune
 from fastkd.stages.selection import Pool, select
@@ -188,6 +188,25 @@ def test_rotating_samples_are_all_of_them_in_turn(tiny_recipe, labels):
     assert [epoch["images"] for epoch in epochs_of(run)] == [75] * 4
     assert run.facts["trained_share"] == 0.5
     assert run.facts["top1"]["val"] > 0.5
+
+
+def test_a_global_quota_keeps_more_of_classes_that_are_more_difficult():
+    chosen = Prune(method="stratified", quota="global", keep_ratio=0.3, tilt=1.0, floor=0.1)
+    pool, _ = pool_of(chosen)
+    pool.difficulty[pool.labels == 2] *= 5  # few easy samples, spread over a wide range
+    expected_N = inclusion_probabilities(
+        pool.difficulty, np.zeros(600, np.int64), np.array([180]), floor=0.1, tilt=1.0
+    )  # as of one class
+    np.testing.assert_allclose(pool.probabilities, expected_N)
+    kept_N = np.zeros((2, 600), bool)
+    for epoch in range(2):
+        kept_N[epoch] = pool.stratified.kept(epoch)
+        assert kept_N[epoch].sum() == 180  # the size is exact, of each epoch
+    assert not np.array_equal(*kept_N)
+    share_K = [kept_N[0][pool.labels == c].mean() for c in range(3)]
+    assert share_K[2] > 1.5 * max(share_K[:2])
+    mean_K = [pool.probabilities[pool.labels == c].mean() for c in range(3)]
+    np.testing.assert_allclose(share_K, mean_K, atol=0.02)
 
 
 def test_rotating_samples_share_the_labels_of_all_data(tiny_recipe):
