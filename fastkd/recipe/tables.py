@@ -55,11 +55,17 @@ METHODS = {
 AUTO_MEMBERS: dict[str, dict[str, Any]] = {
     "stratified": {"method": "stratified"},
     "stratified, rotated": {"method": "stratified", "rotate": True},
-    "tilted": {"method": "stratified", "tilt": 0.5},
-    "tilted, rotated": {"method": "stratified", "tilt": 0.5, "rotate": True},
-    "covering": {"method": "stratified", "tilt": 1.0, "hard_drop_ratio": 0.1},
+    "tilted, global, rotated": {"method": "stratified", "quota": "global", "tilt": 0.5, "rotate": True},
     "covering, rotated": {"method": "stratified", "tilt": 1.0, "hard_drop_ratio": 0.1, "rotate": True},
-    "ccs, class-balanced": {"method": "ccs", "class_balanced": True},
+    "covering, global": {"method": "stratified", "quota": "global", "tilt": 1.0, "hard_drop_ratio": 0.1},
+    "covering, global, rotated": {
+        "method": "stratified",
+        "quota": "global",
+        "tilt": 1.0,
+        "hard_drop_ratio": 0.1,
+        "rotate": True,
+    },
+    "ccs": {"method": "ccs"},
     "medium": {"method": "medium"},
 }
 """The methods that ``auto`` compares, by the names in its messages, as settings of the recipe's section ``prune``."""

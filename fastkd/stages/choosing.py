@@ -50,7 +50,7 @@ FULL_SEEDS = range(2_000_000, 2_000_020)
 LEAST_PAIRS = 3
 REMAIN = 1 / 3
 """Share of the members that remain after each round."""
-LEAST_ENTROPY, LEAST_CLASS_SHARE = 0.5, 0.25
+LEAST_ENTROPY, LEAST_CLASS_SHARE = 0.5, 0.2
 """Smallest mean entropy of the teacher on a selection, and smallest share of a class, relative to all data."""
 STUDENTS = "students"
 
@@ -130,7 +130,7 @@ def members(prune: Prune) -> dict[str, Prune]:
     found = {}
     for name, settings in AUTO_MEMBERS.items():
         try:
-            found[name] = Prune(**common, **settings)
+            found[name] = Prune(**common | settings)
         except ValidationError:  # such as ccs, which cannot keep as many
             continue
     return found
