@@ -24,8 +24,9 @@ def baseline(recipe: Recipe, which: Baseline) -> Recipe | None:
     if prune.method == "list" or prune.keep_ratio == 1:  # the number of steps is unknown, or that of full KD
         return None
     if which == "random":
-        kept = {name: getattr(prune, name) for name in ("keep_ratio", "quota", "seed", "min_per_class")}
-        return recipe.model_copy(update={"prune": Prune(method="random", **kept)})
+        kept = {name: getattr(prune, name) for name in ("keep_ratio", "seed", "min_per_class")}
+        quota = "proportional" if prune.quota == "global" else prune.quota
+        return recipe.model_copy(update={"prune": Prune(method="random", quota=quota, **kept)})
     if (fewer := round(recipe.train.epochs * prune.keep_ratio)) < 1:
         return None
     return in_epochs(recipe.model_copy(update={"prune": Prune()}), fewer)

@@ -116,6 +116,11 @@ def test_baselines_change_the_selection_and_the_epochs_alone(tiny_recipe):
         assert (other.loss, other.labels, other.student, other.data) == (own.loss, own.labels, own.student, own.data)
 
 
+def test_the_random_baseline_is_class_balanced_where_the_recipe_is_not(tiny_recipe):
+    chosen = tiny_recipe("prune={method: stratified, quota: global, keep_ratio: 0.5, seed: 3}")
+    assert baseline(chosen, "random").prune == Prune(method="random", keep_ratio=0.5, seed=3)
+
+
 @pytest.mark.parametrize("overrides", [("prune.keep_ratio=1",), ("prune={method: infobatch, keep_ratio: 1}",)])
 def test_what_has_no_number_of_steps_of_its_own_is_compared_with_full_kd_alone(tiny_recipe, overrides):
     own = tiny_recipe(*overrides)
