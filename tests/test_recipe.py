@@ -498,12 +498,24 @@ def test_other_encodings_are_read_or_refused(tmp_path, encoding):
             recipe.load(path)
 
 
+def test_a_preset_stands_for_its_settings_and_any_of_them_may_be_given():
+    assert recipe.Prune(method="coverage", keep_ratio=0.5) == recipe.Prune(
+        method="stratified", quota="global", tilt=1.0, hard_drop_ratio=0.1, keep_ratio=0.5
+    )
+    assert recipe.Prune(method="coverage", tilt=0.5, rotate=True, keep_ratio=0.5) == recipe.Prune(
+        method="stratified", quota="global", tilt=0.5, hard_drop_ratio=0.1, rotate=True, keep_ratio=0.5
+    )
+    for name, settings in tables.PRESETS.items():
+        assert name not in tables.METHODS
+        assert recipe.Prune(**settings, keep_ratio=0.5).method in tables.METHODS
+
+
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
 def test_every_name_of_the_tables_is_implemented_and_its_settings_are_keys():
     for name, method in tables.METHODS.items():
-        assert method.dynamic or callable(getattr(selection, f"select_{name}"))
+        assert method.dynamic or method.by_trial or callable(getattr(selection, f"select_{name}"))
         assert {*method.settings, *method.optional} <= set(recipe.Prune.model_fields)
     assert tuple(tables.AUGMENTATIONS) == FAMILIES
     assert {name for one in tables.AUGMENTATIONS.values() for name in one.settings} <= set(recipe.View.model_fields)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastkd.recipe.paths import LocalPath, ModelName, Weights, WriterName
-from fastkd.recipe.tables import AUGMENTATIONS, LOGGERS, LOSSES, METHODS, SCORES
+from fastkd.recipe.tables import AUGMENTATIONS, LOGGERS, LOSSES, METHODS, PRESETS, SCORES
 
 
 class Section(BaseModel):
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # the names are those of the tables
     LossName: TypeAlias = str
     LoggerName: TypeAlias = str
 else:
-    MethodName = Literal[tuple(METHODS)]
+    MethodName = Literal[(*METHODS, *PRESETS)]
     ScoreName = Literal[tuple(SCORES)]
     AugmentationName = Literal[tuple(AUGMENTATIONS)]
     LossName = Literal[tuple(LOSSES)]
@@ -115,7 +115,8 @@ class Prune(Section):
     method: MethodName = "medium"
     """`medium`, `easy`, `hard`: a window of difficulty ranks in each class. `random`: at random in each class.
     `random_unbalanced`: at random. `ccs`: coverage-centric strata. `beta`: ranks drawn from a Beta density.
-    `stratified`: spread evenly over the teacher's logits and over difficulty in each class. `list`: your own list.
+    `stratified`: spread evenly over the teacher's logits and over difficulty in each class. `coverage`: `stratified`
+    with `quota: global`, `tilt: 1`, `hard_drop_ratio: 0.1`: the range of difficulty is covered. `list`: your own list.
     `infobatch`: keeps all, and skips some in each epoch. `orderdp`: in each epoch, those of the largest losses in a
     random pool. `auto`: compares methods by training students, and adopts one only if it beats `stratified`."""
     score: ScoreName = "cross_entropy"
@@ -174,6 +175,14 @@ class Prune(Section):
     auto_budget: float = Field(20.0, gt=0)
     """Largest number of trainings that `auto` may take, each as long as the recipe's. Short ones count in proportion.
     With more trainings it detects smaller differences."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expanded(cls, given: Any) -> Any:
+        """Replace the name of a preset by its settings."""
+        if isinstance(given, dict) and (preset := PRESETS.get(str(given.get("method")))):
+            return {**preset, **given, "method": preset["method"]}
+        return given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Prune":

@@ -52,19 +52,18 @@ METHODS = {
 }
 """Selection methods by name."""
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "coverage": {"method": "stratified", "quota": "global", "tilt": 1.0, "hard_drop_ratio": 0.1},
+}
+"""Short names of methods with settings, which stand for them in recipes. Other settings may be given with them."""
+
 AUTO_MEMBERS: dict[str, dict[str, Any]] = {
     "stratified": {"method": "stratified"},
     "stratified, rotated": {"method": "stratified", "rotate": True},
-    "tilted, global, rotated": {"method": "stratified", "quota": "global", "tilt": 0.5, "rotate": True},
-    "covering, rotated": {"method": "stratified", "tilt": 1.0, "hard_drop_ratio": 0.1, "rotate": True},
-    "covering, global": {"method": "stratified", "quota": "global", "tilt": 1.0, "hard_drop_ratio": 0.1},
-    "covering, global, rotated": {
-        "method": "stratified",
-        "quota": "global",
-        "tilt": 1.0,
-        "hard_drop_ratio": 0.1,
-        "rotate": True,
-    },
+    "coverage at tilt 0.5, rotated": {"method": "coverage", "tilt": 0.5, "rotate": True},
+    "coverage in each class, rotated": {"method": "coverage", "quota": "proportional", "rotate": True},
+    "coverage": {"method": "coverage"},
+    "coverage, rotated": {"method": "coverage", "rotate": True},
     "ccs": {"method": "ccs"},
     "medium": {"method": "medium"},
 }

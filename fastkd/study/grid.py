@@ -323,7 +323,7 @@ def _cell_title(recipe: Recipe, settings: Mapping[str, Any]) -> str:
 
 def _arm_title(recipe: Recipe, settings: Mapping[str, Any]) -> str:
     others = {name: value for name, value in settings.items() if name != "prune.method"}
-    return ", ".join(filter(None, [recipe.prune.method, _words(others)]))
+    return ", ".join(filter(None, [settings.get("prune.method", recipe.prune.method), _words(others)]))
 
 
 def _baseline_title(which: Baseline, recipe: Recipe) -> str:
