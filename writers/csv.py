@@ -25,7 +25,7 @@ from fastkd import console
 from fastkd.console import printable
 from fastkd.data.class_names import Codes, cut_val, number_labels, read_classes
 from fastkd.data.image_files import some
-from fastkd.data.writer_api import LocalPath, Source, WriterOptions
+from fastkd.data.writer_api import LocalPath, Source, WriterOptions, indexed
 from fastkd.errors import InputError
 
 SPLITS = {"train": 0, "val": 1, "validation": 1, "valid": 1}
@@ -151,7 +151,9 @@ def _read_table(stream: BinaryIO, options: Options) -> Table:
     split = columns.index(options.split) if options.split in columns else None
     names, others, bad = Codes(), Counter[str](), array("q")
     offsets, codes, splits = array("q"), array("i"), array("b")
+    size = os.fstat(stream.fileno()).st_size
     for number, (offset, row) in enumerate(rows, 2):
+        indexed(offset, size)
         if not row:
             continue
         if len(row) != len(columns) or not row[label].strip() or not row[image].strip() or "\0" in row[image]:

@@ -10,6 +10,7 @@ import pytest
 from pictures import CLASSES, listed, make_folder
 
 from fastkd import console
+from fastkd.data import indexing
 from fastkd.data.beton_writer import write_here
 from fastkd.data.writer_api import load_writer, stratified_split
 from fastkd.errors import InputError
@@ -192,6 +193,26 @@ def test_labels_that_are_none(library, pictures, tmp_path, label, value):
     train["rows"][5]["label"] = value
     path = save(tmp_path / "x", train=train, val=table(pictures, "val", label))
     refused(rf"row 5: the label is {value!r}; expected a class name or its number", path=path)
+
+
+def test_indexing_reports_its_progress(saved, monkeypatch):
+    """In rows of both splits; writing passes it on."""
+    reports = []
+    monkeypatch.setattr(indexing, "_REPORT_EVERY_S", 0)
+    with indexing.indexing_reported(lambda *report: reports.append(report)):
+        read(path=saved)
+    assert reports == [("index", 256, 320, "", "rows"), ("index", 320, 320, "", "rows")]
+
+
+def test_writing_passes_the_progress_of_indexing_on(saved, tmp_path, monkeypatch):
+    reports = []
+    monkeypatch.setattr(indexing, "_REPORT_EVERY_S", 0)
+    (tmp_path / "out").mkdir()
+    write_here(("hf_dataset", {"path": saved, "workers": 1}, str(tmp_path / "out")), reports.append)
+    assert reports[:2] == [("index", 256, 320, "", "rows"), ("index", 320, 320, "", "rows")]
+    listed: list[tuple] = []
+    write("hf_dataset", tmp_path / "data", {"path": saved, "workers": 1}, progress=lambda *r: listed.append(r))
+    assert ("list", 0, 2, "", "files") in listed  # of the folder and its file
 
 
 def test_sources_that_cannot_be_opened(library, tmp_path):
