@@ -163,13 +163,8 @@ TELLING = {
     "recipes copy": (recipes.copy, "quickstart"),
 }
 """What builds or tells something, with arguments; tests/bench has the benchmarks."""
-FINDS = (
-    "check a recipe",
-    "export a SUBSET",
-    "export a SUBSET, format",
-    "artifacts ls",
-    "artifacts gc",
-)  # these take what others built
+FINDS = ("check a recipe", "export a SUBSET", "export a SUBSET, format", "artifacts ls", "artifacts gc")
+"""These take what others built."""
 
 
 def documented(doc: str) -> set[str]:

@@ -370,7 +370,8 @@ def test_the_python_of_the_page_of_exports_reads_them(reader):
             exec(compile(block, "exports.md", "exec"), names)
     read = {sample_id: (image, label, row) for image, label, row, sample_id in names["samples"]("pets_shards")}
     assert len(read) == len(names["images"]) > 20
-    for image, label, row, sample_id in zip(names["images"], names["labels"], names["logits"], names["sample_ids"]):
+    arrays = [names[name] for name in ("images", "labels", "logits", "sample_ids")]
+    for image, label, row, sample_id in zip(*arrays, strict=True):
         assert np.abs(read[sample_id][0].astype(int) - image).mean() < 3  # Pillow's and FFCV's decoders
         assert read[sample_id][1] == label
         assert np.array_equal(read[sample_id][2], row)
