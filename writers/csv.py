@@ -78,7 +78,7 @@ class Rows:
             row = next(_rows(stream, self.options), (0, []))[1]
         if len(row) <= self.column:
             raise InputError(f"{self.options.file}: changed while it was read; start again")
-        return os.path.join(self.options.file.parent, row[self.column].strip())
+        return _image_path(self.options, row[self.column])
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,12 @@ def source_files(options: Options) -> Iterable[str | Path]:
         for _, row in rows:
             used = len(row) == len(columns) and (split is None or row[split].strip().lower() in SPLITS)
             if used and "\0" not in row[image]:
-                yield os.path.join(options.file.parent, row[image].strip())
+                yield _image_path(options, row[image])
+
+
+def _image_path(options: Options, field: str) -> str:
+    """Return the path of an image. Its bytes are those of the table, in any locale."""
+    return os.path.join(options.file.parent, os.fsdecode(field.strip().encode("utf-8", "surrogateescape")))
 
 
 def _index(options: Options) -> Table:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,28 @@ def test_without_the_library(monkeypatch):
 
 
 # With the library itself
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the library datasets")
+def test_memory_is_an_index(tmp_path):
+    import datasets
+
+    def peak(count: int) -> int:
+        features = datasets.Features({"image": datasets.Value("binary"), "label": datasets.Value("int64")})
+        columns = {"image": [bytes(700)] * count, "label": [n % 7 for n in range(count)]}
+        folder = tmp_path / f"{count}"
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)
+        tracemalloc.start()
+        try:
+            read(path=str(folder), val_ratio=0.5)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)  # imports
+    few, many = peak(11_000), peak(31_000)  # more than a batch
+    assert (many - few) / 20_000 < 100  # bytes a row, of 700 of an image
+
 
 real = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the library datasets")
 
