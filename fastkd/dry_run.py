@@ -17,7 +17,7 @@ from fastkd.recipe import Recipe
 from fastkd.stages.label_format import row_bytes
 from fastkd.stages.selection import listed_rows
 from fastkd.stages.store import MissingError
-from fastkd.stages.teacher import replaced_settings
+from fastkd.stages.teacher import replaced_settings, teacher_recipe
 from fastkd.stages.training import CHECKPOINTS, other_recipe_error, run_key_fields
 from fastkd.stages.writing import refuse_foreign, write
 
@@ -175,9 +175,10 @@ def _check_student(pipeline: Pipeline, dataset: Artifact | None, *, found: bool)
 
 def _check_weights(recipe: Recipe) -> None:
     """Refuse weights that cannot be read. Whether they fit is known only when the DATASET exists."""
-    student = recipe.student
-    own = [(student.model, student.weights)] if student.weights is not None else []
-    for model, weights in [*own, *(recipe.teacher.checkpoints if recipe.teacher else [])]:
+    teacher = recipe.teacher
+    students = [recipe.student, teacher_recipe(recipe).student] if teacher and teacher.recipe else [recipe.student]
+    given = [(student.model, student.weights) for student in students if student.weights is not None]
+    for model, weights in [*given, *(teacher.checkpoints if teacher else [])]:
         if models.is_cached(weights, model):
             models.check_weights(weights, model)
 

@@ -190,6 +190,7 @@ def test_weights_are_checked_before_the_data_set_is_written(tiny_recipe, tiny_np
             f"student.weights={file}",
             f"teacher={{recipe: null, model: cifar/resnet8, weights: {file}}}",
             f"teacher={{recipe: null, ensemble: [{{model: cifar/resnet8, weights: {file}}}]}}",
+            f"teacher.overrides=[student.weights={file}]",
         ):
             with pytest.raises(InputError, match=text):
                 dry_run(tiny_recipe(data, override))
