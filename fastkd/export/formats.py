@@ -204,14 +204,11 @@ def write_numpy(directory: Path, kept: Kept) -> dict[str, Any]:
             f"{others[-1][0]} x {others[-1][1]} pixels (height x width), and --format numpy needs one: use --format "
             "webdataset or hf"
         )
-    np.save(directory / "labels.npy", kept.metadata["f1"])
-    np.save(directory / "sample_ids.npy", kept.sources.sample_ids)
-    np.save(directory / "logits.npy", kept.logits)
-    if kept.weights is not None:
-        np.save(directory / "weights.npy", kept.weights)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(kept), height, width, 3)}
-    with (directory / "images.npy").open("xb") as stream:  # a memory map would kill the process on a full disk
-        np.lib.format.write_array_header_1_0(stream, header)
+    arrays = {"labels": kept.metadata["f1"], "sample_ids": kept.sources.sample_ids, "logits": kept.logits}
+    for name, array in (arrays if kept.weights is None else arrays | {"weights": kept.weights}).items():
+        with _npy(directory / f"{name}.npy", array.dtype, array.shape) as stream:
+            stream.write(np.ascontiguousarray(array).data)
+    with _npy(directory / "images.npy", np.dtype(np.uint8), (len(kept), height, width, 3)) as stream:
         for sample in kept.samples():
             if (pixels := sample.pixels) is None:
                 raise ArtifactError(
@@ -220,6 +217,18 @@ def write_numpy(directory: Path, kept: Kept) -> dict[str, Any]:
                 )
             stream.write(pixels.tobytes())
     return {}
+
+
+@contextlib.contextmanager
+def _npy(file: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """Context manager that yields a stream for the values of an .npy file.
+
+    On a full disk, a memory map would kill the process, and np.save raises an error without its cause.
+    """
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with file.open("xb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        yield stream
 
 
 def _sizes(kept: Kept) -> np.ndarray:
