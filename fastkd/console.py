@@ -349,26 +349,27 @@ def progress(label: str, total: int, unit: str = "images", *, begun: int = 0) ->
     def line(done: int, info: str) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= PLAIN_EVERY_S and done:
+        if now - last >= PLAIN_EVERY_S and (done or info):
             last = now
-            left = clock((total - done) / max(rate(done), 1e-9))
-            more = f", {info}" if info else ""
-            _line(f"{label}: {done:,}/{total:,}, {_figure(rate(done))} {unit}/s, {left} left{more}")
+            words = [f"{label}: {done:,}/{total:,}", info]
+            if done > begun:
+                words[1:1] = [f"{_figure(rate(done))} {unit}/s", f"{clock((total - done) / rate(done))} left"]
+            _line(", ".join(word for word in words if word))
             sys.stdout.flush()
 
     yield line
 
 
 @contextlib.contextmanager
-def bars(unit: str = "images") -> Iterator[Callable[[str, int, int], None]]:
-    """Yield ``progress(label, done, total)``; each new label starts a new bar."""
+def bars(unit: str = "images") -> Iterator[Callable[..., None]]:
+    """Yield ``progress(label, done, total, info="", unit=unit)``; each new label starts a new bar."""
     with contextlib.ExitStack() as stack:
         updates: dict[str, Update] = {}
 
-        def show_progress(label: str, done: int, total: int) -> None:
+        def show_progress(label: str, done: int, total: int, info: str = "", unit: str = unit) -> None:
             if label not in updates:
                 stack.close()
                 updates[label] = stack.enter_context(progress(label, total, unit))
-            updates[label](done, "")
+            updates[label](done, info)
 
         yield show_progress

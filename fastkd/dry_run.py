@@ -17,6 +17,7 @@ from fastkd.recipe import Recipe
 from fastkd.stages.label_format import row_bytes
 from fastkd.stages.selection import listed_rows
 from fastkd.stages.store import MissingError
+from fastkd.stages.teacher import replaced_settings, teacher_recipe
 from fastkd.stages.training import CHECKPOINTS, other_recipe_error, run_key_fields
 from fastkd.stages.writing import refuse_foreign, write
 
@@ -50,11 +51,24 @@ class PlannedStage:
 
 @dataclass(frozen=True)
 class DryRun:
-    """The stages of a recipe in order, the runtime of its networks, and the share of samples to keep (0…1)."""
+    """The result of a dry run.
+
+    Attributes
+    ----------
+    steps
+        The stages of the recipe, in order.
+    runtime
+        The runtime of its networks.
+    keep_ratio : float
+        Share of samples to keep (0…1).
+    replaced : list of str
+        A line for each setting of the teacher's recipe that is replaced.
+    """
 
     steps: list[PlannedStage]
     runtime: Runtime
     keep_ratio: float
+    replaced: list[str]
 
 
 def dry_run(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), out: Path | None = None) -> DryRun:
@@ -67,7 +81,9 @@ def dry_run(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), o
         pipeline = Pipeline(recipe, build=False)
         steps = list(_planned(pipeline, force, out))
         exists = steps[0].state != "build"
-        return DryRun(steps, pipeline.runtime, _keep_ratio(pipeline) if exists else recipe.prune.static.keep_ratio)
+        keep_ratio = _keep_ratio(pipeline) if exists else recipe.prune.static.keep_ratio
+        has_recipe = recipe.teacher is not None and recipe.teacher.recipe is not None and not pipeline.is_known_export
+        return DryRun(steps, pipeline.runtime, keep_ratio, replaced_settings(recipe) if has_recipe else [])
 
 
 def _planned(pipeline: Pipeline, force: frozenset[str] | set[str], out: Path | None) -> Iterator[PlannedStage]:
@@ -151,9 +167,20 @@ def _check_student(pipeline: Pipeline, dataset: Artifact | None, *, found: bool)
     """Refuse a student that cannot be trained, and batches or loader threads beyond this machine."""
     models.build(pipeline.recipe.student.model, 10)
     if dataset is None:
+        _check_weights(pipeline.recipe)
         return
     pipeline.check(_kept(pipeline, found=found))
     pipeline.loader("train", pipeline.recipe.train.batch_size)
+
+
+def _check_weights(recipe: Recipe) -> None:
+    """Refuse weights that cannot be read. Whether they fit is known only when the DATASET exists."""
+    teacher = recipe.teacher
+    students = [recipe.student, teacher_recipe(recipe).student] if teacher and teacher.recipe else [recipe.student]
+    given = [(student.model, student.weights) for student in students if student.weights is not None]
+    for model, weights in [*given, *(teacher.checkpoints if teacher else [])]:
+        if models.is_cached(weights, model):
+            models.check_weights(weights, model)
 
 
 def _kept(pipeline: Pipeline, *, found: bool) -> int:

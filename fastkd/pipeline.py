@@ -1,6 +1,6 @@
 """From a recipe to its artifacts: each is found by its key, or built when it is first needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from fastkd.stages.pruning import prune_arrays
 from fastkd.stages.resumable import subset_key_fields
 from fastkd.stages.run_log import Cost, Stopwatch
 from fastkd.stages.store import ArtifactStore
-from fastkd.stages.teacher import LoadedTeacher, load_teacher, teacher_recipe
+from fastkd.stages.teacher import LoadedTeacher, load_teacher, replaced_settings, teacher_recipe
 from fastkd.stages.training_setup import TrainingInputs, check_student
 from fastkd.stages.writing import is_export, open_dataset, open_together, write
 
@@ -181,7 +181,8 @@ class Pipeline:
         force = {"train"} if "teacher" in self.store.force else set()
         own = Pipeline(teacher_recipe(self.recipe), force, build=self.store.build)
         own.dataset, own.costs["write"], own.used["write"] = self.dataset, self.costs["write"], self.dataset
-        return self.note("teacher", *own.build_run(source=Path(teacher.recipe)))
+        notes = replaced_settings(self.recipe)
+        return self.note("teacher", *own.build_run(source=Path(teacher.recipe), notes=notes))
 
     @cached_property
     def teacher(self) -> LoadedTeacher:
@@ -325,8 +326,16 @@ class Pipeline:
         teacher = self.teacher if online else None
         return TrainingInputs(recipe, self.images, self.runtime, subset, labels, teacher, fields, self.stopwatch)
 
-    def build_run(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:
-        """Train the student, or find its RUN, without charging it to this pipeline."""
+    def build_run(
+        self, *, out: Path | None = None, source: Path | None = None, notes: Sequence[str] = ()
+    ) -> tuple[Artifact, bool]:
+        """Train the student, or find its RUN, without charging it to this pipeline.
+
+        Parameters
+        ----------
+        notes
+            Lines to print before training.
+        """
         if self.store.build:
             require("log.to", *self.recipe.log.loggers)
             self.check()
@@ -334,7 +343,7 @@ class Pipeline:
                 if stage.needed(self):
                     stage.artifact(self)
         inputs = self.training_inputs
-        origin = training.Origin(self.costs, lambda: self.warnings, source)
+        origin = training.Origin(self.costs, lambda: self.warnings, source, notes)
         return training.build_run(self.store, inputs, origin, out)
 
     def train(self, *, out: Path | None = None, source: Path | None = None) -> tuple[Artifact, bool]:

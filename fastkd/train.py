@@ -26,6 +26,7 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be built or reused; write nothing.")
     ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --dry-run: also print the resolved recipe.")] = False,
     no_code: cli.NoCode = False,
 ) -> cli.CommandResult:
     """Train a student. Missing artifacts are built first, existing ones are reused.
@@ -44,7 +45,9 @@ def main(
     if resume and not _was_started(resume):
         raise InputError(f"--resume {resume}: no run was started there")
     if dry_run:
-        return _dry_run(resolved, frozenset(force or ()), resume)
+        return _dry_run(resolved, frozenset(force or ()), resume, verbose=verbose)
+    if verbose:
+        raise InputError("--verbose: belongs to --dry-run; a RUN stores the resolved recipe")
     from fastkd import pipeline  # torch takes seconds
 
     run, built = pipeline.train(resolved, out=resume, source=Path(path), force=frozenset(force or ()))
@@ -103,12 +106,11 @@ STATES = {
 }
 
 
-def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -> cli.CommandResult:
+def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None, *, verbose: bool) -> cli.CommandResult:
     """Print what training would do."""
     from fastkd.cost_estimate import duration, expected, plan_folder
     from fastkd.dry_run import dry_run
 
-    console.out.print(recipe.dump(resolved), end="", markup=False)
     plan = dry_run(resolved, force=force, out=out)
     seconds = expected(resolved, plan.runtime, plan.keep_ratio)
     table = Table(title=f"dry run of {resolved.name} (nothing was written)", title_justify="left")
@@ -132,6 +134,10 @@ def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None) -
             step.stage, STATES[step.state], escape(where), time, f"{step.size / 1e6:,.1f}" if step.size else "?"
         )
     console.show(table)
+    for line in plan.replaced:
+        console.say(line)
+    if verbose:
+        console.out.print(recipe.dump(resolved), end="", markup=False)
     if seconds is None:
         ahead = "to predict the time, run python -m fastkd.bench plan RECIPE, which measures for a minute"
     else:

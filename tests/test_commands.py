@@ -153,6 +153,7 @@ TELLING = {
     "check a recipe": (check.main, "{recipe} --seed 0 --pairs 5"),
     "export a RUN": (export.main, "{run} {tmp}/student"),
     "export a SUBSET": (export.main, "{subset} {tmp}/half"),
+    "export a SUBSET, format": (export.main, "{subset} {tmp}/shards --format webdataset"),
     "predict": (predict.main, "{run} {image}"),
     "report": (report.main, "{run} --no-evaluate --out {tmp}/report"),
     "artifacts ls": (artifacts_command.ls, "{tmp}/artifacts"),
@@ -162,7 +163,8 @@ TELLING = {
     "recipes copy": (recipes.copy, "quickstart"),
 }
 """What builds or tells something, with arguments; tests/bench has the benchmarks."""
-FINDS = ("check a recipe", "export a SUBSET", "artifacts ls", "artifacts gc")  # these take what others built
+FINDS = ("check a recipe", "export a SUBSET", "export a SUBSET, format", "artifacts ls", "artifacts gc")
+"""These take what others built."""
 
 
 def documented(doc: str) -> set[str]:

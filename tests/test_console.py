@@ -55,6 +55,17 @@ def test_the_rate_of_what_is_gone_on_with_counts_what_was_done_since(monkeypatch
     assert capsys.readouterr().out[9:] == "train: 600/1,000, 5 images/s, 80.0 s left, epoch 2, loss 0.100\n"
 
 
+def test_progress_by_bars_shows_another_unit_and_what_takes_long(monkeypatch, capsys):
+    """Also before anything is done."""
+    times = iter([0.0, 20.0, 20.0, 30.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times, 40.0))
+    with console.bars() as progress:
+        progress("index", 60, 100, "", "MB")
+        progress("train", 0, 10, "7 s at train sample 0")
+    lines = [line[9:] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["index: 60/100, 3 MB/s, 13.3 s left", "train: 0/10, 7 s at train sample 0"]
+
+
 # Foreign text ---------------------------------------------------------------------------------------------------------
 
 EVIL = "cat\x1b[31m\x07\x9b2J\r\u202egnp\u2066\u2028\udcff\x00é日"

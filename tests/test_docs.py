@@ -37,6 +37,7 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)#]*)(#[^)]*)?\)")
 PARSED_ONLY = {
     "bench": "measures for minutes; tests/bench runs each on little data",
     "doctor": "tells of the machine that it runs on, and so does its exit code; tests/test_doctor.py",
+    "export data/pets.artifacts/subset-KEY pets_hf": "needs the library datasets; tests/export",
     "export runs/quickstart": "takes 4 s, and the first page's command that makes the same of another RUN is run",
     "report runs/quickstart": "takes 6 s; likewise",
     "report runs/savings": "takes 6 s; likewise, and tests/report compares RUNs",
@@ -351,6 +352,30 @@ def test_the_python_of_the_page_about_it_runs(reader):
             exec(compile(block, "api.md", "exec"), names)
     assert names["hits"] >= 0
     assert names["again"].key == names["run"].key
+
+
+def test_the_python_of_the_page_of_exports_reads_them(reader):
+    """Each block, of what the page's commands have made."""
+    blocks = python_blocks("exports.md")
+    commands = commands_of(DOCS / "exports.md")
+    if importlib.util.find_spec("datasets") is None:
+        blocks, commands = blocks[:2], [command for command in commands if "--format hf" not in command]
+    names: dict[str, object] = {}
+    with mock.patch.dict(PARSED_ONLY, {}, clear=True):
+        for command in commands:
+            run(command)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        for block in blocks:
+            exec(compile(block, "exports.md", "exec"), names)
+    read = {sample_id: (image, label, row) for image, label, row, sample_id in names["samples"]("pets_shards")}
+    assert len(read) == len(names["images"]) > 20
+    arrays = [names[name] for name in ("images", "labels", "logits", "sample_ids")]
+    for image, label, row, sample_id in zip(*arrays, strict=True):
+        assert np.abs(read[sample_id][0].astype(int) - image).mean() < 3  # Pillow's and FFCV's decoders
+        assert read[sample_id][1] == label
+        assert np.array_equal(read[sample_id][2], row)
+    assert len(told.getvalue().splitlines()) == len(read) + len(blocks) - 2
 
 
 def test_no_exception_is_made_for_nothing_and_a_wrong_command_is_noticed(reader):

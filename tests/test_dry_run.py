@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fastkd import artifacts, cost_estimate, machine, pipeline, train
 from fastkd.bench import __main__ as bench
@@ -178,11 +179,56 @@ def test_public_weights_that_are_not_there_are_not_fetched(tiny_recipe, monkeypa
     assert not (tmp_path / "torch").exists()
 
 
-def test_the_command_prints_the_recipe_and_a_line_per_stage(command, tiny_recipe, tmp_path):
+def test_weights_are_checked_before_the_data_set_is_written(tiny_recipe, tiny_npz, tmp_path, monkeypatch):
+    """Whether they can be read; whether they fit depends on the classes. Published ones are not downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    data = f"data={{path: {tmp_path / 'new'}, writer: arrays, options: {{file: {tiny_npz}}}}}"
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "net.pth")
+    for name, text in (("none.pth", "none.pth: no such weights"), ("net.pth", "holds a pickled module|state_dict")):
+        file = tmp_path / name
+        for override in (
+            f"student.weights={file}",
+            f"teacher={{recipe: null, model: cifar/resnet8, weights: {file}}}",
+            f"teacher={{recipe: null, ensemble: [{{model: cifar/resnet8, weights: {file}}}]}}",
+            f"teacher.overrides=[student.weights={file}]",
+        ):
+            with pytest.raises(InputError, match=text):
+                dry_run(tiny_recipe(data, override))
+    published = "teacher={recipe: null, model: torchvision/resnet18, weights: DEFAULT}"
+    assert dry_run(tiny_recipe(data, published)).steps[0].state == "build"
+    assert not (tmp_path / "torch").exists()
+
+
+def test_what_is_replaced_in_the_teachers_recipe_is_listed(tiny_recipe, tiny_npz, tmp_path, command):
+    """Also if the data set does not exist; a hold-out that the teacher would learn from is an error."""
+    data = f"data={{path: {tmp_path / 'new'}, writer: arrays, options: {{file: {tiny_npz}}}, holdout_ratio: 0.2}}"
+    words = (tiny_recipe.path, data, "train.precision=bf16", "--dry-run")
+    code, text = command(train.main, *words)
+    assert code == 0
+    told = " ".join(text.split())
+    where = f"as in this recipe ({tmp_path / 'teacher.yaml'} has"
+    assert f"teacher: data.holdout_ratio=0.2, {where} 0.0)" in told
+    assert f"teacher: data.path={tmp_path / 'new'}, {where}" in told
+    assert f"teacher: train.precision=bf16, {where} fp32)" in told
+    assert "train.epochs=" not in told
+    assert "artifacts_dir=" not in told
+    teacher = (tmp_path / "teacher.yaml").read_text()
+    (tmp_path / "teacher.yaml").write_text(teacher.replace("data: {", "data: {holdout_ratio: 0.1, "))
+    code, text = command(train.main, *words)
+    assert code == 2
+    assert "data.holdout_ratio=0.2, but in teacher.recipe it is 0.1" in " ".join(text.split())
+
+
+def test_the_command_prints_a_line_per_stage_and_with_verbose_the_recipe(command, tiny_recipe, tmp_path):
     """And says how to learn how long it would take."""
+    code, text = command(train.main, tiny_recipe.path, "seed=3", "--dry-run", "--verbose")
+    assert code == 0
+    assert text.index("dry run of student") < text.index("seed: 3\n")
+    code, text = command(train.main, tiny_recipe.path, "seed=3", "--verbose")
+    assert (code, "--verbose: belongs to --dry-run" in text) == (2, True)
     code, text = command(train.main, tiny_recipe.path, "seed=3", "--dry-run")
     assert code == 0
-    assert "seed: 3\n" in text
+    assert "seed: 3\n" not in text
     for words in ("teacher", "would be reused", "would be built", "depends on the stages before", "bench plan"):
         assert words in text
     assert not (tmp_path / "artifacts").exists()

@@ -395,6 +395,28 @@ def test_a_teachers_recipe_makes_the_same_run_by_itself_and_for_a_student(tiny_r
         assert alone.facts["top1"]["holdout"] > 0
 
 
+def test_what_is_replaced_in_the_teachers_recipe_is_said_once_before_it_is_trained(tiny_recipe, tiny, tmp_path, capfd):
+    teacher = tmp_path / "teacher.yaml"
+    text = teacher.read_text().replace("precision: fp32", "precision: bf16, eval_every_epochs: 1")
+    teacher.write_text(text.replace(f"{{path: {tiny.path}}}", f"{{path: {tmp_path / 'other'}, holdout_ratio: 0.2}}"))
+    changes = ["data.holdout_ratio=0.2", "data.input_px=12", "teacher.overrides=[train.batch_size=10]"]
+    pipe = Pipeline(recipe.load(tiny_recipe.path, changes))
+    capfd.readouterr()
+    run = pipe.teacher_run
+    assert pipe.teacher.key_fields["model"] == "cifar/resnet8"
+    lines = [line.partition("teacher: ")[2] for line in capfd.readouterr().out.splitlines() if "as in this" in line]
+    where = f"as in this recipe ({teacher} has"
+    assert lines == [
+        f"data.path={tiny.path}, {where} {tmp_path / 'other'})",
+        f"data.input_px=12, {where} null)",
+        f"train.precision=fp32, {where} bf16)",
+        f"train.runs_dir={tmp_path / 'runs'}, {where} {recipe.load(teacher).train.runs_dir})",
+    ]
+    assert run.manifest.inputs["holdout_ratio"] == 0.2
+    assert Pipeline(recipe.load(tiny_recipe.path, changes)).teacher_run.path == run.path
+    assert "as in this recipe" not in capfd.readouterr().out  # reused
+
+
 def test_a_teacher_that_learns_from_the_hold_out_is_refused(tiny_recipe, tiny, tmp_path):
     teacher = tmp_path / "teacher.yaml"
     text = teacher.read_text()

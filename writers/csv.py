@@ -25,7 +25,7 @@ from fastkd import console
 from fastkd.console import printable
 from fastkd.data.class_names import Codes, cut_val, number_labels, read_classes
 from fastkd.data.image_files import some
-from fastkd.data.writer_api import LocalPath, Source, WriterOptions
+from fastkd.data.writer_api import LocalPath, Source, WriterOptions, indexed
 from fastkd.errors import InputError
 
 SPLITS = {"train": 0, "val": 1, "validation": 1, "valid": 1}
@@ -78,7 +78,7 @@ class Rows:
             row = next(_rows(stream, self.options), (0, []))[1]
         if len(row) <= self.column:
             raise InputError(f"{self.options.file}: changed while it was read; start again")
-        return os.path.join(self.options.file.parent, row[self.column].strip())
+        return _image_path(self.options, row[self.column])
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,12 @@ def source_files(options: Options) -> Iterable[str | Path]:
         for _, row in rows:
             used = len(row) == len(columns) and (split is None or row[split].strip().lower() in SPLITS)
             if used and "\0" not in row[image]:
-                yield os.path.join(options.file.parent, row[image].strip())
+                yield _image_path(options, row[image])
+
+
+def _image_path(options: Options, field: str) -> str:
+    """Return the path of an image. Its bytes are those of the table, in any locale."""
+    return os.path.join(options.file.parent, os.fsdecode(field.strip().encode("utf-8", "surrogateescape")))
 
 
 def _index(options: Options) -> Table:
@@ -151,7 +156,9 @@ def _read_table(stream: BinaryIO, options: Options) -> Table:
     split = columns.index(options.split) if options.split in columns else None
     names, others, bad = Codes(), Counter[str](), array("q")
     offsets, codes, splits = array("q"), array("i"), array("b")
+    size = os.fstat(stream.fileno()).st_size
     for number, (offset, row) in enumerate(rows, 2):
+        indexed(offset, size)
         if not row:
             continue
         if len(row) != len(columns) or not row[label].strip() or not row[image].strip() or "\0" in row[image]:

@@ -22,7 +22,7 @@ from fastkd import console
 from fastkd.console import printable
 from fastkd.data.class_names import Codes, cut_val, number_labels
 from fastkd.data.image_files import some
-from fastkd.data.writer_api import Source, WriterOptions
+from fastkd.data.writer_api import Source, WriterOptions, indexed
 from fastkd.errors import InputError, require
 
 VAL_SPLITS = ("validation", "val", "valid")
@@ -88,9 +88,11 @@ def read(options: Options) -> Source:
     tables = _open(options)
     codes = Codes()
     labels: dict[str, np.ndarray] = {}
+    done, total = 0, sum(len(table) for table in tables.values())
     names: list[str] | None = None
     for split, table in tables.items():
-        labels[split], found = _labels(options, table, codes)
+        labels[split], found = _labels(options, table, codes, done, total)
+        done += len(table)
         if split == "val" and found != names:
             raise InputError(f"{where}: train and val have other class names: {some(names or ())}; {some(found or ())}")
         names = found
@@ -148,8 +150,11 @@ def _open(options: Options) -> dict[str, Any]:
     return {key: splits[name] for key, name in wanted.items()}
 
 
-def _labels(options: Options, table: Any, codes: Codes) -> tuple[np.ndarray, list[str] | None]:
-    """Return the codes of a split's labels (int32 [N]), and its class names if the data set knows them."""
+def _labels(options: Options, table: Any, codes: Codes, done: int, total: int) -> tuple[np.ndarray, list[str] | None]:
+    """Return the codes of a split's labels (int32 [N]), and its class names if the data set knows them.
+
+    `done` rows of `total` are in splits before it.
+    """
     where = printable(options.path)
     if missing := [name for name in (options.image, options.label) if name not in table.features]:
         raise InputError(
@@ -169,6 +174,7 @@ def _labels(options: Options, table: Any, codes: Codes) -> tuple[np.ndarray, lis
                 )
             found.append(codes(names[value] if names is not None else str(value).strip()))
             row += 1
+        indexed(done + row, total, "rows")
     if not found:
         raise InputError(f"{where}: a split holds no rows")
     return np.frombuffer(found, np.int32), list(names) if names is not None else None

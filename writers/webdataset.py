@@ -22,7 +22,7 @@ from fastkd import console
 from fastkd.data.class_names import Codes, cut_val, number_labels, read_classes
 from fastkd.data.image_files import some
 from fastkd.data.shards import Index, ShardImages, described, expand
-from fastkd.data.writer_api import LocalPath, Source, WriterOptions
+from fastkd.data.writer_api import LocalPath, Source, WriterOptions, indexed
 from fastkd.errors import InputError
 
 
@@ -52,11 +52,14 @@ def read(options: Options) -> Source:
     codes = Codes()
     images: dict[str, ShardImages] = {}
     texts: list[str] = []
+    done, total = 0, sum(path.stat().st_size for paths in shards.values() for path in paths)
     for split, paths in shards.items():
         where = _where(options, split)
         index, numbers = Index(paths), array("i")
         for label in index.samples(options.label.lower().lstrip("."), _suffix(options.image)):
             numbers.append(codes(_label(label, index, options)))
+            indexed(done + index.position, total)
+        done += sum(index.shard_bytes)
         if not numbers:
             raise InputError(f"{where}: holds no images" + _counted(index))
         images[split] = index.images(numbers)

@@ -180,7 +180,7 @@ def unneeded(folders: Sequence[Path], also: Sequence[Path] = ()) -> list[Found]:
 def _needed(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
     """Yield kind and key of the direct and indirect parents of all RUNs, exports and unfinished builds."""
     seen: set[tuple[str, str]] = set()
-    waiting = [one for one in found if one.state != "published" or one.kind in ("RUN", "CHOICE", "DATASET")]
+    waiting = [one for one in found if one.state != "published" or one.kind in ("RUN", "CHOICE", "DATASET", "EXPORT")]
     while waiting:
         for parent in waiting.pop().parents.items():
             if parent not in seen:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fastkd import __version__
 from fastkd.errors import ArtifactError
 
-Kind = Literal["DATASET", "SCORES", "CHOICE", "SUBSET", "LABELS", "RUN", "STUDENT"]
+Kind = Literal["DATASET", "SCORES", "CHOICE", "SUBSET", "LABELS", "RUN", "STUDENT", "EXPORT"]
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20

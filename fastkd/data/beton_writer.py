@@ -15,6 +15,7 @@ import numpy as np
 
 from fastkd.data import isolated_process
 from fastkd.data.ffcv_format import STORED
+from fastkd.data.indexing import indexing_reported
 from fastkd.data.isolated_process import Report
 from fastkd.data.notices import MAX_NAMES, Found, listed
 from fastkd.data.split_writer import Split, SplitJob, UnreadableError, found_in_both, found_two_labels, write_split
@@ -22,8 +23,9 @@ from fastkd.data.writer_api import MapDataset, Writer, WriterOptions, load_write
 from fastkd.errors import FastkdError, InputError
 
 SPLITS = ("train", "val")
-Progress = Callable[[str, int, int], None]
-"""``progress(split, done, total)``."""
+Progress = Callable[..., None]
+"""``progress(split, done, total)``; with `info`, a text, if an image takes long; while a source is indexed,
+``progress("index", done, total, info, unit)``."""
 MAX_UNREADABLE = 100
 """Number of unreadable samples that an error lists."""
 MIN_STD = 1e-3
@@ -117,13 +119,14 @@ def write_here(request: tuple[str, dict[str, Any], str], report: Report) -> Writ
     request
         Name of the writer, its options, and the output directory.
     report
-        Called with (split, done, total).
+        Called with the arguments of a `Progress`.
     """
     name, values, directory = request
     writer = load_writer(name)
     options = writer.options(values)
     try:
-        source = writer.read(options)
+        with indexing_reported(lambda *index: report(index)):
+            source = writer.read(options)
     except FastkdError:
         raise
     except BaseException as error:

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fastkd.data.notices import NONE, Notice
+from fastkd.data.notices import LARGE_PX, NONE, Notice
 from fastkd.data.writer_api import WriterOptions, background_colour
 
 JPG, RAW = 0, 1
@@ -103,7 +103,10 @@ def encode(image: Any, options: WriterOptions) -> Stored:
     else:
         pixels = _array_pixels(image)
 
-    pixels = _shrink(pixels, options.max_resolution)
+    shrunk = _shrink(pixels, options.max_resolution)
+    if shrunk is not pixels:
+        notices |= Notice.RESIZED
+    pixels = shrunk
     height, width = pixels.shape[:2]
     wrong = WrongSampleError if isinstance(image, np.ndarray) else CorruptImageError
     if max(height, width) > MAX_SIDE:
@@ -134,6 +137,8 @@ def _stored(
     # All values are equal if and only if n Σx² = (Σx)², which is exact in integers.
     if all(height * width * squares == total * total for total, squares in zip(moments[:3], moments[3:], strict=True)):
         notices |= Notice.HIDDEN if alpha and alpha[0] < alpha[1] else Notice.FLAT
+    if max(height, width) > LARGE_PX:
+        notices |= Notice.LARGE
     return Stored(mode, height, width, data, moments, notices)
 
 

@@ -183,7 +183,7 @@ def extract(
     with table.file.open("rb") as source, ffcv_format.storage_errors(file, rows), file.open("xb") as target:
         pages = ffcv_format.Pages(target.fileno(), book)
         for done, row in enumerate(np.argsort(starts, kind="stable").tolist()):
-            data = _read(source.fileno(), table.file, int(starts[row]), int(sizes[row]))
+            data = read_bytes(source.fileno(), table.file, int(starts[row]), int(sizes[row]))
             rows["ptr"][row] = pages.put(data)
             rows["digest"][row] = ffcv_format.image_digest(
                 int(rows["mode"][row]), int(rows["height"][row]), int(rows["width"][row]), data
@@ -205,8 +205,16 @@ def extract(
     )
 
 
-def _read(descriptor: int, file: Path, start: int, size: int) -> np.ndarray:
-    """Read `size` bytes (uint8 [size]). The kernel may return fewer per call, and always does above 2 GiB."""
+def read_bytes(descriptor: int, file: Path, start: int, size: int) -> np.ndarray:
+    """Read `size` bytes of an open file from `start` on (uint8 [size]).
+
+    The kernel may return fewer per call, and always does above 2 GiB.
+
+    Raises
+    ------
+    ArtifactError
+        The file cannot be read, or is truncated.
+    """
     try:
         data = os.pread(descriptor, size, start)
         while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):

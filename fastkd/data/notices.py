@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_NAMES = 5
+LARGE_PX = 1024
+"""Images with a longer side are counted as large."""
 
 
 class Notice(enum.IntFlag):
@@ -30,6 +32,10 @@ class Notice(enum.IntFlag):
     """Some of its pixels are transparent; it was pasted onto the background."""
     TURNED = 512
     """Its EXIF orientation is not 1; it was applied."""
+    RESIZED = 1024
+    """It was larger than ``max_resolution``, and was shrunk."""
+    LARGE = 2048
+    """A side is longer than `LARGE_PX`, as it is stored."""
 
 
 _TEXTS = {
@@ -67,14 +73,20 @@ _TEXTS = {
         "were turned as their EXIF orientation says; JPEG files among them were encoded again with "
         "jpeg_quality={quality} unless pixels are stored",
     ),
+    Notice.RESIZED: ("resized", "were larger than max_resolution={max_px} and were shrunk to it"),
+    Notice.LARGE: (
+        "large",
+        "have a side of more than {large_px:,} pixels, and are decoded or read in that size at each load. If the "
+        "networks see smaller images, max_resolution= shrinks them once",
+    ),
 }
 _HIDDEN_ON_BACKGROUND = (
     "one_colour_on_background",
     "are of one colour on background={background}, which is the colour of the picture in them. Nothing can be learned "
     "from them as stored; give a background of another colour",
 )
-QUIET = Notice.COMPOSITED | Notice.TURNED
-"""Kinds that are counted without a warning: they were asked for."""
+QUIET = Notice.COMPOSITED | Notice.TURNED | Notice.RESIZED | Notice.LARGE
+"""Kinds that are counted without a warning: they were asked for, or do no harm."""
 
 NONE = Notice(0)
 
@@ -111,13 +123,11 @@ class Found:
         return f"{total:,} image{'s' if total != 1 else ''} ({splits}) {self.text}: {listed(self.names, total)}"
 
 
-def kinds(jpeg_quality: int, background: str) -> Mapping[Notice, tuple[str, str]]:
+def kinds(jpeg_quality: int, background: str, max_resolution: int | None) -> Mapping[Notice, tuple[str, str]]:
     """Return name and text of each kind, in the order of the warnings."""
     texts = _TEXTS if background == "none" else _TEXTS | {Notice.HIDDEN: _HIDDEN_ON_BACKGROUND}
-    return {
-        notice: (name, text.format(quality=jpeg_quality, background=background))
-        for notice, (name, text) in texts.items()
-    }
+    values = {"quality": jpeg_quality, "background": background, "max_px": max_resolution, "large_px": LARGE_PX}
+    return {notice: (name, text.format(**values)) for notice, (name, text) in texts.items()}
 
 
 def listed(names: Sequence[str], total: int) -> str:

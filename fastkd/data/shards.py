@@ -10,6 +10,8 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,6 +86,20 @@ class Index:
     offset: array = field(default_factory=lambda: array("q"))
     size: array = field(default_factory=lambda: array("q"))
     left_out: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def shard_bytes(self) -> list[int]:
+        """Size of each shard."""
+        return [path.stat().st_size for path in self.shards]
+
+    @property
+    def position(self) -> int:
+        """Bytes of all shards up to the last image that was indexed."""
+        return self._starts[self.shard[-1]] + self.offset[-1]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(self.shard_bytes)]
 
     def images(self, labels: array) -> "ShardImages":
         """Return the indexed images with their labels."""

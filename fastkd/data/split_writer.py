@@ -47,6 +47,8 @@ _NEXT, _END, _CURRENT = 0, 1, 2  # shared integers: next sample, end of the file
 _CHUNK = 64
 _REPORT_EVERY_S = 0.1
 _POLL_EVERY_S = 1.0
+SLOW_AFTER_S = 5.0
+"""The progress names a sample that takes longer."""
 STUCK_AFTER_S = 1800.0
 """Timeout of one sample; longer than reading and encoding any sample takes."""
 
@@ -239,8 +241,16 @@ def _watch(workers: Sequence[_Worker], job: SplitJob, report: Report, total: int
                 raise FastkdError(f"{job.where(index)}: reading it did not end within {STUCK_AFTER_S:.0f} s")
         if now - reported > _REPORT_EVERY_S or not running:
             reported = now
-            report((job.split, tally.done, total))
+            report((job.split, tally.done, total, *_slowest(running, job)))
     return sorted(tally.skipped, key=lambda s: s["index"])
+
+
+def _slowest(running: Sequence[_Worker], job: SplitJob) -> list[str]:
+    """Return the name of the sample that takes longest, if it takes long."""
+    slowest = max(running, key=lambda worker: worker.still_s, default=None)
+    if slowest is None or slowest.still_s < SLOW_AFTER_S:
+        return []
+    return [f"{slowest.still_s:.0f} s at {job.where(slowest.at)}"]
 
 
 def _messages(channel: Connection) -> Iterator[tuple[str, Any]]:
@@ -374,7 +384,8 @@ def _finish(job: SplitJob, moments: Sequence[int], skipped: list[dict[str, Any]]
 def _found(job: SplitJob) -> list[Found]:
     """Count the notices about the images of a split."""
     found = []
-    for notice, (kind, text) in kinds(job.options.jpeg_quality, job.options.background).items():
+    options = job.options
+    for notice, (kind, text) in kinds(options.jpeg_quality, options.background, options.max_resolution).items():
         indices = np.flatnonzero(job.records["notices"] & notice.value)
         if len(indices):
             quiet = notice in QUIET

@@ -13,6 +13,8 @@ image file (JPEG bytes are kept unchanged if the options allow it), and an integ
 ``__len__`` and ``__getitem__``. Messages about a sample name its file if there is a ``describe(index) -> str``. `read`
 is called in the writing process, so that data sets need not be picklable.
 
+A `read` that takes long calls ``indexed(done, total, unit)`` to report its progress.
+
 An optional function ``source_files(options)`` returns the files that `read` reads and the folders that it lists.
 Changes of the source after writing are then detected (see `Snapshot`).
 """
@@ -45,6 +47,7 @@ from pydantic_core import to_jsonable_python
 
 from fastkd import caches, shipped
 from fastkd.data.image_files import some
+from fastkd.data.indexing import indexed
 from fastkd.errors import FastkdError, InputError
 from fastkd.validation import explain, is_file_name, refuse_code
 
@@ -236,7 +239,9 @@ class Snapshot:
         count = size = newest = 0
         names, digest = xxhash.xxh3_128(), xxhash.xxh3_128()
         folders, changed = [], []
-        for path in sorted(map(os.fsencode, paths)):
+        listed = sorted(map(os.fsencode, paths))
+        for number, path in enumerate(listed):
+            indexed(number, len(listed), "files", "list")
             try:
                 found = os.stat(path)
             except OSError:  # a broken link

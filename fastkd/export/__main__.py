@@ -1,5 +1,6 @@
 """``python -m fastkd.export RUN|SUBSET OUT``: export a student, or the kept samples as a data set."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,15 @@ import typer
 
 from fastkd import artifacts, cli, console
 from fastkd.errors import InputError
+
+
+class Format(StrEnum):
+    """The format of an exported SUBSET."""
+
+    BETON = "beton"
+    WEBDATASET = "webdataset"
+    HF = "hf"
+    NUMPY = "numpy"
 
 
 def main(
@@ -20,6 +30,18 @@ def main(
         Path | None,
         typer.Option(metavar="LABELS", help="For a SUBSET: the LABELS to include. Default: those beside it."),
     ] = None,
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="For a SUBSET: beton, to train on it with fastkd; the others are for other trainers: tar shards, a "
+            "folder for datasets.load_from_disk, or .npy arrays.",
+        ),
+    ] = Format.BETON,
+    shard_mb: Annotated[
+        float | None,
+        typer.Option("--shard-mb", min=0.001, help="For --format webdataset: largest size of a shard. Default: 256."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     model: cli.UserModel = None,
 ) -> cli.CommandResult:
@@ -29,20 +51,33 @@ def main(
     Both graphs take uint8 images and include the normalisation; their logits are compared with those of the network.
 
     For a SUBSET: the kept samples and their LABELS, as a self-contained data set. Images are copied as they are stored.
-    Sample ids, mean and std do not change.
+    Sample ids, mean and std do not change. With another --format: the kept images with labels, the teacher's logits and
+    sample ids, for other trainers.
 
-    JSON keys: path, kind, key, built, cost_s. For a RUN also model, worst_difference; for a SUBSET counts, bytes.
+    JSON keys: path, kind, key, built, cost_s. For a RUN also model, worst_difference; for a SUBSET counts, bytes; with
+    another --format format, count, bytes.
 
     Example: python -m fastkd.export runs/quickstart-01234567 student
 
     Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab data/cifar10_half
+
+    Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab shards --format webdataset
     """
     if artifacts.read_manifest(path).kind != "RUN":
         if model is not None:
             raise InputError(f"{path}: is no RUN; --model belongs to the student of a RUN")
-        return _export_subset(path, out, data, labels, force)
-    if data is not None or labels is not None:
-        raise InputError(f"{path}: is a RUN; --data and --labels are for a SUBSET")
+        if form is Format.BETON:
+            if shard_mb is not None:
+                raise InputError("--shard-mb: is for --format webdataset")
+            return _export_subset(path, out, data, labels, force)
+        if labels is not None:
+            raise InputError(
+                f"--labels: --format {form} has the logits of the evaluation view, which the SUBSET holds; those of "
+                "numbered views belong to random crops, which other trainers do not make"
+            )
+        return _export_images(path, out, form, data, shard_mb, force)
+    if data is not None or labels is not None or shard_mb is not None or form is not Format.BETON:
+        raise InputError(f"{path}: is a RUN; --format, --shard-mb, --data and --labels are for a SUBSET")
     return _export_run(path, out, force, model)
 
 
@@ -90,6 +125,32 @@ def _export_subset(subset: Path, out: Path, data: Path | None, labels: Path | No
         artifact,
         built,
         counts=facts["counts"],
+        bytes=size,
+    )
+
+
+def _export_images(
+    subset: Path, out: Path, form: Format, data: Path | None, shard_mb: float | None, force: bool
+) -> cli.CommandResult:
+
+    from fastkd.export.images import export_images
+
+    console.heading(f"export {subset} → {out}")
+    with console.bars() as progress:
+        artifact, built = export_images(
+            subset, out, form.value, data=data, shard_mb=shard_mb, force=force, progress=progress
+        )
+    facts, size = artifact.facts, artifact.bytes_on_disk
+    shards = facts.get("shards")
+    what = f" in {console.counted(len(shards), 'shard')}" if shards else ""
+    done = f"built in {artifact.cost_s:.1f} s" if built else "reused: it was exported before from the same SUBSET"
+    console.say(f"{artifact.path / 'dataset.json'}: classes, fields, and how the logits were made")
+    return cli.CommandResult.of(
+        f"EXPORT: {artifact.path}: {facts['count']:,} images{what}, {size / 1e6:,.1f} MB ({form}); {done}",
+        artifact,
+        built,
+        format=facts["format"],
+        count=facts["count"],
         bytes=size,
     )
 

@@ -15,7 +15,7 @@ from fastkd.models.registry import build, entry_shapes, is_published, names
 from fastkd.models.sidecar import description, student_artifact
 from fastkd.models.user_net import model_key_fields, source_digest
 from fastkd.models.weight_files import takes_average
-from fastkd.models.weights import is_cached, load_weights, published_digest, save_weights, weights_digest
+from fastkd.models.weights import check_weights, is_cached, load_weights, published_digest, save_weights, weights_digest
 
 __all__ = [
     "Float32Linear",
@@ -24,6 +24,7 @@ __all__ = [
     "Normalised",
     "OtherClassesError",
     "build",
+    "check_weights",
     "description",
     "entry_shapes",
     "float32_head",

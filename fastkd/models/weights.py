@@ -89,6 +89,17 @@ def _is_in_hub_cache(net: str, weights: str) -> bool:
     return isinstance(try_to_load_from_cache(owner_name, "model.safetensors", revision=revision or None), str)
 
 
+def check_weights(weights: str | Path, name: str) -> None:
+    """Check that weights can be read, for any number of classes. Published ones are downloaded if necessary.
+
+    Raises
+    ------
+    InputError
+        They are missing, damaged or unsafe to load.
+    """
+    _read(weights, name)
+
+
 def published_digest(weights: str, name: str) -> str:
     """Return the digest of published weights, as of `weights_digest`. They are downloaded if necessary."""
     [(_, state)] = _read(weights, name)

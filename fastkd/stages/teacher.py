@@ -1,5 +1,6 @@
 """Loads the teacher: weights and normalisation, with checks against the data set and the recipe."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,15 +92,47 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     InputError
         The teacher's recipe has a teacher itself, or would train on samples that `recipe` holds out.
     """
-    teacher, student_train = recipe.teacher, recipe.train
+    own = _own_recipe(recipe)
+    shared = ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
+    train = own.train.model_copy(update={name: getattr(recipe.train, name) for name in shared})
+    return own.model_copy(update={"data": _teacher_data(own.data, recipe), "train": train})
+
+
+def replaced_settings(recipe: Recipe) -> list[str]:
+    """Return a line for each setting of the teacher's recipe that is replaced by that of the student's recipe.
+
+    Raises
+    ------
+    InputError
+        As of `teacher_recipe`.
+    """
+    own, used = _own_recipe(recipe), teacher_recipe(recipe)
+    assert recipe.teacher is not None
+    lines = []
+    for section in ("data", "train"):
+        before, after = (getattr(one, section).model_dump(mode="json") for one in (own, used))
+        lines += [
+            f"teacher: {section}.{name}={_shown(value)}, as in this recipe ({recipe.teacher.recipe} has "
+            f"{_shown(before[name])})"
+            for name, value in after.items()
+            if value != before[name] and name != "artifacts_dir"  # it has no SCORES
+        ]
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _own_recipe(recipe: Recipe) -> Recipe:
+    """Load the teacher's recipe, as it is."""
+    teacher = recipe.teacher
     assert teacher is not None
     assert teacher.recipe is not None
     own = recipes.load(teacher.recipe, teacher.overrides)
     if own.teacher is not None:
         raise InputError(f"teacher.recipe={teacher.recipe}: must not have a `teacher` itself")
-    shared = ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
-    train = own.train.model_copy(update={name: getattr(student_train, name) for name in shared})
-    return own.model_copy(update={"data": _teacher_data(own.data, recipe), "train": train})
+    return own
 
 
 def refuse_image_size(

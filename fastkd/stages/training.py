@@ -3,7 +3,7 @@
 import contextlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,14 @@ class Origin:
         Returns the warnings given so far.
     file
         The recipe file, which is copied into the RUN.
+    notes
+        Lines to print before training.
     """
 
     costs: dict[str, Cost]
     warnings: Callable[[], list[str]]
     file: Path | None = None
+    notes: Sequence[str] = ()
 
 
 def build_run(
@@ -173,6 +176,8 @@ class _Training:
         """Train, evaluate, and write all files of the RUN."""
         recipe, runtime, world = self.recipe, self.inputs.runtime, current()
         console.heading(f"train: {recipe.name}: {recipe.student.model} on {runtime.device} in {runtime.precision}")
+        for note in self.origin.notes:
+            console.say(note)
         found = self._last_checkpoint()
         self.setup = self._prepare(found)
         self.history = self._begin(found)

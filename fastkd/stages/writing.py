@@ -9,6 +9,7 @@ from typing import Any
 from fastkd import console, shipped
 from fastkd.artifacts import MANIFEST, Artifact, Built, Kind, build, differences, file_digest, load, read_manifest
 from fastkd.data.beton_writer import Progress, write_betons
+from fastkd.data.indexing import indexing_reported
 from fastkd.data.writer_api import Snapshot, Writer, WriterOptions, load_writer
 from fastkd.distributed import current
 from fastkd.errors import ArtifactError, InputError
@@ -40,7 +41,7 @@ def write(
     force
         Write again, even if the same or another data set was written there.
     progress
-        Called with (split, done, total).
+        See `fastkd.data.beton_writer.Progress`.
     fix
         The option that messages recommend for writing again.
 
@@ -62,7 +63,8 @@ def write(
     resolved = loaded.options(options)
     settings = {**_identity(loaded), "options": resolved.model_dump(mode="json")}
     refuse_foreign(out_dir)
-    before = loaded.snapshot(resolved) if force or not out_dir.exists() else None
+    with indexing_reported(progress):
+        before = loaded.snapshot(resolved) if force or not out_dir.exists() else None
     _refuse_overlap(out_dir, resolved, before)
 
     def builder(directory: Path) -> Built:
@@ -78,7 +80,8 @@ def write(
             f"Choose another directory, or replace it with {fix}"
         )
     if not built:
-        _refuse_changed(artifact, loaded, resolved, fix)
+        with indexing_reported(progress):
+            _refuse_changed(artifact, loaded, resolved, fix)
     return artifact, built
 
 

@@ -664,6 +664,70 @@ def test_what_was_asked_for_is_counted_without_a_warning(files):
     ]
 
 
+def test_images_that_were_shrunk_and_large_images_are_counted(files):
+    """Without a warning; large is more than 1,024 pixels, as stored."""
+    writer, root, out = files
+    for k, size in enumerate([(1025, 4), (4, 1024), (4, 2000)]):
+        Image.fromarray(noise_pixels(*size, k)).save(root / "train" / f"long-{k}.png")
+    written = write(writer, out, root=str(root))
+    assert {one.kind: one.counts for one in written.found} == {"large": {"train": 2}}
+    assert written.warnings == []
+    assert written.notes == [
+        "2 images (2 of train) have a side of more than 1,024 pixels, and are decoded or read in that size at each "
+        "load. If the networks see smaller images, max_resolution= shrinks them once: long-0.png, long-2.png"
+    ]
+    for file in out.iterdir():
+        file.unlink()
+    written = write(writer, out, root=str(root), max_resolution=1024)
+    assert {one.kind: one.counts for one in written.found} == {"resized": {"train": 2}}
+    assert written.notes == [
+        "2 images (2 of train) were larger than max_resolution=1024 and were shrunk to it: long-0.png, long-2.png"
+    ]
+
+
+def noise_pixels(height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_the_progress_names_an_image_that_takes_long(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "out").mkdir()
+    for name, value in (("SLOW_AFTER_S", 0.4), ("_POLL_EVERY_S", 0.1), ("_REPORT_EVERY_S", 0.0)):
+        monkeypatch.setattr(split_writer, name, value)
+    reports = []
+    beton_writer.write_here((str(tmp_path / "slow.py"), {"workers": 2}, str(tmp_path / "out")), reports.append)
+    told = [report for report in reports if len(report) > 3]
+    assert told
+    for split, done, total, info in told:
+        assert (split, total) == ("train", 6)
+        assert done < 6
+        assert re.fullmatch(r"\d s at train sample 3 \(slow\.png\)", info)
+
+
+SLOW = """
+import time
+import numpy as np
+from fastkd.data.writer_api import WriterOptions
+
+class Options(WriterOptions):
+    pass
+
+class Data:
+    def __init__(self, slow):
+        self.slow = slow
+    def __len__(self):
+        return 6
+    def describe(self, index):
+        return "slow.png" if index == 3 else "fast.png"
+    def __getitem__(self, index):
+        time.sleep(1.5 if self.slow and index == 3 else 0.0)
+        return np.full((4, 4, 3), index, np.uint8), index % 2
+
+def read(options):
+    return {"train": Data(True), "val": Data(False)}, ["a", "b"]
+"""
+
+
 def test_nothing_is_said_of_plain_images(files):
     writer, root, out = files
     written = write(writer, out, root=str(root))

@@ -240,8 +240,8 @@ def test_what_is_noticed(name):
     assert e.encode(image, WriterOptions(mode=mode)).notices == expected
 
 
-def test_a_shrunk_jpeg_is_not_told_of(jpeg):
-    assert e.encode(jpeg(), WriterOptions(mode="jpg", max_resolution=10)).notices == 0
+def test_a_shrunk_jpeg_is_resized_and_not_encoded_again(jpeg):
+    assert e.encode(jpeg(), WriterOptions(mode="jpg", max_resolution=10)).notices == Notice.RESIZED
 
 
 @pytest.mark.parametrize(("mode", "darker"), [("RGB", 0.82), ("L", 0.48)])

@@ -13,10 +13,11 @@ from fastkd import artifacts, check, pipeline, recipe
 from fastkd.artifacts import MANIFEST
 from fastkd.errors import ArtifactError
 from fastkd.export.dataset import export_dataset
+from fastkd.export.images import export_images
 from fastkd.pipeline import Pipeline
 from fastkd.verification import check_recipe
 
-KINDS = ("DATASET", "SCORES", "SUBSET", "LABELS", "RUN", "export")
+KINDS = ("DATASET", "SCORES", "SUBSET", "LABELS", "RUN", "export", "EXPORT")
 FLIPS = 12  # of each file
 
 
@@ -41,11 +42,12 @@ train: {{epochs: 2, batch_size: 25, compile: false, runs_dir: {folder / "runs"}}
 
 @pytest.fixture(scope="module")
 def whole(recipe_file) -> dict[str, Path]:
-    """A real pipe, and an export of it: each test leaves it as it was."""
+    """A real pipe, and two exports of it, for fastkd and as shards: each test leaves them as they were."""
     pipe = Pipeline(recipe.load(recipe_file))
     run, _ = pipe.train(source=recipe_file)
     export, _ = export_dataset(pipe.subset.path, recipe_file.parent / "export")
-    made = (pipe.dataset, pipe.scores, pipe.subset, pipe.labels, run, export)
+    shards, _ = export_images(pipe.subset.path, recipe_file.parent / "shards", "webdataset", shard_mb=0.05)
+    made = (pipe.dataset, pipe.scores, pipe.subset, pipe.labels, run, export, shards)
     return {kind: artifact.path for kind, artifact in zip(KINDS, made, strict=True)}
 
 

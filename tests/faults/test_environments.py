@@ -1,6 +1,7 @@
 """Unusual environments: every command, run as a separate process."""
 
 import contextlib
+import io
 import os
 import re
 import resource
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pictures import listed, make_folder
 from PIL import Image
 
 import fastkd
-from fastkd import artifacts, models
+from fastkd import artifacts, models, pipeline
 
 NOBODY = 54_321  # has no entry
 VIEWS = ("data.view.family=flip", "labels.views=2", "train.epochs=2")
@@ -131,6 +134,39 @@ def words(done: subprocess.CompletedProcess[bytes]) -> str:
 def may_be_nobody() -> None:
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("needs setpriv, to run as another user")
+
+
+@pytest.mark.parametrize("writer", ["csv", "webdataset"])
+def test_tables_and_shards_in_an_ascii_locale__give_the_same_data_set(writer, tmp_path):
+    root = make_folder(tmp_path / "root")
+    for name in ("train/cat/0001.jpg", "val/dog/0273.jpg"):
+        (root / name).rename((root / name).with_name("caf\u00e9-\u65e5.jpg"))
+    rows = listed(root)
+    table = [f"{path.relative_to(tmp_path)},{name}-\u00e9,{split}" for split, name, path in rows]
+    (tmp_path / "pets.csv").write_text("\n".join(["image,label,split", *table]), encoding="utf-8")
+    for wanted in ("train", "val"):
+        with tarfile.open(tmp_path / f"{wanted}.tar", "w") as archive:
+            for number, (_, name, path) in enumerate(row for row in rows if row[0] == wanted):
+                archive.add(path, f"{number:04}-{path.stem}{path.suffix}")
+                label = tarfile.TarInfo(f"{number:04}-{path.stem}.cls")
+                label.size = len(text := f"{name}-\u00e9".encode())
+                archive.addfile(label, io.BytesIO(text))
+    options = {"csv": {"file": "pets.csv"}, "webdataset": {"train": "train.tar", "val": "val.tar"}}[writer]
+    options = {name: str(tmp_path / file) for name, file in options.items()}
+    expected, _ = pipeline.write(writer, tmp_path / "utf8", options | {"workers": 1})
+    assert expected.facts["counts"] == {"train": 256, "val": 64}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastkd.write", writer, tmp_path / "ascii", "workers=1"]
+        + [f"{name}={value}" for name, value in options.items()],
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **BARE},
+        capture_output=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, words(done)
+    found = artifacts.load(tmp_path / "ascii")
+    assert found.key == expected.key
+    assert found.facts["source"] == expected.facts["source"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@ import pytest
 from fastkd import artifacts, label, pipeline, prune, score, train, write
 from fastkd.artifacts import building
 from fastkd.engine import epoch, inference
+from fastkd.export import __main__ as export
+from fastkd.export import formats
+from fastkd.export.images import export_images
 from fastkd.stages import pruning, run_files, training
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
@@ -152,6 +155,25 @@ def test_a_full_disk_while_a_data_set_is_written_again__keeps_the_existing_data_
     assert artifacts.load(place).key == whole.key
 
 
+@pytest.mark.parametrize("form", ["webdataset", "numpy"])
+def test_a_full_disk_during_an_export__is_one_error_and_keeps_the_previous_export(
+    form, tiny_recipe, disk, command, monkeypatch, leftovers
+):
+    subset, _ = pipeline.prune(tiny_recipe())
+    out = disk.path / "out"
+    old, _ = export_images(subset.path, out, form)
+    fill_at(monkeypatch, disk, formats, "read_bytes", 20)
+    code, said = command(export.main, subset.path, out, "--format", form, "--force")
+    refused(code, said, "another OUT; the next run starts over")
+    assert artifacts.load(out).manifest == old.manifest
+    artifacts.verify(old)
+    assert leftovers(disk.path) == []
+    disk.free()
+    code, said = command(export.main, subset.path, out, "--format", form, "--force")
+    assert code == 0, said
+    assert artifacts.load(out).manifest.files == old.manifest.files
+
+
 if os.geteuid() != 0 and shutil.which("unshare"):  # root mounts without it
 
     def test_all_this_holds_in_a_name_space_where_one_may_not_mount() -> None:
@@ -161,4 +183,4 @@ if os.geteuid() != 0 and shutil.which("unshare"):  # root mounts without it
         inside = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
         done = subprocess.run([*NAMESPACE, *inside], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
-        assert re.search(r"\b11 passed\b(?!.*skipped)", done.stdout), done.stdout
+        assert re.search(r"\b13 passed\b(?!.*skipped)", done.stdout), done.stdout

@@ -12,6 +12,7 @@ from harness import seconds
 from fastkd import artifacts, check, label, pipeline, prune, score, write
 from fastkd.export import __main__ as export
 from fastkd.export.dataset import export_dataset
+from fastkd.export.images import export_images
 
 VIEWS = ("data.view.family=flip", "labels.views=2")
 NEVER = "/there/is/no/such/file"  # that a command waits for in the middle
@@ -132,6 +133,25 @@ def test_an_export_that_is_stopped__keeps_the_previous_one(tiny_recipe, tmp_path
     code, said = command(export.main, *arguments)
     assert code == 0, said
     assert artifacts.load(tmp_path / "out").key == before.key
+    assert not (tmp_path / f"out{artifacts.PARTIAL}").exists()
+
+
+@signals()
+@pytest.mark.parametrize("form", ["webdataset", "numpy"])
+def test_an_export_for_other_trainers_that_is_stopped__keeps_the_previous_one(
+    tiny_recipe, tmp_path, slowed, command, traces, number, form
+):
+    subset, _ = pipeline.prune(tiny_recipe())
+    before, _ = export_images(subset.path, tmp_path / "out", form)
+    arguments = (subset.path, tmp_path / "out", "--format", form, "--force")
+    stop(slowed("export", *arguments, where="fastkd.data.extract:read_bytes", at=2, hold=NEVER), number)
+    assert traces.gone()
+    assert artifacts.load(before.path).manifest == before.manifest
+    artifacts.verify(before)
+    code, said = command(export.main, *arguments)
+    assert code == 0, said
+    again = artifacts.load(tmp_path / "out")
+    assert again.manifest.files == before.manifest.files
     assert not (tmp_path / f"out{artifacts.PARTIAL}").exists()
 
 

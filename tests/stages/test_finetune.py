@@ -12,6 +12,7 @@ from PIL import Image
 from fastkd import artifacts, console, models, pipeline, predict, recipe
 from fastkd.dry_run import dry_run
 from fastkd.errors import InputError
+from fastkd.export.images import export_images
 from fastkd.export.student import export_student
 from fastkd.pipeline import Pipeline
 from fastkd.report.inspection import Inspector
@@ -115,6 +116,40 @@ student: {model: cifar/resnet8}""")  # fmt: skip
     (line,) = [json.loads(one) for one in text.splitlines() if one.startswith("{")]
     assert {top["class"] for top in line["images"][0]["top"]} <= {f"class{k}" for k in range(5)}
     assert len(line["images"]) == 4
+
+
+def test_a_problem_of_37_classes_from_a_checkpoint_of_imagenets_shape(tmp_path, command):
+    """Fine-tune with the recipe that ships, distil, export the student and the subset, predict."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 1)):
+        for label in range(37):
+            for number in range(count):
+                file = tmp_path / "pets" / split / f"breed-{label:02}" / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8)).save(file)
+    pipeline.write("image_folder", tmp_path / "data", {"root": str(tmp_path / "pets"), "workers": 1})
+    torch.manual_seed(0)
+    models.save_weights(models.build("torchvision/resnet18", 1000), tmp_path / "imagenet.safetensors")
+    overrides = [
+        *("student.model=torchvision/resnet18", f"student.weights={tmp_path / 'imagenet.safetensors'}"),
+        *("data.input_px=32", "train.epochs=1", "train.batch_size=37", "optim.warmup_epochs=0"),
+    ]
+    student = make(tmp_path, tmp_path, "student", f"""
+teacher: {{recipe: {RECIPES / "finetune_teacher.yaml"}, overrides: {json.dumps(overrides)}}}
+prune: {{keep_ratio: 0.5}}
+student: {{model: cifar/resnet8}}""", epochs=1)  # fmt: skip
+    pipe = Pipeline(recipe.load(student))
+    run, _ = pipe.train()
+    described = json.loads((pipe.teacher_run.path / "model.json").read_text())
+    assert (described["model"], described["num_classes"]) == ("torchvision/resnet18", 37)
+    assert pipe.subset.facts["class_counts"] == [2] * 37
+    exported, _ = export_student(run.path, tmp_path / "exported")
+    code, text = command(predict.main, exported.path, tmp_path / "pets" / "val" / "breed-36", "--json")
+    assert code == 0, text
+    (line,) = [json.loads(one) for one in text.splitlines() if one.startswith("{")]
+    assert line["images"][0]["top"][0]["class"].startswith("breed-")
+    shards, _ = export_images(pipe.subset.path, tmp_path / "shards", "webdataset")
+    assert (shards.facts["count"], len(shards.facts["classes"])) == (74, 37)
 
 
 def test_fine_tuning_begins_at_the_weights_and_at_a_classifier_drawn_from_the_seed(five, tmp_path):

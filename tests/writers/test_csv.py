@@ -11,6 +11,7 @@ import pytest
 from pictures import CLASSES, listed, make_folder
 
 from fastkd import console
+from fastkd.data import indexing
 from fastkd.data.writer_api import load_writer, stratified_split
 from fastkd.errors import InputError
 from fastkd.pipeline import write
@@ -84,6 +85,26 @@ def test_forms_of_a_table(pictures, table, tmp_path, form):
             i %= len(found[split])
             assert found[split][i] == expected[split][i]
             assert os.path.samefile(found[split].describe(i), expected[split].describe(i))
+
+
+def test_indexing_reports_its_progress(tmp_path, monkeypatch):
+    """In MB of the table; nothing is said of an index that takes less than half a second."""
+    reports = []
+    rows = ([f"{'x' * 90}-{n}.jpg", n % 7, "train" if n % 5 else "val"] for n in range(40_000))
+    file = save(tmp_path / "long.csv", rows)
+    with indexing.indexing_reported(lambda *report: reports.append(report)):
+        monkeypatch.setattr(indexing, "_REPORT_EVERY_S", 60)
+        read(file)
+        assert not reports
+        monkeypatch.setattr(indexing, "_REPORT_EVERY_S", 0)
+        read(file)
+    total = file.stat().st_size // 1_000_000
+    assert {(label, whole, info, unit) for label, _, whole, info, unit in reports} == {("index", total, "", "MB")}
+    done = [report[1] for report in reports]
+    assert (done[0], done[-1]) == (0, total)
+    assert done == sorted(done)
+    read(file)
+    assert len(done) == len(reports)  # outside of a write
 
 
 def test_val_is_cut_where_there_is_no_column(pictures, tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from pictures import CLASSES, listed, make_folder
 
 from fastkd import console
+from fastkd.data import indexing
 from fastkd.data.beton_writer import write_here
 from fastkd.data.writer_api import load_writer, stratified_split
 from fastkd.errors import InputError
@@ -194,6 +196,26 @@ def test_labels_that_are_none(library, pictures, tmp_path, label, value):
     refused(rf"row 5: the label is {value!r}; expected a class name or its number", path=path)
 
 
+def test_indexing_reports_its_progress(saved, monkeypatch):
+    """In rows of both splits; writing passes it on."""
+    reports = []
+    monkeypatch.setattr(indexing, "_REPORT_EVERY_S", 0)
+    with indexing.indexing_reported(lambda *report: reports.append(report)):
+        read(path=saved)
+    assert reports == [("index", 256, 320, "", "rows"), ("index", 320, 320, "", "rows")]
+
+
+def test_writing_passes_the_progress_of_indexing_on(saved, tmp_path, monkeypatch):
+    reports = []
+    monkeypatch.setattr(indexing, "_REPORT_EVERY_S", 0)
+    (tmp_path / "out").mkdir()
+    write_here(("hf_dataset", {"path": saved, "workers": 1}, str(tmp_path / "out")), reports.append)
+    assert reports[:2] == [("index", 256, 320, "", "rows"), ("index", 320, 320, "", "rows")]
+    listed: list[tuple] = []
+    write("hf_dataset", tmp_path / "data", {"path": saved, "workers": 1}, progress=lambda *r: listed.append(r))
+    assert ("list", 0, 2, "", "files") in listed  # of the folder and its file
+
+
 def test_sources_that_cannot_be_opened(library, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(r"empty: cannot be opened \(.*No such file", path=str(tmp_path / "empty"))
@@ -237,6 +259,28 @@ def test_without_the_library(monkeypatch):
 
 
 # With the library itself
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the library datasets")
+def test_memory_is_an_index(tmp_path):
+    import datasets
+
+    def peak(count: int) -> int:
+        features = datasets.Features({"image": datasets.Value("binary"), "label": datasets.Value("int64")})
+        columns = {"image": [bytes(700)] * count, "label": [n % 7 for n in range(count)]}
+        folder = tmp_path / f"{count}"
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(folder)
+        tracemalloc.start()
+        try:
+            read(path=str(folder), val_ratio=0.5)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(100)  # imports
+    few, many = peak(11_000), peak(31_000)  # more than a batch
+    assert (many - few) / 20_000 < 100  # bytes a row, of 700 of an image
+
 
 real = pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the library datasets")
 

@@ -12,6 +12,7 @@ import pytest
 from pictures import CLASSES, listed, make_folder
 
 from fastkd import console
+from fastkd.data import indexing
 from fastkd.data.shards import expand
 from fastkd.data.writer_api import load_writer, stratified_split
 from fastkd.errors import InputError
@@ -134,6 +135,21 @@ def test_a_sample_is_read_at_its_place_and_named(shards, tmp_path, pictures):
     for i in (255, 0, 64, 130):
         assert train[i] == (rows[i][2], CLASSES.index(rows[i][3]))
         assert train.describe(i) == f"{tmp_path}/train-{i // 64:03}.tar: {rows[i][0]}.{rows[i][1]}"
+
+
+def test_indexing_reports_its_progress(tmp_path, monkeypatch):
+    """In MB of all shards."""
+    reports = []
+    monkeypatch.setattr(indexing, "_REPORT_EVERY_S", 0)
+    for name in ("train-0", "train-1", "val"):
+        pack(tmp_path / f"{name}.tar", [(f"{n:04}", "jpg", bytes(20_000), str(n % 2)) for n in range(100)])
+    with indexing.indexing_reported(lambda *report: reports.append(report)):
+        read(train=str(tmp_path / "train-{0..1}.tar"), val=str(tmp_path / "val.tar"))
+    total = sum(file.stat().st_size for file in tmp_path.glob("*.tar")) // 1_000_000
+    assert {(label, whole, info, unit) for label, _, whole, info, unit in reports} == {("index", total, "", "MB")}
+    done = [report[1] for report in reports]
+    assert done == sorted(done)
+    assert set(range(total)) <= set(done)
 
 
 def test_memory_is_an_index(tmp_path):
