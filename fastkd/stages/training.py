@@ -34,6 +34,8 @@ from fastkd.stages.training_setup import LOADING_HELP, TrainingInputs, TrainingS
 
 CHECKPOINTS = "checkpoints"
 EVAL_BATCH_SIZE = 256
+LINES_PER_EPOCH = 5
+"""Number of lines in metrics.jsonl for an epoch that is too short for `log.every_steps`, if it has as many steps."""
 LOADER_LIMITS = 0.1
 """Warn when data wait exceeds this share of training time."""
 
@@ -324,7 +326,7 @@ class _Training:
                 setup.batches(ids[epoch.steps * train.batch_size :], number),
                 setup.teacher.live,
                 lr_S,
-                log_every_steps=self.recipe.log.every_steps,
+                log_every_steps=min(self.recipe.log.every_steps, math.ceil(len(lr_S) / LINES_PER_EPOCH)),
                 on_log=on_log,
                 per_sample_loss=setup.per_sample_loss,
                 epoch=epoch,
