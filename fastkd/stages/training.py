@@ -380,6 +380,7 @@ class _Training:
             f"train: top-1 {accuracy['val']:.2%} on val; {times['images_per_s']:,.0f} images/s, "
             f"data wait {times['data_wait_share']:.1%}; this student took {times['further_student_s']:.1f} s "
             f"({times['first_student_s']:.1f} s with all stages before)"
+            + (f", on a busy machine (load {times['load_at_start']} at the start)" if times["busy"] else "")
         )
         if times["data_wait_share"] > LOADER_LIMITS:
             console.warn(
