@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from fastkd import artifacts, pipeline
 from fastkd.errors import ArtifactError, InputError
 from fastkd.export import __main__ as export
 from fastkd.export.hub import export_for_hub, push
+from fastkd.report import builder
 from fastkd.stages.trained_student import open_student
 
 
@@ -113,6 +115,16 @@ def test_a_student_of_the_hubs_layout_is_a_teacher(hub_folder, tiny_run):
     models.load_weights(net, hub_folder.path / "model.safetensors", name="cifar/resnet8")
     described = models.description(hub_folder.path / "model.safetensors")
     assert described["mean"] == json.loads(tiny_run.file("model.json").read_text())["mean"]
+
+
+def test_a_report_lists_it(hub_folder, tiny_run, tmp_path):
+    """Without words about graphs, which it does not have."""
+    shutil.copytree(tiny_run.path, tmp_path / "runs" / "run")
+    page = builder.report([tmp_path / "runs" / "run", hub_folder.path], tmp_path / "page", evaluate=False)
+    text = page.read_text()
+    assert f"python -m fastkd.predict {hub_folder.path} IMAGES…" in text
+    assert "model.safetensors" in text
+    assert "Both graphs" not in text
 
 
 class StandIn:
