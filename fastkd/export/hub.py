@@ -168,7 +168,7 @@ def model_card(student: Student, licence: str) -> str:
     env = run_schema.read_json(run.file("env.json"))
     run_schema.validated(env, run_schema.Environment, run.file("env.json"))
     facts = run_schema.validated(run.facts, run_schema.RunFound, run.path / artifacts.MANIFEST)
-    is_timm, data = described["model"].startswith("timm/"), Path(str(settings["data"]["path"])).name
+    is_timm, data = described["model"].startswith("timm/"), _data_name(settings.get("data"))
     library = "timm" if is_timm else "fastkd"
     metadata = {
         "license": licence,
@@ -194,6 +194,7 @@ def model_card(student: Student, licence: str) -> str:
     templates.filters["clock"] = clock
     return templates.get_template("card.md.j2").render(
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        licence=licence,
         described=described,
         settings=settings,
         timing=timing,
@@ -208,6 +209,11 @@ def model_card(student: Student, licence: str) -> str:
         is_timm=is_timm,
         is_user=user_model(described["model"]),
     )
+
+
+def _data_name(section: Any) -> str:
+    """Return the name of the data set: the last part of its path."""
+    return Path(str(section.get("path", ""))).name if isinstance(section, dict) else "unknown"
 
 
 def _val_images(run: Artifact) -> int | None:
