@@ -181,7 +181,7 @@ def loss_over_epochs(groups: Sequence[Group]) -> Figure:
     for group, colour in _coloured(groups):
         for run in group.runs:
             x, loss = run.curve("loss")
-            faint = {"lw": 1.5 if len(group.runs) == 1 else 1, "alpha": 1 / len(group.runs) ** 0.3}
+            faint: dict[str, Any] = {"lw": 1.5 if len(group.runs) == 1 else 1, "alpha": 1 / len(group.runs) ** 0.3}
             axes.plot(x, loss, color=colour, **faint, **_points(len(x)))
             lows.append(min(loss, default=1))
             highs.append(max(loss, default=1))
@@ -313,9 +313,9 @@ def _time_below(axes: Axes) -> None:
     """Mark the axis of time, whose data are seconds, in one unit: seconds, minutes or hours."""
     longest_s = axes.get_xlim()[1]
     unit, size_s = next((name, size) for name, size, limit in TIME_UNITS if longest_s < limit)
-    ticks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, longest_s / size_s)
+    ticks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, longest_s / size_s))
     ticks = ticks[(ticks >= 0) & (ticks * size_s <= longest_s)]
-    axes.set_xticks(size_s * ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks((size_s * ticks).tolist(), [f"{tick:g}" for tick in ticks])
     axes.set(xlabel=f"time ({unit})", xlim=(0, longest_s))
 
 
@@ -330,7 +330,7 @@ def _teacher_line(axes: Axes, top1: float | None) -> list[Line2D]:
     """Draw the teacher's top-1 (0…1) as a line, if it is known; return its mark in the legend."""
     if top1 is None:
         return []
-    line = {"color": MUTED, "lw": 1.2, "ls": (0, (1, 1.5))}
+    line: dict[str, Any] = {"color": MUTED, "lw": 1.2, "ls": (0, (1, 1.5))}
     axes.axhline(100 * top1, **line)
     return [Line2D([], [], label="teacher", **line)]
 

@@ -61,11 +61,16 @@ def _networks(run: RunFacts) -> tuple[str | None, str]:
     return str(recorded.get("model") or teacher["model"] or "a teacher"), student
 
 
+def _top1(group: Group, label: str) -> Tile:
+    figure, unit = percent(group.top1).split(" ", 1)
+    return Tile(figure, unit, label)
+
+
 def _tiles_of(group: Group, teacher_top1: float | None) -> list[Tile]:
     """Return the figures of one group."""
     seeds = f", mean ± std of {len(group.runs)} seeds" if len(group.runs) > 1 else ""
     speed = Tile(f"{group.images_per_s.mean:,.0f}", "", "images/s while training")
-    top1 = Tile(*percent(group.top1).split(" ", 1), f"top-1 on val{seeds}{_teacher(teacher_top1)}")
+    top1 = _top1(group, f"top-1 on val{seeds}{_teacher(teacher_top1)}")
     if not group.first_run.resolved["teacher"]:
         writing = ", including writing the data set" if group.first_s.mean > group.further_s.mean else ""
         return [top1, Tile(clock(group.first_s.mean), "", f"wall time{writing}"), speed]
@@ -82,7 +87,7 @@ def _tiles_compared(groups: Sequence[Group], teacher_top1: float | None) -> list
     best, *_, worst = by_top1(groups)
     gap = 100 * (best.top1.mean - worst.top1.mean)
     tiles = [
-        Tile(*percent(best.top1).split(" ", 1), f"highest top-1 on val: {best.title}{_teacher(teacher_top1)}"),
+        _top1(best, f"highest top-1 on val: {best.title}{_teacher(teacher_top1)}"),
         Tile(f"{gap:.2f}", "points", f"between the highest and the lowest top-1: {worst.title}"),
     ]
     if len({str(group.first_run.machine) for group in groups}) > 1:
