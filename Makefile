@@ -31,7 +31,7 @@ soak: ## long tests: hundreds of interrupted epochs and killed trainings; about 
 
 docs: setup ## regenerate the generated parts of docs/, and build site/index.html
 	$(PYTHON_IN_VENV) docs/generate.py
-	NO_MKDOCS_2_WARNING=1 $(PYTHON_IN_VENV) -m mkdocs build --strict
+	$(PYTHON_IN_VENV) -m zensical build --strict
 
 lint: setup ## ruff (rules and format) and mypy
 	$(PYTHON_IN_VENV) -m ruff check .
@@ -46,5 +46,5 @@ wheel: setup ## dist/: the sdist, and the wheel that is built from it
 	$(PYTHON_IN_VENV) -m pip wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
 clean: ## remove caches and build leftovers; keeps .venv, data and runs
-	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .cache *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -166,7 +166,7 @@ install_packages() {
 packages_import() {
     $VENV/bin/python -c 'import fastkd, fastkd.data.ffcv_import, numba, numpy, scipy, sklearn, timm, torch, torchvision
 import onnx, onnxruntime, onnxscript, tensorboard
-import hypothesis, material, mkdocs, mypy, pytest, xdist'
+import hypothesis, mypy, pytest, xdist, zensical'
 }
 
 # --- main ---------------------------------------------------------------------------------------------------------

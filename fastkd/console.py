@@ -300,6 +300,13 @@ def clock(seconds: float, *, whole: bool = False) -> str:
     return f"{minutes}:{rest:02} min" if minutes < 120 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
+def short_time(seconds: float) -> str:
+    """Format a short time with three digits: 12.3 ms, 17.9 s; from 100 s on as `clock` does."""
+    if seconds >= 100:
+        return clock(seconds)
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
+
+
 class _Progress(Progress):
     """A progress bar with its info text on a separate line, since narrow terminals have no room beside the bar."""
 

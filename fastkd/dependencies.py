@@ -27,6 +27,7 @@ EXTRAS = {
     "digits": "the writer digits",
     "export": "exporting a student as ONNX",
     "hf": "the writer hf_dataset",
+    "hub": "export --hub --push",
     "mlflow": "log.to: [mlflow]",
     "tensorboard": "log.to: [tensorboard]",
     "timm": "models named timm/…",

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastkd import console
-from fastkd.console import clock
+from fastkd.console import clock, short_time
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,14 @@ from fastkd.console import clock
 def test_times_are_said_as_people_do(seconds, said):
     """Seconds, then minutes, then hours."""
     assert clock(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(17.92114, "17.9 s"), (0.0123456, "12.3 ms"), (0.9999, "1 s"), (1.23e-6, "0.00123 ms"), (179.2, "2:59 min")],
+)
+def test_short_times_have_three_digits(seconds, said):
+    assert short_time(seconds) == said
 
 
 def test_a_noun_has_the_number_of_its_count():

@@ -1,12 +1,13 @@
 """A machine that other processes occupy is noted beside what was timed on it."""
 
+import json
 import os
 
 import pytest
 
-from fastkd import machine
+from fastkd import machine, pipeline
 from fastkd.bench.measurement import machine_line
-from fastkd.stages.run_files import timing
+from fastkd.stages.run_files import last_compile_s, timing
 from fastkd.stages.run_log import Cost
 
 EPOCH = {"loss": 1.0, "images": 100, "steps": 10, "wall_s": 2.0, "data_wait_s": 0.5, "images_per_s": 50.0}
@@ -27,3 +28,31 @@ def test_a_load_above_the_cores_is_noted_in_timing_and_in_benchmarks(busy, monke
 
 def test_reports_of_earlier_versions_say_nothing_of_the_load():
     assert machine_line({"cpu": "a CPU", "cores": 2}, "a GPU") == "a CPU, 2 cores, a GPU"
+
+
+def test_the_last_runs_time_of_compiling_is_what_is_expected(tiny_recipe, tmp_path):
+    """Of the same recipe, on the same CPU, if it was compiled; damaged files are passed over."""
+    loaded = tiny_recipe()
+    runs, cpu = tmp_path / "runs", machine.describe()["cpu"]
+
+    def put(name: str, seconds: object, at: int, compiled: object = "default", cpu: str = cpu) -> None:
+        (runs / name).mkdir()
+        (runs / name / "env.json").write_text(json.dumps({"compile": compiled, "machine": {"cpu": cpu}}))
+        timing = runs / name / "timing.json"
+        timing.write_text(json.dumps({"stages": [{"stage": "compile", "seconds": seconds}]}))
+        os.utime(timing, (at, at))
+
+    assert last_compile_s(loaded) is None
+    put("student-old", 50.0, 1)
+    put("student-last", 40.0, 2)
+    put("student-elsewhere", 30.0, 3, cpu="another")
+    put("student-eager", 1.0, 4, compiled=False)
+    put("student-damaged", None, 5)
+    put("other-recipe", 20.0, 6)
+    assert last_compile_s(loaded) == 40.0
+
+
+def test_a_busy_machine_is_noted_at_the_end_of_a_training(tiny_recipe, monkeypatch, capfd):
+    monkeypatch.setattr(machine, "LOAD_AT_START", 999.5)
+    pipeline.train(tiny_recipe("train.epochs=1"))
+    assert "on a busy machine (load 999.5 at the start)" in " ".join(capfd.readouterr().out.split())

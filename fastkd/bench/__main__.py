@@ -90,9 +90,9 @@ def plan(
 ) -> cli.CommandResult:
     """Predict the time of vanilla KD and of the recipe, also at other keep ratios and numbers of views.
 
-    Measures rates for about a minute; nothing is trained. For several devices, one step is measured here at the batch
-    size of one device, and the time of an all-reduce that does not overlap with it is added: an upper bound, computed
-    and never checked on GPUs.
+    Measures rates for about a minute, after compiling, and prints how long that takes; nothing is trained. For several
+    devices, one step is measured here at the batch size of one device, and the time of an all-reduce that does not
+    overlap with it is added: an upper bound, computed and never checked on GPUs.
 
     JSON: the contents of plan.json.
 

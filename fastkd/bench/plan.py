@@ -27,6 +27,7 @@ from fastkd.bench.workbench import (
     resident_step_rate,
     steps_for,
 )
+from fastkd.console import clock
 from fastkd.cost_estimate import Measured, Sizes, duration, plan_folder, predict, predict_vanilla, rates_of
 from fastkd.recipe import Recipe
 from fastkd.stages.label_format import format_of, row_bytes
@@ -63,6 +64,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | N
     InputError
         The recipe has no teacher, or the batch cannot be divided equally among the devices.
     """
+    start = time.perf_counter()
     local_batch = cluster.local_batch(recipe.train.batch_size) if cluster else recipe.train.batch_size
     bench = Workbench(changed(recipe, train={"batch_size": local_batch}))
     try:
@@ -85,6 +87,7 @@ def measure(recipe: Recipe, out: Path, *, repeats: int = 3, cluster: Cluster | N
         "lines": _predict_lines(recipe, measured, sizes, vanilla),
         "limit": limit(one_device),
         "cluster": scaled,
+        "took_s": time.perf_counter() - start,
     }
     write_report(report, out / "plan.json")
     draw(report, out / "plan.png")
@@ -107,7 +110,8 @@ def _measure_rates(bench: Workbench, repeats: int) -> Measured:
     loops = TrainingLoop(bench.pipeline, setup), TrainingLoop(bench.pipeline, vanilla)
     with closing(loops[0]), closing(loops[1]):
         segments |= _step_segments(bench, *loops)
-        console.heading("plan: measuring")
+        expected_s = SEGMENT_S * repeats * len(segments)
+        console.heading(f"plan: measuring {len(segments)} rates {repeats} times, about {clock(expected_s)}")
         rates = {name: float(np.median(values)) for name, values in interleaved(repeats, segments).items()}
     return Measured(
         **{"label": rates["score"], **rates},
@@ -322,14 +326,16 @@ def table(report: dict[str, Any]) -> Table:
     """Return the table of a report: vanilla KD, and one line per keep ratio and number of views."""
     grid = Table(title=title(report), title_justify="left")
     grid.add_column("")
-    for column in ("score\n+ prune", "label", "train", *(plural(n, "student") for n in STUDENTS)):
+    for column in ("write", "score\n+ prune", "label", "train", *(plural(n, "student") for n in STUDENTS)):
         grid.add_column(column, justify="right")
     grid.add_column(f"speed-up,\n{plural(STUDENTS[-1], 'student')}", justify="right", style="bold")
     grid.add_column("pays off from\nstudent no.", justify="right")
     grid.add_column("stored", justify="right")
     vanilla = report["vanilla"]
     totals = [duration(total(vanilla, n)) for n in STUDENTS]
-    grid.add_row("vanilla KD", "–", "–", duration(vanilla["train"]), *totals, "1.00×", "–", "–")
+    grid.add_row(
+        "vanilla KD", duration(vanilla["write"]), "–", "–", duration(vanilla["train"]), *totals, "1.00×", "–", "–"
+    )
     keep = None
     for line in report["lines"]:
         if line["keep_ratio"] != keep:
@@ -337,6 +343,7 @@ def table(report: dict[str, Any]) -> Table:
         keep = line["keep_ratio"]
         grid.add_row(
             line_title(line) + (" (recipe)" if line["recipe"] else ""),
+            duration(line["write"]),
             duration(line["score"] + line["prune"]),
             duration(line["label"]) if line["views"] else "–",
             duration(line["train"]),
@@ -358,7 +365,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         *(_cluster_notes(report) if report["cluster"] else _device_notes(report)),
         f"not included: training the teacher. Each line is for {report['sizes']['epochs']} epochs, with the recipe's "
         "precision, batch size and loader",
-        f"machine: {machine_line(report['machine'], report['gpu'])}, {report['precision']}",
+        f"machine: {machine_line(report['machine'], report['gpu'])}, {report['precision']}; measuring took "
+        f"{clock(report['took_s'])}",
     ]
 
 
@@ -377,8 +385,8 @@ def _cluster_notes(report: dict[str, Any]) -> list[str]:
         f"measured on one device with {cluster['local_batch']} images of each batch, images/s: {_rates(one)}",
         f"predicted for {devices} devices: student {rates['step']:,.0f} images/s, {rates['step'] / one['step']:.1f} "
         f"times one device. The all-reduce of {cluster['gradient_bytes'] / 1e6:,.1f} MB of gradients takes "
-        f"{1e3 * cluster['all_reduce_s']:.2f} ms per step, assumed not to overlap with the backward pass: an upper "
-        "bound. Never checked on GPUs",
+        f"{console.short_time(cluster['all_reduce_s'])} per step, assumed not to overlap with the backward pass: an "
+        "upper bound. Never checked on GPUs",
         cluster["loading"],
     ]
 

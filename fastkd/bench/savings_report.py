@@ -8,6 +8,9 @@ from fastkd.bench.measurement import machine_line
 
 STAGE_LINES = ("write", "score", "choose", "prune", "label", "setup", "compile", "train", "evaluate")
 
+BASELINES = {"random": "random selection of as many samples", "same_compute": "all data for as many steps"}
+"""Variants that some recipes do not have, such as those with one epoch, or that keep all samples."""
+
 
 def conclusion(report: dict[str, Any]) -> str:
     """Return a few sentences: time saved, accuracy, and whether the selection method helped."""
@@ -107,6 +110,10 @@ def _top1(entry: dict[str, Any]) -> str:
 def notes(report: dict[str, Any]) -> list[str]:
     """Return the lines below the tables."""
     environment, lines = report["environment"], []
+    if "recipe" in report["ways"] and not report["ways"]["recipe"]["title"].startswith("random"):
+        without = [what for name, what in BASELINES.items() if name not in report["ways"]]
+        if without:
+            lines.append(f"left out, since this recipe has no such baseline: {' and '.join(without)}")
     if report["teacher_training_s"] is not None:
         lines.append(
             f"not included: training the teacher, {report['teacher_training_s']:.1f} s "
@@ -114,7 +121,9 @@ def notes(report: dict[str, Any]) -> list[str]:
         )
     return [
         *lines,
-        f"not included: filling the compiler's caches, {report['cold_compile_s']:.1f} s, once per machine",
+        f"not included: filling the compiler's caches, {report['cold_compile_s']:.1f} s, once per machine"
+        if environment.get("compile", True)
+        else "train.compile is false: the line compile is the time of warming up the step",
         f"machine: {machine_line(environment['machine'], environment['gpu'])}, {environment['precision']}",
         report["conclusion"],
     ]

@@ -44,26 +44,49 @@ def main(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     model: cli.UserModel = None,
+    hub: Annotated[
+        bool,
+        typer.Option(
+            "--hub", help="For a RUN: in the layout of the Hugging Face Hub, with a model card, without graphs."
+        ),
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="With --hub: upload it to this repository; a new one is private."),
+    ] = None,
+    licence: Annotated[
+        str, typer.Option("--license", metavar="ID", help="With --hub: licence in the model card, such as apache-2.0.")
+    ] = "unknown",
 ) -> cli.CommandResult:
     """Export the student of a RUN, or the kept samples of a SUBSET.
 
     For a RUN: the student as ONNX, as .pt2 (torch.export) and as weights, with model.json, which describes its input.
     Both graphs take uint8 images and include the normalisation; their logits are compared with those of the network.
 
+    With --hub: the weights and a model card, for the Hugging Face Hub; a timm network as timm itself saves it. The
+    folder is only uploaded with --push.
+
     For a SUBSET: the kept samples and their LABELS, as a self-contained data set. Images are copied as they are stored.
     Sample ids, mean and std do not change. With another --format: the kept images with labels, the teacher's logits and
     sample ids, for other trainers.
 
-    JSON keys: path, kind, key, built, cost_s. For a RUN also model, worst_difference; for a SUBSET counts, bytes; with
-    another --format format, count, bytes.
+    JSON keys: path, kind, key, built, cost_s. For a RUN also model, worst_difference (with
+    --hub: pushed, an address or null); for a SUBSET counts, bytes; with another --format
+    format, count, bytes.
 
     Example: python -m fastkd.export runs/quickstart-01234567 student
+
+    Example: python -m fastkd.export runs/quickstart-01234567 student_hub --hub --license apache-2.0
 
     Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab data/cifar10_half
 
     Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab shards --format webdataset
     """
+    if not hub and (push is not None or licence != "unknown"):
+        raise InputError("--push and --license: belong to --hub")
     if artifacts.read_manifest(path).kind != "RUN":
+        if hub:
+            raise InputError(f"{path}: is no RUN; --hub is for the student of a RUN")
         if model is not None:
             raise InputError(f"{path}: is no RUN; --model belongs to the student of a RUN")
         if form is Format.BETON:
@@ -78,7 +101,34 @@ def main(
         return _export_images(path, out, form, data, shard_mb, force)
     if data is not None or labels is not None or shard_mb is not None or form is not Format.BETON:
         raise InputError(f"{path}: is a RUN; --format, --shard-mb, --data and --labels are for a SUBSET")
+    if hub:
+        return _export_for_hub(path, out, force, model, push, licence)
     return _export_run(path, out, force, model)
+
+
+def _export_for_hub(
+    run: Path, out: Path, force: bool, model: str | None, repo: str | None, licence: str
+) -> cli.CommandResult:
+
+    from fastkd.export.hub import check_can_push, export_for_hub, push
+
+    if repo is not None:
+        check_can_push(repo)
+    console.heading(f"export {run} → {out}, for the Hub")
+    artifact, built = export_for_hub(run, out, licence=licence, force=force, model=model)
+    for name, stamp in artifact.manifest.files.items():
+        console.say(f"{artifact.path / name}: {stamp.size / 1e6:,.3g} MB")
+    if licence == "unknown":
+        console.say(f"the model card {artifact.path / 'README.md'} has no licence: set one with --license")
+    address = push(artifact.path, repo) if repo is not None else None
+    done = f"uploaded to {address}" if address else "not uploaded"
+    return cli.CommandResult.of(
+        f"STUDENT: {artifact.path} ({artifact.facts['model']}), {done}",
+        artifact,
+        built,
+        model=artifact.facts["model"],
+        pushed=address,
+    )
 
 
 def _export_run(run: Path, out: Path, force: bool, model: str | None) -> cli.CommandResult:

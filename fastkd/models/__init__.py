@@ -12,12 +12,13 @@ from fastkd.models.input_check import refusal
 from fastkd.models.normalisation import Normalisation, Normalised, native_normalisation
 from fastkd.models.outputs import LogitsOnly
 from fastkd.models.registry import build, entry_shapes, is_published, names
-from fastkd.models.sidecar import description, student_artifact
+from fastkd.models.sidecar import HUB_WEIGHTS, description, student_artifact, weights_of
 from fastkd.models.user_net import model_key_fields, source_digest
 from fastkd.models.weight_files import takes_average
 from fastkd.models.weights import check_weights, is_cached, load_weights, published_digest, save_weights, weights_digest
 
 __all__ = [
+    "HUB_WEIGHTS",
     "Float32Linear",
     "LogitsOnly",
     "Normalisation",
@@ -41,4 +42,5 @@ __all__ = [
     "student_artifact",
     "takes_average",
     "weights_digest",
+    "weights_of",
 ]

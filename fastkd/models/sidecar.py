@@ -10,7 +10,7 @@ from fastkd.errors import InputError
 from fastkd.models.weight_files import is_run
 from fastkd.validation import ChannelStatistics
 
-STUDENT = "student.safetensors"
+STUDENT, HUB_WEIGHTS = "student.safetensors", "model.safetensors"
 DESCRIPTION = "model.json"
 
 
@@ -27,9 +27,15 @@ def student_artifact(weights: str | Path) -> Artifact | None:
         kind = artifacts.read_manifest(path).kind
         return artifacts.load(path, "STUDENT" if kind == "STUDENT" else "RUN")
     file = path.resolve()
-    if file.name == STUDENT and file.is_file() and is_run(file.parent):
+    if file.name in (STUDENT, HUB_WEIGHTS) and file.is_file() and is_run(file.parent):
         return artifacts.load(file.parent)
     return None
+
+
+def weights_of(artifact: Artifact) -> Path:
+    """Return the weights file of a RUN or of an exported student; in the layout of the Hub it has another name."""
+    files = artifact.manifest.files
+    return artifact.file(HUB_WEIGHTS if HUB_WEIGHTS in files and STUDENT not in files else STUDENT)
 
 
 def description(weights: str | Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from torch import nn
 from fastkd.errors import InputError
 from fastkd.models.fitting import first_of, fitting, is_counter
 from fastkd.models.registry import entry_shapes, import_timm, is_published, split, torchvision_weights
-from fastkd.models.sidecar import STUDENT, description, student_artifact
+from fastkd.models.sidecar import description, student_artifact, weights_of
 from fastkd.models.weight_files import State, States, is_run, read_file, reason, unwrapped
 from fastkd.recipe import HUB, model_name
 
@@ -139,7 +139,7 @@ def _read(weights: str | Path, name: str | None) -> States:
             f"give the model {described['model']}, or other weights"
         )
     if is_run(weights) and (artifact := student_artifact(weights)):
-        return read_file(artifact.file(STUDENT))
+        return read_file(weights_of(artifact))
     library, net = split(name) if name else ("", "")
     expected = "a file or a RUN"
     if library == "torchvision":

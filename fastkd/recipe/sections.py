@@ -422,7 +422,7 @@ class Log(Section):
     """Logging."""
 
     every_steps: int = Field(50, ge=1)
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl. Short epochs are logged more often: about five times each."""
     to: Annotated[tuple[LoggerName, ...], Field(strict=False)] = ()
     """Loggers that receive the numbers of metrics.jsonl, too. Each needs the package of its name."""
     tensorboard: bool = Field(False, json_schema_extra={"deprecated": True})

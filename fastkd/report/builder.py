@@ -15,7 +15,8 @@ from fastkd.console import clock
 from fastkd.errors import FastkdError, InputError
 from fastkd.report import plots
 from fastkd.report.fonts import class_names, writable
-from fastkd.report.runs import Exported, Group, RunFacts, Stat, differing, exports, grouped, noise_points, read
+from fastkd.report.runs import Exported, Group, RunFacts, differing, exports, grouped, read
+from fastkd.report.summary import busy_note, percent, spread, summarised
 from fastkd.report.template import environment
 
 if TYPE_CHECKING:
@@ -56,6 +57,17 @@ class Found:
         """Whether samples are shown without the teacher's prediction."""
         shown = [one for group in self.samples or () for one in (*group.kept, *group.dropped)]
         return any(one.guess is None for one in shown)
+
+    @property
+    def flawed(self) -> int:
+        """Number of samples that are shown, and are black or of a single colour."""
+        return sum(bool(one.flaw) for group in self.samples or () for one in (*group.kept, *group.dropped))
+
+    def teacher_top1(self, groups: Sequence[Group]) -> float | None:
+        """Return the top-1 on val that the teacher of all groups has (0…1); None: unknown, or they have several."""
+        mine = self.run.artifact.manifest.inputs.get("teacher")
+        same = all(group.first_run.artifact.manifest.inputs.get("teacher") == mine for group in groups)
+        return self.by_class.teacher_top1 if self.by_class and same else None
 
 
 def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = True) -> Path:
@@ -99,10 +111,11 @@ def report(paths: Sequence[Path], out: Path | None = None, *, evaluate: bool = T
     with plots.style(texts):
         found = inspect(runs, evaluate=evaluate)
         names = found.run.classes
-        charts = drawn = [*over_time(groups), *of_classes(found, names)]
+        teacher = found.teacher_top1(groups)
+        charts = drawn = [*over_time(groups, teacher), *of_classes(found, names)]
         if any(writable(text) != text for text in texts):  # browsers have fonts that matplotlib may lack
             titled = [replace(group, title=writable(group.title)) for group in groups]
-            drawn = [*over_time(titled), *of_classes(found, class_names(names))]
+            drawn = [*over_time(titled, teacher), *of_classes(found, class_names(names))]
         try:
             out.mkdir(parents=True, exist_ok=True)
             for chart in drawn:
@@ -123,8 +136,8 @@ def _is_other_output(path: Path) -> bool:
     return other
 
 
-def over_time(groups: Sequence[Group]) -> list[Chart]:
-    """Draw accuracy and loss during training, and the time of each stage."""
+def over_time(groups: Sequence[Group], teacher_top1: float | None = None) -> list[Chart]:
+    """Draw accuracy and loss during training, and the time of each stage; the teacher's top-1 (0…1) as a line."""
     summary = "; ".join(
         f"{g.title}: {percent(g.top1)} after {clock(g.further_s.mean)} (additional student), "
         f"{clock(g.first_s.mean)} (first student)"
@@ -135,14 +148,14 @@ def over_time(groups: Sequence[Group]) -> list[Chart]:
     has_holdout = any(e.split == "holdout" for g in groups for run in g.runs for e in run.evaluations)
     over_epochs = Chart(
         "top1-over-epochs",
-        plots.top1_over_epochs(groups),
+        plots.top1_over_epochs(groups, teacher_top1),
         f"Top-1 against epochs. {summary}",
         "During training the hold-out is evaluated; val is evaluated once, after the last epoch.",
     )
     return [
         Chart(
             "top1-over-time",
-            plots.top1_over_time(groups),
+            plots.top1_over_time(groups, teacher_top1),
             f"Top-1 against wall time. {summary}",
             "Filled: time of an additional student. Ring: time of the first student, with all stages before it.",
         ),
@@ -203,6 +216,8 @@ def of_classes(found: Found, names: Sequence[str]) -> list[Chart]:
     if selection := found.selection:
         kept, of = int(selection.kept.sum()), len(selection.kept)
         sizes_K = selection.class_sizes
+        kept_K = None if selection.kept_alike else selection.class_counts
+        kept_title = "" if selection.kept_alike else f"{'Samples' if sizes_K is None else 'Share'} kept and "
         unknown = " The sizes of the classes are not known: the DATASET and the SCORES are gone."
         charts += [
             Chart(
@@ -214,10 +229,10 @@ def of_classes(found: Found, names: Sequence[str]) -> list[Chart]:
             ),
             Chart(
                 "classes",
-                plots.classes(names, selection.class_counts, sizes_K, selection.sigma),
-                f"{'Samples' if sizes_K is None else 'Share'} kept and σ of the teacher’s logits for each class",
-                "σ is the mean standard deviation of the teacher’s logits over the samples of a class."
-                + unknown * (sizes_K is None),
+                plots.classes(names, kept_K, sizes_K, selection.sigma),
+                f"{kept_title}σ of the teacher’s logits for each class",
+                f"{selection.kept_alike}σ is the mean standard deviation of the teacher’s logits over the samples of a "
+                "class." + unknown * (sizes_K is None),
             ),
         ]
     if by_class := found.by_class:
@@ -252,15 +267,17 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], expor
     """Render the template. All text from recipes and data is escaped."""
     templates = environment()
     templates.filters |= {"percent": percent, "spread": spread, "thousands": "{:,}".format}
-    subject = next((group for group in groups if not group.is_vanilla), groups[0])
-    vanilla = next((group for group in groups if group.is_baseline_of(subject)), None)
+    subject = groups[0]
+    vanilla = next(
+        (group for group in groups if any(group.is_baseline_of(one) for one in groups if one is not group)), None
+    )
     return templates.get_template("report.html.j2").render(
         groups=groups,
         subject=subject,
         run=subject.first_run,
         vanilla=vanilla,
-        comparable=vanilla is not None and vanilla.first_run.machine == subject.first_run.machine,
-        conclusion=conclusion(subject, vanilla, noise_points(groups)),
+        summary=summarised(groups, found.teacher_top1(groups)),
+        busy=busy_note(groups),
         differs=differing([group.first_run for group in groups]),
         same_machine=all(group.first_run.machine == subject.first_run.machine for group in groups),
         found=found,
@@ -270,7 +287,10 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], expor
         stage_colours=plots.STAGE_COLOURS,
         stage_names={stage.name for group in groups for stage in group.stages},
         warnings=list(dict.fromkeys(one for group in groups for run in group.runs for one in run.warnings)),
-        commands=commands(subject),
+        commands=[
+            *commands(subject),
+            *((f"Train {group.title}", commands(group)[0][1]) for group in groups if group is not subject),
+        ],
         resolved=(subject.first_run.path / "resolved.yaml").read_text(encoding="utf-8", errors="replace"),
         environment=environment_of(subject.first_run),
         fingerprints=fingerprints(subject.first_run),
@@ -284,24 +304,6 @@ def _working_directory() -> str:
         return str(Path.cwd())
     except OSError:
         return "a folder that no longer exists"
-
-
-def conclusion(subject: Group, vanilla: Group | None, noise: float) -> str:
-    """Return the conclusion of the comparison with vanilla KD; empty if there is no comparable run of it."""
-    if vanilla is None or vanilla is subject:
-        return ""
-    gap = 100 * (subject.top1.mean - vanilla.top1.mean)
-    points = f"{gap:+.2f}".replace("-", "−")
-    accuracy = (
-        f"Its top-1 differs from that of vanilla KD by {points} points; differences below {noise:.1f} points are noise."
-    )
-    if subject.first_run.machine != vanilla.first_run.machine:
-        return f"Times are not compared: vanilla KD ran on another machine or in another precision. {accuracy}"
-    additional, first = (getattr(subject, n).mean / getattr(vanilla, n).mean for n in ("further_s", "first_s"))
-    return (
-        f"Compared with vanilla KD, an additional student takes {additional:.2f} of the time ({1 / additional:.1f}×), "
-        f"and the first student, with all stages before it, {first:.2f} ({1 / first:.1f}×). {accuracy}"
-    )
 
 
 def commands(group: Group) -> list[tuple[str, str]]:
@@ -345,13 +347,3 @@ def fingerprints(run: RunFacts) -> list[tuple[str, str]]:
         *([("teacher’s weights", str(teacher))] if teacher else []),
         ("student.safetensors", manifest.files["student.safetensors"].xxh3_128),
     ]
-
-
-def percent(stat: Stat) -> str:
-    """Format an accuracy in percent: 88.35 %, or 88.35 ± 0.12 % for several seeds."""
-    return f"{100 * stat.mean:.2f}" + (f" ± {100 * stat.std:.2f}" if stat.std is not None else "") + " %"
-
-
-def spread(stat: Stat, form: str = "{:.1f}", scale: float = 1.0) -> str:
-    """Format mean ± standard deviation."""
-    return form.format(scale * stat.mean) + (f" ± {form.format(scale * stat.std)}" if stat.std is not None else "")

@@ -31,6 +31,7 @@ from fastkd.validation import user_model
 EVAL_BATCH_SIZE = 256
 THUMBNAIL_PX = 96
 PER_GROUP = 8
+BLACK, FLAT_STD = 8, 2.0  # an image is black up to this value, and of one colour below this deviation (of 255)
 GROUPS = (("easy", 0.0, 0.1), ("medium", 0.45, 0.55), ("hard", 0.9, 1.0))
 """Ranges of difficulty ranks within a class, from which samples are shown."""
 
@@ -67,6 +68,18 @@ class Selection:
         return None if self.labels is None else np.bincount(self.labels, minlength=len(self.sigma))
 
     @property
+    def kept_alike(self) -> str:
+        """A sentence in place of a chart, if the same share of each class was kept, to a percent; otherwise empty."""
+        sizes_K = self.class_sizes
+        if sizes_K is None:
+            counts = np.unique(self.class_counts)
+            return f"{counts[0]:,} samples of each class were kept. " if len(counts) == 1 else ""
+        share_K = 100 * self.class_counts[sizes_K > 0] / sizes_K[sizes_K > 0]
+        if share_K.max() - share_K.min() > 1:
+            return ""
+        return f"{self.class_counts.sum() / sizes_K.sum():.0%} of each class was kept. "
+
+    @property
     def is_negated(self) -> bool:
         """Whether difficulty is the negative of the score, since a large score is easy."""
         return SCORES[self.score] < 0
@@ -74,13 +87,14 @@ class Selection:
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sample to show."""
+    """A training sample to show. `flaw` says what is wrong with its image; empty: nothing."""
 
     sample_id: int
     uri: str
     label: str
     guess: str | None
     score: float
+    flaw: str
 
     @property
     def score_text(self) -> str:
@@ -234,10 +248,11 @@ class Inspector:
             return [
                 Sample(
                     int(ids[at]),
-                    images[int(ids[at])],
+                    images[int(ids[at])][0],
                     names[y_n[at]],
                     names[int(guesses[ids[at]].argmax())] if guesses is not None else None,
                     float(selection.difficulty[at]),
+                    images[int(ids[at])][1],
                 )
                 for at in at_n
             ]
@@ -250,12 +265,14 @@ class Inspector:
         kept = np.asarray(subset.array("indices.npy"))
         return subset_plots.contact_sheet(self.pipeline, np.asarray(subset.array("difficulty.npy")), kept)
 
-    def _images(self, ids: np.ndarray) -> dict[int, str]:
-        """Return the images that the student sees, as data URIs."""
-        if not len(ids):
-            return {}
-        batches = self.pipeline.loader("train", 1).batches(ids, last="pad")
-        return {int(b.sample_ids[0]): data_uri(b.images[0].permute(1, 2, 0).numpy()) for b in batches}
+    def _images(self, ids: np.ndarray) -> dict[int, tuple[str, str]]:
+        """Return the images that the student sees, as data URIs, and the flaw of each."""
+        found: dict[int, tuple[str, str]] = {}
+        if len(ids):
+            for batch in self.pipeline.loader("train", 1).batches(ids, last="pad"):
+                image_HWC = batch.images[0].permute(1, 2, 0).numpy()
+                found[int(batch.sample_ids[0])] = data_uri(image_HWC), flaw_of(image_HWC)
+        return found
 
     def accuracy_by_class(self) -> ClassAccuracy:
         """Run the student, and the teacher if it is available, on val."""
@@ -326,6 +343,13 @@ def data_uri(image_HWC: np.ndarray) -> str:
     else:
         image.save(stream, "JPEG", quality=85)
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def flaw_of(image_HWC: np.ndarray) -> str:
+    """Return what is wrong with an image (uint8 [H, W, C]): black, or one colour; empty: nothing."""
+    if image_HWC.max() <= BLACK:
+        return "black"
+    return "one colour" if image_HWC.std(axis=(0, 1)).max() < FLAT_STD else ""
 
 
 def _spread(wanted_n: np.ndarray, y_n: np.ndarray) -> np.ndarray:

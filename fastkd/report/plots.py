@@ -44,6 +44,10 @@ STAGE_COLOURS = dict(
 """Colour of each stage, by its name in the palette: the table of stages in the page serves as legend."""
 
 WIDTH_IN, ROW_IN = 5.2, 0.27  # width of a chart, legible on a phone; height of a row
+TIME_UNITS = (("s", 1, 180), ("min", 60, 180 * 60), ("h", 3600, float("inf")))
+"""Units of an axis of time: name, seconds, and the longest time in seconds that it is used for."""
+LEAST_SPAN = 20.0  # percentage points of an axis around a single value
+FEW_POINTS = 24
 MANY_CLASSES = 24  # up to this number of classes all are shown; otherwise only the lowest and highest
 STYLE: Any = {  # matplotlib types these by a literal of all its settings
     "font.size": 10,
@@ -118,8 +122,11 @@ def png(figure: Figure, file: Path) -> Path:
 # --- over time --------------------------------------------------------------------------------------------------------
 
 
-def top1_over_time(groups: Sequence[Group]) -> Figure:
-    """Draw the top-1 of each student against its time: as an additional student, and as the first one."""
+def top1_over_time(groups: Sequence[Group], teacher_top1: float | None = None) -> Figure:
+    """Draw the top-1 of each student against its time: as an additional student, and as the first one.
+
+    The top-1 of the teacher (0…1), if it is given, is a line.
+    """
     figure, axes = _chart("Accuracy against wall time")
     for group, colour in _coloured(groups):
         for run in group.runs:
@@ -131,11 +138,11 @@ def top1_over_time(groups: Sequence[Group]) -> Figure:
             axes.plot((run.further_s, run.first_s), (level, level), color=colour, lw=1, alpha=0.5)
             axes.plot(run.further_s, level, "o", color=colour, ms=7)
             axes.plot(run.first_s, level, "o", mec=colour, mfc=PANEL, ms=7, mew=1.6)
-    axes.set(xlim=(0, None), ylabel="top-1 (%)", xlabel="time")
-    axes.margins(y=0.18)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: clock(s, whole=True)))
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 3, 6, 10]))
-    marks = [
+    axes.set(xlim=(0, None), ylabel="top-1 (%)")
+    _time_below(axes)
+    marks = _teacher_line(axes, teacher_top1)
+    axes.set_ylim(*_percent_range(axes.dataLim.intervaly, 0.18))
+    marks += [
         Line2D([], [], color=MUTED, marker="o", ls="", label="val, additional student"),
         Line2D([], [], mec=MUTED, mfc=PANEL, marker="o", ls="", label="val, first student"),
     ]
@@ -145,8 +152,8 @@ def top1_over_time(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def top1_over_epochs(groups: Sequence[Group]) -> Figure:
-    """Draw the evaluations on the hold-out, and the final evaluation on val."""
+def top1_over_epochs(groups: Sequence[Group], teacher_top1: float | None = None) -> Figure:
+    """Draw the evaluations on the hold-out, and the final evaluation on val; the teacher's top-1 as a line."""
     figure, axes = _chart("Accuracy against epochs")
     for group, colour in _coloured(groups):
         for run in group.runs:
@@ -156,10 +163,13 @@ def top1_over_epochs(groups: Sequence[Group]) -> Figure:
             axes.plot(run.epochs, 100 * run.top1, "o", color=colour, ms=7)
     axes.set(ylabel="top-1 (%)")
     _epochs_below(axes)
+    marks = _teacher_line(axes, teacher_top1)
+    axes.set_ylim(*_percent_range(axes.dataLim.intervaly, 0.18))
     _legend(
         figure,
         groups,
         [
+            *marks,
             Line2D([], [], color=MUTED, lw=1.4, marker=".", label="hold-out"),
             Line2D([], [], color=MUTED, marker="o", ls="", label="val, once"),
         ],
@@ -174,7 +184,8 @@ def loss_over_epochs(groups: Sequence[Group]) -> Figure:
     for group, colour in _coloured(groups):
         for run in group.runs:
             x, loss = run.curve("loss")
-            axes.plot(x, loss, color=colour, lw=1.5 if len(group.runs) == 1 else 1, alpha=1 / len(group.runs) ** 0.3)
+            faint: dict[str, Any] = {"lw": 1.5 if len(group.runs) == 1 else 1, "alpha": 1 / len(group.runs) ** 0.3}
+            axes.plot(x, loss, color=colour, **faint, **_points(len(x)))
             lows.append(min(loss, default=1))
             highs.append(max(loss, default=1))
             _mark_resumes(axes, run, colour)
@@ -183,6 +194,8 @@ def loss_over_epochs(groups: Sequence[Group]) -> Figure:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+    elif min(lows) == max(highs) > 0:  # one point
+        axes.set_ylim(0, 1.25 * max(highs))
     axes.set(ylabel="mean since the last log line")
     _epochs_below(axes)
     _legend(figure, groups, _resumed_mark(groups))
@@ -196,7 +209,7 @@ def data_wait_over_epochs(groups: Sequence[Group]) -> Figure:
         for run in group.runs:
             x, share = run.curve("data_wait_share")
             for part in np.split(np.arange(len(x)), 1 + np.flatnonzero(np.diff(np.ceil(x)))):  # per epoch
-                axes.plot(x[part], 100 * share[part], color=colour, lw=1.5, marker="." if len(part) == 1 else "")
+                axes.plot(x[part], 100 * share[part], color=colour, lw=1.5, **_points(len(x)))
             _mark_resumes(axes, run, colour)
     axes.set(ylabel="of the epoch's time so far (%)")
     _epochs_below(axes)
@@ -226,10 +239,9 @@ def time_by_stage(groups: Sequence[Group]) -> Figure:
                 axes.barh(row, stage.seconds, left=end, height=0.72, color=colour, **hatch)
                 end += stage.seconds
             axes.annotate(f"{label} {clock(end)}", (end, row), (5, 0), textcoords="offset points", va="center")
-    axes.set(ylim=(slots - 0.6, -0.5), xlim=(0, 1.38 * longest), yticks=[], xlabel="time")
+    axes.set(ylim=(slots - 0.6, -0.5), xlim=(0, 1.38 * longest), yticks=[])
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: clock(s, whole=True)))
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
+    _time_below(axes)
     return figure
 
 
@@ -241,26 +253,29 @@ def difficulty(difficulty_n: np.ndarray, kept_n: np.ndarray, score: str) -> Figu
     return histogram(difficulty_n, kept_n, score, "Difficulty of all and of the kept samples", (WIDTH_IN, 3.3))
 
 
-def classes(names: Sequence[str], kept_K: np.ndarray, size_K: np.ndarray | None, sigma_K: np.ndarray) -> Figure:
-    """Draw how many samples of each class were kept (as a share, if the sizes are known), and σ of its logits."""
+def classes(names: Sequence[str], kept_K: np.ndarray | None, size_K: np.ndarray | None, sigma_K: np.ndarray) -> Figure:
+    """Draw how many samples of each class were kept (as a share, if the sizes are known), and σ of its logits.
+
+    If `kept_K` is None, only σ is drawn.
+    """
     shown, note = ends(sigma_K)
-    kept = (
-        (kept_K, "Kept", "{:,.0f}") if size_K is None else (100 * kept_K / np.maximum(size_K, 1), "Kept (%)", "{:.0f}")
-    )
-    figure = Figure(figsize=(WIDTH_IN, 0.95 + ROW_IN * len(shown)))
-    left, right = figure.subplots(1, 2, sharey=True)
-    for axes, values, title, form in (
-        (left, *kept),
-        (right, sigma_K, "σ of its logits", "{:.2f}"),
-    ):
-        axes.barh(range(len(shown)), values[shown], height=0.62, color=SERIES[0] if axes is left else SERIES[2])
+    columns = [(sigma_K, "σ of its logits", "{:.2f}", SERIES[2])]
+    if kept_K is not None and size_K is None:
+        columns.insert(0, (kept_K, "Kept", "{:,.0f}", SERIES[0]))
+    elif kept_K is not None and size_K is not None:
+        columns.insert(0, (100 * kept_K / np.maximum(size_K, 1), "Kept (%)", "{:.0f}", SERIES[0]))
+    labels, row_in = _class_labels([names[c] for c in shown], 18)
+    figure = Figure(figsize=(WIDTH_IN, 0.95 + row_in * len(shown)))
+    grid = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, (values, title, form, colour) in zip(grid, columns, strict=True):
+        axes.barh(range(len(shown)), values[shown], height=0.62, color=colour)
         for y, value in enumerate(values[shown]):
             axes.annotate(form.format(value), (value, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
         axes.set(xlim=(0, 1.25 * max(values[shown].max(), 1e-9)), xticks=[], title=title)
         axes.spines[["bottom"]].set_visible(False)
         axes.grid(visible=False)
-    left.set_yticks(range(len(shown)), [_short(names[c], 18) for c in shown], color=INK)
-    left.set_ylim(len(shown) - 0.4, -0.6)
+    grid[0].set_yticks(range(len(shown)), labels, color=INK, linespacing=0.95)
+    grid[0].set_ylim(len(shown) - 0.4, -0.6)
     if note:
         figure.supxlabel(f"by σ: {note}", fontsize=9, color=MUTED)
     return figure
@@ -270,15 +285,16 @@ def accuracy_by_class(names: Sequence[str], student_K: np.ndarray, teacher_K: np
     """Draw the accuracy of the student on each class, and of the teacher if there is one."""
     gap_K = student_K - teacher_K if teacher_K is not None else student_K
     shown, note = ends(gap_K)
-    figure, axes = _chart("Accuracy by class", 1.25 + ROW_IN * len(shown))
+    labels, row_in = _class_labels([names[c] for c in shown], 20)
+    figure, axes = _chart("Accuracy by class", 1.25 + row_in * len(shown))
     y = np.arange(len(shown))
     if teacher_K is not None:
         axes.hlines(y, 100 * student_K[shown], 100 * teacher_K[shown], color=PALE, lw=3, zorder=1)
         axes.plot(100 * teacher_K[shown], y, "o", mec=SERIES[1], mfc=PANEL, ms=7, mew=1.6, label="teacher", zorder=2)
     axes.plot(100 * student_K[shown], y, "o", color=SERIES[0], ms=7, label="student", zorder=3)
-    axes.set_yticks(y, [_short(names[c], 20) for c in shown], color=INK)
+    axes.set_yticks(y, labels, color=INK, linespacing=0.95)
     axes.set(ylim=(len(shown) - 0.3, -0.7), xlabel="top-1 (%)" + (f"; {note}" if note else ""))
-    axes.margins(x=0.06)
+    axes.set_xlim(*_percent_range(axes.dataLim.intervalx, 0.06))
     figure.legend(*_reversed_handles(axes), loc="outside lower left", ncols=2, handletextpad=0.3)
     return figure
 
@@ -291,6 +307,57 @@ def ends(value_K: np.ndarray) -> tuple[np.ndarray, str]:
         return order, ""
     half = MANY_CLASSES // 2
     return np.concatenate([order[:half], order[-half:]]), f"the {half} lowest and highest of {len(order):,}"
+
+
+# --- axes ------------------------------------------------------------------------------------------------------------
+
+
+def _time_below(axes: Axes) -> None:
+    """Mark the axis of time, whose data are seconds, in one unit: seconds, minutes or hours."""
+    longest_s = axes.get_xlim()[1]
+    unit, size_s = next((name, size) for name, size, limit in TIME_UNITS if longest_s < limit)
+    ticks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, longest_s / size_s))
+    ticks = ticks[(ticks >= 0) & (ticks * size_s <= longest_s)]
+    axes.set_xticks((size_s * ticks).tolist(), [f"{tick:g}" for tick in ticks])
+    axes.set(xlabel=f"time ({unit})", xlim=(0, longest_s))
+
+
+def _percent_range(interval: Sequence[float], margin: float) -> tuple[float, float]:
+    """Return the limits of an axis in percent for data in an interval: around a single value, wide ones."""
+    low, high = min(interval), max(interval)
+    pad = max(margin * (high - low), LEAST_SPAN / 2 if high - low < 1e-6 else 0.0)
+    return max(low - pad, -3.0), min(high + pad, 103.0)
+
+
+def _teacher_line(axes: Axes, top1: float | None) -> list[Line2D]:
+    """Draw the teacher's top-1 (0…1) as a line, if it is known; return its mark in the legend."""
+    if top1 is None:
+        return []
+    line: dict[str, Any] = {"color": MUTED, "lw": 1.2, "ls": (0, (1, 1.5))}
+    axes.axhline(100 * top1, **line)
+    return [Line2D([], [], label="teacher", **line)]
+
+
+def _points(count: int) -> dict[str, Any]:
+    """Return how to mark the points of a curve: only if there are few; a single one is large."""
+    return {"marker": "o" if count == 1 else "." if count <= FEW_POINTS else "", "markersize": 5}
+
+
+def _class_labels(names: Sequence[str], letters: int) -> tuple[list[str], float]:
+    """Return the labels of rows of classes, long names on two lines, and the height of a row in inches."""
+    labels = [_broken(printable(name), letters) for name in names]
+    return labels, 1.35 * ROW_IN if any("\n" in label for label in labels) else ROW_IN
+
+
+def _broken(text: str, letters: int) -> str:
+    """Break a long name after a separator into two lines, and shorten what is still too long."""
+    if len(text) <= letters:
+        return text
+    parts = re.findall(r".+?[\s_\-/.,:]+|.+", text)
+    first = ""
+    while len(first) + len(parts[0].rstrip()) <= letters:
+        first += parts.pop(0)
+    return f"{first.rstrip()}\n{_short(''.join(parts), letters)}" if first else _short(text, letters)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ class Exported:
     @property
     def files(self) -> list[tuple[str, int, float | None]]:
         """Its files: name, bytes, and for graphs the largest error of a logit, relative to the largest logit."""
-        off = self.manifest.facts["worst_difference"]
+        off = self.manifest.facts["worst_difference"]  # empty in the layout of the Hub, which has no graphs
         return [(name, stamp.size, off.get(name)) for name, stamp in sorted(self.manifest.files.items())]
 
 

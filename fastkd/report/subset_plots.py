@@ -48,7 +48,8 @@ def histogram(
     axes = figure.add_subplot()
     logarithmic = score == "cross_entropy"
     shown_N = np.log10(np.maximum(difficulty_N, 1e-6)) if logarithmic else difficulty_N
-    edges = np.linspace(shown_N.min(), shown_N.max() + 1e-9, 61)
+    low, high = float(shown_N.min()), float(shown_N.max())
+    edges = np.linspace(low, high + 1e-9, 61) if high - low > 1e-6 else np.linspace(low - 0.5, low + 0.5, 61)
     axes.hist(shown_N, edges.tolist(), color=DROPPED, label=f"all {len(shown_N):,}")
     axes.hist(shown_N[kept_N], edges.tolist(), color=KEPT, label=f"kept {int(kept_N.sum()):,}")
     sign = "−" if SCORES[score] < 0 else ""

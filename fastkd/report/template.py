@@ -1,7 +1,9 @@
 """The templates of pages: everything from outside is escaped and printable, and a missing value is an error."""
 
+import re
+
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from fastkd.console import clock, printable
 
@@ -23,4 +25,10 @@ def environment(*packages: str) -> Environment:
         lstrip_blocks=True,
     )
     made.filters["clock"] = clock
+    made.filters["breakable"] = breakable
     return made
+
+
+def breakable(text: str) -> Markup:
+    """Return a name that browsers may break after its separators, such as ``n01440764_tench``."""
+    return Markup("<wbr>").join(escape(part) for part in re.findall(r".+?[_\-/.,:]+|.+", printable(text), re.DOTALL))

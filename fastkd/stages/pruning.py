@@ -258,8 +258,9 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, labels: Labe
         weight_M, facts["effective_share"] = loss_weights(pool.probabilities[selected], settings.weight_power)
         np.save(directory / "weights.npy", weight_M)
         console.say(f"prune: loss weights leave an effective sample size of {facts['effective_share']:.1%}")
-    correct_K = np.bincount(y_T, weights=scores.correct[train_ids], minlength=K)
-    _print_selection(candidates, settings, facts, sigma_K, count_K, correct_K / count_K)
+    correct = [np.bincount(y_N[ids], weights=scores.correct[ids], minlength=K) for ids in (train_ids, kept)]
+    accuracy_2K = np.stack([correct[0] / count_K, correct[1] / np.maximum(facts["class_counts"], 1)])
+    _print_selection(candidates, settings, facts, sigma_K, count_K, accuracy_2K)
     return Built(facts=facts)
 
 
@@ -282,7 +283,7 @@ def _print_selection(
     facts: dict[str, Any],
     sigma_K: np.ndarray,
     count_K: np.ndarray,
-    accuracy_K: np.ndarray,
+    accuracy_2K: np.ndarray,
 ) -> None:
     """Print the number of kept samples, in total and by class, and warn of selections that harm a student."""
     count, total, actual = facts["count"], facts["of"], facts["keep_ratio"]
@@ -301,7 +302,7 @@ def _print_selection(
     )
     kept_K = np.array(facts["class_counts"])
     _warn_of_empty(candidates.names, kept_K, settings)
-    console.show(class_table(candidates.names, kept_K, count_K, sigma_K, accuracy_K))
+    console.show(class_table(candidates.names, kept_K, count_K, sigma_K, accuracy_2K))
     if facts["flat_rows"]:
         console.warn(f"prune: {facts['flat_rows']} rows of logits have no spread: their labels carry no information")
 
@@ -320,14 +321,20 @@ def _warn_of_empty(names: list[str], kept_K: np.ndarray, settings: Prune) -> Non
 
 
 def class_table(
-    names: list[str], kept_K: np.ndarray, count_K: np.ndarray, sigma_K: np.ndarray, accuracy_K: np.ndarray
+    names: list[str], kept_K: np.ndarray, count_K: np.ndarray, sigma_K: np.ndarray, accuracy_2K: np.ndarray
 ) -> Table:
-    """Return a table of the kept samples by class; of many classes, only the empty and the most unusual ones."""
+    """Return a table of the kept samples by class; of many classes, only the empty and the most unusual ones.
+
+    Parameters
+    ----------
+    accuracy_2K
+        The teacher's top-1 on all samples of each class, and on the kept ones (0…1).
+    """
     share_K = kept_K / count_K
     shown = np.arange(len(names))
     title = "per class"
     if len(names) > MANY_CLASSES:
-        columns_CK = np.stack([share_K, sigma_K, accuracy_K])
+        columns_CK = np.stack([share_K, sigma_K, accuracy_2K[0]])
         off_CK = np.abs(columns_CK - np.median(columns_CK, axis=1, keepdims=True))
         unusual_K = (off_CK / np.maximum(off_CK.mean(axis=1, keepdims=True), 1e-12)).max(axis=0)
         empty, order = np.flatnonzero(kept_K == 0), np.argsort(-unusual_K, kind="stable")
@@ -337,10 +344,15 @@ def class_table(
             title = f"{len(empty):,} of {len(names):,} classes keep nothing; they and the {UNUSUAL} most unusual others"
     grid = Table(title=title, title_justify="left")
     grid.add_column("class")
-    for heading in ("kept", "share", "σ", "teacher's top-1"):
+    for heading in ("kept", "share", "σ", "teacher's top-1\non all", "\non the kept"):
         grid.add_column(heading, justify="right")
     for c in shown:
         grid.add_row(
-            escape(names[c]), f"{kept_K[c]:,}", f"{share_K[c]:.1%}", f"{sigma_K[c]:.3g}", f"{accuracy_K[c]:.1%}"
+            escape(names[c]),
+            f"{kept_K[c]:,}",
+            f"{share_K[c]:.1%}",
+            f"{sigma_K[c]:.3g}",
+            f"{accuracy_2K[0, c]:.1%}",
+            f"{accuracy_2K[1, c]:.1%}" if kept_K[c] else "–",
         )
     return grid

@@ -1,6 +1,7 @@
 """The files of a RUN besides its metrics: student.safetensors, model.json, timing.json, env.json and the recipe."""
 
 import contextlib
+import glob
 import json
 import shutil
 from collections.abc import Mapping
@@ -102,6 +103,23 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "compile": runtime.compile,
         "versions": versions,
     }
+
+
+def last_compile_s(recipe: recipes.Recipe) -> float | None:
+    """Return the seconds that compiling took in the last RUN of this recipe on this machine. None: there is none."""
+    here, cpu = Path(recipe.train.runs_dir), machine.describe()["cpu"]
+    files = sorted(here.glob(f"{glob.escape(recipe.name)}-*/timing.json"), key=_modified, reverse=True)
+    for file in files[:20]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            env = json.loads(file.with_name("env.json").read_bytes())
+            stages = {stage["stage"]: float(stage["seconds"]) for stage in json.loads(file.read_bytes())["stages"]}
+            if env["compile"] and env["machine"]["cpu"] == cpu:
+                return stages["compile"]
+    return None
+
+
+def _modified(file: Path) -> float:
+    return file.stat().st_mtime if file.exists() else 0.0
 
 
 def write_environment(runtime: Runtime, path: Path, *, begun: bool) -> None:

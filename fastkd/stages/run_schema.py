@@ -81,6 +81,8 @@ class Timing(Record):
     step_s: Figure
     data_wait_share: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
     images_per_s: Annotated[float, Field(ge=0, le=1e15, allow_inf_nan=False)]
+    load_at_start: Seconds = 0.0
+    busy: bool = False
     epochs: Annotated[list[EpochTime], Field(min_length=1, max_length=1_000_000)]
 
 

@@ -100,7 +100,7 @@ def open_student(path: Path, model: str | None = None) -> Student:
             "again (--force train)"
         )
     checked = run_schema.validated(described, run_schema.Described, file)
-    weights = artifact.file("student.safetensors")
+    weights = models.weights_of(artifact)
     _compare_head(weights, checked.num_classes, file)
     name = _network(described, model, file)
     net = models.build(name, checked.num_classes)

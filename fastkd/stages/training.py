@@ -34,6 +34,8 @@ from fastkd.stages.training_setup import LOADING_HELP, TrainingInputs, TrainingS
 
 CHECKPOINTS = "checkpoints"
 EVAL_BATCH_SIZE = 256
+LINES_PER_EPOCH = 5
+"""Number of lines in metrics.jsonl for an epoch that is too short for `log.every_steps`, if it has as many steps."""
 LOADER_LIMITS = 0.1
 """Warn when data wait exceeds this share of training time."""
 
@@ -329,7 +331,7 @@ class _Training:
                 setup.batches(ids[epoch.steps * train.batch_size :], number),
                 setup.teacher.live,
                 lr_S,
-                log_every_steps=self.recipe.log.every_steps,
+                log_every_steps=min(self.recipe.log.every_steps, math.ceil(len(lr_S) / LINES_PER_EPOCH)),
                 on_log=on_log,
                 per_sample_loss=setup.per_sample_loss,
                 epoch=epoch,
@@ -383,6 +385,7 @@ class _Training:
             f"train: top-1 {accuracy['val']:.2%} on val; {times['images_per_s']:,.0f} images/s, "
             f"data wait {times['data_wait_share']:.1%}; this student took {times['further_student_s']:.1f} s "
             f"({times['first_student_s']:.1f} s with all stages before)"
+            + (f", on a busy machine (load {times['load_at_start']} at the start)" if times["busy"] else "")
         )
         if times["data_wait_share"] > LOADER_LIMITS:
             console.warn(

@@ -34,6 +34,7 @@ from fastkd.stages.label_format import decoder, format_of, open_view
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.new_student import check_net, new_student, student_key_fields
 from fastkd.stages.rotation import rotation
+from fastkd.stages.run_files import last_compile_s
 from fastkd.stages.run_log import Stopwatch
 from fastkd.stages.selection import most_kept
 from fastkd.stages.teacher import LoadedTeacher
@@ -246,7 +247,9 @@ def prepare(inputs: TrainingInputs) -> TrainingSetup:
             _judge_live_teacher(images, inputs.teacher, runtime)
     with stopwatch.on("compile"):
         if runtime.compile:
-            console.say("train: compiling; this takes up to a minute the first time on a machine")
+            last_s = last_compile_s(recipe)
+            took = "takes up to a minute the first time" if last_s is None else f"took {last_s:.1f} s last time"
+            console.say(f"train: compiling; this {took} on this machine")
         step_s = compile_sizes(setup)
     what = "compiling and warming up" if runtime.compile else "warming up"
     console.say(f"train: ready for the first step after {stopwatch.seconds['compile']:.1f} s of {what}")
@@ -373,8 +376,8 @@ def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
     batch_s = (time.perf_counter() - start) / max(count, 1)
     loader.workers = max(1, min(most, math.ceil(LOADER_AHEAD * batch_s / step_s)))
     console.say(
-        f"train: a step takes {1e3 * step_s:.2f} ms, loading a batch {1e3 * batch_s:.2f} ms in one thread: "
-        f"the loader uses {loader.workers} of {most} threads"
+        f"train: a step takes {console.short_time(step_s)}, loading a batch {console.short_time(batch_s)} in one "
+        f"thread: the loader uses {loader.workers} of {most} threads"
     )
 
 

@@ -66,7 +66,16 @@ def test_the_command_predicts_the_recipe_and_other_settings(tiny_recipe, tmp_pat
     assert {line["views"] for line in report["lines"]} == {1, 2, 4, 6}
     assert [line["views"] for line in report["lines"] if line["recipe"]] == [2]
     assert all(value >= 0 if name.endswith("_start_s") else value > 0 for name, value in report["measured"].items())
-    for words in ("vanilla KD", "keep 0.5, V = 2 (recipe)", "keep 1, V = 6", "the limit is", "machine:", "5 students"):
+    for words in (
+        "vanilla KD",
+        "keep 0.5, V = 2 (recipe)",
+        "keep 1, V = 6",
+        "the limit is",
+        "machine:",
+        "5 students",
+        "write",
+        "measuring took",
+    ):
         assert words in said
     assert not list((tmp_path / "artifacts").glob("*"))  # nothing was scored or labelled
 

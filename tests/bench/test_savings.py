@@ -17,7 +17,7 @@ from fastkd.bench.savings import (
     savings_variants,
     train_reference,
 )
-from fastkd.bench.savings_report import conclusion, table
+from fastkd.bench.savings_report import conclusion, notes, table
 from fastkd.errors import InputError
 
 
@@ -185,6 +185,27 @@ def test_the_reference_implementation_is_the_first_column():
     alone = table(full_report(1, None))
     assert [str(column.header) for column in alone.columns[1:]] == ["vanilla KD", "medium", "random"]
     assert "speed-up over reference, additional" not in cells(alone, 1)
+
+
+def test_what_does_not_apply_is_left_out_with_a_word():
+    """Baselines that a recipe does not have, and the compiler's caches where nothing is compiled."""
+    made = full_report(1, None)
+    made["environment"] = {
+        "machine": {"cpu": "a CPU", "cores": 2},
+        "gpu": None,
+        "precision": "fp32",
+        "compile": "default",
+    }
+    made |= {"teacher_training_s": None, "cold_compile_s": 12.5, "conclusion": "done"}
+    said = " ".join(notes(made))
+    assert "filling the compiler's caches, 12.5 s" in said
+    assert "this recipe has no such baseline: all data for as many steps" in said
+    made["environment"]["compile"] = False
+    made["ways"]["same_compute"] = made["ways"]["random"]
+    said = " ".join(notes(made))
+    assert "caches" not in said
+    assert "train.compile is false: the line compile is the time of warming up the step" in said
+    assert "left out" not in said
 
 
 def test_the_reference_includes_vanillas_setup_and_evaluation():

@@ -22,12 +22,16 @@ from fastkd.errors import ArtifactError, InputError
 from fastkd.pipeline import Pipeline
 from fastkd.report import __main__ as command_module
 from fastkd.report import builder, fonts, plots
-from fastkd.report.inspection import Inspector
+from fastkd.report.inspection import Inspector, Selection, flaw_of
 from fastkd.report.plots import ends
 from fastkd.report.runs import differing, exports, grouped, noise_points, read, variant
+from fastkd.report.summary import busy_note, conclusion, summarised
+from fastkd.report.template import breakable
 
 NAMES = ["<script>alert(1)</script>", '$x_1$ & "co"', "plain"]
 """Of the classes: what would run, what matplotlib would take for mathematics, and a peaceful one."""
+
+BLACK_AND_FLAT = (4, 7)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,7 @@ def place(tiny_npz, tmp_path_factory) -> Path:
     """A folder with a DATASET and a teacher's recipe."""
     folder = tmp_path_factory.mktemp("reported")
     arrays = dict(np.load(tiny_npz))
+    arrays["images"][BLACK_AND_FLAT[0]], arrays["images"][BLACK_AND_FLAT[1]] = 0, (90, 130, 20)
     np.savez(folder / "named.npz", **arrays, classes=np.array(NAMES))
     pipeline.write("arrays", folder / "data", {"file": str(folder / "named.npz"), "workers": 1})
     (folder / "teacher.yaml").write_text(
@@ -118,7 +123,7 @@ def test_the_page_tells_what_the_runs_hold(page, runs):
     further = [one.timing["further_student_s"] for one in both]
     assert f"{np.mean(further):.1f} ± {np.std(further, ddof=1):.1f}" in told
     assert "vanilla KD" in told
-    assert "relative to vanilla KD" in told
+    assert "Relative to vanilla KD, an additional student of medium, keep 0.5 takes" in told
     for run in both:
         assert run.artifact.key in told or run is both[1]
 
@@ -268,10 +273,13 @@ def test_a_run_given_twice_is_one_seed_and_what_is_no_run_is_left_out(runs, tmp_
 def test_times_of_another_machine_are_not_compared(runs, monkeypatch):
     """No speed-up is claimed, and the page says why."""
     groups = grouped([read(runs["seed0"]), read(runs["vanilla"])])
-    noise = noise_points(groups)
-    assert "×" in builder.conclusion(groups[0], groups[1], noise)
+    assert "×" in conclusion(groups[0], groups[1])
+    assert [tile.label.split(":")[0] for tile in summarised(groups).tiles[2:]] == [
+        "shortest time of an additional student", "shortest time of the first student",
+    ]  # fmt: skip
     groups[1].first_run.env["machine"]["cpu"] = "another"
-    said = builder.conclusion(groups[0], groups[1], noise)
+    assert len(summarised(groups).tiles) == 2
+    said = conclusion(groups[0], groups[1])
     assert "another machine" in said
     assert "×" not in said
 
@@ -294,6 +302,60 @@ def test_reproducing_finds_the_very_run(runs):
 
     again = Pipeline(recipe.load(path, overrides), build=False)
     assert artifacts.key_of("RUN", run_key_fields(again.training_inputs)) == run.artifact.key
+
+
+def test_several_runs_are_headed_by_their_comparison(page, runs):
+    """Title and figures are of all of them: the best of each, and who has it."""
+    groups = grouped([read(runs[name]) for name in ("seed0", "seed1", "vanilla")])
+    best = max(groups, key=lambda group: group.top1.mean)
+    text = page.read_text()
+    title = "student: medium, keep 0.5 compared with vanilla KD"
+    assert f"<title>{title}: fastkd report</title>" in text
+    assert f"<h1>{title}</h1>" in text
+    (head,) = re.findall(r'<dl class="figures".*?</dl>', text, re.DOTALL)
+    told = " ".join(Reader(head).text.split())
+    assert f"highest top-1 on val: {best.title}" in told
+    assert f"{100 * best.top1.mean:.2f}" in told
+    fastest = min(groups, key=lambda group: group.further_s.mean)
+    assert f"shortest time of an additional student: {fastest.title}" in told
+    three = summarised(grouped([read(runs[name]) for name in ("seed0", "vanilla", "teacher")]))
+    assert three.title == "student, teacher: 3 variants"
+    assert three.networks is None  # not all have a teacher
+    assert summarised(groups[:1]).title == "student: medium, keep 0.5"
+
+
+@pytest.mark.parametrize(("gap", "said"), [(0.4, "40.00 points above"), (0.001, "is only 0.10 points below")])
+def test_a_gap_within_the_noise_is_called_that(runs, gap, said):
+    """The first is not said to be better."""
+    groups = grouped([read(runs["seed0"]), read(runs["vanilla"])])
+    for group, top1 in zip(groups, (0.5, 0.5 + gap), strict=True):
+        group.first_run.artifact.facts["top1"]["val"] = top1
+    assert said in summarised(groups).conclusions[0]
+
+
+def test_the_teachers_top1_stands_beside_the_students(page, runs, place):
+    """In the first figure, and as a line in the charts; but not if the runs have several teachers."""
+    teacher = 100 * read(runs["teacher"]).top1
+    assert f"the teacher has {teacher:.2f} %" in read_page(page).text
+    for name in ("top1-over-time", "top1-over-epochs"):
+        (chart,) = re.findall(f'<figure class="chart" id="{name}">.*?</figure>', page.read_text(), re.DOTALL)
+        assert ">teacher</text>" in chart
+    found = builder.inspect([read(runs["seed0"])], evaluate=True)
+    groups = grouped([read(runs["seed0"]), read(runs["teacher"])])
+    assert 100 * found.teacher_top1(groups[:1]) == pytest.approx(teacher)
+    assert found.teacher_top1(groups) is None
+
+
+def test_a_busy_machine_is_noted_beside_the_times(runs, tmp_path):
+    """With the runs that it concerns."""
+    groups = grouped([read(runs["seed0"]), read(runs["vanilla"])])
+    for group in groups:
+        group.first_run.timing.update(busy=False, load_at_start=0.5)
+    assert busy_note(groups) == ""
+    groups[1].first_run.timing.update(busy=True, load_at_start=7.25)
+    assert f"when {runs['vanilla'].name} (load 7.25) started" in busy_note(groups)
+    found = builder.inspect([groups[0].first_run], evaluate=False)
+    assert busy_note(groups) in " ".join(Reader(builder.render(groups, found, [])).text.split())
 
 
 # --- what is not there ------------------------------------------------------------------------------------------------
@@ -531,6 +593,129 @@ def test_of_many_classes_both_ends_are_named():
     assert values[shown].tolist() == [*range(12), *range(88, 100)]
     assert "12 lowest and highest of 100" in told
     assert ends(values[:24])[1] == ""
+
+
+def curve_of(figure) -> list:
+    return [line for line in figure.axes[0].lines if len(line.get_xdata())]
+
+
+def test_an_epoch_that_was_logged_once_is_a_point_of_each_chart(runs):
+    """Not an empty chart, and no axis that is stretched around it."""
+    run = read(runs["vanilla"])
+    events = [event for event in run.events if event["event"] == "steps"]
+    one = replace(run, events=[events[-1]])
+    for draw in (plots.loss_over_epochs, plots.data_wait_over_epochs):
+        (line,) = curve_of(draw(grouped([one])))
+        assert len(line.get_xdata()) == 1
+        assert line.get_marker() == "o"
+        (line,) = curve_of(draw(grouped([replace(run, events=events[:6])])))
+        assert line.get_marker() == "."
+    low, high = plots.loss_over_epochs(grouped([one])).axes[0].get_ylim()
+    assert low == 0
+    assert high > events[-1]["loss"]
+
+
+def test_an_axis_is_not_stretched_around_a_single_value(runs):
+    """Of accuracies it covers many points, within 0 and 100 % and their marks."""
+    run = read(runs["vanilla"])
+    alone = replace(run, events=[])
+    for top1 in (0.0, 0.5, 0.885, 1.0):
+        alone.artifact.facts["top1"]["val"] = top1
+        low, high = plots.top1_over_time(grouped([alone])).axes[0].get_ylim()
+        assert high - low > 10
+        assert -5 < low < 100 * top1 < high < 105
+    figure = plots.accuracy_by_class(NAMES, np.full(3, 0.9), np.full(3, 0.9))
+    assert np.diff(figure.axes[0].get_xlim()) > 10
+    same = plots.difficulty(np.full(9, 2.0), np.arange(9) < 4, "margin")
+    assert np.diff(same.axes[0].get_xlim()) >= 1
+
+
+@pytest.mark.parametrize(
+    ("longest_s", "unit", "last"),
+    [(0.5, "s", 0.5), (110, "s", 100), (400, "min", 6), (7000, "min", 100), (30000, "h", 8)],
+)
+def test_an_axis_of_time_has_one_unit(runs, longest_s, unit, last):
+    """It is in the label; the ticks are plain numbers."""
+    run = read(runs["vanilla"])
+    run.timing.update(further_student_s=longest_s / 2, first_student_s=longest_s)
+    axes = plots.top1_over_time(grouped([replace(run, events=[])])).axes[0]
+    assert axes.get_xlabel() == f"time ({unit})"
+    ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert float(ticks[0]) == 0
+    assert float(ticks[-1]) == last
+    assert 3 <= len(ticks) <= 8
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_bars_that_are_all_alike_become_a_sentence(runs, known):
+    """Of the kept share of each class, if it is the same to a percent."""
+    counts, sizes = np.array([50, 101, 25]), np.array([100, 200, 50])
+    labels = np.repeat(np.arange(3), sizes)
+    selection = Selection(
+        None, "medium", "margin", np.zeros(350), labels < 1, labels if known else None, counts, np.array([1.0, 2, 3])
+    )
+    if known:
+        assert selection.kept_alike == "50% of each class was kept. "
+        assert replace(selection, class_counts=np.array([50, 110, 25])).kept_alike == ""
+    else:
+        assert selection.kept_alike == ""
+        assert replace(selection, class_counts=np.full(3, 1200)).kept_alike == "1,200 samples of each class were kept. "
+    found = builder.Found(None, selection, None, None, None, {})
+    found = replace(found, run=read(runs["seed0"]))
+    chart = builder.of_classes(found, NAMES)[1]
+    titles = [axes.get_title() for axes in chart.figure.axes]
+    assert titles == (["σ of its logits"] if known else ["Kept", "σ of its logits"])
+    assert ("50% of each class was kept" in chart.caption) == known
+
+
+def test_black_and_flat_images_are_flagged(runs):
+    """Under each, and above them all."""
+    facts = read(runs["seed0"])
+    flaws = [flaw for _, flaw in Inspector(facts)._images(np.array([0, *BLACK_AND_FLAT])).values()]
+    assert sorted(flaws) == ["", "black", "one colour"]
+    assert flaw_of(np.full((9, 9, 3), 255, np.uint8)) == "one colour"
+    assert flaw_of(np.random.default_rng(0).integers(0, 9, (9, 9, 3), dtype=np.uint8)) == "black"
+    found = builder.inspect([facts], evaluate=False)
+    easy, *others = found.samples
+    shown = easy.kept or easy.dropped
+    shown[0] = replace(shown[0], flaw="black")
+    shown[1] = replace(shown[1], flaw="one colour")
+    for group in others:
+        for samples in (group.kept, group.dropped):
+            samples[:] = [replace(one, flaw="") for one in samples]
+    text = builder.render(grouped([facts]), found, [])
+    assert re.findall(r'<span class="flaw">(.*?)</span>', text)[:2] == ["black", "one colour"]
+    assert f"{found.flawed} of these images are black or of one colour:" in Reader(text).text
+
+
+def test_a_row_of_samples_without_one_side_closes_up(runs):
+    """Its samples take the width, and a word says what is missing; a row without samples is left out."""
+    facts = read(runs["seed0"])
+    found = builder.inspect([facts], evaluate=False)
+    easy, medium, hard = found.samples
+    many = (easy.kept + easy.dropped + medium.kept)[:3]
+    rows = [
+        replace(easy, kept=[], dropped=many),
+        replace(medium, kept=many, dropped=many),
+        replace(hard, kept=[], dropped=[]),
+    ]
+    text = builder.render(grouped([facts]), replace(found, samples=rows), [])
+    (sheet,) = re.findall(r'<div class="sheet">.*?</section>', text, re.DOTALL)
+    assert sheet.count('<div class="one">') == 1
+    assert re.findall(r"<h3>(.*?)</h3>", sheet) == ["easy", "medium"]
+    assert re.findall(r'<p class="none">(.*?)</p>', sheet) == ["none kept"]
+    assert re.findall(r"<h4>(.*?)</h4>", sheet) == ["dropped", "kept", "dropped"]
+
+
+def test_long_class_names_break_at_separators():
+    """In the page where the browser needs it, in charts on a second line."""
+    assert breakable("n01440764_tench-fish") == "n01440764_<wbr>tench-<wbr>fish"
+    assert breakable("<b>/__a") == "&lt;b&gt;/__<wbr>a"
+    assert breakable("plain") == "plain"
+    assert breakable("") == ""
+    labels, row_in = plots._class_labels(["cat", "n01440764_tinca_tinca", "x" * 30, "one_" + "y" * 40], 18)
+    assert labels == ["cat", "n01440764_tinca_\ntinca", "x" * 17 + "…", "one_\n" + "y" * 17 + "…"]
+    assert row_in > plots.ROW_IN == plots._class_labels(["cat"], 18)[1]
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------

@@ -270,7 +270,16 @@ def test_infobatch_has_nothing_to_choose_from_logits(tmp_path):
 def test_prune_shows_a_table_per_class_and_pictures(tiny_recipe, command):
     code, said = command(prune.main, tiny_recipe.path)
     assert code == 0, said
-    for words in ("per class", "teacher's top-1", "share", "50.0%", "difficulty.png", "samples.png"):
+    for words in (
+        "per class",
+        "teacher's top-1",
+        "on all",
+        "on the kept",
+        "share",
+        "50.0%",
+        "difficulty.png",
+        "samples.png",
+    ):
         assert words in said
     folder = next(iter((tiny_recipe.path.parent / "artifacts").glob("subset-*.pictures")))
     for name in ("difficulty.png", "samples.png"):
@@ -285,12 +294,14 @@ def test_of_many_classes_the_most_unusual_are_shown():
     count, sigma, accuracy = np.full(K, 100), np.ones(K), np.full(K, 0.9)
     share = np.full(K, 50)
     accuracy[7], sigma[30], share[41] = 0.1, 3.0, 5
-    table = class_table([f"c{c}" for c in range(K)], share, count, sigma, accuracy)
+    table = class_table([f"c{c}" for c in range(K)], share, count, sigma, np.stack([accuracy, accuracy]))
     names = list(table.columns[0].cells)
     assert len(names) == 10
     assert set(names[:3]) == {"c7", "c30", "c41"}
     assert "10 most unusual of 50" in str(table.title)
-    few = class_table(["a", "b"], share[:2], count[:2], sigma[:2], accuracy[:2])
+    few = class_table(["a", "b"], share[:2], count[:2], sigma[:2], np.stack([accuracy[:2], [0.25, 0.5]]))
+    assert list(few.columns[4].cells) == ["90.0%", "90.0%"]
+    assert list(few.columns[5].cells) == ["25.0%", "50.0%"]
     assert list(few.columns[0].cells) == ["a", "b"]
 
 
@@ -344,7 +355,7 @@ def test_a_least_of_each_class_is_for_methods_that_choose(chosen):
 def test_of_many_classes_those_that_keep_nothing_come_first():
     K = 30
     kept_K = np.where(np.arange(K) < 5, 30, 0)
-    table = class_table([f"c{c}" for c in range(K)], kept_K, np.full(K, 100), np.ones(K), np.full(K, 0.9))
+    table = class_table([f"c{c}" for c in range(K)], kept_K, np.full(K, 100), np.ones(K), np.full((2, K), 0.9))
     names = list(table.columns[0].cells)
     assert names[:10] == [f"c{c}" for c in range(5, 15)]
     assert set(names[10:]) == {f"c{c}" for c in range(5)}

@@ -37,6 +37,13 @@ def test_all_options_together_train_and_are_told(tiny_recipe):
     assert pipeline.train(tiny_recipe())[0].manifest.inputs.keys().isdisjoint({"progressive_px", "accumulate"})
 
 
+@pytest.mark.parametrize(("every", "steps"), [(50, [3, 6, 9, 12, 15]), (2, [2, 4, 6, 8, 10, 12, 14, 15])])
+def test_a_short_epoch_is_logged_several_times(tiny_recipe, every, steps):
+    """Its loss has a curve, without a smaller log.every_steps, which otherwise holds."""
+    run, _ = pipeline.train(tiny_recipe(f"log.every_steps={every}", "train.epochs=1", "train.batch_size=5"))
+    assert [line["step"] for line in events(run, "steps")] == steps
+
+
 def test_an_epoch_sees_the_size_that_the_recipe_says(tiny_recipe):
     job = prepare(Pipeline(tiny_recipe("train.progressive_px={0: 8, 1: 12}")).training_inputs)
     for epoch, px in ((0, 8), (1, 12), (5, 12)):
