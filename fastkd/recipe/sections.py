@@ -369,6 +369,9 @@ class Train(Section):
     """Compile the training step and the teacher with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile; reduce-overhead and max-autotune use CUDA graphs."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Run the whole step as one CUDA graph, which the host launches at once. `auto`: on one NVIDIA GPU, unless
+    `compile_mode` makes its own graphs; true: also with several processes. If it cannot be, the reason is printed."""
     accumulate: int = Field(1, ge=1)
     """Number of microbatches per update, whose gradients are summed."""
     ema_decay: float | None = Field(None, gt=0, lt=1)

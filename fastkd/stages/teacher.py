@@ -97,7 +97,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     own = recipes.load(teacher.recipe, teacher.overrides)
     if own.teacher is not None:
         raise InputError(f"teacher.recipe={teacher.recipe}: must not have a `teacher` itself")
-    shared = ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
+    shared = ("device", "precision", "channels_last", "compile", "compile_mode", "cuda_graph", "runs_dir")
     train = own.train.model_copy(update={name: getattr(student_train, name) for name in shared})
     return own.model_copy(update={"data": _teacher_data(own.data, recipe), "train": train})
 

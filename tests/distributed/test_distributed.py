@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cuda_standin import CudaStandIn
 
 import fastkd
-from fastkd import distributed, peer_watch, pipeline
+from fastkd import distributed, peer_watch, pipeline, process_group
 from fastkd.distributed import ProcessGroup
 from fastkd.engine import runtime
 from fastkd.errors import FastkdError, InputError
@@ -299,6 +299,33 @@ def test_alone_everything_is_as_without():
     asked = iter([False, True])
     flag = distributed.AsyncAny(one, lambda: next(asked))
     assert [flag(), flag()] == [False, True]
+
+
+@pytest.mark.parametrize(("step_s", "every"), [(0.0099, 25), (0.4, 1), (1e-5, 1000)])
+def test_flags_are_exchanged_a_few_times_a_second(monkeypatch, step_s, every):
+    """Each exchange costs the host 0.2 ms, which is a step of a small student. All learn of a flag at the same call."""
+    now, exchanged = [0.0], []
+
+    class Done:
+        def wait(self):
+            pass
+
+    def all_reduce(values, op, async_op):
+        assert async_op
+        exchanged.append(calls)
+        values[1] = max(values[1], step_s)  # the other process is as slow
+        return Done()
+
+    monkeypatch.setattr(process_group.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    asked, calls = distributed.AsyncAny(ProcessGroup(rank=0, size=2), lambda: calls >= 2 * every), 0
+    told = False
+    while not told and calls < 6 * every + 10:
+        calls, now[0] = calls + 1, now[0] + step_s
+        told = asked()
+    assert exchanged == [1, 2, *range(2 + every, calls + 1, every)]
+    assert exchanged[-2] >= 2 * every > exchanged[-3]
+    assert calls == exchanged[-1]
 
 
 def test_without_torchrun_nothing_is_joined(monkeypatch):
