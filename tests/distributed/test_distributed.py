@@ -328,6 +328,26 @@ def test_flags_are_exchanged_a_few_times_a_second(monkeypatch, step_s, every):
     assert calls == exchanged[-1]
 
 
+def test_processes_that_are_bound_to_cores_of_their_own_do_not_share_them(monkeypatch):
+    """torchrun --numa-binding=exclusive binds each process to its own cores, =node those of a node to the same."""
+    cores = {0: {0, 1}, 11: {0, 1}, 12: {2, 3}, 13: {0, 1, 2, 3}}  # 0 is the caller
+    members = [{"host": host, "pid": pid} for host, pid in [("a", 10), ("a", 11), ("a", 12), ("a", 13), ("b", 12)]]
+
+    def affinity(pid):
+        if pid not in cores:
+            raise ProcessLookupError
+        return cores[pid]
+
+    monkeypatch.setattr(process_group.os, "sched_getaffinity", affinity)
+    group = ProcessGroup(rank=0, size=5, local_size=4, members=members)
+    assert group.core_sharers == 3
+    cores[11], cores[13] = {4}, {5}
+    assert group.core_sharers == 1
+    del cores[11]  # unknown, as in another container
+    assert group.core_sharers == 2
+    assert ProcessGroup(local_size=4).core_sharers == 4
+
+
 def test_without_torchrun_nothing_is_joined(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with distributed.joined() as one:

@@ -11,12 +11,14 @@ import pytest
 import torch
 from tiny_training import CPU, batches, cuda_state
 
+from fastkd import models
 from fastkd.distributed import ProcessGroup
 from fastkd.engine.cuda_graph import DISTRIBUTED_WARM_UP_STEPS, WARM_UP_STEPS, step_graph
 from fastkd.engine.epoch import train_epoch
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.prefetch import BUFFERS
 from fastkd.engine.runtime import Runtime
+from fastkd.engine.step import ClipGradNorm
 
 STEPS = 16
 LR_S = np.linspace(1, 24, STEPS).round() / 256
@@ -145,6 +147,27 @@ def test_a_step_is_one_launch_and_the_copies_of_its_batch(card, precision, optim
     """Images, labels, ids, rows; the learning rate, as an argument of a kernel; the graph. Nothing synchronises."""
     state = cuda_state(precision, graph=True, ema=True, optim=optim)
     assert set(per_step(card, state)) == {(4 + 1 + 1, 4, 0)}
+
+
+def test_the_graph_of_a_network_replaces_hundreds_of_launches(card):
+    """The figures of docs/performance.md."""
+
+    def images():
+        for batch in batches(WARM_UP_STEPS + 2):
+            yield batch._replace(images=torch.zeros(4, 16, 16, 3, dtype=torch.uint8).permute(0, 3, 1, 2))
+
+    counts, normalisation = [], models.Normalisation((0.5,) * 3, (0.25,) * 3)
+    for extras in (False, True):
+        state = cuda_state(
+            "bf16", graph=True, ema=extras, net=models.Normalised(models.build("cifar/resnet8x4", 3), normalisation)
+        )
+        if not extras:
+            state.clip = ClipGradNorm()
+        per_sample = PerSampleLoss(np.arange(4 * STEPS), state.runtime) if extras else None
+        train_epoch(state, images(), None, LR_S[: WARM_UP_STEPS + 2], log_every_steps=99, on_log=lambda *a: None,
+                    per_sample_loss=per_sample)  # fmt: skip
+        counts.append(len(card.graphs[-1]))
+    assert counts == [210, 224]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -67,11 +67,12 @@ def cuda_state(
     optim: str = "sgd",
     channels_last: bool = True,
     ema: bool = False,
+    net: nn.Module | None = None,
     **more,
 ) -> TrainState:
     runtime = Runtime.choose("cuda", precision, channels_last=channels_last, compile=compile)
     torch.manual_seed(0)
-    net = runtime.to_device(Net())
+    net = runtime.to_device(net or Net())
     if ema:
         more["ema"] = ModelEma(net, 0.5)
     objective = LossModule(
