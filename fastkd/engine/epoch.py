@@ -26,7 +26,7 @@ class Epoch:
     logged : int
         Steps up to the last log. Their losses are summed in `loss_sum`, those of later steps in `unlogged`.
     wall_s, data_wait_s : float
-        Seconds in total, and seconds spent waiting for batches (measured from before each is requested).
+        Seconds in total, and seconds spent waiting for the loader (measured from before each batch is requested).
     """
 
     steps: int = 0
@@ -129,13 +129,8 @@ def train_epoch(
         epoch.unlogged = state.runtime.group.mean(float(state.loss_sum))
         epoch.wall_s = state.runtime.clock() - start
 
-    with closing(prefetch_to_device(batches, state.runtime, state.buffers)) as on_device:
-        while True:
-            requested = time.perf_counter()
-            batch = next(on_device, None)
-            if batch is None:
-                break
-            epoch.data_wait_s += time.perf_counter() - requested
+    with closing(prefetch_to_device(_timed(batches, epoch), state.runtime, state.buffers)) as on_device:
+        for batch in on_device:
             state.set_lr(float(lr_S[epoch.steps]))
             update.run(batch)
             epoch.images += len(batch.labels) * state.runtime.group.size
@@ -153,6 +148,17 @@ def train_epoch(
                 raise StoppedError
     update_epoch()
     return epoch
+
+
+def _timed(batches: Generator[Batch, None, None], epoch: Epoch) -> Generator[Batch, None, None]:
+    """Yield the batches of the loader, and add the time that each was waited for; waiting for the device is no part."""
+    with closing(batches):
+        while True:
+            requested = time.perf_counter()
+            if (batch := next(batches, None)) is None:
+                return
+            epoch.data_wait_s += time.perf_counter() - requested
+            yield batch
 
 
 def _check_diverged(state: TrainState, epoch: Epoch, loss: float) -> None:
