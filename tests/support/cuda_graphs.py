@@ -74,7 +74,7 @@ class Graph(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = {one.untyped_storage()._cdata for one in tensors}
         new = [None if one.untyped_storage()._cdata in given else one for one in tensors_in(result)]
-        for one in filter(None.__ne__, new):
+        for one in (one for one in new if one is not None):
             self._inside[one.untyped_storage()._cdata] = one.untyped_storage()
         if func._schema.is_mutable or any(one is not None for one in new):  # else a view
             self._operations.append(_Operation(func, _map(args, self._ref), _map(kwargs, self._ref), new))
