@@ -203,7 +203,7 @@ class TrainingLoop:
     def use_prefetched(self) -> None:
         """Train, untimed, on the batches that the loaders have prefetched."""
         for _, batches in self._sizes:
-            run_steps(self.setup, batches, UNTIMED_STEPS)
+            run_steps(self.setup, batches, UNTIMED_STEPS + self.setup.state.graph.first_steps)
 
     def close(self) -> None:
         """Stop the loaders."""
@@ -233,8 +233,10 @@ def run_steps(setup: TrainingSetup, batches: Iterator[Batch], steps: int) -> Epo
 
 def resident_step_rate(setup: TrainingSetup, batch: DeviceBatch, steps: int) -> float:
     """Train on one batch that is already on the device; return images/s."""
-    start = setup.state.runtime.clock()
     update = Update(setup.state, setup.teacher.live)
+    for _ in range(setup.state.graph.first_steps):
+        update.run(batch)
+    start = setup.state.runtime.clock()
     for _ in range(steps):
         update.run(batch)
     return steps * len(batch.labels) / (setup.state.runtime.clock() - start)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from fastkd import console
-from fastkd.engine.prefetch import DeviceBatch
+from fastkd.engine.prefetch import BUFFERS, DeviceBatch
 from fastkd.engine.runtime import Runtime
 
 WARM_UP_STEPS = 3
@@ -29,6 +29,7 @@ class NoGraph:
     """Runs each step eagerly."""
 
     active = False
+    first_steps = 0
 
     def run(self, step: Step, batch: DeviceBatch) -> None:
         """Run a step."""
@@ -59,6 +60,11 @@ class StepGraph:
     _graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, DeviceBatch]] = field(default_factory=dict, init=False)
     _own: dict[Hashable, DeviceBatch] = field(default_factory=dict, init=False)
     _warmed_up: Counter[Hashable] = field(default_factory=Counter, init=False)
+
+    @property
+    def first_steps(self) -> int:
+        """Number of steps, at each image size, that take longer than later ones."""
+        return self.warm_up_steps + BUFFERS
 
     def run(self, step: Step, batch: DeviceBatch) -> None:
         """Run a step: eagerly, or as a graph, which is captured first if there is none. `step` must be hashable."""

@@ -13,7 +13,7 @@ from tiny_training import CPU, batches, cuda_state
 
 from fastkd import models
 from fastkd.distributed import ProcessGroup
-from fastkd.engine.cuda_graph import DISTRIBUTED_WARM_UP_STEPS, WARM_UP_STEPS, step_graph
+from fastkd.engine.cuda_graph import DISTRIBUTED_WARM_UP_STEPS, WARM_UP_STEPS, StepGraph, step_graph
 from fastkd.engine.epoch import train_epoch
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.prefetch import BUFFERS
@@ -23,7 +23,7 @@ from fastkd.engine.step import ClipGradNorm
 STEPS = 16
 LR_S = np.linspace(1, 24, STEPS).round() / 256
 """A rate of each step, exact in float32."""
-FROM = WARM_UP_STEPS + BUFFERS
+FROM = StepGraph(torch.device("cpu")).first_steps
 """The first step that captures nothing."""
 
 
