@@ -142,12 +142,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def card(request: pytest.FixtureRequest) -> Iterator[CudaStandIn]:
     """A stand-in for a GPU: an H100, or the card that the test is parametrized with."""
-    from fastkd.engine import prefetch
+    from fastkd.engine import cuda_graph, prefetch
 
-    prefetch._copy_stream.cache_clear()
+    def forget_streams() -> None:
+        prefetch._copy_stream.cache_clear()
+        cuda_graph._capture_stream.cache_clear()
+
+    forget_streams()
     with CudaStandIn(getattr(request, "param", "H100")) as standin:
         yield standin
-    prefetch._copy_stream.cache_clear()
+    forget_streams()
 
 
 @pytest.fixture(params=["stand-in", pytest.param("device", marks=pytest.mark.gpu)])

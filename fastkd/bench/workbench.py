@@ -24,11 +24,10 @@ from fastkd import recipe as recipes
 from fastkd.bench.measurement import require_teacher
 from fastkd.data.loader import Batch, Loader
 from fastkd.data.row_store import StoredRows
-from fastkd.engine.epoch import Epoch, train_epoch
+from fastkd.engine.epoch import Epoch, Update, train_epoch
 from fastkd.engine.inference import predict
 from fastkd.engine.prefetch import DeviceBatch
 from fastkd.engine.runtime import Runtime
-from fastkd.engine.step import train_batch, train_step
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages.label_format import decoder, label_format, view_files
@@ -109,8 +108,7 @@ class Workbench:
             teacher = live_teacher_source(runtime, live)
         student = self.student(runtime)
         setup = build_training_setup(self.recipe, self.pipeline.images, runtime, self.ids, student, teacher)
-        for group in setup.state.optimizer.param_groups:
-            group["lr"] = LR
+        setup.state.set_lr(LR)
         return setup
 
     def tuned_setup(self, runtime: Runtime) -> TrainingSetup:
@@ -161,7 +159,7 @@ class Workbench:
         rows = tuple(torch.from_numpy(np.zeros_like(b)).to(device) for b in self.rows.buffers(batch_size))
         if not setup.state.runtime.channels_last:
             images = images.contiguous()
-        return DeviceBatch(images.to(device), labels.to(device), labels.to(device), rows, batch_size)
+        return DeviceBatch(images.to(device), labels.to(device), labels.to(device), rows, batch_size, static=True)
 
 
 def image_size_shares(recipe: recipes.Recipe) -> dict[int | None, float]:
@@ -205,7 +203,7 @@ class TrainingLoop:
     def use_prefetched(self) -> None:
         """Train, untimed, on the batches that the loaders have prefetched."""
         for _, batches in self._sizes:
-            run_steps(self.setup, batches, UNTIMED_STEPS)
+            run_steps(self.setup, batches, UNTIMED_STEPS + self.setup.state.graph.first_steps)
 
     def close(self) -> None:
         """Stop the loaders."""
@@ -235,9 +233,12 @@ def run_steps(setup: TrainingSetup, batches: Iterator[Batch], steps: int) -> Epo
 
 def resident_step_rate(setup: TrainingSetup, batch: DeviceBatch, steps: int) -> float:
     """Train on one batch that is already on the device; return images/s."""
+    update = Update(setup.state, setup.teacher.live)
+    for _ in range(setup.state.graph.first_steps):
+        update.run(batch)
     start = setup.state.runtime.clock()
     for _ in range(steps):
-        train_step(setup.state, train_batch(batch, setup.teacher.live))
+        update.run(batch)
     return steps * len(batch.labels) / (setup.state.runtime.clock() - start)
 
 

@@ -2,7 +2,7 @@
 
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import fastkd.data.ffcv_patches  # noqa: F401
@@ -31,6 +31,13 @@ def _what(error: BaseException) -> str:
     return str(error) if isinstance(error, FastkdError) else f"{type(error).__name__}: {error}"
 
 
+def _pinned(buffers: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Return buffers in pinned memory if there is a GPU, as FFCV does: they are copied to the device directly."""
+    if not torch.cuda.is_available():
+        return tuple(buffers)
+    return tuple(torch.from_numpy(buffer).pin_memory().numpy() for buffer in buffers)
+
+
 class EpochThread(EpochIterator):
     """FFCV's epoch thread, which also draws views and gathers stored rows. Failures are raised in the consumer."""
 
@@ -51,7 +58,8 @@ class EpochThread(EpochIterator):
         self.sample_ids, self.draw, self.cover_C, self.stored = sample_ids, draw, cover_C, stored
         self.ahead = ahead
         slots = loader.batches_ahead + 2
-        self.rows = [stored.buffers(loader.batch_size) for _ in range(slots)] if stored else []
+        self.rows: list[tuple[np.ndarray, ...]]
+        self.rows = [_pinned(stored.buffers(loader.batch_size)) for _ in range(slots)] if stored else []
         (self.decoder,) = (node.id for node in loader.graph.root_nodes if isinstance(node.decoder, ViewDecoder))
         loader.num_workers = workers  # FFCV sets it as the thread count of the thread that it starts
         super().__init__(loader, positions)  # starts the thread

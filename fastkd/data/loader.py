@@ -83,7 +83,7 @@ class Loader:
     views : Views
         The numbered views.
     workers : int
-        Number of loader threads. 0: one per usable core, shared with other local processes of the job. The attribute
+        Number of loader threads. 0: one per usable core, shared by the local processes that run on them. The attribute
         may be lowered; the change applies to the next epoch.
     os_cache : bool
         Memory-map the file and read through the page cache, instead of FFCV's own page buffers. Of large images, only
@@ -121,7 +121,7 @@ class Loader:
             raise InputError(
                 f"{dataset.path}: its images vary in size: set data.input_px to the side of the networks' input"
             )
-        self.workers = workers or max(1, cores // current().local_size)
+        self.workers = workers or max(1, cores // current().core_sharers)
         self.image_hw: tuple[int, int] = (input_px, input_px) if input_px else tuple(fixed_size)
         self.views = views or Views()
         self._one_size = fixed_size is not None

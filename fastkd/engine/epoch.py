@@ -6,8 +6,6 @@ from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fastkd.engine.per_sample_loss import PerSampleLoss
 from fastkd.engine.prefetch import Batch, DeviceBatch, prefetch_to_device
@@ -28,7 +26,7 @@ class Epoch:
     logged : int
         Steps up to the last log. Their losses are summed in `loss_sum`, those of later steps in `unlogged`.
     wall_s, data_wait_s : float
-        Seconds in total, and seconds spent waiting for batches (measured from before each is requested).
+        Seconds in total, and seconds spent waiting for the loader (measured from before each batch is requested).
     """
 
     steps: int = 0
@@ -52,6 +50,36 @@ class Epoch:
 
 class StoppedError(Exception):
     """Training was stopped between two steps, as requested."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update, from a batch on the device to the loss that is logged. All of it can be one CUDA graph.
+
+    Attributes
+    ----------
+    live
+        A live teacher. None: logits are stored, or there is no teacher.
+    per_sample_loss
+        Stores the loss of each sample, and gives their weights. None: all weights are 1.
+    """
+
+    state: TrainState
+    live: LiveTeacher | None = None
+    per_sample_loss: PerSampleLoss | None = None
+
+    def __call__(self, batch: DeviceBatch) -> None:
+        """Make the update, add the mean loss to `TrainState.loss_sum`, and store the loss of each sample."""
+        samples, ids_B = self.per_sample_loss, batch.sample_ids
+        weight_B = None if samples is None else samples.weight_N[ids_B]
+        loss, loss_B = train_step(self.state, train_batch(batch, self.live, weight_B))
+        if samples is not None:
+            samples.loss_N[ids_B] = loss_B
+        self.state.loss_sum += loss
+
+    def run(self, batch: DeviceBatch) -> None:
+        """Make the update as `TrainState.graph` says."""
+        self.state.graph.run(self, batch)
 
 
 def train_epoch(
@@ -93,24 +121,18 @@ def train_epoch(
     StoppedError
         After `epoch` was updated.
     """
-    epoch = epoch or Epoch()
-    unlogged = torch.tensor(epoch.unlogged, device=state.runtime.device)
+    epoch, update = epoch or Epoch(), Update(state, live, per_sample_loss)
+    state.loss_sum.fill_(epoch.unlogged)
     start = state.runtime.clock() - epoch.wall_s
 
     def update_epoch() -> None:
-        epoch.unlogged = state.runtime.group.mean(float(unlogged))
+        epoch.unlogged = state.runtime.group.mean(float(state.loss_sum))
         epoch.wall_s = state.runtime.clock() - start
 
-    with closing(prefetch_to_device(batches, state.runtime)) as on_device:
-        while True:
-            requested = time.perf_counter()
-            batch = next(on_device, None)
-            if batch is None:
-                break
-            epoch.data_wait_s += time.perf_counter() - requested
-            for group in state.optimizer.param_groups:
-                group["lr"] = float(lr_S[epoch.steps])
-            unlogged += _step(state, batch, live, per_sample_loss)
+    with closing(prefetch_to_device(_timed(batches, epoch), state.runtime, state.buffers)) as on_device:
+        for batch in on_device:
+            state.set_lr(float(lr_S[epoch.steps]))
+            update.run(batch)
             epoch.images += len(batch.labels) * state.runtime.group.size
             epoch.steps += 1
             if epoch.steps - epoch.logged >= log_every_steps or epoch.steps == len(lr_S):
@@ -119,7 +141,7 @@ def train_epoch(
                 _check_diverged(state, epoch, loss)
                 epoch.loss_sum += epoch.unlogged
                 epoch.logged, epoch.unlogged = epoch.steps, 0.0
-                unlogged.zero_()
+                state.loss_sum.zero_()
                 on_log(epoch, loss)
             if stop():
                 update_epoch()
@@ -128,15 +150,15 @@ def train_epoch(
     return epoch
 
 
-def _step(
-    state: TrainState, batch: DeviceBatch, live: LiveTeacher | None, per_sample_loss: PerSampleLoss | None
-) -> Tensor:
-    """Make one update, and store the loss of each sample; return the mean loss, on the device."""
-    weight_B = None if per_sample_loss is None else per_sample_loss.weight_N[batch.sample_ids]
-    loss, loss_B = train_step(state, train_batch(batch, live, weight_B))
-    if per_sample_loss is not None:
-        per_sample_loss.loss_N[batch.sample_ids] = loss_B
-    return loss
+def _timed(batches: Generator[Batch, None, None], epoch: Epoch) -> Generator[Batch, None, None]:
+    """Yield the batches of the loader, and add the time that each was waited for; waiting for the device is no part."""
+    with closing(batches):
+        while True:
+            requested = time.perf_counter()
+            if (batch := next(batches, None)) is None:
+                return
+            epoch.data_wait_s += time.perf_counter() - requested
+            yield batch
 
 
 def _check_diverged(state: TrainState, epoch: Epoch, loss: float) -> None:

@@ -31,16 +31,24 @@ class Predicted(NamedTuple):
 
 @torch.inference_mode()
 def predict(
-    runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None]
+    runtime: Runtime, net: nn.Module, batches: Generator[Batch, None, None], *, least_images: int = 0
 ) -> Generator[Predicted, None, None]:
     """Yield the output of a network in eval mode for each batch, in order.
 
     On CUDA, results are delayed by one batch, so that the device computes while the host uses the previous one.
+
+    Parameters
+    ----------
+    least_images
+        Repeat an image in batches of fewer: a compiled network is compiled again for each new shape.
     """
     pending: deque[Callable[[], Predicted]] = deque()
     for batch in prefetch_to_device(batches, runtime):
+        images, missing = batch.images, least_images - len(batch.images)
+        if missing > 0:
+            images = torch.cat([images, images[:1].expand(missing, -1, -1, -1)])
         with runtime.autocast():
-            logits_BK = net(batch.images)
+            logits_BK = net(images)
         count = batch.valid * (len(batch.images) // len(batch.labels))
         pending.append(_copy_to_host(runtime, logits_BK[:count].float(), batch))
         if runtime.device.type == "cpu" or len(pending) > 1:

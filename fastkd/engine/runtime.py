@@ -161,7 +161,9 @@ class Runtime:
         mode = "default" if self.compile is True else self.compile
         return torch.compile(net, dynamic=False, mode=mode)  # type: ignore[return-value]
 
-    def optimizer(self, optim: Optim, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    def optimizer(
+        self, optim: Optim, parameters: Iterable[nn.Parameter], *, capturable: bool = False
+    ) -> torch.optim.Optimizer:
         """Return the optimizer of a recipe, fused.
 
         Momentum starts as zeros, as torch's fused SGD leaves it uninitialised if the gradients of its first step
@@ -169,15 +171,23 @@ class Runtime:
 
         Without ``optim.decay_norms``, parameters of fewer than 2 dimensions (biases, scales and shifts of normalisation
         layers) are a second group without weight decay, as in timm's ``param_groups_weight_decay``.
+
+        Parameters
+        ----------
+        capturable
+            Whether a CUDA graph runs it. The learning rate then lies in a float32 tensor on the device.
         """
-        common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
+        lr = torch.full((), optim.lr, device=self.device) if capturable else optim.lr
+        common: dict[str, Any] = {"lr": lr, "weight_decay": optim.weight_decay, "fused": True}
         groups: Any = parameters
         if not optim.decay_norms:
             every = list(parameters)
             weights, others = [p for p in every if p.dim() > 1], [p for p in every if p.dim() < 2]
             groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         if optim.name == "adamw":
-            return torch.optim.AdamW(groups, betas=optim.betas, **common)
+            # The first steps run without a graph.
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            return torch.optim.AdamW(groups, betas=optim.betas, capturable=capturable, **common)
         sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, **common)
         for group in sgd.param_groups if optim.momentum else ():
             for parameter in group["params"]:

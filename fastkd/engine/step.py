@@ -8,9 +8,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fastkd.engine.cuda_graph import NoGraph, StepGraph
 from fastkd.engine.ema import ModelEma, NoEma
 from fastkd.engine.losses import LossFn
-from fastkd.engine.prefetch import DeviceBatch
+from fastkd.engine.prefetch import DeviceBatch, DeviceBuffers
 from fastkd.engine.runtime import Runtime
 
 TeacherBatch = tuple[Tensor, ...]
@@ -82,7 +83,7 @@ class ClipGradNorm:
             nn.utils.clip_grad_norm_(parameters, self.max_norm)
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainState:
     """A student in training.
 
@@ -92,6 +93,12 @@ class TrainState:
         A `LossModule`, compiled or not.
     accumulate
         Number of microbatches per update.
+    graph
+        How steps run: eagerly, or as one CUDA graph.
+    buffers
+        Where batches lie on a GPU.
+    loss_sum : float32 tensor []
+        Sum of the mean losses of the steps since the last log, on the device.
     """
 
     runtime: Runtime
@@ -101,12 +108,26 @@ class TrainState:
     accumulate: int = 1
     clip: ClipGradNorm = field(default_factory=ClipGradNorm)
     ema: ModelEma | NoEma = field(default_factory=NoEma)
+    graph: StepGraph | NoGraph = field(default_factory=NoGraph)
+    buffers: DeviceBuffers = field(default_factory=DeviceBuffers)
+    loss_sum: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.loss_sum = torch.zeros((), device=next(self.objective.parameters()).device)
+        if isinstance(self.graph, StepGraph):
+            self.graph.undo = self._forget_step
         if self._keeps_gradients:
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.zeros_like(parameter)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of all parameters. If a CUDA graph reads it, it lies in a tensor on the device."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def grad_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Average gradients over processes in the last microbatch only."""
@@ -130,6 +151,14 @@ class TrainState:
         self.scaler.update()
         self.zero_grad()
         self.ema.update()
+
+    def _forget_step(self) -> None:
+        """Forget a step that was not completed: its gradients, and what the gradient scaler has noted of it."""
+        self.optimizer.zero_grad()
+        if self.scaler.is_enabled():
+            self.scaler._per_optimizer_states.clear()  # torch offers no other way
+            for name in ("grad_scale", "found_inf"):
+                vars(self.optimizer).pop(name, None)
 
 
 def train_step(state: TrainState, batch: TrainBatch) -> tuple[Tensor, Tensor]:

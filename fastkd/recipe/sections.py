@@ -399,7 +399,10 @@ class Train(Section):
     compile: bool = True
     """Compile the training step and the teacher with torch.compile."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
-    """Mode of torch.compile; reduce-overhead and max-autotune use CUDA graphs."""
+    """Mode of torch.compile; reduce-overhead and max-autotune use CUDA graphs of their own, without `cuda_graph`."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """Run the whole step as one CUDA graph, which the host launches at once. `auto`: on one NVIDIA GPU; true: also with
+    several processes. If the step cannot be captured, the reason is printed, and training continues without it."""
     accumulate: int = Field(1, ge=1)
     """Number of microbatches per update, whose gradients are summed."""
     ema_decay: float | None = Field(None, gt=0, lt=1)

@@ -273,18 +273,29 @@ def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Seq
     count = len(labeller.sample_ids)
     missing = [v for v in wanted if progress.rows(v) < count]
     left = sum(count - progress.rows(v) for v in wanted)
+    views = min(len(missing), VIEWS_PER_PASS)
+    images = views * max(1, labeller.settings.batch_size // max(views, 1))
     with console.progress("label", left) as update:
         while missing:
             group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]
             done = left - sum(count - progress.rows(v) for v in wanted)
-            _label(labeller, folder, progress, group, lambda rows, done=done: update(done + rows, ""))  # type: ignore[misc]
+            moved = lambda rows, done=done: update(done + rows, "")  # noqa: E731
+            _label(labeller, folder, progress, group, images, moved)
             missing = [v for v in missing if v not in group]
 
 
 def _label(
-    labeller: Labeller, folder: Path, progress: Progress, group: list[int], moved: Callable[[int], None]
+    labeller: Labeller,
+    folder: Path,
+    progress: Progress,
+    group: list[int],
+    images: int,
+    moved: Callable[[int], None],
 ) -> None:
-    """Run the teacher over several views at once, from the row up to which all of them are complete."""
+    """Run the teacher over several views at once, from the row up to which all of them are complete.
+
+    A compiled teacher gets the same number of `images` in all groups.
+    """
     kept, settings, form = labeller.sample_ids, labeller.settings, labeller.form
     world, start = current(), progress.rows(group[0])
 
@@ -301,7 +312,7 @@ def _label(
     def open_files() -> list[list[RowFile]]:
         return [[opened(*column) for column in view_files(form, v)] for v in group]
 
-    batch_size = max(1, settings.batch_size // len(group))
+    batch_size = max(1, images // len(group))
     loader = labeller.images.loader("train", batch_size, input_px=labeller.images.teacher_px)
     with ExitStack() as stack:
         run_pass(
@@ -314,4 +325,5 @@ def _label(
             views=group,
             progress=progress,
             moved=lambda rows: moved(rows * len(group)),
+            least_images=images if labeller.runtime.compile else 0,
         )

@@ -93,7 +93,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
         The teacher's recipe has a teacher itself, or would train on samples that `recipe` holds out.
     """
     own = _own_recipe(recipe)
-    shared = ("device", "precision", "channels_last", "compile", "compile_mode", "runs_dir")
+    shared = ("device", "precision", "channels_last", "compile", "compile_mode", "cuda_graph", "runs_dir")
     train = own.train.model_copy(update={name: getattr(recipe.train, name) for name in shared})
     return own.model_copy(update={"data": _teacher_data(own.data, recipe), "train": train})
 

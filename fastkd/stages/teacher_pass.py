@@ -30,6 +30,7 @@ def run_pass(
     views: Sequence[int | None],
     progress: Progress,
     moved: Callable[[int], None],
+    least_images: int = 0,
 ) -> None:
     """Run a network on samples, starting at the first missing row, and write rows computed from its logits.
 
@@ -49,6 +50,8 @@ def run_pass(
         Numbers of the views. None stands for the evaluation view, which is number 0 in `progress`.
     moved
         Called with the number of rows written by this pass.
+    least_images
+        See `fastkd.engine.inference.predict`.
     """
     world, size, start = current(), loader.batch_size, files[0][0].done
     numbers = [view or 0 for view in views]
@@ -57,7 +60,7 @@ def run_pass(
     batch = -1
     if len(mine):
         batches = loader.batches(mine, last="pad", view=None if None in views else numbers)
-        with closing(predict(runtime, net, batches)) as all_predicted:
+        with closing(predict(runtime, net, batches, least_images=least_images)) as all_predicted:
             for batch, predicted in enumerate(all_predicted):
                 first = start + (batch * world.size + world.rank) * size
                 for own, parts in zip(files, columns(predicted), strict=True):

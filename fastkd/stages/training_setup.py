@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -19,11 +19,12 @@ from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader, full_batches
 from fastkd.data.order import epoch_order, rank_slices
 from fastkd.data.row_store import StoredRows
 from fastkd.distributed import current
+from fastkd.engine.cuda_graph import NoGraph, StepGraph, step_graph
 from fastkd.engine.ema import ModelEma, NoEma
 from fastkd.engine.inference import predict
 from fastkd.engine.losses import loss_function, reshape_logits
 from fastkd.engine.per_sample_loss import PerSampleLoss
-from fastkd.engine.prefetch import prefetch_to_device
+from fastkd.engine.prefetch import DeviceBatch, prefetch_to_device
 from fastkd.engine.runtime import Runtime
 from fastkd.engine.step import ClipGradNorm, DecodeFn, LiveTeacher, LossModule, TrainState, train_batch, warm_up
 from fastkd.errors import InputError
@@ -306,14 +307,18 @@ def build_training_setup(
         runtime.sync_batchnorm(student)
     student.train()
     module = LossModule(student, loss_function(recipe.loss, has_teacher=recipe.teacher is not None), teacher.decode)
+    graph = step_graph(train.cuda_graph, runtime)
+    with graph.stream():
+        parallel = runtime.distributed(module, accumulates=train.accumulate > 1)
     state = TrainState(
         runtime,
-        runtime.compiled(runtime.distributed(module, accumulates=train.accumulate > 1)),
-        runtime.optimizer(recipe.optim, student.parameters()),
+        runtime.compiled(parallel),
+        runtime.optimizer(recipe.optim, student.parameters(), capturable=graph.active),
         runtime.scaler(),
         accumulate=train.accumulate,
         clip=ClipGradNorm(recipe.optim.clip_norm),
         ema=ModelEma(student, train.ema_decay) if train.ema_decay else NoEma(),
+        graph=graph,
     )
     weight_M = None
     if subset is not None and "weights.npy" in subset.manifest.files:
@@ -338,18 +343,27 @@ def compile_sizes(setup: TrainingSetup) -> float:
 def compile_step(setup: TrainingSetup, epoch: int) -> float:
     """Run (and compile) the step of an epoch without its update; return the seconds of a later run.
 
-    The first run compiles. With CUDA graphs, the second one records them: the fastest run after it counts.
+    The first run compiles. CUDA graphs are recorded by the second one, that of the step after its warm-up: the fastest
+    run counts. The graph of the step is only for this measurement, as it has no update.
     """
     state, size = setup.state, setup.recipe.train.batch_size
-    with closing(prefetch_to_device(setup.batches(setup.ids[:size], epoch), state.runtime)) as batches:
-        batch = next(batches)
+    graph, passes = NoGraph(), GRAPH_PASSES if state.runtime.cuda_graphs else 2
+    if isinstance(state.graph, StepGraph) and state.graph.active:
+        graph, passes = replace(state.graph), state.graph.warm_up_steps + GRAPH_PASSES
+
+    def step(batch: DeviceBatch) -> None:
         weight_B = None if setup.per_sample_loss is None else setup.per_sample_loss.weight_N[batch.sample_ids]
-        seconds = []
-        for _ in range(GRAPH_PASSES if state.runtime.cuda_graphs else 2):
+        warm_up(state, train_batch(batch, setup.teacher.live, weight_B))
+
+    with closing(prefetch_to_device(setup.batches(setup.ids[:size], epoch), state.runtime)) as batches:
+        batch, seconds = next(batches), []
+        for _ in range(passes):
             start = state.runtime.clock()
-            warm_up(state, train_batch(batch, setup.teacher.live, weight_B))
+            graph.run(step, batch)
             seconds.append(state.runtime.clock() - start)
-        return min(seconds[1:])
+    if isinstance(graph, StepGraph):
+        state.graph.active = graph.active  # it has failed, and said why
+    return min(seconds[1:])
 
 
 def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:

@@ -9,7 +9,7 @@ overrides of each process of its own.
 import json
 import time
 
-from fastkd import cli, distributed, pipeline, recipe
+from fastkd import cli, distributed, pipeline, process_group, recipe
 from fastkd.engine import epoch
 from fastkd.stages import training
 
@@ -18,7 +18,7 @@ class StopsAfter(distributed.AsyncAny):
     """A flag that one process sets at a given step."""
 
     def __init__(self, group: distributed.ProcessGroup, steps: int) -> None:
-        self.left = steps
+        self.left, process_group.EXCHANGE_EVERY_S = steps, 0.0  # at each step
         super().__init__(group, self._is_over)
 
     def _is_over(self) -> bool:

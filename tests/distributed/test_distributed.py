@@ -12,7 +12,7 @@ import torch.distributed as dist
 from cuda_standin import CudaStandIn
 
 import fastkd
-from fastkd import distributed, peer_watch, pipeline
+from fastkd import distributed, peer_watch, pipeline, process_group
 from fastkd.distributed import ProcessGroup
 from fastkd.engine import runtime
 from fastkd.errors import FastkdError, InputError
@@ -299,6 +299,53 @@ def test_alone_everything_is_as_without():
     asked = iter([False, True])
     flag = distributed.AsyncAny(one, lambda: next(asked))
     assert [flag(), flag()] == [False, True]
+
+
+@pytest.mark.parametrize(("step_s", "every"), [(0.0099, 25), (0.4, 1), (1e-5, 1000)])
+def test_flags_are_exchanged_a_few_times_a_second(monkeypatch, step_s, every):
+    """Each exchange costs the host 0.2 ms, which is a step of a small student. All learn of a flag at the same call."""
+    now, exchanged = [0.0], []
+
+    class Done:
+        def wait(self):
+            pass
+
+    def all_reduce(values, op, async_op):
+        assert async_op
+        exchanged.append(calls)
+        values[1] = max(values[1], step_s)  # the other process is as slow
+        return Done()
+
+    monkeypatch.setattr(process_group.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    asked, calls = distributed.AsyncAny(ProcessGroup(rank=0, size=2), lambda: calls >= 2 * every), 0
+    told = False
+    while not told and calls < 6 * every + 10:
+        calls, now[0] = calls + 1, now[0] + step_s
+        told = asked()
+    assert exchanged == [1, 2, *range(2 + every, calls + 1, every)]
+    assert exchanged[-2] >= 2 * every > exchanged[-3]
+    assert calls == exchanged[-1]
+
+
+def test_processes_that_are_bound_to_cores_of_their_own_do_not_share_them(monkeypatch):
+    """torchrun --numa-binding=exclusive binds each process to its own cores, =node those of a node to the same."""
+    cores = {0: {0, 1}, 11: {0, 1}, 12: {2, 3}, 13: {0, 1, 2, 3}}  # 0 is the caller
+    members = [{"host": host, "pid": pid} for host, pid in [("a", 10), ("a", 11), ("a", 12), ("a", 13), ("b", 12)]]
+
+    def affinity(pid):
+        if pid not in cores:
+            raise ProcessLookupError
+        return cores[pid]
+
+    monkeypatch.setattr(process_group.os, "sched_getaffinity", affinity)
+    group = ProcessGroup(rank=0, size=5, local_size=4, members=members)
+    assert group.core_sharers == 3
+    cores[11], cores[13] = {4}, {5}
+    assert group.core_sharers == 1
+    del cores[11]  # unknown, as in another container
+    assert group.core_sharers == 2
+    assert ProcessGroup(local_size=4).core_sharers == 4
 
 
 def test_without_torchrun_nothing_is_joined(monkeypatch):

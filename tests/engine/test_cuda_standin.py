@@ -92,7 +92,81 @@ def test_devices_follow_torchs_rules():
             torch.cuda.set_device(2)
 
 
-WHOLE = {"_Sender", "_one_ahead", "_copy_stream", "_check_kernels"}
+def captured(work, **options):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), **options):
+        work()
+    return graph
+
+
+def test_a_graph_runs_nothing_while_captured_and_reads_its_memory_when_replayed(card):
+    given, total, factor, results = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda"), 2.0, []
+
+    def work():
+        results.append(given * factor)
+        total.add_(results[0])
+
+    graph = captured(work)
+    assert total.tolist() == [0] * 3
+    assert results[0].cpu().view(torch.uint8).unique().tolist() == [GARBAGE]
+    graph.replay()
+    factor = 100.0  # a number of Python is that of the capture
+    given.copy_(torch.tensor([5.0, 6.0, 7.0], device="cuda"))
+    launches = card.launches
+    graph.replay()
+    assert card.launches == launches + 1
+    assert results[0].tolist() == [10, 12, 14]
+    assert total.tolist() == [12, 14, 16]
+    given = torch.zeros(3, device="cuda")  # the memory of the capture was freed
+    with pytest.raises(RaceError, match="memory that was freed"):
+        graph.replay()
+
+
+def test_a_graph_contains_the_backward_pass_and_random_numbers(card):
+    weight, kept = torch.ones(4, device="cuda", requires_grad=True), torch.zeros(2, 4, device="cuda")
+
+    def work():
+        drawn = torch.rand(4, device="cuda")
+        (weight * drawn).square().sum().backward()
+        kept[0].copy_(drawn)
+        kept[1].copy_(weight.grad)
+        weight.grad = None
+
+    torch.manual_seed(3)
+    graph = captured(work)
+    graph.replay()
+    first = kept.clone()
+    graph.replay()
+    torch.manual_seed(3)
+    for found in (first, kept):
+        drawn = torch.rand(4)
+        torch.testing.assert_close(found.cpu(), torch.stack([drawn, 2 * drawn**2]))
+
+
+def test_what_a_capture_does_not_permit(card):
+    device, host = torch.ones(3, device="cuda"), torch.ones(3).pin_memory()
+    event = torch.cuda.current_stream().record_event()
+    forbidden = {
+        "item": lambda: device.sum().item(),
+        "__getitem__": lambda: device[device > 0],
+        "synchronize": torch.cuda.synchronize,
+        "Event.synchronize": event.synchronize,
+        "torch.tensor": lambda: torch.tensor(1.0, device="cuda"),
+        "copy_ between": lambda: device.copy_(host, non_blocking=True),
+        "uncaptured work": lambda: torch.cuda.current_stream().wait_event(event),
+        "capturable is False": torch.optim.AdamW([device.clone().requires_grad_()], fused=True).step,
+    }
+    for what, work in forbidden.items():
+        before = torch.cuda.current_stream()
+        with torch.cuda.stream(before), pytest.raises(RuntimeError) as error:
+            captured(work)
+        errors = [error.value, error.value.__context__]
+        assert any(what in str(one) for one in errors), what
+        assert torch.cuda.current_stream() is before
+        assert not torch.cuda.is_current_stream_capturing()
+
+
+WHOLE = {"_Sender", "_one_ahead", "_copy_stream", "_check_kernels", "DeviceBuffers", "StepGraph", "_capture_stream"}
 """Functions and classes that nothing but CUDA uses."""
 
 
@@ -128,6 +202,11 @@ def use_everything(card: CudaStandIn, folder: Path) -> None:
     state = cuda_state("fp16")
     lr_S = np.full(4, 0.1)
     train_epoch(state, batches(4), None, lr_S, log_every_steps=4, on_log=lambda *a: state.runtime.memory_bytes())
+    failing = cuda_state(
+        "fp32", graph=True, channels_last=False, clip=lambda scaler, optimizer: torch.ones(1, device="cuda").item()
+    )
+    for one in (cuda_state("fp32", graph=True), failing):
+        train_epoch(one, batches(8), None, np.full(8, 0.1), log_every_steps=8, on_log=lambda *a: None)
     checkpoint.save(folder, 4, state.objective.student, state, None, {})
     checkpoint.restore(checkpoint.newest(folder), state.objective.student, state, None)
     net = state.runtime.to_device(Net().eval())

@@ -1,8 +1,10 @@
 import itertools
 import json
+import time
 from dataclasses import asdict, replace
 from functools import partial
 
+import cuda_streams
 import numpy as np
 import pytest
 import torch
@@ -129,8 +131,6 @@ def test_an_epoch_that_stops_goes_on_to_the_same_end(stop_after):
 
 
 def test_data_wait_counts_the_time_before_a_batch_arrives():
-    import time
-
     def slow():
         for batch in batches(3):
             time.sleep(0.05)
@@ -138,6 +138,15 @@ def test_data_wait_counts_the_time_before_a_batch_arrives():
 
     result = train_epoch(make_state(), slow(), None, np.full(3, 0.1), log_every_steps=9, on_log=lambda *a: None)
     assert result.data_wait_s >= 0.15
+
+
+def test_waiting_for_the_device_is_no_data_wait(card, monkeypatch):
+    """The host is at most two steps ahead: then it waits until a buffer is free."""
+    synchronize = cuda_streams.Event.synchronize
+    monkeypatch.setattr(cuda_streams.Event, "synchronize", lambda self: (time.sleep(0.05), synchronize(self)))
+    state = cuda_state("fp32")
+    result = train_epoch(state, batches(6), None, np.full(6, 0.1), log_every_steps=9, on_log=lambda *a: None)
+    assert result.wall_s > max(0.3, 2 * result.data_wait_s)
 
 
 @pytest.mark.gpu

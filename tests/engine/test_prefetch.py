@@ -1,3 +1,5 @@
+import contextlib
+import gc
 from collections.abc import Generator
 from unittest import mock
 
@@ -8,7 +10,7 @@ import torch
 from tiny_training import CPU, Batch, Net, batches
 
 from fastkd.engine.inference import predict
-from fastkd.engine.prefetch import prefetch_to_device
+from fastkd.engine.prefetch import BUFFERS, DeviceBuffers, prefetch_to_device
 from fastkd.engine.runtime import Runtime
 
 
@@ -120,11 +122,28 @@ def test_without_waiting_for_the_copy_pinned_memory_would_be_overwritten(card):
             next(fed)
 
 
-def test_without_record_stream_the_memory_of_a_batch_could_be_given_away(card):
-    with mock.patch.object(torch.Tensor, "record_stream"):
-        fed = next(prefetch_to_device(batches(2), cuda_runtime()))
-    with pytest.raises(cuda_standin.RaceError, match="without record_stream"):
-        fed.images.float()
+def test_without_record_stream_memory_could_be_given_away_while_a_copy_is_under_way(card):
+    """The training is interrupted while a batch is copied, and its memory is freed."""
+    for patched in (torch.Tensor.record_stream, lambda tensor, stream: None):
+        expected = pytest.raises(cuda_standin.RaceError, match="without record_stream")
+        with mock.patch.object(torch.Tensor, "record_stream", patched):
+            fed = prefetch_to_device(batches(3), cuda_runtime())
+            next(fed)
+            fed.close()
+            del fed
+            gc.collect()
+            with expected if patched is not torch.Tensor.record_stream else contextlib.nullcontext():
+                torch.zeros(3, device="cuda")
+
+
+def test_batches_lie_at_the_same_addresses_in_all_epochs(card):
+    buffers, addresses = DeviceBuffers(), []
+    for _ in range(2):
+        for fed in prefetch_to_device(batches(6), cuda_runtime(), buffers):
+            assert fed.static
+            addresses.append(fed.images.data_ptr())
+    assert len(set(addresses)) == BUFFERS
+    assert addresses[:BUFFERS] == addresses[BUFFERS : 2 * BUFFERS]
 
 
 def test_without_waiting_results_on_the_host_would_be_garbage(card, monkeypatch):

@@ -18,6 +18,7 @@ from harness import seconds
 from fastkd import artifacts, check, label, pipeline, recipe
 from fastkd.artifacts import building
 from fastkd.data.loader import Loader
+from fastkd.engine.runtime import Runtime
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages import labelling, resumable, teacher_pass
@@ -74,6 +75,32 @@ def test_views_made_in_one_pass_are_those_made_one_by_one(labelled, tiny_recipe,
     single, _ = pipeline.label(tiny_recipe(*VIEWS, "labels.views=3", f"data.artifacts_dir={tmp_path / 'single'}"))
     for v in range(3):
         a, b = (found.array(f"views/v{v:04}.npy").astype(np.float32) for found in (labelled[1], single))
+        assert (np.abs(a - b) <= allowed(a)).all()
+
+
+def test_a_compiled_teacher_sees_batches_of_one_shape(labelled, tiny_recipe, monkeypatch, tmp_path):
+    """Three views of 3 images in the first pass; two of 4 images, and one that is repeated, in the last one."""
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(labelling, "VIEWS_PER_PASS", 3)
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, images):
+            shapes.append(tuple(images.shape))
+            return self.net(images)
+
+    monkeypatch.setattr(Runtime, "compiled", lambda self, net: Compiled(net))
+    options = (*VIEWS, "labels.views=5", "labels.batch_size=10", "train.compile=true")
+    pipe = Pipeline(tiny_recipe(*options, f"data.artifacts_dir={tmp_path / 'compiled'}"))
+    assert pipe.subset.facts["count"] == 75
+    shapes.clear()
+    rows = pipe.labels
+    assert set(shapes) == {(9, 3, 16, 16)}
+    for v in range(3):
+        a, b = (found.array(f"views/v{v:04}.npy").astype(np.float32) for found in (labelled[1], rows))
         assert (np.abs(a - b) <= allowed(a)).all()
 
 

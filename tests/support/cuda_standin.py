@@ -2,32 +2,33 @@
 
 - Non-blocking copies are made as late as CUDA allows. Until then, the destination holds garbage: bytes 0xA5.
 - A stream runs its work in order. Other streams see it after they wait for an event, the host after it synchronises.
-- `RaceError`: pinned memory is overwritten while a copy from it may be under way, or memory of one stream is used on
-  another one without `record_stream`.
+- `RaceError`: pinned memory is overwritten while a copy from it may be under way; memory is used on a stream that has
+  not waited for its use on another one; or it is freed, and given to others, while another stream may use it.
 - Operations that mix tensors of host and device fail, and tensors on the device cannot become arrays.
 - Device indices follow torch's rules.
 - Operations that make the host wait for the device are listed in `CudaStandIn.syncs`, and fail in
-  ``torch.cuda.set_sync_debug_mode("error")``.
+  ``torch.cuda.set_sync_debug_mode("error")``. In the capture of a CUDA graph, they are errors.
+- CUDA graphs are replayed in the memory in which they were captured: see `cuda_graphs`.
 
 It works by a mode that sees each call of torch from Python, in the thread that entered it. Not imitated: kernels and
-their numbers, torch.compile, CUDA graphs, NCCL, and calls from C++. CUDA autocast is that of the CPU in the same dtype.
+their numbers, torch.compile, NCCL, and calls from C++. CUDA autocast is that of the CPU in the same dtype.
 """
 
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from cuda_streams import Copy, Event, Stream
+from cuda_graphs import GARBAGE, Graph, capture
+from cuda_graphs import tensors_in as _tensors
+from cuda_streams import CaptureError, Clock, Copy, Event, Memory, RaceError, Stream
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-GARBAGE = 0xA5
 ARCHITECTURES = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 
 
@@ -45,23 +46,6 @@ CARDS = {
     "A100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 80 << 30, 108),
     "H100": Card("NVIDIA H100 80GB HBM3", (9, 0), 80 << 30, 132),
 }
-
-
-class RaceError(AssertionError):
-    """Memory is used in a way that CUDA does not order."""
-
-
-@dataclass
-class _Memory:
-    """A storage on a device, or in pinned memory of the host (`stream` None)."""
-
-    storage: StorageWeakRef
-    start: int
-    bytes: int
-    stream: Stream | None
-    used_on: list[Stream] = field(default_factory=list)
-    read_by: list[tuple[Stream, int]] = field(default_factory=list)
-    """Copies from this pinned memory: it may be overwritten once the host knows that they are done."""
 
 
 _SYNCHRONISING = {
@@ -88,6 +72,8 @@ class CudaStandIn(TorchFunctionMode):
         Number of asynchronous copies `to_device` and `to_host`.
     sources : list of str
         Of each copy to a device: "pinned" or "pageable" memory.
+    launches : int
+        Operations on device memory that the host has launched from Python. A replayed graph is one.
     streams : list of Stream
         All streams that were made, besides the default ones.
     rng_states : dict of int to tensor
@@ -101,16 +87,18 @@ class CudaStandIn(TorchFunctionMode):
         self.copies = {"to_device": 0, "to_host": 0}
         self.sources: list[str] = []
         self.rng_states = {index: torch.arange(16, dtype=torch.uint8) for index in range(count)}
-        self.peak_bytes = 0
+        self.peak_bytes = self.launches = 0
         self._current, self._sync_mode = 0, "default"
-        self._memory: dict[int, _Memory] = {}
+        self._memory: dict[int, Memory] = {}
+        self._host: Clock = {}
         self._default: dict[int, Stream] = {}
         self.streams: list[Stream] = []
+        self.graphs: list[Graph] = []
         self._stack: list[Stream] = []
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    def _of(self, tensor: torch.Tensor) -> _Memory | None:
+    def _of(self, tensor: torch.Tensor) -> Memory | None:
         """Return the memory of a tensor. None: pageable memory of the host."""
         with torch._C.DisableTorchFunction():
             storage, address = tensor.untyped_storage(), tensor.data_ptr()
@@ -128,12 +116,19 @@ class CudaStandIn(TorchFunctionMode):
         """Note where a new tensor lies: on the device of a stream, or in pinned memory."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._memory:
-            self._memory[storage._cdata] = _Memory(
-                StorageWeakRef(storage), storage.data_ptr(), storage.nbytes(), stream
-            )
+            self._check_freed(stream)
+            self._memory[storage._cdata] = Memory(StorageWeakRef(storage), storage.data_ptr(), storage.nbytes(), stream)
             if storage.nbytes() > 1 << 20 or len(self._memory) % 1024 == 0:
                 self.peak_bytes = max(self.peak_bytes, self.live_bytes())
         return tensor
+
+    def _check_freed(self, stream: Stream | None) -> None:
+        """Check that memory that was freed may be given to a new tensor of a stream."""
+        shared = [one for one in self._memory.values() if one.stream is stream and len({*one.used, *one.written}) > 1]
+        for memory in shared if stream is not None else ():
+            if memory.storage.expired():
+                memory.check_free()
+                memory.used, memory.written = {}, {}
 
     def live_bytes(self, *, pinned: bool = False) -> int:
         """Return the bytes of all tensors on devices, or in pinned memory; forget those that are gone."""
@@ -154,11 +149,14 @@ class CudaStandIn(TorchFunctionMode):
         stream = self.current_stream()
         position = stream.enqueue(Copy(partial(fill, content), to_host))
         self.copies["to_host" if to_host else "to_device"] += 1
-        if not to_host and (memory := self._of(source)):
-            memory.read_by.append((stream, position))
+        if not to_host:
+            self._of(target).written[stream] = stream.tick
+            self._of(source).read_by.append((stream, position))
 
     def _synchronise(self, what: str) -> None:
         self.syncs.append(what)
+        if self.current_stream().capturing:
+            raise CaptureError(what)
         if self._sync_mode == "error":
             raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
         self.current_stream().synchronize()
@@ -191,6 +189,8 @@ class CudaStandIn(TorchFunctionMode):
         on_device = [one for one in tensors if self.on_device(one)]
         stream = self.current_stream()
         if on_device and name not in _METADATA:
+            self.launches += 1
+            stream.tick += 1
             stream.reach(stream.count, by="device")
             self._check_use(name, on_device, tensors, stream)
             if name in _SYNCHRONISING or (name == "__getitem__" and any(t.dtype == torch.bool for t in tensors[1:])):
@@ -215,10 +215,8 @@ class CudaStandIn(TorchFunctionMode):
     def _check_use(self, name: str, on_device: Any, tensors: Any, stream: Stream) -> None:
         if name not in _MAY_MIX and any(one.dim() and not self.on_device(one) for one in tensors):
             raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found cuda:0 and cpu!")
-        for one in on_device:
-            memory = self._of(one)
-            if memory.stream is not stream and stream not in memory.used_on:
-                raise RaceError(f"{name}: memory of another stream without record_stream: it may be given to others")
+        for one in on_device if not stream.capturing else ():  # nothing is done while capturing
+            self._of(one).use(stream, name)
 
     def _check_pinned(self, written: list[torch.Tensor], name: str) -> None:
         for one in written:
@@ -231,19 +229,23 @@ class CudaStandIn(TorchFunctionMode):
         non_blocking = bool(kwargs.pop("non_blocking", len(args) > 2 and args[2]))
         args = args[:2]
         devices = [one for one in (*args[:1], *kwargs.values()) if isinstance(one, str | torch.device)]
-        to_device = name == "cuda" or any(map(_cuda, devices))
+        to_device, stream = name == "cuda" or any(map(_cuda, devices)), self.current_stream()
         if to_device == self.on_device(source) or not (devices or name != "to"):
             return self._compute(func, name if name == "to" else "", (source, *args), kwargs)
         if name == "to":
             made = func(source, *map(_cpu, args), **{key: _cpu(value) for key, value in kwargs.items()})
         else:
             made = source
+        if stream.capturing:
+            raise CaptureError(f"{name} between host and device")
+        self.launches += 1
+        stream.tick += 1
         if made.untyped_storage()._cdata == source.untyped_storage()._cdata:
             made = made.clone(memory_format=torch.preserve_format)
         if to_device:
             memory = self._of(source)
             self.sources.append("pinned" if memory else "pageable")
-            self._place(made, self.current_stream())
+            self._place(made, stream)
             if memory and non_blocking:
                 self._copy_later(made, source, to_host=False)
             elif not non_blocking:
@@ -252,7 +254,7 @@ class CudaStandIn(TorchFunctionMode):
             self._place(made, None)
             self._copy_later(made, source, to_host=True)
         else:
-            self.current_stream().reach(self.current_stream().count, by="device")
+            stream.reach(stream.count, by="device")
             made.detach().copy_(source.detach())
             self._synchronise(name)
         return made
@@ -262,12 +264,19 @@ class CudaStandIn(TorchFunctionMode):
         target, source = args[:2]
         non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
         to_host, stream = not self.on_device(target), self.current_stream()
+        if stream.capturing:
+            raise CaptureError("copy_ between host and device")
+        self.launches += 1
+        stream.tick += 1
         if to_host:
             self._check_pinned([target], "copy_")
+            self._of(source).use(stream, "copy_")
         else:
             self.sources.append("pinned" if self._of(source) else "pageable")
+            self._of(target).check_order(stream, "copy_")
         if non_blocking and self._of(target if to_host else source):
-            stream.reach(stream.count, by="device")
+            if to_host:
+                stream.reach(stream.count, by="device")
             self._copy_later(target, source, to_host=to_host)
             return target
         stream.reach(stream.count, by="device")
@@ -283,7 +292,7 @@ class CudaStandIn(TorchFunctionMode):
         if self._stack and self._stack[-1].index == index:
             return self._stack[-1]
         if index not in self._default:
-            self._default[index] = Stream(torch.device("cuda", index))
+            self._default[index] = Stream(torch.device("cuda", index), host=self._host)
         return self._default[index]
 
     @contextlib.contextmanager
@@ -302,15 +311,24 @@ class CudaStandIn(TorchFunctionMode):
 
     def synchronize(self, device: Any = None) -> None:
         self.syncs.append("synchronize")
+        if self.current_stream().capturing:
+            raise CaptureError("synchronize")
         for stream in (*self._default.values(), *self.streams):
             stream.synchronize()
 
     def _record_stream(self) -> Callable[[torch.Tensor, Stream], None]:
-        return lambda tensor, stream: self._of(tensor).used_on.append(stream)
+        return lambda tensor, stream: self._of(tensor).recorded.append(stream)
 
     def _new_stream(self, *args: Any, **kwargs: Any) -> Stream:
-        self.streams.append(Stream(*args, **kwargs))
+        self.streams.append(Stream(*args, host=self._host, **kwargs))
         return self.streams[-1]
+
+    def _launched(self) -> None:
+        self.launches += 1
+
+    def _new_graph(self) -> Graph:
+        self.graphs.append(Graph(self._of, self._launched))
+        return self.graphs[-1]
 
     def _functions(self) -> dict[str, Any]:
         properties = SimpleNamespace(
@@ -334,6 +352,9 @@ class CudaStandIn(TorchFunctionMode):
             "Event": Event,
             "stream": self.stream,
             "current_stream": self.current_stream,
+            "is_current_stream_capturing": lambda: self.current_stream().capturing,
+            "CUDAGraph": self._new_graph,
+            "graph": capture,
             "synchronize": self.synchronize,
             "memory_allocated": lambda device=None: self.live_bytes(),
             "max_memory_allocated": lambda device=None: max(self.peak_bytes, self.live_bytes()),
@@ -354,8 +375,12 @@ class CudaStandIn(TorchFunctionMode):
         autocast, group = torch.autocast, torch.utils._foreach_utils._group_tensors_by_device_and_dtype
         as_cpu = lambda device, *args, **kwargs: autocast(_cpu(device), *args, **kwargs)  # noqa: E731
         self._patches.enter_context(mock.patch.object(torch, "autocast", as_cpu))
-        no_accelerator = mock.patch.object(torch.accelerator, "current_accelerator", return_value=None)
-        self._patches.enter_context(no_accelerator)  # it would ask the driver
+        accelerator = {
+            "current_accelerator": lambda check_available=False: torch.device("cuda"),
+            "current_stream": self.current_stream,
+        }
+        for name, value in accelerator.items():  # they would ask the driver
+            self._patches.enter_context(mock.patch.object(torch.accelerator, name, value))
 
         def grouped(tensors: Any, with_indices: bool = False) -> Any:
             """Group tensors as torch does, but on the device where they pretend to be."""
@@ -378,17 +403,6 @@ class CudaStandIn(TorchFunctionMode):
 def _set_flags(benchmark: bool, tf32: bool, precision: str) -> None:
     torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = benchmark, tf32
     torch.set_float32_matmul_precision(precision)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in nested tuples, lists and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _cuda(value: Any) -> bool:

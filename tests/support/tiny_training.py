@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastkd.engine.cuda_graph import step_graph
+from fastkd.engine.ema import ModelEma
 from fastkd.engine.losses import kd_loss, supervised_loss
 from fastkd.engine.runtime import Runtime
 from fastkd.engine.step import ClipGradNorm, LossModule, TrainState
@@ -57,12 +59,26 @@ def losses_by_hand(state: TrainState, batch: Batch) -> torch.Tensor:
     return state.objective.loss(state.objective.student(batch.images), batch.labels, None)
 
 
-def cuda_state(precision: str, compile: bool | str = False) -> TrainState:
-    runtime = Runtime.choose("cuda", precision, channels_last=True, compile=compile)
+def cuda_state(
+    precision: str,
+    compile: bool | str = False,
+    *,
+    graph: bool = False,
+    optim: str = "sgd",
+    channels_last: bool = True,
+    ema: bool = False,
+    net: nn.Module | None = None,
+    **more,
+) -> TrainState:
+    runtime = Runtime.choose("cuda", precision, channels_last=channels_last, compile=compile)
     torch.manual_seed(0)
-    net = runtime.to_device(Net())
+    net = runtime.to_device(net or Net())
+    if ema:
+        more["ema"] = ModelEma(net, 0.5)
     objective = LossModule(
         net, partial(kd_loss, alpha=1.0, gamma=1.0, temperature=2.0), lambda teacher: teacher[0].float()
     )
-    optimizer = runtime.optimizer(Optim(lr=0.1, weight_decay=0.0), net.parameters())
-    return TrainState(runtime, runtime.compiled(objective), optimizer, runtime.scaler(), clip=ClipGradNorm(1.0))
+    how = step_graph(graph, runtime)
+    optimizer = runtime.optimizer(Optim(name=optim, lr=0.1, weight_decay=0.0), net.parameters(), capturable=how.active)
+    more = {"clip": ClipGradNorm(1.0), "graph": how} | more
+    return TrainState(runtime, runtime.compiled(objective), optimizer, runtime.scaler(), **more)
