@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastkd import models
 from fastkd import recipe as recipes
-from fastkd.bench.measurement import require_teacher
+from fastkd.bench.measurement import interleaved, require_teacher, summary
 from fastkd.data.loader import Batch, Loader
 from fastkd.data.row_store import StoredRows
 from fastkd.engine.epoch import Epoch, train_epoch
@@ -32,6 +32,7 @@ from fastkd.engine.step import train_batch, train_step
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages.label_format import decoder, label_format, view_files
+from fastkd.stages.labelling import VIEWS_PER_PASS
 from fastkd.stages.training_setup import (
     TeacherSource,
     TrainingSetup,
@@ -139,12 +140,27 @@ class Workbench:
             return loaded_forward_rate(runtime, net, batches, seconds)
 
     @cached_property
-    def _scoring_loader(self) -> Loader:
+    def scoring_loader(self) -> Loader:
+        """The loader of scoring."""
         return self.pipeline.loader("train", self.recipe.score.batch_size, input_px=self.pipeline.images.teacher_px)
 
     def scoring_rate(self, runtime: Runtime, teacher: nn.Module, seconds: float) -> float:
         """Run the teacher on the training samples, as scoring does; return images/s."""
-        return self.forward_rate(runtime, teacher, self._scoring_loader, seconds)
+        return self.forward_rate(runtime, teacher, self.scoring_loader, seconds)
+
+    @property
+    def views_per_pass(self) -> int:
+        """Number of views that labelling computes from one decoded image."""
+        return min(self.recipe.num_views or 1, VIEWS_PER_PASS)
+
+    @cached_property
+    def _labelling_loader(self) -> Loader:
+        batch_size = max(1, self.recipe.labels.batch_size // self.views_per_pass)
+        return self.pipeline.loader("train", batch_size, input_px=self.pipeline.images.teacher_px)
+
+    def labelling_rate(self, runtime: Runtime, teacher: nn.Module, seconds: float) -> float:
+        """Run the teacher on views of the training samples, as labelling does; return views/s."""
+        return self.forward_rate(runtime, teacher, self._labelling_loader, seconds, view=range(self.views_per_pass))
 
     def device_batch(self, setup: TrainingSetup, batch_size: int, px: int | None = None) -> DeviceBatch:
         """Return a batch of random images and empty label rows on the device.
@@ -154,14 +170,17 @@ class Workbench:
         px
             Image size. Default: the size that training ends with.
         """
-        height, width = (px, px) if px else setup.loader.image_hw
-        images = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.arange(batch_size) % self.pipeline.images.num_classes
-        device = setup.state.runtime.device
-        rows = tuple(torch.from_numpy(np.zeros_like(b)).to(device) for b in self.rows.buffers(batch_size))
-        if not setup.state.runtime.channels_last:
-            images = images.contiguous()
-        return DeviceBatch(images.to(device), labels.to(device), labels.to(device), rows, batch_size)
+        runtime = setup.state.runtime
+        labels = (torch.arange(batch_size) % self.pipeline.images.num_classes).to(runtime.device)
+        rows = tuple(torch.from_numpy(np.zeros_like(b)).to(runtime.device) for b in self.rows.buffers(batch_size))
+        images = random_images(runtime, batch_size, (px, px) if px else setup.loader.image_hw)
+        return DeviceBatch(images, labels, labels, rows, batch_size)
+
+
+def random_images(runtime: Runtime, count: int, image_hw: tuple[int, int]) -> Tensor:
+    """Return random images in the memory format of the networks, on the device (uint8 [count, 3, H, W])."""
+    images = torch.randint(0, 256, (count, *image_hw, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return (images if runtime.channels_last else images.contiguous()).to(runtime.device)
 
 
 def image_size_shares(recipe: recipes.Recipe) -> dict[int | None, float]:
@@ -270,6 +289,66 @@ def loaded_forward_rate(
             if (elapsed := time.perf_counter() - start) >= seconds:
                 return images / elapsed
     raise AssertionError("the batches are endless")
+
+
+def fed_share(bench: Workbench, setup: TrainingSetup, repeats: int, seconds: float) -> dict[str, Any]:
+    """Compare the recipe's step on a batch on the device, and with its loader (views and label rows included).
+
+    Parameters
+    ----------
+    repeats, seconds
+        Number of measurements of each, interleaved, and their duration.
+
+    Returns
+    -------
+    dict
+        `summary` of the images/s, `bare` and `fed`, and of their ratio, `share`.
+    """
+    size = bench.recipe.train.batch_size
+    batch, loop = bench.device_batch(setup, size), TrainingLoop(bench.pipeline, setup)
+    with closing(loop):
+        steps = steps_for(seconds, lambda n: resident_step_rate(setup, batch, n), size)
+        return _share(repeats, lambda: resident_step_rate(setup, batch, steps), lambda: loaded_step_rate(loop, steps))
+
+
+def scoring_share(
+    bench: Workbench, runtime: Runtime, teacher: nn.Module, repeats: int, seconds: float
+) -> dict[str, Any]:
+    """Compare the teacher's forward pass on a batch on the device, and as scoring runs it; see `fed_share`."""
+    return _forward_share(bench, runtime, teacher, bench.recipe.score.batch_size, bench.scoring_rate, repeats, seconds)
+
+
+def labelling_share(
+    bench: Workbench, runtime: Runtime, teacher: nn.Module, repeats: int, seconds: float
+) -> dict[str, Any]:
+    """Compare the teacher's forward pass on a batch on the device, and as labelling runs it; see `fed_share`."""
+    size = max(1, bench.recipe.labels.batch_size // bench.views_per_pass) * bench.views_per_pass
+    return _forward_share(bench, runtime, teacher, size, bench.labelling_rate, repeats, seconds)
+
+
+def _forward_share(
+    bench: Workbench,
+    runtime: Runtime,
+    teacher: nn.Module,
+    batch_size: int,
+    loaded_rate: Callable[[Runtime, nn.Module, float], float],
+    repeats: int,
+    seconds: float,
+) -> dict[str, Any]:
+    images = random_images(runtime, batch_size, bench.scoring_loader.image_hw)
+    steps = steps_for(seconds, lambda n: resident_forward_rate(runtime, teacher, images, n), batch_size)
+    loaded_rate(runtime, teacher, 0.0)
+    return _share(
+        repeats,
+        lambda: resident_forward_rate(runtime, teacher, images, steps),
+        lambda: loaded_rate(runtime, teacher, seconds),
+    )
+
+
+def _share(repeats: int, bare: Callable[[], float], fed: Callable[[], float]) -> dict[str, Any]:
+    rates = interleaved(repeats, {"bare": bare, "fed": fed})
+    shares = [fed / bare for fed, bare in zip(rates["fed"], rates["bare"], strict=True)]
+    return {name: summary(values) for name, values in (rates | {"share": shares}).items()}
 
 
 def steps_for(seconds: float, rate: Callable[[int], float], batch_size: int) -> int:
