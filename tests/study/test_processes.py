@@ -32,6 +32,7 @@ def start(study):
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # shells let jobs ignore it
     )
 
 
