@@ -86,7 +86,7 @@ def test_loading_and_the_passes_of_the_teacher_are_compared_with_the_bare_rate(o
 
 def test_steps_are_timed_in_all_combinations_while_there_is_time(on_cpu, monkeypatch):
     found = succeed("steps", on_cpu)
-    assert len(found["rows"]) == 2 * len(speed.step_variants("small", "cpu", tiny=True)) == 16
+    assert len(found["rows"]) == 2 * len(speed.step_variants("cpu", tiny=True)) == 16
     assert len(set(names(found))) == 16
     assert names(found)[0] == "step, 32 px, fp32, channels_last, eager, batch of 8"
     late = Settings(on_cpu.out, "cpu", tiny=True, ends_at=time.monotonic())
@@ -96,10 +96,10 @@ def test_steps_are_timed_in_all_combinations_while_there_is_time(on_cpu, monkeyp
 
 
 def test_the_combinations_closest_to_the_recommended_one_come_first():
-    found = speed.step_variants("small", "cuda", tiny=False)
+    found = speed.step_variants("cuda", tiny=False)
     first = found[0]
     assert (first["precision"], first["channels_last"], first["step"], first["batch_size"]) == (
-        "bf16", True, "compiled", 256,
+        "bf16", True, next(iter(speed.STEPS)), 256,
     )  # fmt: skip
     different = [sum(one[key] != first[key] for key in one) for one in found]
     assert different == sorted(different)
@@ -182,7 +182,7 @@ def test_the_tests_of_a_clone_are_run(on_cpu, monkeypatch, tmp_path):
 
 
 def test_parts_run_in_processes_and_finished_ones_are_reused(tmp_path, command, json_in):
-    options = ("--device", "cpu", "--tiny", "--out", tmp_path, "--parts", "data", "--json")
+    options = ("--device", "cpu", "--tiny", "--out", tmp_path, "--parts", "data", "--minutes", "200", "--json")
     code, text = command(bench.gpu, *options)
     assert code == 0, text
     assert "data set, 32 px: small" in text
@@ -213,6 +213,8 @@ from pathlib import Path
 name, options = sys.argv[1], json.loads(sys.argv[2])
 out = Path(options["out"])
 (out / "environment.json").write_text('{"machine": {"cpu": "A CPU", "cores": 2}, "gpu": null, "torch": "2"}')
+if name == "environment":
+    sys.exit()
 file = out / "parts" / f"{name}.json"
 file.parent.mkdir(exist_ok=True)
 row = {"name": "one", "value": 1.0, "unit": "", "least": None, "most": None, "error": "", "met": None}

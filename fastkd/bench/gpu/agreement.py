@@ -13,7 +13,7 @@ from fastkd.bench.breakdown import changed
 from fastkd.bench.gpu import recipes
 from fastkd.bench.gpu.recipes import LARGE_RAW, SMALL, TITLES
 from fastkd.bench.gpu.rows import Row, Settings
-from fastkd.bench.gpu.speed import STEPS
+from fastkd.bench.gpu.speed import NOT_CAPTURED, STEPS, lacks_graph
 from fastkd.bench.workbench import Workbench
 from fastkd.data.loader import Batch
 from fastkd.engine.epoch import train_epoch
@@ -142,16 +142,18 @@ def _steps(settings: Settings) -> Iterator[Row]:
                 continue
             title = f"difference of the losses of the first {STEPS_COMPARED} steps, {precision}, {how}"
             try:
-                found, arithmetic = _first_losses(recipes.load(SMALL, settings, precision=precision, **step))
+                found, setup = _first_losses(recipes.load(SMALL, settings, precision=precision, **step))
             except RuntimeError as error:  # of CUDA or of the compiler
                 yield Row(title, None, error=f"{type(error).__name__}: {str(error)[:500]}")
                 continue
             difference = float(np.max(np.abs(found / expected - 1)))
-            yield Row(title, difference, most=STEP_TOLERANCE[arithmetic], facts={"losses": found.tolist()})
+            error = NOT_CAPTURED if lacks_graph(setup, step) else ""
+            most = STEP_TOLERANCE[setup.state.runtime.arithmetic]
+            yield Row(title, difference, most=most, error=error, facts={"losses": found.tolist()})
 
 
-def _first_losses(recipe: Recipe) -> tuple[np.ndarray, str]:
-    """Train for some steps; return their losses (float64 [S]), and the arithmetic that they were computed in."""
+def _first_losses(recipe: Recipe) -> tuple[np.ndarray, TrainingSetup]:
+    """Train for some steps; return their losses (float64 [S]), and the training."""
     setup = prepare(Pipeline(recipe).training_inputs)
     losses: list[float] = []
     train_epoch(
@@ -162,7 +164,7 @@ def _first_losses(recipe: Recipe) -> tuple[np.ndarray, str]:
         log_every_steps=1,
         on_log=lambda epoch, loss: losses.append(loss),
     )
-    return np.array(losses), setup.state.runtime.arithmetic
+    return np.array(losses), setup
 
 
 def _first_batches(setup: TrainingSetup) -> Any:

@@ -80,8 +80,9 @@ def notes(report: dict[str, Any]) -> list[str]:
     """Return the lines below the table: goals that are not met, and parts that failed."""
     missed = [row["name"] for part in report["parts"].values() for row in part["rows"] if row["met"] is False]
     skipped = [f"{name} ({part['reason']})" for name, part in report["parts"].items() if part["status"] == "skipped"]
+    met = [] if report["failed"] else ["all goals are met"]
     return [
-        f"goals that are not met: {'; '.join(missed)}" if missed else "all goals are met",
+        *([f"goals that are not met: {'; '.join(missed)}"] if missed else met),
         *([f"skipped: {'; '.join(skipped)}"] if skipped else []),
         *([f"failed: {', '.join(report['failed'])}"] if report["failed"] else []),
     ]

@@ -23,33 +23,35 @@ from fastkd.bench.workbench import (
 )
 from fastkd.engine.runtime import Runtime
 from fastkd.recipe import Recipe, Train
+from fastkd.stages.training_setup import TrainingSetup
 
 FED_SHARE, FORWARD_SHARE = 0.97, 0.95
 """Goals: shares of the bare rate that training, and the passes of the teacher, reach with their loaders."""
 MEMORY_GROWTH = 1.05
 MEMORY_EPOCHS = 8
+NOT_CAPTURED = "the step was not captured in a graph; the log of the part has the reason"
 LAYOUTS = {True: "channels_last", False: "NCHW"}
 STEPS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True, "compile_mode": "default"},
     "eager": {"compile": False},
     "reduce-overhead": {"compile": True, "compile_mode": "reduce-overhead"},
 }
-"""How a step runs, as settings of the section ``train``."""
+"""How a step runs, as settings of the section ``train``. The first is the fastest one, as far as is known."""
 if "cuda_graph" in Train.model_fields:
     STEPS = {
+        "compiled, one CUDA graph": {**STEPS["compiled"], "cuda_graph": True},
         **{name: {**step, "cuda_graph": False} for name, step in STEPS.items()},
-        "compiled, one CUDA graph": {"compile": True, "compile_mode": "default", "cuda_graph": True},
-        "eager, one CUDA graph": {"compile": False, "cuda_graph": True},
+        "eager, one CUDA graph": {**STEPS["eager"], "cuda_graph": True},
     }
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def step_variants(name: str, device: str, *, tiny: bool) -> list[dict[str, Any]]:
+def step_variants(device: str, *, tiny: bool) -> list[dict[str, Any]]:
     """Return all combinations of precision, layout, kind of step and batch size, those closest to the first first."""
     if tiny:
-        steps = [name for name, step in STEPS.items() if not step["compile"] and not step.get("cuda_graph")]
+        steps = [how for how, step in STEPS.items() if not step["compile"] and not step.get("cuda_graph")]
         axes: list[Sequence[Any]] = [("fp32", "bf16"), (True, False), steps, (8, 16)]
     else:
         precisions = ("bf16", "fp32", *(("fp16",) if device.startswith("cuda") else ()))
@@ -61,9 +63,8 @@ def step_variants(name: str, device: str, *, tiny: bool) -> list[dict[str, Any]]
 
 def step_rates(settings: Settings) -> Iterator[Row]:
     """Time the step on a batch that is on the device, for both networks; the combinations that matter most first."""
-    small, large = (
-        [(name, one) for one in step_variants(name, settings.device, tiny=settings.tiny)] for name in (SMALL, LARGE_RAW)
-    )
+    combinations = step_variants(settings.device, tiny=settings.tiny)
+    small, large = ([(name, one) for one in combinations] for name in (SMALL, LARGE_RAW))
     first = [one for pair in itertools.zip_longest(small[:8], large[:8]) for one in pair if one]
     variants = [*first, *small[8:], *large[8:]]
     for done, (name, variant) in enumerate(variants):
@@ -85,9 +86,16 @@ def _step_rate(name: str, variant: Mapping[str, Any], settings: Settings) -> Row
             steps = steps_for(settings.seconds, lambda n: resident_step_rate(setup, batch, n), size)
             rates = summary([resident_step_rate(setup, batch, steps) for _ in range(settings.repeats)])
             facts = {"recipe": name, **variant, **rates, "peak_bytes": runtime.memory_bytes()}
+            if lacks_graph(setup, train):
+                return Row(title, None, "images/s", error=NOT_CAPTURED, facts=facts)
     except RuntimeError as error:  # of CUDA, such as out of memory, or of the compiler
         return Row(title, None, "images/s", error=f"{type(error).__name__}: {str(error)[:500]}")
     return Row(title, rates["median"], "images/s", facts=facts)
+
+
+def lacks_graph(setup: TrainingSetup, train: Mapping[str, Any]) -> bool:
+    """Return whether settings ask for the step as one CUDA graph, and training went on without."""
+    return bool(train.get("cuda_graph")) and not vars(setup.state)["graph"].active
 
 
 @contextmanager
