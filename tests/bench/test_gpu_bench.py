@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from cuda_standin import CudaStandIn
@@ -86,7 +87,7 @@ def test_loading_and_the_passes_of_the_teacher_are_compared_with_the_bare_rate(o
 
 def test_steps_are_timed_in_all_combinations_while_there_is_time(on_cpu, monkeypatch):
     found = succeed("steps", on_cpu)
-    assert len(found["rows"]) == 2 * len(speed.step_variants("cpu", tiny=True)) == 16
+    assert len(found["rows"]) == 2 * len(speed.step_variants(on_cpu)) == 16
     assert len(set(names(found))) == 16
     assert names(found)[0] == "step, 32 px, fp32, channels_last, eager, batch of 8"
     late = Settings(on_cpu.out, "cpu", tiny=True, ends_at=time.monotonic())
@@ -96,7 +97,7 @@ def test_steps_are_timed_in_all_combinations_while_there_is_time(on_cpu, monkeyp
 
 
 def test_the_combinations_closest_to_the_recommended_one_come_first():
-    found = speed.step_variants("cuda", tiny=False)
+    found = speed.step_variants(Settings(Path("unused")))
     first = found[0]
     assert (first["precision"], first["channels_last"], first["step"], first["batch_size"]) == (
         "bf16", True, next(iter(speed.STEPS)), 256,

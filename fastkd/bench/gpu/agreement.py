@@ -13,7 +13,7 @@ from fastkd.bench.breakdown import changed
 from fastkd.bench.gpu import recipes
 from fastkd.bench.gpu.recipes import LARGE_RAW, SMALL, TITLES
 from fastkd.bench.gpu.rows import Row, Settings
-from fastkd.bench.gpu.speed import NOT_CAPTURED, STEPS, lacks_graph
+from fastkd.bench.gpu.speed import NOT_CAPTURED, kinds_of_step, lacks_graph
 from fastkd.bench.workbench import Workbench
 from fastkd.data.loader import Batch
 from fastkd.engine.epoch import train_epoch
@@ -137,9 +137,7 @@ def _steps(settings: Settings) -> Iterator[Row]:
     """Compare the losses of the first steps with those of the CPU in float32."""
     expected, _ = _first_losses(recipes.load(SMALL, settings, device="cpu", precision="fp32", compile=False))
     for precision in ("fp32", "bf16", *(("fp16",) if settings.device.startswith("cuda") else ())):
-        for how, step in STEPS.items():
-            if settings.tiny and (step["compile"] or step.get("cuda_graph")):
-                continue
+        for how, step in kinds_of_step(settings).items():
             title = f"difference of the losses of the first {STEPS_COMPARED} steps, {precision}, {how}"
             try:
                 found, setup = _first_losses(recipes.load(SMALL, settings, precision=precision, **step))

@@ -48,14 +48,25 @@ if "cuda_graph" in Train.model_fields:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def step_variants(device: str, *, tiny: bool) -> list[dict[str, Any]]:
+def kinds_of_step(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return the part of `STEPS` that the device can run. Tiny networks are not compiled."""
+    cuda = settings.device.startswith("cuda")
+    return {
+        name: step
+        for name, step in STEPS.items()
+        if not (settings.tiny and step["compile"]) and (cuda or not step.get("cuda_graph"))
+    }
+
+
+def step_variants(settings: Settings) -> list[dict[str, Any]]:
     """Return all combinations of precision, layout, kind of step and batch size, those closest to the first first."""
-    if tiny:
-        steps = [how for how, step in STEPS.items() if not step["compile"] and not step.get("cuda_graph")]
-        axes: list[Sequence[Any]] = [("fp32", "bf16"), (True, False), steps, (8, 16)]
-    else:
-        precisions = ("bf16", "fp32", *(("fp16",) if device.startswith("cuda") else ()))
-        axes = [precisions, (True, False), list(STEPS), (256, 64, 1024)]
+    precisions = ("fp32", "bf16") if settings.tiny else ("bf16", "fp32")
+    axes: list[Sequence[Any]] = [
+        (*precisions, "fp16") if settings.device.startswith("cuda") else precisions,
+        (True, False),
+        list(kinds_of_step(settings)),
+        (8, 16) if settings.tiny else (256, 64, 1024),
+    ]
     names = ("precision", "channels_last", "step", "batch_size")
     found = [dict(zip(names, values, strict=True)) for values in itertools.product(*axes)]
     return sorted(found, key=lambda one: sum(value != axis[0] for value, axis in zip(one.values(), axes, strict=True)))
@@ -63,7 +74,7 @@ def step_variants(device: str, *, tiny: bool) -> list[dict[str, Any]]:
 
 def step_rates(settings: Settings) -> Iterator[Row]:
     """Time the step on a batch that is on the device, for both networks; the combinations that matter most first."""
-    combinations = step_variants(settings.device, tiny=settings.tiny)
+    combinations = step_variants(settings)
     small, large = ([(name, one) for one in combinations] for name in (SMALL, LARGE_RAW))
     first = [one for pair in itertools.zip_longest(small[:8], large[:8]) for one in pair if one]
     variants = [*first, *small[8:], *large[8:]]
