@@ -55,6 +55,9 @@ class Workbench:
         Samples to train on: all except the hold-out. Which samples are pruned does not affect the time per step.
     rows : StoredRows
         Empty labels of all samples, in the recipe's label format.
+    passes : int
+        Number of passes over the samples that a loader makes at once. More than 1 on small data in place of large: the
+        time that a loader needs to start then counts as little as it does there.
 
     Raises
     ------
@@ -75,6 +78,7 @@ class Workbench:
             for name, dtype, width in view_files(self._format, 0)
         ]
         self.rows = StoredRows(self.ids, files)
+        self.passes = 1
 
     def close(self) -> None:
         """Remove the empty labels."""
@@ -130,7 +134,7 @@ class Workbench:
         views
             `view` of `Loader.batches`.
         """
-        ids = np.arange(loader.count) if loader.split == "val" else self.ids
+        ids = np.arange(loader.count) if loader.split == "val" else np.tile(self.ids, self.passes)
 
         def endless() -> Generator[Batch, None, None]:
             while True:
@@ -194,6 +198,11 @@ class TrainingLoop:
 
     With progressive image sizes, each size has its own loader, and takes its share of the steps.
 
+    Parameters
+    ----------
+    passes
+        Number of epochs that are loaded at once; see `Workbench`.
+
     Attributes
     ----------
     images_per_epoch : int
@@ -201,7 +210,7 @@ class TrainingLoop:
         Seconds that the last `advance` waited for data.
     """
 
-    def __init__(self, pipeline: Pipeline, setup: TrainingSetup) -> None:
+    def __init__(self, pipeline: Pipeline, setup: TrainingSetup, *, passes: int = 1) -> None:
         self.setup = setup
         self.images_per_epoch = setup.images_per_epoch
         self.waited_s = 0.0
@@ -209,7 +218,7 @@ class TrainingLoop:
         for px, share in image_size_shares(setup.recipe).items():
             sized = replace(setup, loader=pipeline.loader("train", setup.loader.batch_size))
             sized.loader.workers = setup.loader.workers
-            self._sizes.append((share, _endless_batches(sized, px)))
+            self._sizes.append((share, _endless_batches(sized, px, passes)))
 
     def advance(self, steps: int) -> float:
         """Train for some steps with the loop of training; return the wall seconds that they took."""
@@ -232,11 +241,12 @@ class TrainingLoop:
             batches.close()
 
 
-def _endless_batches(setup: TrainingSetup, px: int | None) -> Generator[Batch, None, None]:
+def _endless_batches(setup: TrainingSetup, px: int | None, passes: int) -> Generator[Batch, None, None]:
     """Yield the batches of all epochs with an image size, repeatedly."""
     epochs = [epoch for epoch in range(setup.recipe.train.epochs) if setup.recipe.px_of(epoch) == px]
     for number in itertools.count():
-        yield from setup.batches(setup.epoch_ids(number), epochs[number % len(epochs)])
+        ids = np.concatenate([setup.epoch_ids(number * passes + k) for k in range(passes)])
+        yield from setup.batches(ids, epochs[number % len(epochs)])
 
 
 def run_steps(setup: TrainingSetup, batches: Iterator[Batch], steps: int) -> Epoch:
@@ -305,7 +315,7 @@ def fed_share(bench: Workbench, setup: TrainingSetup, repeats: int, seconds: flo
         `summary` of the images/s, `bare` and `fed`, and of their ratio, `share`.
     """
     size = bench.recipe.train.batch_size
-    batch, loop = bench.device_batch(setup, size), TrainingLoop(bench.pipeline, setup)
+    batch, loop = bench.device_batch(setup, size), TrainingLoop(bench.pipeline, setup, passes=bench.passes)
     with closing(loop):
         steps = steps_for(seconds, lambda n: resident_step_rate(setup, batch, n), size)
         return _share(repeats, lambda: resident_step_rate(setup, batch, steps), lambda: loaded_step_rate(loop, steps))

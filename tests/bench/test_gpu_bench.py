@@ -5,19 +5,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cuda_standin import CudaStandIn
 from harness import seconds
 
 from fastkd.bench import __main__ as bench
 from fastkd.bench import plan, savings, scale
-from fastkd.bench.gpu import commands, parts, recipes, run, speed
+from fastkd.bench.gpu import agreement, commands, parts, recipes, run, speed
 from fastkd.bench.gpu.parts import PARTS, Part, record
 from fastkd.bench.gpu.report import goal_text, markdown, row_line, value_text
 from fastkd.bench.gpu.rows import Row, Settings
+from fastkd.bench.workbench import TrainingLoop
 from fastkd.engine import prefetch
-from fastkd.errors import InputError
+from fastkd.errors import ArtifactError, InputError
 from fastkd.recipe.tables import LOSSES
+from fastkd.stages.training_setup import TrainingSetup
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,30 @@ def test_loading_and_the_passes_of_the_teacher_are_compared_with_the_bare_rate(o
     for row in shares:
         assert row["value"] == pytest.approx(row["facts"]["fed"]["median"] / row["facts"]["bare"]["median"], rel=0.5)
         assert row["met"] == (row["value"] >= row["least"])
+
+
+def test_loaders_make_long_passes_over_little_data(on_cpu, monkeypatch):
+    loaded, batches = [], TrainingSetup.batches
+    monkeypatch.setattr(
+        TrainingSetup, "batches", lambda self, ids, epoch: loaded.append(ids) or batches(self, ids, epoch)
+    )
+    with speed.workbench(recipes.load("small", on_cpu)) as bench:
+        assert (len(bench.ids), bench.passes) == (160, 10)
+        loop = TrainingLoop(bench.pipeline, bench.setup(bench.pipeline.runtime), passes=bench.passes)
+        loop.advance(25)
+        loop.close()
+    (ids,) = loaded
+    assert (np.bincount(ids) == 10).all()
+    assert len(ids) == 1600
+
+
+def test_rows_that_do_not_match_are_an_error_of_their_row(on_cpu, monkeypatch):
+    def differ(recipe):
+        raise ArtifactError("LABELS: 3 of 256 rows differ")
+
+    monkeypatch.setattr(agreement, "check_recipe", differ)
+    (row,) = agreement._stored_rows(recipes.load("small", on_cpu, compile=False))
+    assert (row.met, row.error) == (False, "LABELS: 3 of 256 rows differ")
 
 
 def test_steps_are_timed_in_all_combinations_while_there_is_time(on_cpu, monkeypatch):

@@ -21,6 +21,7 @@ from fastkd.engine.losses import loss_function
 from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime
 from fastkd.engine.schedule import learning_rates
+from fastkd.errors import ArtifactError
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Loss, Recipe
 from fastkd.recipe.tables import LOSSES
@@ -31,8 +32,9 @@ from fastkd.verification import check_recipe
 BATCHES, IMAGES, STEPS_COMPARED = 20, 64, 8
 LOSS_TOLERANCE = 1e-4
 """Relative error of losses and of their gradients, computed in float32 from the same logits."""
-STEP_TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1, "fp16": 5e-2}
-"""Relative difference of the losses of the first steps to those of the CPU in float32, by precision."""
+STEP_TOLERANCE = {"fp32": 1e-3, "tf32": 2e-2, "bf16": 1e-1, "fp16": 2e-1}
+"""Relative difference of the losses of the first steps to those of the CPU in float32, by precision. In fp16 the first
+update may be skipped, if its gradients overflow. Chosen without a GPU."""
 
 
 def agreement(settings: Settings) -> Iterator[Row]:
@@ -126,7 +128,12 @@ def _stored_rows(recipe: Recipe) -> Iterator[Row]:
     """Compare rows that the device has scored and labelled with the CPU."""
     _ = Pipeline(recipe).training_inputs  # builds them
     on_cpu = changed(recipe, train={"device": "cpu", "precision": "fp32"})
-    for what, found in zip(("scores", "labels"), check_recipe(on_cpu), strict=True):
+    try:
+        compared = check_recipe(on_cpu)
+    except ArtifactError as error:
+        yield Row("error of stored rows against the CPU", None, error=str(error))
+        return
+    for what, found in zip(("scores", "labels"), compared, strict=True):
         yield Row(f"error of stored rows ({what}) against the CPU", found.worst_error, most=found.allowed)
 
 

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ FED_SHARE, FORWARD_SHARE = 0.97, 0.95
 """Goals: shares of the bare rate that training, and the passes of the teacher, reach with their loaders."""
 MEMORY_GROWTH = 1.05
 MEMORY_EPOCHS = 8
+PASS_BATCHES = 100
 NOT_CAPTURED = "the step was not captured in a graph; the log of the part has the reason"
 LAYOUTS = {True: "channels_last", False: "NCHW"}
 STEPS: dict[str, dict[str, Any]] = {
@@ -111,9 +113,13 @@ def lacks_graph(setup: TrainingSetup, train: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def workbench(recipe: Recipe) -> Iterator[Workbench]:
-    """Open a workbench, and release its memory at the end. The device's peak of memory starts anew."""
+    """Open a workbench, and release its memory at the end. The device's peak of memory starts anew.
+
+    Its loaders make passes of at least `PASS_BATCHES` batches.
+    """
     gc.collect()
     bench = Workbench(recipe)
+    bench.passes = math.ceil(PASS_BATCHES * recipe.train.batch_size / len(bench.ids))
     if bench.pipeline.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
