@@ -60,7 +60,7 @@ def _run(study: Study, folder: Path, results: Sequence[Path], *, verbose: bool) 
         try:
             for number, child, reader in started:
                 child.wait()
-                reader.join()
+                reader.join(END_S)  # a compiler process may hold the pipe for a moment
                 if child.returncode:
                     console.warn(f"study: process {number} {how_it_ended(child.returncode)}")
         except BaseException as stop:  # Ctrl-C, SIGTERM: the processes write checkpoints

@@ -64,7 +64,7 @@ def measure(
         raise InputError(f"--device {device}: this machine has no CUDA device. To try all parts: --device cpu --tiny")
     options = {"device": device, "tiny": tiny}
     _check_same_options(out, options)
-    _run(out, "environment", options, 60.0, [])
+    _run(out, "environment", options, 120.0, [])
     for name in chosen:
         earlier = _read(out, name)
         if not fresh and earlier.get("status") in SUCCESSFUL:
