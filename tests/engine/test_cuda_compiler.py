@@ -10,7 +10,7 @@ from harness import seconds
 
 ROOT = Path(__file__).parent.parent.parent
 COMPILER = ROOT / "tests" / "support" / "cuda_compiler.py"
-RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "teacher:" in path.read_text()]
+RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if "\nteacher:" in path.read_text()]
 """Those of students."""
 
 

@@ -87,7 +87,7 @@ def _losses(settings: Settings) -> Iterator[Row]:
     student_BK, teacher_BK = (4 * torch.randn(256, 100, generator=generator) for _ in range(2))
     labels_B = torch.randint(0, 100, (256,), generator=generator)
     for name in LOSSES:
-        loss = loss_function(Loss(name=name), has_teacher=True)  # type: ignore[arg-type]
+        loss = loss_function(Loss(name=name), has_teacher=True)
 
         def computed(dtype: torch.dtype, where: torch.device, loss: Any = loss) -> tuple[Tensor, Tensor]:
             z_BK = student_BK.detach().to(where, dtype).requires_grad_()
@@ -152,9 +152,9 @@ def _steps(settings: Settings) -> Iterator[Row]:
                 yield Row(title, None, error=f"{type(error).__name__}: {str(error)[:500]}")
                 continue
             difference = float(np.max(np.abs(found / expected - 1)))
-            error = NOT_CAPTURED if lacks_graph(setup, step) else ""
+            reason = NOT_CAPTURED if lacks_graph(setup, step) else ""
             most = STEP_TOLERANCE[setup.state.runtime.arithmetic]
-            yield Row(title, difference, most=most, error=error, facts={"losses": found.tolist()})
+            yield Row(title, difference, most=most, error=reason, facts={"losses": found.tolist()})
 
 
 def _first_losses(recipe: Recipe) -> tuple[np.ndarray, TrainingSetup]:

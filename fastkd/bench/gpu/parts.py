@@ -99,7 +99,7 @@ def record_file(name: str, out: Path) -> Path:
 def environment(device: str) -> dict[str, Any]:
     """Describe the machine, its GPU, and torch."""
     runtime = Runtime.choose(device, "auto", channels_last=True, compile=False)
-    found = {"machine": machine.describe(), "gpu": runtime.gpu, "precision": runtime.precision}
+    found: dict[str, Any] = {"machine": machine.describe(), "gpu": runtime.gpu, "precision": runtime.precision}
     found |= {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     if runtime.device.type == "cuda":
         properties = torch.cuda.get_device_properties(runtime.device)
