@@ -64,11 +64,19 @@ def pretended(card: str) -> Iterator[None]:
         **dict.fromkeys(("get_device_properties", "_get_device_properties"), lambda device=None: properties),
         **dict.fromkeys(("_exchange_device", "_maybe_exchange_device", "current_device"), lambda device=0: 0),
         "device_count": lambda: 1,
+        "get_device_name": lambda device=None: name,
         "get_device_capability": lambda device=None: (major, minor),
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
     }
     target = GPUTarget("cuda", 10 * major + minor, properties.warp_size)
-    driver.set_active(SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: 0))
+    limits = {"max_shared_mem": 166912, "multiprocessor_count": processors, "warpSize": 32}
+    utils = SimpleNamespace(get_device_properties=lambda device: limits)
+    driver.set_active(
+        SimpleNamespace(
+            **{"get_current_target": lambda: target, "get_current_device": lambda: 0, "utils": utils},
+            **{"get_current_stream": lambda device=0: 0, "get_device_interface": lambda: torch.cuda},
+        )
+    )
     with contextlib.ExitStack() as stack:
         for key, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, key, answer, create=True))
@@ -133,6 +141,7 @@ def step_of(loaded: recipe.Recipe) -> tuple[LossModule, tuple[Any, ...]]:
 def main(path: str, card: str) -> None:
     """Compile, and print the kernels."""
     config.compile_threads, config.fx_graph_cache = 1, False
+    config.use_static_triton_launcher = False  # its results do not hold the machine code
     module, batch = step_of(recipe.load(path))
     found: dict[str, list[Any]] = {"forward": [], "backward": []}
     forward, backward = (compiler(card, found[name], backward=name == "backward") for name in found)
