@@ -277,6 +277,53 @@ def synthetic(
     )
 
 
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder of the data, and of gpu.json and gpu.md.")] = Path("runs/bench-gpu"),
+    parts: Annotated[str | None, typer.Option(metavar="PART,…", help="Parts to run. Default: all.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run parts that succeeded before again.")] = False,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Time of all parts on one GPU; more lets `steps` time more combinations.")
+    ] = 20.0,
+    device: Annotated[str, typer.Option(help="As train.device.")] = "cuda",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Tiny data and networks, to try all parts; the figures mean nothing.")
+    ] = False,
+) -> cli.CommandResult:
+    """Check what a GPU computes, and measure how fast: the first command to run on a new one.
+
+    The parts, in their order:
+
+    - `data`: write the data sets: Fashion-MNIST (random images if it is not installed) and synthetic photos;
+    - `agreement`: batches, teacher logits, stored rows, losses and first steps, compared with the CPU;
+    - `feeding`, `teacher`: step, scoring and labelling with their loaders, compared with a batch on the device;
+    - `savings`, `savings-large`: ResNet-20 → ResNet-8x4 at 32 px and ResNet-50 → ResNet-18 at 160 px, compared with
+      vanilla KD and the reference implementation;
+    - `memory`: peak memory, and its growth over epochs;
+    - `plan`: the predictions of `bench plan`, compared with these students;
+    - `tests`: `pytest -m gpu`, in a clone;
+    - `steps`: the step for each precision, memory format, kind of compilation and batch size, until its time is over;
+    - `processes`: two processes with NCCL, if there are two GPUs.
+
+    Each part runs in a process of its own, for a limited time. The command continues after a failed part, and then
+    exits with 1; when it is run again, only parts that have not succeeded run. Missed goals of speed are not failures.
+
+    JSON: the contents of gpu.json.
+
+    Example: python -m fastkd.bench gpu
+    """
+    from fastkd.bench.gpu import report as gpu_report
+    from fastkd.bench.gpu import run
+    from fastkd.errors import FastkdError
+
+    chosen = [name for name in (parts or "").split(",") if name]
+    report = run.measure(out, parts=chosen, fresh=fresh, device=device, tiny=tiny, minutes=minutes)
+    console.show(gpu_report.table(report))
+    for note in gpu_report.notes(report):
+        console.say(note)
+    error = FastkdError(f"failed: {', '.join(report['failed'])}") if report["failed"] else None
+    return cli.CommandResult(f"written: {out / 'gpu.json'}, {out / 'gpu.md'}", report, error)
+
+
 def _default_folder(name: str, resolved: recipe.Recipe) -> Path:
     return Path(resolved.train.runs_dir) / f"{name}-{resolved.name}"
 
@@ -291,4 +338,4 @@ def _result(report: dict[str, Any], tables: Sequence["Table"], notes: Sequence[s
 
 
 if __name__ == "__main__":
-    cli.run(savings, plan, step, scale, loader, cold, labels, prune, synthetic, named=True)
+    cli.run(savings, plan, step, scale, loader, cold, labels, prune, synthetic, gpu, named=True)

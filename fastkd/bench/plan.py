@@ -31,7 +31,6 @@ from fastkd.console import clock
 from fastkd.cost_estimate import Measured, Sizes, duration, plan_folder, predict, predict_vanilla, rates_of
 from fastkd.recipe import Recipe
 from fastkd.stages.label_format import format_of, row_bytes
-from fastkd.stages.labelling import VIEWS_PER_PASS
 from fastkd.stages.row_scores import score_chunks
 from fastkd.stages.training import EVAL_BATCH_SIZE
 from fastkd.stages.training_setup import LOADING_HELP, TrainingSetup, compile_sizes, tune_loader_threads
@@ -154,10 +153,7 @@ def _forward_segments(bench: Workbench, teacher: nn.Module) -> dict[str, Callabl
         "evaluate": lambda: bench.forward_rate(runtime, student, val, SEGMENT_S),
     }
     if recipe.num_views is not None:
-        per_pass = min(recipe.num_views, VIEWS_PER_PASS)
-        batch_size = max(1, recipe.labels.batch_size // per_pass)
-        loader = pipeline.loader("train", batch_size, input_px=pipeline.images.teacher_px)
-        segments["label"] = lambda: bench.forward_rate(runtime, teacher, loader, SEGMENT_S, view=range(per_pass))
+        segments["label"] = lambda: bench.labelling_rate(runtime, teacher, SEGMENT_S)
     return segments
 
 

@@ -15,11 +15,11 @@ from fastkd.bench import charts
 from fastkd.bench.breakdown import changed
 from fastkd.bench.measurement import interleaved, machine_line, plural, range_text, summary, write_report
 from fastkd.bench.workbench import (
-    TrainingLoop,
     Workbench,
-    loaded_step_rate,
+    fed_share,
     resident_forward_rate,
     resident_step_rate,
+    scoring_share,
     steps_for,
 )
 from fastkd.engine.runtime import Runtime
@@ -125,34 +125,16 @@ def _grid(
 
 
 def _stall(bench: Workbench, runtime: Runtime, repeats: int) -> dict[str, Any]:
-    """Compare the recipe's step with its loader (views and label rows included) and on a batch on the device.
-
-    Likewise the teacher's forward pass: with the loader of scoring, and on a batch on the device.
-    """
-    size = bench.recipe.train.batch_size
+    """Compare the recipe's step, and scoring, with and without loading."""
     setup = bench.tuned_setup(runtime)
-    batch = bench.device_batch(setup, size)
-    loop = TrainingLoop(bench.pipeline, setup)
-    steps = steps_for(2 * SEGMENT_S, lambda n: resident_step_rate(setup, batch, n), size)
-    teacher, images = bench.teacher(runtime), bench.device_batch(setup, bench.recipe.score.batch_size).images
-    forwards = steps_for(2 * SEGMENT_S, lambda n: resident_forward_rate(runtime, teacher, images, n), len(images))
-    bench.scoring_rate(runtime, teacher, 0.0)
-    rates = interleaved(
-        2 * repeats,
-        {
-            "bare": lambda: resident_step_rate(setup, batch, steps),
-            "fed": lambda: loaded_step_rate(loop, steps),
-            "score_bare": lambda: resident_forward_rate(runtime, teacher, images, forwards),
-            "score_fed": lambda: bench.scoring_rate(runtime, teacher, 2 * SEGMENT_S),
-        },
-    )
-    loop.close()
-    shares = {
-        name: summary([fed / bare for fed, bare in zip(rates[loaded], rates[resident], strict=True)])
-        for name, loaded, resident in (("fed_share", "fed", "bare"), ("score_share", "score_fed", "score_bare"))
+    step = fed_share(bench, setup, 2 * repeats, 2 * SEGMENT_S)
+    scoring = scoring_share(bench, runtime, bench.teacher(runtime), 2 * repeats, 2 * SEGMENT_S)
+    return {
+        **{"bare": step["bare"], "fed": step["fed"], "fed_share": step["share"]},
+        **{"score_bare": scoring["bare"], "score_fed": scoring["fed"], "score_share": scoring["share"]},
+        "workers": setup.loader.workers,
+        "image_hw": setup.loader.image_hw,
     }
-    summaries = {name: summary(values) for name, values in rates.items()}
-    return {**summaries, **shares, "workers": setup.loader.workers, "image_hw": setup.loader.image_hw}
 
 
 def advice(report: dict[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastkd import models
 from fastkd import recipe as recipes
-from fastkd.bench.measurement import require_teacher
+from fastkd.bench.measurement import interleaved, require_teacher, summary
 from fastkd.data.loader import Batch, Loader
 from fastkd.data.row_store import StoredRows
 from fastkd.engine.epoch import Epoch, Update, train_epoch
@@ -31,6 +31,7 @@ from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
 from fastkd.stages.label_format import decoder, label_format, view_files
+from fastkd.stages.labelling import VIEWS_PER_PASS
 from fastkd.stages.training_setup import (
     TeacherSource,
     TrainingSetup,
@@ -53,6 +54,9 @@ class Workbench:
         Samples to train on: all except the hold-out. Which samples are pruned does not affect the time per step.
     rows : StoredRows
         Empty labels of all samples, in the recipe's label format.
+    passes : int
+        Number of passes over the samples that a loader makes at once. More than 1 on small data in place of large: the
+        time that a loader needs to start then counts as little as it does there.
 
     Raises
     ------
@@ -73,6 +77,7 @@ class Workbench:
             for name, dtype, width in view_files(self._format, 0)
         ]
         self.rows = StoredRows(self.ids, files)
+        self.passes = 1
 
     def close(self) -> None:
         """Remove the empty labels."""
@@ -127,7 +132,7 @@ class Workbench:
         views
             `view` of `Loader.batches`.
         """
-        ids = np.arange(loader.count) if loader.split == "val" else self.ids
+        ids = np.arange(loader.count) if loader.split == "val" else np.tile(self.ids, self.passes)
 
         def endless() -> Generator[Batch, None, None]:
             while True:
@@ -137,12 +142,27 @@ class Workbench:
             return loaded_forward_rate(runtime, net, batches, seconds)
 
     @cached_property
-    def _scoring_loader(self) -> Loader:
+    def scoring_loader(self) -> Loader:
+        """The loader of scoring."""
         return self.pipeline.loader("train", self.recipe.score.batch_size, input_px=self.pipeline.images.teacher_px)
 
     def scoring_rate(self, runtime: Runtime, teacher: nn.Module, seconds: float) -> float:
         """Run the teacher on the training samples, as scoring does; return images/s."""
-        return self.forward_rate(runtime, teacher, self._scoring_loader, seconds)
+        return self.forward_rate(runtime, teacher, self.scoring_loader, seconds)
+
+    @property
+    def views_per_pass(self) -> int:
+        """Number of views that labelling computes from one decoded image."""
+        return min(self.recipe.num_views or 1, VIEWS_PER_PASS)
+
+    @cached_property
+    def _labelling_loader(self) -> Loader:
+        batch_size = max(1, self.recipe.labels.batch_size // self.views_per_pass)
+        return self.pipeline.loader("train", batch_size, input_px=self.pipeline.images.teacher_px)
+
+    def labelling_rate(self, runtime: Runtime, teacher: nn.Module, seconds: float) -> float:
+        """Run the teacher on views of the training samples, as labelling does; return views/s."""
+        return self.forward_rate(runtime, teacher, self._labelling_loader, seconds, view=range(self.views_per_pass))
 
     def device_batch(self, setup: TrainingSetup, batch_size: int, px: int | None = None) -> DeviceBatch:
         """Return a batch of random images and empty label rows on the device.
@@ -152,14 +172,17 @@ class Workbench:
         px
             Image size. Default: the size that training ends with.
         """
-        height, width = (px, px) if px else setup.loader.image_hw
-        images = torch.randint(0, 256, (batch_size, height, width, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.arange(batch_size) % self.pipeline.images.num_classes
-        device = setup.state.runtime.device
-        rows = tuple(torch.from_numpy(np.zeros_like(b)).to(device) for b in self.rows.buffers(batch_size))
-        if not setup.state.runtime.channels_last:
-            images = images.contiguous()
-        return DeviceBatch(images.to(device), labels.to(device), labels.to(device), rows, batch_size, static=True)
+        runtime = setup.state.runtime
+        labels = (torch.arange(batch_size) % self.pipeline.images.num_classes).to(runtime.device)
+        rows = tuple(torch.from_numpy(np.zeros_like(b)).to(runtime.device) for b in self.rows.buffers(batch_size))
+        images = random_images(runtime, batch_size, (px, px) if px else setup.loader.image_hw)
+        return DeviceBatch(images, labels, labels, rows, batch_size, static=True)
+
+
+def random_images(runtime: Runtime, count: int, image_hw: tuple[int, int]) -> Tensor:
+    """Return random images in the memory format of the networks, on the device (uint8 [count, 3, H, W])."""
+    images = torch.randint(0, 256, (count, *image_hw, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return (images if runtime.channels_last else images.contiguous()).to(runtime.device)
 
 
 def image_size_shares(recipe: recipes.Recipe) -> dict[int | None, float]:
@@ -173,6 +196,11 @@ class TrainingLoop:
 
     With progressive image sizes, each size has its own loader, and takes its share of the steps.
 
+    Parameters
+    ----------
+    passes
+        Number of epochs that are loaded at once; see `Workbench`.
+
     Attributes
     ----------
     images_per_epoch : int
@@ -180,7 +208,7 @@ class TrainingLoop:
         Seconds that the last `advance` waited for data.
     """
 
-    def __init__(self, pipeline: Pipeline, setup: TrainingSetup) -> None:
+    def __init__(self, pipeline: Pipeline, setup: TrainingSetup, *, passes: int = 1) -> None:
         self.setup = setup
         self.images_per_epoch = setup.images_per_epoch
         self.waited_s = 0.0
@@ -188,7 +216,7 @@ class TrainingLoop:
         for px, share in image_size_shares(setup.recipe).items():
             sized = replace(setup, loader=pipeline.loader("train", setup.loader.batch_size))
             sized.loader.workers = setup.loader.workers
-            self._sizes.append((share, _endless_batches(sized, px)))
+            self._sizes.append((share, _endless_batches(sized, px, passes)))
 
     def advance(self, steps: int) -> float:
         """Train for some steps with the loop of training; return the wall seconds that they took."""
@@ -211,11 +239,12 @@ class TrainingLoop:
             batches.close()
 
 
-def _endless_batches(setup: TrainingSetup, px: int | None) -> Generator[Batch, None, None]:
+def _endless_batches(setup: TrainingSetup, px: int | None, passes: int) -> Generator[Batch, None, None]:
     """Yield the batches of all epochs with an image size, repeatedly."""
     epochs = [epoch for epoch in range(setup.recipe.train.epochs) if setup.recipe.px_of(epoch) == px]
     for number in itertools.count():
-        yield from setup.batches(setup.epoch_ids(number), epochs[number % len(epochs)])
+        ids = np.concatenate([setup.epoch_ids(number * passes + k) for k in range(passes)])
+        yield from setup.batches(ids, epochs[number % len(epochs)])
 
 
 def run_steps(setup: TrainingSetup, batches: Iterator[Batch], steps: int) -> Epoch:
@@ -271,6 +300,66 @@ def loaded_forward_rate(
             if (elapsed := time.perf_counter() - start) >= seconds:
                 return images / elapsed
     raise AssertionError("the batches are endless")
+
+
+def fed_share(bench: Workbench, setup: TrainingSetup, repeats: int, seconds: float) -> dict[str, Any]:
+    """Compare the recipe's step on a batch on the device, and with its loader (views and label rows included).
+
+    Parameters
+    ----------
+    repeats, seconds
+        Number of measurements of each, interleaved, and their duration.
+
+    Returns
+    -------
+    dict
+        `summary` of the images/s, `bare` and `fed`, and of their ratio, `share`.
+    """
+    size = bench.recipe.train.batch_size
+    batch, loop = bench.device_batch(setup, size), TrainingLoop(bench.pipeline, setup, passes=bench.passes)
+    with closing(loop):
+        steps = steps_for(seconds, lambda n: resident_step_rate(setup, batch, n), size)
+        return _share(repeats, lambda: resident_step_rate(setup, batch, steps), lambda: loaded_step_rate(loop, steps))
+
+
+def scoring_share(
+    bench: Workbench, runtime: Runtime, teacher: nn.Module, repeats: int, seconds: float
+) -> dict[str, Any]:
+    """Compare the teacher's forward pass on a batch on the device, and as scoring runs it; see `fed_share`."""
+    return _forward_share(bench, runtime, teacher, bench.recipe.score.batch_size, bench.scoring_rate, repeats, seconds)
+
+
+def labelling_share(
+    bench: Workbench, runtime: Runtime, teacher: nn.Module, repeats: int, seconds: float
+) -> dict[str, Any]:
+    """Compare the teacher's forward pass on a batch on the device, and as labelling runs it; see `fed_share`."""
+    size = max(1, bench.recipe.labels.batch_size // bench.views_per_pass) * bench.views_per_pass
+    return _forward_share(bench, runtime, teacher, size, bench.labelling_rate, repeats, seconds)
+
+
+def _forward_share(
+    bench: Workbench,
+    runtime: Runtime,
+    teacher: nn.Module,
+    batch_size: int,
+    loaded_rate: Callable[[Runtime, nn.Module, float], float],
+    repeats: int,
+    seconds: float,
+) -> dict[str, Any]:
+    images = random_images(runtime, batch_size, bench.scoring_loader.image_hw)
+    steps = steps_for(seconds, lambda n: resident_forward_rate(runtime, teacher, images, n), batch_size)
+    loaded_rate(runtime, teacher, 0.0)
+    return _share(
+        repeats,
+        lambda: resident_forward_rate(runtime, teacher, images, steps),
+        lambda: loaded_rate(runtime, teacher, seconds),
+    )
+
+
+def _share(repeats: int, bare: Callable[[], float], fed: Callable[[], float]) -> dict[str, Any]:
+    rates = interleaved(repeats, {"bare": bare, "fed": fed})
+    shares = [fed / bare for fed, bare in zip(rates["fed"], rates["bare"], strict=True)]
+    return {name: summary(values) for name, values in (rates | {"share": shares}).items()}
 
 
 def steps_for(seconds: float, rate: Callable[[int], float], batch_size: int) -> int:

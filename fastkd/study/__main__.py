@@ -33,6 +33,9 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the students and the predicted time; write nothing.")
     ] = False,
+    per_gpu: Annotated[
+        int, typer.Option(min=1, help="Number of students to train at a time on this process's GPU, or on the CPU.")
+    ] = 1,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print everything that each training prints.")] = False,
     no_code: cli.NoCode = False,
 ) -> cli.CommandResult:
@@ -43,6 +46,9 @@ def main(
 
     Start the same command in as many processes as there are GPUs, on one or more machines that share OUT: each trains
     the next student that no other process trains. Interrupted students resume.
+
+    One small student leaves most of a GPU idle: with --per-gpu N, the command starts N processes on its GPU, which
+    divide its cores. Each student takes longer then, and the recorded times are those beside the others.
 
     JSON keys: path, page, and those of study.json. With --dry-run: students, finished, predicted_s, cells, skipped.
 
@@ -63,7 +69,7 @@ def main(
         require("a study of several seeds", "scipy")
     folder = out or Path("studies") / Path(path).stem
     grid = grid_of(study, folder / "students")
-    return _dry_run(grid) if dry_run else _run(grid, folder, verbose=verbose)
+    return _dry_run(grid) if dry_run else _run(grid, folder, per_gpu, verbose=verbose)
 
 
 def _values(option: str, items: Sequence[str]) -> dict[str, list[Any]]:
@@ -103,16 +109,19 @@ def _dry_run(grid: Any) -> cli.CommandResult:
     return cli.CommandResult(line, facts)
 
 
-def _run(grid: Any, folder: Path, *, verbose: bool) -> cli.CommandResult:
+def _run(grid: Any, folder: Path, per_gpu: int, *, verbose: bool) -> cli.CommandResult:
     """Train what is missing, and write the results."""
-    from fastkd.study import page, results, worker
+    from fastkd.study import page, processes, results, worker
     from fastkd.study.tables import table
 
     worker.refuse_other_data(grid)
     costs = worker.Costs()
     console.say(worker.overview(grid, costs))
     _show_skipped(grid)
-    failed = worker.train_all(grid, costs, verbose=verbose)
+    if per_gpu > 1:
+        failed = processes.train_all(grid, folder, per_gpu, verbose=verbose)
+    else:
+        failed = worker.train_all(grid, costs, verbose=verbose)
     report = results.collect(grid, failed)
     results.write(report, folder)
     html = page.write(report, folder)

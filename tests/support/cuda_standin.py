@@ -358,6 +358,9 @@ class CudaStandIn(TorchFunctionMode):
             "synchronize": self.synchronize,
             "memory_allocated": lambda device=None: self.live_bytes(),
             "max_memory_allocated": lambda device=None: max(self.peak_bytes, self.live_bytes()),
+            "memory_reserved": lambda device=None: self.card.memory,  # there is no caching allocator
+            "reset_peak_memory_stats": lambda device=None: setattr(self, "peak_bytes", 0),
+            "empty_cache": lambda: None,
             "get_rng_state": lambda device="cuda": self.rng_states[index(device)].clone(),
             "set_rng_state": lambda state, device="cuda": self.rng_states.update({index(device): state.clone()}),
             "manual_seed_all": lambda seed: None,
