@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fastkd import console
+from fastkd.artifacts import release_pages
 from fastkd.kernels import agreement, chance_limits
 
 COMPARED_ROWS = 1 << 17
@@ -19,7 +20,7 @@ NEAR_ONE = 1e-2  # of a row's sum: float16 keeps three digits
 def judge_logits(
     logits_NK: np.ndarray,
     labels_N: np.ndarray,
-    top1: float,
+    correct_N: np.ndarray,
     stage: str,
     whose: str,
     class_names: Sequence[str] | None = None,
@@ -32,8 +33,8 @@ def judge_logits(
     logits_NK : floating point [N, K]
         May be a memory map. Finite.
     labels_N : int64 [N]
-    top1 : float
-        Top-1 accuracy over all rows.
+    correct_N : bool [N]
+        Whether the first largest logit of a row belongs to its label.
     stage
         Name of the stage, for warnings.
     whose
@@ -44,11 +45,13 @@ def judge_logits(
     Returns
     -------
     dict
-        `chance`, the top-1 of always predicting the most frequent class; `at_chance`, whether `top1` is not
-        significantly higher; `moved_classes`, how many classes are predicted as another one.
+        `chance`, the top-1 of always predicting the most frequent class; `at_chance`, whether the top-1 is
+        not significantly higher; `moved_classes`, how many classes are predicted as another one.
     """
     N, K = logits_NK.shape
+    top1 = float(correct_N.mean())
     warn_of_form(_rows(logits_NK, EXAMINED_ROWS), stage, whose)
+    release_pages(logits_NK)
     chance, limit = chance_limits(labels_N, K)
     at_chance = top1 <= limit
     if at_chance:
@@ -57,17 +60,24 @@ def judge_logits(
             f"{chance:.2%} ({limit:.2%} would be significant for {N:,} samples of {K:,} classes). A student learns "
             f"nothing from it. Check {suspects}"
         )
-    moved = _warn_of_other_order(logits_NK, labels_N, stage, whose, class_names)
+    moved = _warn_of_other_order(logits_NK, labels_N, correct_N, stage, whose, class_names)
     return {"chance": chance, "at_chance": at_chance, "moved_classes": moved}
 
 
 def _warn_of_other_order(
-    logits_NK: np.ndarray, labels_N: np.ndarray, stage: str, whose: str, class_names: Sequence[str] | None
+    logits_NK: np.ndarray,
+    labels_N: np.ndarray,
+    correct_N: np.ndarray,
+    stage: str,
+    whose: str,
+    class_names: Sequence[str] | None,
 ) -> int:
     """Warn if the classes of the logits are in another order than the labels; return the number of moved classes."""
     N, K = logits_NK.shape
-    rows = slice(None, None, max(1, -(-N // COMPARED_ROWS)))
-    predicted_R, y_R = _top_classes(logits_NK[rows]), labels_N[rows]
+    rows = np.arange(0, N, max(1, -(-N // COMPARED_ROWS)))
+    predicted_R, y_R = labels_N[rows], labels_N[rows]
+    wrong_R = ~correct_N[rows]
+    predicted_R[wrong_R] = _top_classes(logits_NK, rows[wrong_R])
     found = agreement(predicted_R, y_R, K)
     moved = found.moved if len(found.moved) > 1 else found.moved[:0]  # an exchange involves at least two
     if len(moved):
@@ -107,6 +117,10 @@ def _rows(z_NK: np.ndarray, count: int) -> np.ndarray:
     return np.asarray(z_NK[:: max(1, -(-len(z_NK) // count))])
 
 
-def _top_classes(z_RK: np.ndarray, chunk: int = 8192) -> np.ndarray:
-    parts = [np.asarray(z_RK[at : at + chunk], np.float32).argmax(axis=1) for at in range(0, len(z_RK), chunk)]
-    return np.concatenate(parts)
+def _top_classes(z_NK: np.ndarray, rows_R: np.ndarray, chunk: int = 1024) -> np.ndarray:
+    """Return the first largest class of some rows (int64 [R])."""
+    top_R = np.empty(len(rows_R), np.int64)
+    for at in range(0, len(rows_R), chunk):
+        top_R[at : at + chunk] = z_NK[rows_R[at : at + chunk]].astype(np.float32).argmax(axis=1)
+        release_pages(z_NK)
+    return top_R

@@ -247,9 +247,8 @@ def _fill(
     if scores is None:
         scores = score_chunks(z_NK, y_N, candidates.file)
     if candidates.file is not None:
-        top1 = float(scores.correct.mean())
         suspects = "the order of its rows and of its classes, and that the labels are of the same samples"
-        judge_logits(z_NK, y_N, top1, "prune", candidates.file, candidates.class_names, suspects)
+        judge_logits(z_NK, y_N, scores.correct, "prune", candidates.file, candidates.class_names, suspects)
     y_T = y_N[train_ids]
     count_K = np.bincount(y_T, minlength=K)
     if not count_K.all():
