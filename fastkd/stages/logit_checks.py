@@ -1,6 +1,6 @@
 """Checks of logits before training on them: accuracy at chance level, permuted classes, values that are not logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ COMPARED_ROWS = 1 << 17
 """Number of evenly spread rows whose predicted classes are compared with the labels."""
 EXAMINED_ROWS = 2048
 """Number of evenly spread rows whose values are examined."""
+ROWS_AT_ONCE = 256
+"""Number of spread rows that are read at once, to bound memory."""
 SHOWN = 5
 NEAR_ONE = 1e-2  # of a row's sum: float16 keeps three digits
 
@@ -50,8 +52,8 @@ def judge_logits(
     """
     N, K = logits_NK.shape
     top1 = float(correct_N.mean())
-    warn_of_form(_rows(logits_NK, EXAMINED_ROWS), stage, whose)
-    release_pages(logits_NK)
+    examined_R = np.arange(0, N, max(1, -(-N // EXAMINED_ROWS)))
+    warn_of_form(np.concatenate(list(_chunks(logits_NK, examined_R))), stage, whose)
     chance, limit = chance_limits(labels_N, K)
     at_chance = top1 <= limit
     if at_chance:
@@ -113,14 +115,13 @@ def warn_of_form(z_RK: np.ndarray, stage: str, whose: str) -> None:
         )
 
 
-def _rows(z_NK: np.ndarray, count: int) -> np.ndarray:
-    return np.asarray(z_NK[:: max(1, -(-len(z_NK) // count))])
-
-
-def _top_classes(z_NK: np.ndarray, rows_R: np.ndarray, chunk: int = 1024) -> np.ndarray:
-    """Return the first largest class of some rows (int64 [R])."""
-    top_R = np.empty(len(rows_R), np.int64)
-    for at in range(0, len(rows_R), chunk):
-        top_R[at : at + chunk] = z_NK[rows_R[at : at + chunk]].astype(np.float32).argmax(axis=1)
+def _chunks(z_NK: np.ndarray, rows_R: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield copies of some rows, a few at a time: reading a page also maps the pages around it."""
+    for at in range(0, max(1, len(rows_R)), ROWS_AT_ONCE):
+        yield np.asarray(z_NK[rows_R[at : at + ROWS_AT_ONCE]])
         release_pages(z_NK)
-    return top_R
+
+
+def _top_classes(z_NK: np.ndarray, rows_R: np.ndarray) -> np.ndarray:
+    """Return the first largest class of some rows (int64 [R])."""
+    return np.concatenate([z_nK.astype(np.float32).argmax(axis=1) for z_nK in _chunks(z_NK, rows_R)])

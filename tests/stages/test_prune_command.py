@@ -5,8 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from fastkd.artifacts import release_pages
+from fastkd import artifacts
+from fastkd.artifacts import file_digest, release_pages
+from fastkd.recipe import Prune
+from fastkd.stages import row_scores
+from fastkd.stages.pruning import prune_arrays
 
 IMPORTED = """
 import runpy, sys
@@ -48,6 +53,27 @@ def test_a_writable_map_is_not_released(tmp_path):
     private[3] = 1.0
     release_pages(private)
     assert private[3] == 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_chunks_do_not_change_what_is_selected_and_stored(tmp_path, monkeypatch, dtype, order):
+    z_NK = np.random.default_rng(0).normal(size=(200, 5)).astype(dtype)
+    logits, labels = tmp_path / "z.npy", tmp_path / "y.npy"
+    np.save(logits, np.asarray(z_NK, order=order))
+    np.save(labels, np.arange(200) % 5)
+    with logits.open("ab") as stream:
+        stream.write(b"beyond the array")  # belongs to the file, and to its checksum
+    whole, _ = prune_arrays(logits, labels, tmp_path / "whole", Prune(keep_ratio=0.5))
+    monkeypatch.setattr(row_scores, "CHUNK_BYTES", 13 * z_NK[:1].nbytes)
+    chunked, _ = prune_arrays(logits, labels, tmp_path / "chunked", Prune(keep_ratio=0.5))
+    assert chunked.manifest.inputs["logits"] == file_digest(logits)
+    assert chunked.key == whole.key
+    assert chunked.manifest.files == whole.manifest.files
+    artifacts.verify(chunked)
+    assert chunked.cost_s > 0
+    again, built = prune_arrays(logits, labels, tmp_path / "chunked", Prune(keep_ratio=0.5))
+    assert (again.key, built) == (whole.key, False)
 
 
 def _resident_files() -> int:
