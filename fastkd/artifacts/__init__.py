@@ -7,7 +7,7 @@ file, and a digest of all that: any damaged byte is detected.
 """
 
 from fastkd.artifacts.building import BEGUN, Built, build, claim, in_use, is_claimed, remove
-from fastkd.artifacts.files import bytes_on_disk, file_digest, fsync, write_whole
+from fastkd.artifacts.files import bytes_on_disk, file_digest, fsync, release_pages, write_whole
 from fastkd.artifacts.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -66,6 +66,7 @@ __all__ = [
     "progress_file",
     "published",
     "read_manifest",
+    "release_pages",
     "remove",
     "untouched",
     "verify",

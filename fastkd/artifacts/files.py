@@ -1,9 +1,11 @@
 """Writing files atomically, and hashing them."""
 
 import contextlib
+import mmap
 import os
 from pathlib import Path
 
+import numpy as np
 import xxhash
 
 
@@ -14,6 +16,16 @@ def file_digest(path: Path) -> str:
         while block := stream.read(4 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def release_pages(array: np.ndarray) -> None:
+    """Release the resident memory of a read-only memory map; the page cache keeps the data.
+
+    Without it, all pages that were read stay resident. Other arrays are left alone.
+    """
+    mapped: mmap.mmap | None = getattr(array, "_mmap", None)  # of the map itself and of its slices
+    if mapped is not None and getattr(array, "mode", None) == "r":
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def bytes_on_disk(status: os.stat_result) -> int:

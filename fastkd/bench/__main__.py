@@ -241,14 +241,17 @@ def prune(
 ) -> cli.CommandResult:
     """Time scoring and selecting from stored logits with fastkd, torch and the Python loop of the reference code.
 
+    Also the whole command `fastkd.prune --logits`, with its memory, beside a copy of the rows that it keeps.
+
     JSON: the contents of prune.json.
 
     Example: python -m fastkd.bench prune --samples 1281167
     """
     from fastkd.bench import prune as benchmark
+    from fastkd.bench.prune_command import command_table
 
     report = benchmark.measure(out, data=data, samples=samples, classes=classes, dtype=dtype, repeats=repeats)
-    tables = [benchmark.table(report), benchmark.growth_table(report)]
+    tables = [benchmark.table(report), command_table(report), benchmark.growth_table(report)]
     return _result(report, tables, benchmark.notes(report), out / "prune.json")
 
 

@@ -1,4 +1,4 @@
-"""Speed of scoring and selecting from stored logits: fastkd, torch, the paper's reference loop and a lower bound."""
+"""Speed of selecting from stored logits: fastkd, torch, the paper's loop, a lower bound, and the whole command."""
 
 import math
 import statistics
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fastkd import console, machine
 from fastkd.bench.measurement import data_folder, machine_line, write_report
+from fastkd.bench.prune_command import measure_command, require_all_classes
 from fastkd.bench.prune_contenders import FLOOR, KEEP_RATIO, OURS, TORCH, Runner, make_data, reference, runners
 from fastkd.errors import InputError
 from fastkd.kernels import score_logits
@@ -52,12 +53,14 @@ def measure(
     out.mkdir(parents=True, exist_ok=True)
     with data_folder(data) as folder:
         logits, labels = make_data(folder, samples, classes, dtype)
+        require_all_classes(samples, classes, labels)
         with runners(logits, labels) as children:
             memory, kept = _warm_up(children, samples)
             times = _time_in_turn(children, samples, repeats)
             growth = measure_growth(children, samples, classes, repeats)
+        lines = _lines(times, memory, samples)
+        command = measure_command(logits, labels, repeats, lines[FLOOR]["median_s"])
         reference_loop = measure_reference(logits, labels)
-    lines = _lines(times, memory, samples)
     for name, contender in (("over_ours", OURS), ("over_floor", FLOOR)):
         reference_loop[name] = reference_loop["extrapolated_s"] / lines[contender]["median_s"]
     report = {
@@ -74,6 +77,7 @@ def measure(
         "kept_in_common": len(np.intersect1d(kept[OURS], kept[TORCH])) / max(1, len(kept[OURS])),
         "reference": reference_loop,
         "growth": growth,
+        "command": command,
     }
     write_report(report, out / "prune.json")
     return report

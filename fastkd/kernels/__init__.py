@@ -5,7 +5,7 @@ from fastkd.kernels.cells import class_cells, principal_axes, project
 from fastkd.kernels.gather import gather_rows
 from fastkd.kernels.hashing import hash64
 from fastkd.kernels.inclusion import SystematicSample, inclusion_probabilities, systematic_sample
-from fastkd.kernels.reshape import class_std, reshape_rows
+from fastkd.kernels.reshape import class_std, reshape_rows, reshape_to_half
 from fastkd.kernels.scores import Scores, score_logits
 from fastkd.kernels.selection import (
     beta_draw,
@@ -45,6 +45,7 @@ __all__ = [
     "project",
     "proportional_quotas",
     "reshape_rows",
+    "reshape_to_half",
     "score_logits",
     "select_ranks",
     "systematic_sample",

@@ -2,13 +2,12 @@
 
 import zlib
 
-import numba
 import numpy as np
 
 from fastkd.kernels.jit import njit
 
 
-@njit(numba.uint64(numba.uint64), inline="always")
+@njit(inline="always")  # no signature: compiling at import takes half a second
 def _splitmix(x: np.uint64) -> np.uint64:
     """The output function of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014): a bijection of 64-bit words."""
     x = x + np.uint64(0x9E3779B97F4A7C15)

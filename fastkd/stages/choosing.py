@@ -34,7 +34,7 @@ from fastkd.stages.distributed_build import build_together, decided_by_main
 from fastkd.stages.images import ImageSource
 from fastkd.stages.new_student import student_key_fields
 from fastkd.stages.pruning import selection_key_fields
-from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
+from fastkd.stages.row_scores import chunk_rows, score_chunks
 from fastkd.stages.run_files import write_json
 from fastkd.stages.selection import Pool, difficulty, select
 from fastkd.stages.store import ArtifactStore
@@ -321,8 +321,9 @@ def diagnose(
         `least_class_share`, the smallest share of a class that is kept.
     """
     z_NK, y_N, ids_T = scores.array("logits.npy"), np.asarray(scores.array("labels.npy")), images.train_ids
+    step = chunk_rows(z_NK)
     entropy_T = np.concatenate(
-        [_entropy(z_NK[ids_T[first : first + CHUNK_ROWS]], temperature) for first in range(0, len(ids_T), CHUNK_ROWS)]
+        [_entropy(z_NK[ids_T[first : first + step]], temperature) for first in range(0, len(ids_T), step)]
     )
     measures, y_T = score_chunks(z_NK, y_N), y_N[ids_T]
     count_K = np.bincount(y_T, minlength=images.num_classes)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastkd import artifacts, console
-from fastkd.artifacts import Artifact, Built, file_digest, open_array
+from fastkd.artifacts import Artifact, Built, file_digest, open_array, release_pages
 from fastkd.errors import InputError
 from fastkd.recipe import Teacher
 from fastkd.stages.images import ImageSource
@@ -107,14 +107,17 @@ def _fill(
             rows = slice(start, start + chunk)
             with np.errstate(over="ignore"):  # values beyond the data type are reported below, as infinite
                 stored.append(np.asarray(z_NK[rows if row_N is None else row_N[rows]], dtype))
+            release_pages(z_NK)
             update(min(N, start + chunk), "")
+        stamp = stored.stamp
     np.save(directory / "labels.npy", labels_N)
     found_NK = np.load(directory / "logits.npy", mmap_mode="r")
-    top1 = float(score_chunks(found_NK, labels_N, str(file)).correct.mean())
+    correct_N = score_chunks(found_NK, labels_N, str(file)).correct
+    top1 = float(correct_N.mean())
     console.say(f"score: the top-1 of {file.name} on train is {top1:.2%}")
-    judged = judge_logits(found_NK, labels_N, top1, "score", file.name, images.classes, SUSPECTS)
+    judged = judge_logits(found_NK, labels_N, correct_N, "score", file.name, images.classes, SUSPECTS)
     facts: dict[str, Any] = {"model": f"logits of {file.name}", "top1": top1, "count": N, "classes": K, **judged}
-    return Built(facts=facts)
+    return Built(facts=facts, stamps={"logits.npy": stamp})
 
 
 def _state(file: Path) -> tuple[int, int, int]:

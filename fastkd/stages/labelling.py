@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
     if world.is_main:
         folder.mkdir(exist_ok=True)
     first = world.broadcast(existing.facts["views"] if existing else 0)
-    stamps = _adopt(directory, existing) if existing and world.is_main else {}
+    stamps = dict(_adopt(directory, existing)) if existing and world.is_main else {}
     wanted = range(first, views)
     _drop_damaged(labeller, folder, progress, wanted)
     total, left = len(wanted) * len(kept), sum(len(kept) - progress.rows(v) for v in wanted)
@@ -207,7 +208,7 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
         console.say(f"label: resuming: {total - left:,} of {total:,} rows exist")
     if world.is_main:  # before other processes write
         need_space(directory, left * per_row, f"labelling {left:,} rows")
-    _label_all(labeller, folder, progress, wanted)
+    stamps |= _label_all(labeller, folder, progress, wanted)
     if not world.is_main:
         return Built()
     expected = {name for v in range(views) for name, _, _ in view_files(labeller.form, v)}
@@ -268,8 +269,9 @@ def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int)
     return True
 
 
-def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]) -> None:
-    """Run the teacher over the views that are not complete, several in one pass."""
+def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]) -> dict[str, FileStamp]:
+    """Run the teacher over the views that are not complete, several in one pass; return the stamps of their files."""
+    stamps: dict[str, FileStamp] = {}
     count = len(labeller.sample_ids)
     missing = [v for v in wanted if progress.rows(v) < count]
     left = sum(count - progress.rows(v) for v in wanted)
@@ -280,8 +282,9 @@ def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Seq
             group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]
             done = left - sum(count - progress.rows(v) for v in wanted)
             moved = lambda rows, done=done: update(done + rows, "")  # noqa: E731
-            _label(labeller, folder, progress, group, images, moved)
+            stamps |= _label(labeller, folder, progress, group, images, moved)
             missing = [v for v in missing if v not in group]
+    return stamps
 
 
 def _label(
@@ -291,10 +294,11 @@ def _label(
     group: list[int],
     images: int,
     moved: Callable[[int], None],
-) -> None:
+) -> dict[str, FileStamp]:
     """Run the teacher over several views at once, from the row up to which all of them are complete.
 
-    A compiled teacher gets the same number of `images` in all groups.
+    A compiled teacher gets the same number of `images` in all groups. Returns the stamps of the files in the main
+    process, and nothing in the others.
     """
     kept, settings, form = labeller.sample_ids, labeller.settings, labeller.form
     world, start = current(), progress.rows(group[0])
@@ -315,15 +319,20 @@ def _label(
     batch_size = max(1, images // len(group))
     loader = labeller.images.loader("train", batch_size, input_px=labeller.images.teacher_px)
     with ExitStack() as stack:
+        files = world.main_first(open_files)
         run_pass(
             labeller.runtime,
             labeller.teacher.net,
             loader,
             kept,
-            world.main_first(open_files),
+            files,
             columns,
             views=group,
             progress=progress,
             moved=lambda rows: moved(rows * len(group)),
             least_images=images if labeller.runtime.compile else 0,
         )
+        if not world.is_main:
+            return {}
+        names = [name for v in group for name, _, _ in view_files(form, v)]
+        return {f"views/{name}": file.stamp for name, file in zip(names, chain(*files), strict=True)}

@@ -1,17 +1,20 @@
 """Checks of logits before training on them: accuracy at chance level, permuted classes, values that are not logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastkd import console
+from fastkd.artifacts import release_pages
 from fastkd.kernels import agreement, chance_limits
 
 COMPARED_ROWS = 1 << 17
 """Number of evenly spread rows whose predicted classes are compared with the labels."""
 EXAMINED_ROWS = 2048
 """Number of evenly spread rows whose values are examined."""
+ROWS_AT_ONCE = 256
+"""Number of spread rows that are read at once, to bound memory."""
 SHOWN = 5
 NEAR_ONE = 1e-2  # of a row's sum: float16 keeps three digits
 
@@ -19,7 +22,7 @@ NEAR_ONE = 1e-2  # of a row's sum: float16 keeps three digits
 def judge_logits(
     logits_NK: np.ndarray,
     labels_N: np.ndarray,
-    top1: float,
+    correct_N: np.ndarray,
     stage: str,
     whose: str,
     class_names: Sequence[str] | None = None,
@@ -32,8 +35,8 @@ def judge_logits(
     logits_NK : floating point [N, K]
         May be a memory map. Finite.
     labels_N : int64 [N]
-    top1 : float
-        Top-1 accuracy over all rows.
+    correct_N : bool [N]
+        Whether the first largest logit of a row belongs to its label.
     stage
         Name of the stage, for warnings.
     whose
@@ -44,11 +47,13 @@ def judge_logits(
     Returns
     -------
     dict
-        `chance`, the top-1 of always predicting the most frequent class; `at_chance`, whether `top1` is not
-        significantly higher; `moved_classes`, how many classes are predicted as another one.
+        `chance`, the top-1 of always predicting the most frequent class; `at_chance`, whether the top-1 is
+        not significantly higher; `moved_classes`, how many classes are predicted as another one.
     """
     N, K = logits_NK.shape
-    warn_of_form(_rows(logits_NK, EXAMINED_ROWS), stage, whose)
+    top1 = float(correct_N.mean())
+    examined_R = np.arange(0, N, max(1, -(-N // EXAMINED_ROWS)))
+    warn_of_form(np.concatenate(list(_chunks(logits_NK, examined_R))), stage, whose)
     chance, limit = chance_limits(labels_N, K)
     at_chance = top1 <= limit
     if at_chance:
@@ -57,17 +62,24 @@ def judge_logits(
             f"{chance:.2%} ({limit:.2%} would be significant for {N:,} samples of {K:,} classes). A student learns "
             f"nothing from it. Check {suspects}"
         )
-    moved = _warn_of_other_order(logits_NK, labels_N, stage, whose, class_names)
+    moved = _warn_of_other_order(logits_NK, labels_N, correct_N, stage, whose, class_names)
     return {"chance": chance, "at_chance": at_chance, "moved_classes": moved}
 
 
 def _warn_of_other_order(
-    logits_NK: np.ndarray, labels_N: np.ndarray, stage: str, whose: str, class_names: Sequence[str] | None
+    logits_NK: np.ndarray,
+    labels_N: np.ndarray,
+    correct_N: np.ndarray,
+    stage: str,
+    whose: str,
+    class_names: Sequence[str] | None,
 ) -> int:
     """Warn if the classes of the logits are in another order than the labels; return the number of moved classes."""
     N, K = logits_NK.shape
-    rows = slice(None, None, max(1, -(-N // COMPARED_ROWS)))
-    predicted_R, y_R = _top_classes(logits_NK[rows]), labels_N[rows]
+    rows = np.arange(0, N, max(1, -(-N // COMPARED_ROWS)))
+    predicted_R, y_R = labels_N[rows], labels_N[rows]
+    wrong_R = ~correct_N[rows]
+    predicted_R[wrong_R] = _top_classes(logits_NK, rows[wrong_R])
     found = agreement(predicted_R, y_R, K)
     moved = found.moved if len(found.moved) > 1 else found.moved[:0]  # an exchange involves at least two
     if len(moved):
@@ -103,10 +115,13 @@ def warn_of_form(z_RK: np.ndarray, stage: str, whose: str) -> None:
         )
 
 
-def _rows(z_NK: np.ndarray, count: int) -> np.ndarray:
-    return np.asarray(z_NK[:: max(1, -(-len(z_NK) // count))])
+def _chunks(z_NK: np.ndarray, rows_R: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield copies of some rows, a few at a time: reading a page also maps the pages around it."""
+    for at in range(0, max(1, len(rows_R)), ROWS_AT_ONCE):
+        yield np.asarray(z_NK[rows_R[at : at + ROWS_AT_ONCE]])
+        release_pages(z_NK)
 
 
-def _top_classes(z_RK: np.ndarray, chunk: int = 8192) -> np.ndarray:
-    parts = [np.asarray(z_RK[at : at + chunk], np.float32).argmax(axis=1) for at in range(0, len(z_RK), chunk)]
-    return np.concatenate(parts)
+def _top_classes(z_NK: np.ndarray, rows_R: np.ndarray) -> np.ndarray:
+    """Return the first largest class of some rows (int64 [R])."""
+    return np.concatenate([z_nK.astype(np.float32).argmax(axis=1) for z_nK in _chunks(z_NK, rows_R)])

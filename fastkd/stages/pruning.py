@@ -1,25 +1,24 @@
 """prune: select the samples to keep, and reshape their logits → SUBSET."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 from rich.markup import escape
 from rich.table import Table
 
 from fastkd import artifacts, console
-from fastkd.artifacts import Artifact, Built, file_digest, open_array
+from fastkd.artifacts import Artifact, Built, FileStamp, file_digest, open_array, release_pages
 from fastkd.errors import InputError
-from fastkd.kernels import (
-    class_std,
-    reshape_rows,
-)
+from fastkd.kernels import Scores, class_std, reshape_to_half
 from fastkd.recipe import Labels, Prune, Recipe, model_name
 from fastkd.recipe.tables import METHODS
 from fastkd.stages.logit_checks import judge_logits
-from fastkd.stages.resumable import RowFile, check_float16, full_disk_explained
-from fastkd.stages.row_scores import CHUNK_ROWS, score_chunks
+from fastkd.stages.resumable import RowFile, full_disk_explained, refuse_beyond_float16
+from fastkd.stages.row_scores import chunk_rows, score_chunks
 from fastkd.stages.selection import Pool, difficulty, keeps_none, select
 from fastkd.stages.store import ArtifactStore
 from fastkd.stages.stratified import loss_weights
@@ -189,23 +188,33 @@ def prune_arrays(
             f"{labels}: label {y_N[wrong[0]]} at row {wrong[0]} is out of range 0 … {z_NK.shape[1] - 1}: "
             f"{logits.name} has {z_NK.shape[1]} classes; {len(wrong)} such rows"
         )
+    if out.exists() and not (out / artifacts.MANIFEST).exists():
+        raise InputError(f"--out {out}: something else is there already; choose a new directory")
     y_N = y_N.astype(np.int64)
     rows = Labels(reshape=reshape)
     candidates = Candidates(z_NK, y_N, np.arange(len(y_N)), file=logits.name)
+    start = time.perf_counter()
+    if out.exists() and not force:  # probably nothing to do
+        digest, scores = file_digest(logits), None
+    else:
+        digest, scores = _digest_and_score(logits, z_NK, y_N)
+    earlier_s = time.perf_counter() - start
     inputs = {
-        "logits": file_digest(logits),
+        "logits": digest,
         "labels": file_digest(labels),
         **rows.reshape_fields(),
         **selection_key_fields(settings),
     }
-    if out.exists() and not (out / artifacts.MANIFEST).exists():
-        raise InputError(f"--out {out}: something else is there already; choose a new directory")
+
+    def fill(directory: Path) -> Built:
+        return replace(_fill(directory, candidates, settings, rows, scores), earlier_s=earlier_s)
+
     with full_disk_explained(out.parent, _STARTS_OVER, setting="--out"):
         return artifacts.build(
             out,
             "SUBSET",
             inputs,
-            lambda directory: _fill(directory, candidates, settings, rows),
+            fill,
             settings={"logits": str(logits), "labels": str(labels)},
             force=force,
         )
@@ -217,14 +226,29 @@ def selection_key_fields(settings: Prune) -> dict[str, Any]:
     return settings.key_fields() | listed
 
 
-def _fill(directory: Path, candidates: Candidates, settings: Prune, labels: Labels) -> Built:
+def _digest_and_score(file: Path, z_NK: np.ndarray, y_N: np.ndarray) -> tuple[str, Scores]:
+    """Return the checksum of a file of logits, which is mapped as `z_NK`, and their scores, reading it once."""
+    if not z_NK.flags.c_contiguous or not isinstance(z_NK, np.memmap):
+        return file_digest(file), score_chunks(z_NK, y_N, file.name)
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        digest.update(stream.read(z_NK.offset))
+        scores = score_chunks(z_NK, y_N, file.name, each=lambda rows: digest.update(rows.view(np.uint8)))
+        stream.seek(z_NK.offset + z_NK.nbytes)
+        digest.update(stream.read())
+    return digest.hexdigest(), scores
+
+
+def _fill(
+    directory: Path, candidates: Candidates, settings: Prune, labels: Labels, scores: Scores | None = None
+) -> Built:
     """Select among the candidates and write the arrays of a SUBSET."""
     z_NK, y_N, train_ids, K = candidates.logits, candidates.labels, candidates.train_ids, candidates.num_classes
-    scores = score_chunks(z_NK, y_N, candidates.file)
+    if scores is None:
+        scores = score_chunks(z_NK, y_N, candidates.file)
     if candidates.file is not None:
-        top1 = float(scores.correct.mean())
         suspects = "the order of its rows and of its classes, and that the labels are of the same samples"
-        judge_logits(z_NK, y_N, top1, "prune", candidates.file, candidates.class_names, suspects)
+        judge_logits(z_NK, y_N, scores.correct, "prune", candidates.file, candidates.class_names, suspects)
     y_T = y_N[train_ids]
     count_K = np.bincount(y_T, minlength=K)
     if not count_K.all():
@@ -239,7 +263,7 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, labels: Labe
         raise keeps_none(settings, len(train_ids))
     # With σ of the row itself, reshaping only removes its mean.
     sigma_N, strength = (sigma_K[y_N], labels.reshape_strength) if labels.reshape else (scores.std, 1.0)
-    flat = _write_logits(directory / "logits.npy", z_NK, kept, sigma_N, strength)
+    flat, stamp = _write_logits(directory / "logits.npy", z_NK, kept, sigma_N, strength)
     np.save(directory / "indices.npy", kept)
     np.save(directory / "class_std.npy", sigma_K)
     np.save(directory / "difficulty.npy", difficulty_N)
@@ -261,20 +285,33 @@ def _fill(directory: Path, candidates: Candidates, settings: Prune, labels: Labe
     correct = [np.bincount(y_N[ids], weights=scores.correct[ids], minlength=K) for ids in (train_ids, kept)]
     accuracy_2K = np.stack([correct[0] / count_K, correct[1] / np.maximum(facts["class_counts"], 1)])
     _print_selection(candidates, settings, facts, sigma_K, count_K, accuracy_2K)
-    return Built(facts=facts)
+    return Built(facts=facts, stamps={"logits.npy": stamp})
 
 
-def _write_logits(file: Path, logits_NK: np.ndarray, kept: np.ndarray, sigma_N: np.ndarray, strength: float) -> int:
-    """Write the reshaped logits of the kept samples; return how many rows have no spread."""
-    flat = 0
+def _write_logits(
+    file: Path, logits_NK: np.ndarray, kept: np.ndarray, sigma_N: np.ndarray, strength: float
+) -> tuple[int, FileStamp]:
+    """Write the reshaped logits of the kept samples, in the order of the file.
+
+    Returns
+    -------
+    flat
+        Number of rows that have no spread.
+    stamp
+        Checksum and size of the file.
+    """
+    flat, step = 0, chunk_rows(logits_NK)
+    direct = logits_NK.flags.c_contiguous and logits_NK.dtype in (np.float16, np.float32)
     with RowFile(file, "<f2", len(kept), logits_NK.shape[1]) as stored:
-        for start in range(0, len(kept), CHUNK_ROWS):
-            ids = kept[start : start + CHUNK_ROWS]
-            out, flat_rows = reshape_rows(np.ascontiguousarray(logits_NK[ids], np.float32), sigma_N[ids], strength)
-            flat += flat_rows
-            check_float16(out)
+        for start in range(0, len(kept), step):
+            ids = kept[start : start + step]
+            source, rows = (logits_NK, ids) if direct else (logits_NK[ids].astype(np.float32), np.arange(len(ids)))
+            out, flat_rows, largest = reshape_to_half(source, rows, sigma_N[ids], strength)
+            release_pages(logits_NK)
+            refuse_beyond_float16(largest)
             stored.append(out)
-    return flat
+            flat += flat_rows
+        return flat, stored.stamp
 
 
 def _print_selection(

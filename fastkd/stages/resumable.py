@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from fastkd.artifacts import Artifact, fsync, write_whole
+from fastkd.artifacts import Artifact, FileStamp, fsync, write_whole
 from fastkd.errors import FULL, FastkdError, InputError
 
 _FLOAT16_MAX = float(np.finfo(np.float16).max)
@@ -47,8 +47,7 @@ class RowFile:
     ) -> None:
         self.dtype = np.dtype(dtype)
         self.done = done
-        self._row_bytes = self.dtype.itemsize * width
-        self._digest, self._digested = xxhash.xxh3_128(), 0
+        self._count, self._row_bytes = count, self.dtype.itemsize * width
         if not done and not begun:
             path.unlink(missing_ok=True)  # it may be a hard link to a file that must not change
         self._stream = path.open("r+b" if done or begun else "w+b")
@@ -60,28 +59,44 @@ class RowFile:
         if not done and not begun:
             self._stream.truncate(self._first + count * self._row_bytes)
         self._path = path
+        with path.open("rb") as stored:
+            self._digests = xxhash.xxh3_128(), xxhash.xxh3_128(stored.read(self._first))  # of the rows, of the file
+        self._digested = 0
 
     @property
     def digest(self) -> str:
-        """The xxh3-128 (hex) of the rows that are done, read back from the file."""
+        """The xxh3-128 (hex) of the rows that are done; rows that this process has not written in order are read."""
         self._stream.flush()
-        left = self.done * self._row_bytes - self._digested
         with self._path.open("rb") as rows:  # reopening makes NFS return what other machines have written
-            while left:
+            while (left := self.done * self._row_bytes - self._digested) > 0:
                 block = os.pread(rows.fileno(), min(left, _READ_BYTES), self._first + self._digested)
                 if not block:  # too short: the digest will differ
                     break
-                self._digest.update(block)
-                self._digested += len(block)
-                left -= len(block)
-        return self._digest.hexdigest()
+                self._add_to_digests(block)
+        return self._digests[0].hexdigest()
+
+    @property
+    def stamp(self) -> FileStamp:
+        """Checksum and size of the file, once all rows are done, for the manifest."""
+        _, size = self.digest, self._first + self._digested
+        if self.done != self._count or self._path.stat().st_size != size:
+            raise FastkdError(f"{self._path}: {self.done} of {self._count} rows written; {size} bytes expected")
+        return FileStamp(xxh3_128=self._digests[1].hexdigest(), size=size)
+
+    def _add_to_digests(self, block: bytes | memoryview) -> None:
+        for digest in self._digests:
+            digest.update(block)
+        self._digested += len(block)
 
     def put(self, first: int, rows: np.ndarray) -> None:
         """Write rows [n, width] starting at row `first`, converted to the dtype of the file."""
         at = self._first + first * self._row_bytes
         if self._stream.tell() != at:
             self._stream.seek(at)
-        self._stream.write(np.ascontiguousarray(rows, self.dtype).data)
+        written = np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data
+        self._stream.write(written)
+        if first * self._row_bytes == self._digested:  # the checksums need no second read
+            self._add_to_digests(written)
 
     def append(self, rows: np.ndarray) -> None:
         """Write rows after the last one."""
@@ -147,7 +162,12 @@ class Progress:
 
 def check_float16(rows: np.ndarray) -> None:
     """Refuse reshaped logits that exceed float16."""
-    if (largest := np.abs(rows).max()) > _FLOAT16_MAX:
+    refuse_beyond_float16(float(np.abs(rows).max()))
+
+
+def refuse_beyond_float16(largest: float) -> None:
+    """Refuse reshaped logits of this largest absolute value, if it exceeds float16."""
+    if largest > _FLOAT16_MAX:
         raise InputError(f"reshaped logits reach {largest:.3g}, more than float16 can hold; check the teacher")
 
 

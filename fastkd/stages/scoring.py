@@ -110,9 +110,11 @@ def _fill(
             progress=progress,
             moved=lambda rows: update(rows, ""),
         )
+        stamps = {file.name: rows.stamp} if world.is_main else {}
     if not world.is_main:
         return Built()
-    return Built(facts=_finish(directory, loader.labels(), progress, teacher, classes), earlier_s=earlier_s)
+    facts = _finish(directory, loader.labels(), progress, teacher, classes)
+    return Built(facts=facts, earlier_s=earlier_s, stamps=stamps)
 
 
 def _rows_to_keep(file: Path, dtype: np.dtype, count: int, K: int, progress: Progress, precision: str) -> int:
@@ -134,12 +136,13 @@ def _finish(
     np.save(directory / "labels.npy", labels_N)
     try:
         logits_NK = np.load(directory / "logits.npy", mmap_mode="r")
-        top1 = float(score_chunks(logits_NK, labels_N).correct.mean())
+        correct_N = score_chunks(logits_NK, labels_N).correct
     except InputError:  # logits that are not finite: resuming would not help
         progress.file.unlink(missing_ok=True)
         shutil.rmtree(directory)
         raise
+    top1 = float(correct_N.mean())
     console.say(f"score: the teacher's top-1 on train is {top1:.2%}")
-    judged = judge_logits(logits_NK, labels_N, top1, "score", "the teacher", classes)
+    judged = judge_logits(logits_NK, labels_N, correct_N, "score", "the teacher", classes)
     model = teacher.key_fields["model"]
     return {"model": model, "top1": top1, "count": len(labels_N), "classes": len(classes), **judged}

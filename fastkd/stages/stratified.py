@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from fastkd.artifacts import release_pages
 from fastkd.errors import InputError
 from fastkd.kernels import (
     SystematicSample,
@@ -51,7 +52,9 @@ def logit_points(logits_RK: np.ndarray, rows_N: np.ndarray, draw_N: np.ndarray) 
 
 
 def _standardised(logits_RK: np.ndarray, rows_n: np.ndarray) -> np.ndarray:
-    return reshape_rows(np.ascontiguousarray(logits_RK[rows_n], np.float32), np.ones(len(rows_n)))[0]
+    z_nK = np.ascontiguousarray(logits_RK[rows_n], np.float32)
+    release_pages(logits_RK)
+    return reshape_rows(z_nK, np.ones(len(rows_n)))[0]
 
 
 def serpentine_order(difficulty_N: np.ndarray, cell_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.ndarray:

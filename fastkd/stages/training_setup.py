@@ -267,8 +267,7 @@ def _judge_live_teacher(images: ImageSource, teacher: LoadedTeacher, runtime: Ru
     found = [(one.logits.copy(), one.labels.copy()) for one in predict(runtime, net, batches)]
     z_RK, y_R = (np.concatenate(column) for column in zip(*found, strict=True))
     if np.isfinite(z_RK).all():  # otherwise the loss check reports it, or a class is masked
-        top1 = float((z_RK.argmax(axis=1) == y_R).mean())
-        judge_logits(z_RK, y_R, top1, "train", "the live teacher", images.classes)
+        judge_logits(z_RK, y_R, z_RK.argmax(axis=1) == y_R, "train", "the live teacher", images.classes)
 
 
 def build_training_setup(

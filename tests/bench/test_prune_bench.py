@@ -6,6 +6,7 @@ import pytest
 
 from fastkd.bench import __main__ as bench
 from fastkd.bench import prune as benchmark
+from fastkd.bench import prune_command
 from fastkd.bench import prune_contenders as contenders
 from fastkd.bench.prune import SCORING
 from fastkd.bench.prune_contenders import FLOOR, OURS, TORCH, make_data
@@ -41,6 +42,12 @@ def test_every_line_is_measured_and_written(data, tmp_path, command, monkeypatch
     assert [(line["samples"], line["classes"]) for line in report["growth"]] == [
         (100, 10), (200, 10), (400, 10), (800, 5),
     ]  # fmt: skip
+    whole = report["command"]
+    assert 0 < whole["start_s"]["least"] <= whole["seconds"]["most"] * 2
+    assert whole["anonymous_bytes"] < whole["rss_bytes"] < 1 << 30
+    expected = whole["seconds"]["median"] / (whole["pass_s"] + whole["copy_s"]["median"])
+    assert whole["over_pass_and_copy"] == pytest.approx(expected)
+    assert "command / (pass + copy)" in text
     assert report["machine"]["cores"] >= 1
     assert "reference loop (extrapolated)" in text
     assert "machine:" in text
@@ -92,6 +99,27 @@ def test_invalid_options_and_too_little_disk_space_are_errors(tmp_path, command)
     assert code == 2
     assert "MB are free; choose fewer --samples, or another folder with --data" in text
     assert not list(tmp_path.glob("*logits*"))
+
+
+def test_the_command_needs_a_sample_of_each_class(tmp_path):
+    with pytest.raises(InputError, match=r"--samples 4 --classes 50: \d+ classes get no sample"):
+        benchmark.measure(tmp_path, samples=4, classes=50)
+
+
+def test_a_failed_command_is_an_error(data):
+    logits, _ = make_data(data, 300, 8, "float16")
+    with pytest.raises(FastkdError, match=r"fastkd\.prune ended with code 2: .*none\.npy: no such file"):
+        prune_command.measure_command(logits, data / "none.npy", 1, 1.0)
+
+
+def test_the_copy_holds_the_rows_that_are_kept(data, monkeypatch):
+    logits, _ = make_data(data, 300, 8, "float16")
+    monkeypatch.setattr(prune_command, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(Path, "unlink", lambda path: None)
+    kept = np.arange(1, 300, 3)
+    assert prune_command.copy_rows(logits, kept, data / "copy") > 0
+    found = np.fromfile(data / "copy", np.float16).reshape(-1, 8)
+    np.testing.assert_array_equal(found, np.load(logits)[kept])
 
 
 def test_a_process_that_ends_is_an_error(tmp_path):

@@ -11,6 +11,7 @@ from fastkd.kernels import (
     hash64,
     proportional_quotas,
     reshape_rows,
+    reshape_to_half,
     score_logits,
     select_ranks,
     uniform_quotas,
@@ -103,15 +104,46 @@ def test_a_window_beyond_its_class_is_refused():
         select_ranks(np.zeros(4), np.zeros(4, np.int64), np.array([2]), np.array([3]))
 
 
-def test_reshaping_without_jit_gives_the_same():
+def test_reshaping_without_jit_gives_the_same(monkeypatch):
     from fastkd.kernels import reshape
 
     z_NK, y_N = case("balanced")
-    z_NK, std_N = z_NK[:20], score_logits(z_NK[:20], y_N[:20]).std
-    out, flat = np.empty_like(z_NK), np.empty(20, bool)
-    for strength in (1.0, 0.5):
-        reshape._reshape_rows.py_func(z_NK, 2 * std_N, strength, out, flat)
-        np.testing.assert_allclose(reshape_rows(z_NK, 2 * std_N, strength)[0], out, atol=1e-5)
+    z_NK, std_N = z_NK[:21], score_logits(z_NK[:21], y_N[:21]).std
+    half_NK, rows, strengths = z_NK.astype(np.float16), np.arange(20, 2, -1), (1.0, 0.5)
+    jitted = [reshape_rows(z_NK, 2 * std_N, s)[0] for s in strengths]
+    jitted_half = [reshape_to_half(half_NK, rows, 2 * std_N[rows], s)[0] for s in strengths]
+    for name in ("_reshape", "_moments", "_load", "_scale_row", "from_half", "to_half"):
+        monkeypatch.setattr(reshape, name, getattr(reshape, name).py_func)
+    for s, single, half in zip(strengths, jitted, jitted_half, strict=True):
+        np.testing.assert_allclose(reshape_rows(z_NK, 2 * std_N, s)[0], single, atol=1e-5)
+        np.testing.assert_allclose(reshape_to_half(half_NK, rows, 2 * std_N[rows], s)[0], half, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("K", [2, 37])
+def test_gathered_rows_are_rounded_to_float16_as_numpy_does(dtype, K):
+    rng = np.random.default_rng(K)
+    z_NK = (rng.normal(size=(90, K)) * 10 ** rng.uniform(-3, 3, (90, 1))).astype(dtype)
+    z_NK[3] = 1.5
+    rows = np.sort(rng.permutation(90)[:41])
+    sigma_M = 10 ** rng.uniform(-6, 3, 41)
+    expected, flat = reshape_rows(z_NK[rows].astype(np.float32), sigma_M)
+    out, flat_rows, largest = reshape_to_half(z_NK, rows, sigma_M)
+    np.testing.assert_array_equal(out.view(np.uint16), expected.astype(np.float16).view(np.uint16))
+    assert (flat_rows, largest) == (flat, np.abs(expected).max())
+
+
+def test_rounding_to_float16_is_numpys_for_ties_and_subnormal_numbers():
+    from fastkd.kernels.halves import from_half, to_half
+
+    half = np.arange(0, 0x7BFF, 61, dtype=np.uint16).view(np.float16).astype(np.float32)
+    after = np.arange(1, 0x7C00, 61, dtype=np.uint16)[: len(half)].view(np.float16).astype(np.float32)
+    middle = (half + after) / 2  # exact, a tie
+    z = np.concatenate([half, middle, np.nextafter(middle, 0), np.nextafter(middle, after), [65504]])
+    z = np.concatenate([z, -z]).astype(np.float32)
+    found = np.array([to_half(one) for one in z], np.int16)
+    np.testing.assert_array_equal(found, z.astype(np.float16).view(np.int16))
+    np.testing.assert_array_equal([from_half(one) for one in found], found.view(np.float16).astype(np.float32))
 
 
 @given(st.integers(0, 2**32), st.integers(2, 20), st.floats(0, 1))

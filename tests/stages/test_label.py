@@ -66,6 +66,8 @@ def test_labels_are_what_the_design_says(labelled):
         live = live_rows(pipe, v)
         assert (np.abs(rows - live) <= allowed(live)).all()
     assert not np.array_equal(labels.array("views/v0000.npy"), labels.array("views/v0001.npy"))
+    for artifact in (labels, pipe.subset, pipe.scores):  # checksums are taken while writing
+        artifacts.verify(artifact)
     assert labels.facts["bytes"] == 3 * 75 * 3 * 2
     assert labels.cost_s > 0
 

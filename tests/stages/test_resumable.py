@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from fastkd.artifacts import file_digest
 from fastkd.errors import FastkdError
 from fastkd.stages.resumable import RowFile, full_disk_explained, need_space
 
@@ -27,6 +28,33 @@ def test_a_file_is_gone_on_with_after_rows_that_stay(tmp_path):
         assert file.digest == digest
         file.append(rows[4:])
     np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), rows)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
+def test_the_stamp_of_a_file_is_its_checksum(tmp_path, order):
+    rows = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
+    path = tmp_path / "a.npy"
+    with RowFile(path, "<f2", 11, 3) as file:
+        for at in order:  # out of order, as other processes would write
+            file.put(3 * at, rows[3 * at : 3 * at + 3])
+        file.done = 11
+        stamp = file.stamp
+    assert (stamp.xxh3_128, stamp.size) == (file_digest(path), path.stat().st_size)
+
+
+def test_rows_written_in_order_are_not_read_back_for_the_stamp(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.pread", lambda *args: pytest.fail("the file was read"))
+    with RowFile(tmp_path / "a.npy", "<f4", 10, 3) as file:
+        file.append(np.ones((4, 3)))
+        file.append(np.zeros((6, 3)))
+        assert file.stamp.xxh3_128 == file_digest(tmp_path / "a.npy")
+
+
+def test_an_unfinished_file_has_no_stamp(tmp_path):
+    with RowFile(tmp_path / "a.npy", "<f4", 10, 3) as file:
+        file.append(np.ones((4, 3)))
+        with pytest.raises(FastkdError, match="4 of 10 rows written"):
+            _ = file.stamp
 
 
 def test_beginning_anew_leaves_what_has_the_same_inode_alone(tmp_path):
