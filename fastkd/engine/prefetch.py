@@ -97,9 +97,12 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _one_ahead(batches: Iterator[DeviceBatch], device: torch.device) -> Iterator[DeviceBatch]:
-    """Copy each batch while the device processes the previous one (CUDA only)."""
+    """Copy each batch while the device processes the previous one (CUDA only), unless it is on the device already."""
     sender, ahead = _Sender(device), None
     for batch in batches:
+        if batch.images.device == device:
+            yield batch
+            continue
         sent = sender.send(batch)
         if ahead is not None:
             yield ahead

@@ -335,6 +335,7 @@ class CudaStandIn(TorchFunctionMode):
             "stream": self.stream,
             "current_stream": self.current_stream,
             "synchronize": self.synchronize,
+            "mem_get_info": lambda device=None: (self.card.memory - self.live_bytes(), self.card.memory),
             "memory_allocated": lambda device=None: self.live_bytes(),
             "max_memory_allocated": lambda device=None: max(self.peak_bytes, self.live_bytes()),
             "get_rng_state": lambda device="cuda": self.rng_states[index(device)].clone(),
