@@ -100,11 +100,11 @@ class ResidentLoader:
             images_BHWC = self._gather(positions_B, None if rows is None else rows[batch])
             yield Batch(
                 images_BHWC.permute(0, 3, 1, 2),
-                self._labels_M[positions_B],
+                self._labels_M.index_select(0, positions_B),
                 sample_ids[batch],
                 min(self.batch_size, count - start),
                 tuple(
-                    _as_stored(column[stored_rows[batch]], array.dtype)
+                    _as_stored(column.index_select(0, stored_rows[batch]), array.dtype)
                     for column, array in zip(columns, stored.arrays if stored else (), strict=True)
                 ),
             )
@@ -121,7 +121,7 @@ class ResidentLoader:
         """Return the images of a batch in their views (uint8 [B, H, W, 3])."""
         images_MHWC = self._images_MHWC
         if rows_BP is None:
-            return images_MHWC[positions_B]
+            return images_MHWC.index_select(0, positions_B)
         if self.device.type == "cuda":
             return self._cut(images_MHWC, positions_B, rows_BP, self._cover_C)
         out_BHWC = torch.empty((len(positions_B), *images_MHWC.shape[1:]), dtype=torch.uint8)

@@ -207,7 +207,7 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
         console.say(f"label: resuming: {total - left:,} of {total:,} rows exist")
     if world.is_main:  # before other processes write
         need_space(directory, left * per_row, f"labelling {left:,} rows")
-    _label_all(labeller, folder, progress, wanted)
+    first_batch_s = _label_all(labeller, folder, progress, wanted)
     if not world.is_main:
         return Built()
     expected = {name for v in range(views) for name, _, _ in view_files(labeller.form, v)}
@@ -223,6 +223,7 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
         "topk": labeller.settings.topk,
         "row_bytes": per_row,
         "bytes": views * len(kept) * per_row,
+        "first_batch_s": round(first_batch_s + (existing.facts.get("first_batch_s", 0.0) if existing else 0.0), 3),
         "each": each + [{name: progress.views[v][name] for name in ("precision", "cost_s")} for v in wanted],
     }
     return Built(facts=facts, earlier_s=earlier_s + (existing.cost_s if existing else 0.0), stamps=stamps)
@@ -268,23 +269,30 @@ def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int)
     return True
 
 
-def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]) -> None:
-    """Run the teacher over the views that are not complete, several in one pass."""
+def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]) -> float:
+    """Run the teacher over the incomplete views, several in one pass; return the seconds of the first batches."""
     count = len(labeller.sample_ids)
     missing = [v for v in wanted if progress.rows(v) < count]
-    left = sum(count - progress.rows(v) for v in wanted)
+    left, first_batches_s = sum(count - progress.rows(v) for v in wanted), 0.0
     with console.progress("label", left) as update:
         while missing:
             group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]
             done = left - sum(count - progress.rows(v) for v in wanted)
-            _label(labeller, folder, progress, group, lambda rows, done=done: update(done + rows, ""))  # type: ignore[misc]
+            first_batches_s += _label(
+                labeller,
+                folder,
+                progress,
+                group,
+                lambda rows, done=done: update(done + rows, ""),  # type: ignore[misc]
+            )
             missing = [v for v in missing if v not in group]
+    return first_batches_s
 
 
 def _label(
     labeller: Labeller, folder: Path, progress: Progress, group: list[int], moved: Callable[[int], None]
-) -> None:
-    """Run the teacher over several views at once, from the row up to which all of them are complete."""
+) -> float:
+    """Run the teacher over several views at once, from the row up to which all are complete; see `run_pass`."""
     kept, settings, form = labeller.sample_ids, labeller.settings, labeller.form
     world, start = current(), progress.rows(group[0])
 
@@ -304,7 +312,7 @@ def _label(
     batch_size = max(1, settings.batch_size // len(group))
     loader = labeller.images.loader("train", batch_size, input_px=labeller.images.teacher_px)
     with ExitStack() as stack:
-        run_pass(
+        return run_pass(
             labeller.runtime,
             labeller.teacher.net,
             loader,

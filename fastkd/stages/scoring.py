@@ -99,7 +99,7 @@ def _fill(
         lambda: RowFile(file if world.is_main else seen(file), dtype, count, K, done=done, begun=not world.is_main)
     )
     with opened as rows, console.progress("score", count - done) as update:
-        run_pass(
+        first_batch_s = run_pass(
             runtime,
             teacher.net,
             loader,
@@ -112,7 +112,8 @@ def _fill(
         )
     if not world.is_main:
         return Built()
-    return Built(facts=_finish(directory, loader.labels(), progress, teacher, classes), earlier_s=earlier_s)
+    facts = _finish(directory, loader.labels(), progress, teacher, classes) | {"first_batch_s": round(first_batch_s, 3)}
+    return Built(facts=facts, earlier_s=earlier_s)
 
 
 def _rows_to_keep(file: Path, dtype: np.dtype, count: int, K: int, progress: Progress, precision: str) -> int:
