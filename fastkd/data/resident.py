@@ -89,10 +89,9 @@ class ResidentLoader:
         """Yield batches of padded samples, `count` of which are real."""
         positions = self._on_device(_positions(self.sample_ids, ids))
         rows = None if view is None else self._draw(ids, view)
-        columns, stored_rows = [], positions
-        if stored is not None:
-            columns = [self._on_device(_gatherable(array)) for array in stored.arrays]
-            stored_rows = self._on_device(stored.rows_of(ids))
+        arrays = () if stored is None else stored.arrays
+        columns = [self._on_device(_gatherable(array)) for array in arrays]
+        stored_rows = positions if stored is None else self._on_device(stored.rows_of(ids))
         sample_ids = self._on_device(ids)
         for start in range(0, len(ids), self.batch_size):
             batch = slice(start, start + self.batch_size)
@@ -105,7 +104,7 @@ class ResidentLoader:
                 min(self.batch_size, count - start),
                 tuple(
                     _as_stored(column.index_select(0, stored_rows[batch]), array.dtype)
-                    for column, array in zip(columns, stored.arrays if stored else (), strict=True)
+                    for column, array in zip(columns, arrays, strict=True)
                 ),
             )
 
