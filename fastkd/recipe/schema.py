@@ -81,7 +81,7 @@ class Recipe(Section):
                 f"`train.progressive_px`: at most {MAX_SIZES} sizes, since the student is compiled for each"
             )
         if self.data.resident is True and (reason := self.not_resident):
-            raise ValueError(f"`data.resident` true keeps each image at one size, but {reason}; leave it out")
+            raise ValueError(f"`data.resident` true keeps each image at one size, but {reason}; give auto or false")
         if self.train.eval_every_epochs and not self.data.holdout_ratio:
             raise ValueError("`train.eval_every_epochs` evaluates the hold-out and needs `data.holdout_ratio` above 0")
         return self
