@@ -130,9 +130,11 @@ class Pipeline:
     def note(self, stage: str, artifact: Artifact, built: bool, *, share: float = 1.0) -> Artifact:
         """Charge a stage with the cost of its artifact, or a share of it, and print whether it was built or reused."""
         self.used[stage] = artifact
-        self.costs[stage] = Cost(share * artifact.cost_s, reused=not built)
+        first_batch_s = artifact.facts.get("first_batch_s", 0.0)
+        self.costs[stage] = Cost(share * artifact.cost_s, not built, share * first_batch_s)
         if built:
-            console.say(f"{stage}: built {artifact.path} ({artifact.cost_s:.1f} s)")
+            compiling = f", of which {first_batch_s:.1f} s to the end of the first batch" if first_batch_s else ""
+            console.say(f"{stage}: built {artifact.path} ({artifact.cost_s:.1f} s{compiling})")
         elif artifact.path not in _announced:
             console.say(f"{stage}: reused {artifact.path} ({artifact.cost_s:.1f} s when it was built)")
         _announced.add(artifact.path)

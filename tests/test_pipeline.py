@@ -49,6 +49,9 @@ def test_the_whole_way_leaves_a_run_that_tells_its_story(tiny_recipe, tiny):
     names = [s["stage"] for s in timing["stages"]]
     assert names == ["write", "score", "prune", "setup", "compile", "train", "evaluate"]
     seconds = {s["stage"]: s["seconds"] for s in timing["stages"]}
+    compiled = {s["stage"]: s["first_batch_s"] for s in timing["stages"] if "first_batch_s" in s}
+    assert compiled.keys() == {"score"}
+    assert 0 < compiled["score"] < seconds["score"]
     own = sum(seconds[n] for n in ("setup", "compile", "train", "evaluate"))
     assert timing["further_student_s"] == pytest.approx(own)
     assert timing["first_student_s"] == pytest.approx(sum(seconds.values()))

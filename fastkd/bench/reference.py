@@ -119,7 +119,6 @@ class Reference:
         recipe = pipeline.recipe
         self.pipeline, self.folder = pipeline, folder
         setup = prepare(pipeline.training_inputs)
-        loader = setup.loader
         self.device = pipeline.runtime.device
         self.student = setup.student.net
         self.teacher = cast(models.Normalised, pipeline.teacher.net).net
@@ -131,12 +130,12 @@ class Reference:
             weight_decay=recipe.optim.weight_decay,
         )
         ids = pipeline.images.train_ids
-        self.steps_per_epoch = loader.full_batches(len(ids))
+        self.steps_per_epoch = setup.steps_of(len(ids))
         self.images_per_epoch = self.steps_per_epoch * recipe.train.batch_size
         chosen = ids[epoch_order(len(ids), recipe.seed, 0)[:most_images]]
         export_images(pipeline.dataset, "train", chosen, folder / "train")
 
-        hw, view = loader.image_hw, recipe.data.view
+        hw, view = setup.loader.image_hw, recipe.data.view
         ratio = pipeline.images.crop_ratio  # None: images are stored at the network's input size
         self._resize = [] if ratio is None else [transforms.Resize(round(min(hw) / ratio)), transforms.CenterCrop(hw)]
         before = [] if view.family == "random_resized_crop_flip" else self._resize

@@ -105,20 +105,28 @@ class Workbench:
             raise InputError("there is no single teacher to time: give teacher.model, or teacher.recipe")
         return teacher.model or recipes.load(str(teacher.recipe), teacher.overrides).student.model
 
-    def setup(self, runtime: Runtime, *, live: nn.Module | None = None) -> TrainingSetup:
-        """Build a student with its loader, not compiled; it learns from stored rows, or from a live teacher."""
+    def setup(self, runtime: Runtime, *, live: nn.Module | None = None, resident: bool = False) -> TrainingSetup:
+        """Build a student with its loader, not compiled; it learns from stored rows, or from a live teacher.
+
+        Parameters
+        ----------
+        resident
+            Whether the images may stay in memory, as ``data.resident`` says. Otherwise they are loaded from their file.
+        """
+        data = self.recipe.data if resident else self.recipe.data.model_copy(update={"resident": False})
+        recipe = self.recipe.model_copy(update={"data": data})
         if live is None:
             teacher = TeacherSource(lambda view: self.rows, None, decoder(self._format))
         else:
             teacher = live_teacher_source(runtime, live)
         student = self.student(runtime)
-        setup = build_training_setup(self.recipe, self.pipeline.images, runtime, self.ids, student, teacher)
+        setup = build_training_setup(recipe, self.pipeline.images, runtime, self.ids, student, teacher)
         setup.state.set_lr(LR)
         return setup
 
     def tuned_setup(self, runtime: Runtime) -> TrainingSetup:
         """Build a student, compile its step and choose the number of loader threads, as training does."""
-        setup = self.setup(runtime)
+        setup = self.setup(runtime, resident=True)
         tune_loader_threads(setup, compile_sizes(setup))
         return setup
 
@@ -214,8 +222,11 @@ class TrainingLoop:
         self.waited_s = 0.0
         self._sizes = []
         for px, share in image_size_shares(setup.recipe).items():
-            sized = replace(setup, loader=pipeline.loader("train", setup.loader.batch_size))
-            sized.loader.workers = setup.loader.workers
+            sized = setup
+            if isinstance(setup.loader, Loader):
+                loader = pipeline.loader("train", setup.loader.batch_size)
+                loader.workers = setup.loader.workers
+                sized = replace(setup, loader=loader)
             self._sizes.append((share, _endless_batches(sized, px, passes)))
 
     def advance(self, steps: int) -> float:

@@ -126,7 +126,7 @@ class Loader:
         self.views = views or Views()
         self._one_size = fixed_size is not None
         self._crop_ratio = crop_ratio if input_px else None
-        self._cover = np.rint(255 * np.array(dataset.facts["mean"])).astype(np.int32)
+        self.cover_C = np.rint(255 * np.array(dataset.facts["mean"])).astype(np.int32)
         self._decoder = ViewDecoder(self.image_hw)
         self._ffcv = self._open(os_cache)
         self._bytes = self.file.stat().st_size
@@ -282,7 +282,7 @@ class Loader:
         self._decoder.hw, self._decoder.views = hw, len(views)  # read when the epoch allocates its buffers
         positions = self._positions(ids)
         ahead = self._read_ahead(positions)
-        epoch = self._epoch = EpochThread(self._ffcv, positions, ids, draw, self._cover, stored, self.workers, ahead)
+        epoch = self._epoch = EpochThread(self._ffcv, positions, ids, draw, self.cover_C, stored, self.workers, ahead)
         done = 0
         try:
             for image, label, sample_id, *rows in epoch:

@@ -31,12 +31,17 @@ class StoredRows:
                     f"got {array.dtype} {list(array.shape)}"
                 )
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all rows in bytes."""
+        return sum(array.nbytes for array in self.arrays)
+
     def buffers(self, batch_size: int) -> tuple[np.ndarray, ...]:
         """Return uninitialised arrays for the rows of one batch."""
         return tuple(np.empty((batch_size, array.shape[1]), array.dtype) for array in self.arrays)
 
-    def gather(self, sample_ids_B: np.ndarray, out: Sequence[np.ndarray]) -> None:
-        """Copy the rows of the samples into `out`; see `buffers`.
+    def rows_of(self, sample_ids_B: np.ndarray) -> np.ndarray:
+        """Return the rows of samples (int64 [B]).
 
         Raises
         ------
@@ -47,5 +52,16 @@ class StoredRows:
         strangers = sample_ids_B[self.sample_ids[rows_B] != sample_ids_B]
         if len(strangers):
             raise LoaderError(f"sample_id {strangers[0]} has no stored row; {len(strangers)} such samples")
+        return rows_B
+
+    def gather(self, sample_ids_B: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """Copy the rows of the samples into `out`; see `buffers`.
+
+        Raises
+        ------
+        LoaderError
+            A sample has no row.
+        """
+        rows_B = self.rows_of(sample_ids_B)
         for array, buffer in zip(self.arrays, out, strict=True):
             gather_rows(array, rows_B, buffer[: len(rows_B)])

@@ -161,9 +161,12 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _one_ahead(batches: Iterator[DeviceBatch], device: torch.device, buffers: DeviceBuffers) -> Iterator[DeviceBatch]:
-    """Copy each batch while the device processes the previous one (CUDA only)."""
+    """Copy each batch while the device processes the previous one (CUDA only), unless it is on the device already."""
     sender, ahead = _Sender(device, buffers), None
     for batch in batches:
+        if batch.images.device == device:
+            yield batch
+            continue
         sent = sender.send(batch)
         if ahead is not None:
             yield from _used(*ahead)

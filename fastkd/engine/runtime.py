@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastkd.distributed import ProcessGroup, current
 from fastkd.errors import InputError
-from fastkd.machine import has_kernels, usable_cores
+from fastkd.machine import has_kernels, memory, usable_cores
 from fastkd.recipe import Optim
 
 # On a machine with a CUDA toolkit and no GPU, torch.compile imports a module that warns that there is no GPU.
@@ -208,6 +208,12 @@ class Runtime:
             return host.numpy()
 
         return wait
+
+    def free_bytes(self) -> int:
+        """Return the free memory of the GPU; on a CPU, this process's part of the available memory. 0: unknown."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.device)[0]
+        return memory()[1] // self.group.local_size
 
     def memory_bytes(self) -> int:
         """Return the peak GPU memory of tensors; on a CPU, the resident set size of the process."""

@@ -2,6 +2,7 @@
 
 from fastkd.kernels.agreement import Agreement, agreement, chance_limits
 from fastkd.kernels.cells import class_cells, principal_axes, project
+from fastkd.kernels.cut import cut_views
 from fastkd.kernels.gather import gather_rows
 from fastkd.kernels.hashing import hash64
 from fastkd.kernels.inclusion import SystematicSample, inclusion_probabilities, systematic_sample
@@ -34,6 +35,7 @@ __all__ = [
     "class_ranks",
     "class_std",
     "coverage_strata",
+    "cut_views",
     "draw_views",
     "floored_quotas",
     "gather_rows",

@@ -84,6 +84,8 @@ class Recipe(Section):
             raise ValueError(
                 "`prune.method: auto` compares students on the hold-out: give `data.holdout_ratio` above 0, such as 0.1"
             )
+        if self.data.resident is True and (reason := self.not_resident):
+            raise ValueError(f"`data.resident` true keeps each image at one size, but {reason}; give auto or false")
         if self.train.eval_every_epochs and not self.data.holdout_ratio:
             raise ValueError("`train.eval_every_epochs` evaluates the hold-out and needs `data.holdout_ratio` above 0")
         return self
@@ -145,6 +147,15 @@ class Recipe(Section):
         if self.labels.views == "plain" or not self.data.view.varies:
             return None
         return self.train.epochs if self.labels.views == "epochs" else min(self.labels.views, self.train.epochs)
+
+    @property
+    def not_resident(self) -> str | None:
+        """Why the images of the training cannot be kept decoded in memory. None: they can."""
+        if self.train.progressive_px:
+            return "`train.progressive_px` has several"
+        if self.num_views is not None and self.data.view.random_crop:
+            return f"`data.view.family` {self.data.view.family} cuts boxes from it"
+        return None
 
     def px_of(self, epoch: int) -> int | None:
         """Return the side of the images of an epoch. None: as stored."""

@@ -208,7 +208,8 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
         console.say(f"label: resuming: {total - left:,} of {total:,} rows exist")
     if world.is_main:  # before other processes write
         need_space(directory, left * per_row, f"labelling {left:,} rows")
-    stamps |= _label_all(labeller, folder, progress, wanted)
+    found, first_batch_s = _label_all(labeller, folder, progress, wanted)
+    stamps |= found
     if not world.is_main:
         return Built()
     expected = {name for v in range(views) for name, _, _ in view_files(labeller.form, v)}
@@ -224,6 +225,7 @@ def _fill(labeller: Labeller, directory: Path, views: int, progress: Progress, e
         "topk": labeller.settings.topk,
         "row_bytes": per_row,
         "bytes": views * len(kept) * per_row,
+        "first_batch_s": round(first_batch_s + (existing.facts.get("first_batch_s", 0.0) if existing else 0.0), 3),
         "each": each + [{name: progress.views[v][name] for name in ("precision", "cost_s")} for v in wanted],
     }
     return Built(facts=facts, earlier_s=earlier_s + (existing.cost_s if existing else 0.0), stamps=stamps)
@@ -269,12 +271,22 @@ def _can_resume(labeller: Labeller, folder: Path, progress: Progress, view: int)
     return True
 
 
-def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]) -> dict[str, FileStamp]:
-    """Run the teacher over the views that are not complete, several in one pass; return the stamps of their files."""
+def _label_all(
+    labeller: Labeller, folder: Path, progress: Progress, wanted: Sequence[int]
+) -> tuple[dict[str, FileStamp], float]:
+    """Run the teacher over the views that are not complete, several in one pass.
+
+    Returns
+    -------
+    stamps
+        Of their files, in the main process.
+    first_batches_s
+        Seconds of the first batch of each pass.
+    """
     stamps: dict[str, FileStamp] = {}
     count = len(labeller.sample_ids)
     missing = [v for v in wanted if progress.rows(v) < count]
-    left = sum(count - progress.rows(v) for v in wanted)
+    left, first_batches_s = sum(count - progress.rows(v) for v in wanted), 0.0
     views = min(len(missing), VIEWS_PER_PASS)
     images = views * max(1, labeller.settings.batch_size // max(views, 1))
     with console.progress("label", left) as update:
@@ -282,9 +294,11 @@ def _label_all(labeller: Labeller, folder: Path, progress: Progress, wanted: Seq
             group = [v for v in missing if progress.rows(v) == progress.rows(missing[0])][:VIEWS_PER_PASS]
             done = left - sum(count - progress.rows(v) for v in wanted)
             moved = lambda rows, done=done: update(done + rows, "")  # noqa: E731
-            stamps |= _label(labeller, folder, progress, group, images, moved)
+            found, first_batch_s = _label(labeller, folder, progress, group, images, moved)
+            stamps |= found
+            first_batches_s += first_batch_s
             missing = [v for v in missing if v not in group]
-    return stamps
+    return stamps, first_batches_s
 
 
 def _label(
@@ -294,11 +308,11 @@ def _label(
     group: list[int],
     images: int,
     moved: Callable[[int], None],
-) -> dict[str, FileStamp]:
+) -> tuple[dict[str, FileStamp], float]:
     """Run the teacher over several views at once, from the row up to which all of them are complete.
 
     A compiled teacher gets the same number of `images` in all groups. Returns the stamps of the files in the main
-    process, and nothing in the others.
+    process, and the seconds of the first batch; see `run_pass`.
     """
     kept, settings, form = labeller.sample_ids, labeller.settings, labeller.form
     world, start = current(), progress.rows(group[0])
@@ -320,7 +334,7 @@ def _label(
     loader = labeller.images.loader("train", batch_size, input_px=labeller.images.teacher_px)
     with ExitStack() as stack:
         files = world.main_first(open_files)
-        run_pass(
+        first_batch_s = run_pass(
             labeller.runtime,
             labeller.teacher.net,
             loader,
@@ -333,6 +347,7 @@ def _label(
             least_images=images if labeller.runtime.compile else 0,
         )
         if not world.is_main:
-            return {}
+            return {}, first_batch_s
         names = [name for v in group for name, _, _ in view_files(form, v)]
-        return {f"views/{name}": file.stamp for name, file in zip(names, chain(*files), strict=True)}
+        stamps = {f"views/{name}": file.stamp for name, file in zip(names, chain(*files), strict=True)}
+        return stamps, first_batch_s

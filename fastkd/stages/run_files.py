@@ -70,7 +70,11 @@ def timing(
     wait_s = sum(e["data_wait_s"] for e in epochs)
     return {
         "stages": [
-            *({"stage": name, "seconds": c.seconds, "reused": c.reused} for name, c in before.items()),
+            *(
+                {"stage": name, "seconds": c.seconds, "reused": c.reused}
+                | ({"first_batch_s": c.first_batch_s} if c.first_batch_s else {})
+                for name, c in before.items()
+            ),
             *({"stage": name, "seconds": s, "reused": False} for name, s in seconds.items()),
         ],
         "first_student_s": sum(c.seconds for c in before.values()) + own_s,

@@ -16,10 +16,17 @@ from fastkd.stages.loggers import LoggedRun, Loggers
 
 @dataclass(frozen=True)
 class Cost:
-    """Wall seconds that a stage took, in this run or when its artifact was built."""
+    """Wall seconds that a stage took, in this run or when its artifact was built.
+
+    Attributes
+    ----------
+    first_batch_s
+        The part of them until the first batch of the teacher was done, which include compiling. 0: no such stage.
+    """
 
     seconds: float
     reused: bool
+    first_batch_s: float = 0.0
 
 
 class Stopwatch:

@@ -99,7 +99,7 @@ def _fill(
         lambda: RowFile(file if world.is_main else seen(file), dtype, count, K, done=done, begun=not world.is_main)
     )
     with opened as rows, console.progress("score", count - done) as update:
-        run_pass(
+        first_batch_s = run_pass(
             runtime,
             teacher.net,
             loader,
@@ -113,7 +113,7 @@ def _fill(
         stamps = {file.name: rows.stamp} if world.is_main else {}
     if not world.is_main:
         return Built()
-    facts = _finish(directory, loader.labels(), progress, teacher, classes)
+    facts = _finish(directory, loader.labels(), progress, teacher, classes) | {"first_batch_s": round(first_batch_s, 3)}
     return Built(facts=facts, earlier_s=earlier_s, stamps=stamps)
 
 

@@ -31,7 +31,7 @@ def run_pass(
     progress: Progress,
     moved: Callable[[int], None],
     least_images: int = 0,
-) -> None:
+) -> float:
     """Run a network on samples, starting at the first missing row, and write rows computed from its logits.
 
     Several processes take whole batches in turn. On a CPU, the rows are bit-identical to those of a single process; on
@@ -52,16 +52,22 @@ def run_pass(
         Called with the number of rows written by this pass.
     least_images
         See `fastkd.engine.inference.predict`.
+
+    Returns
+    -------
+    float
+        Seconds until the first batch of this process was done, which include compiling. 0: it had no batch.
     """
     world, size, start = current(), loader.batch_size, files[0][0].done
     numbers = [view or 0 for view in views]
     saver = _Saver(runtime, loader, len(sample_ids), files, numbers, progress)
     mine = dealt_batches(sample_ids[start:], size, world.rank, world.size)
-    batch = -1
+    batch, first_batch_s, began = -1, 0.0, time.perf_counter()
     if len(mine):
         batches = loader.batches(mine, last="pad", view=None if None in views else numbers)
         with closing(predict(runtime, net, batches, least_images=least_images)) as all_predicted:
             for batch, predicted in enumerate(all_predicted):
+                first_batch_s = first_batch_s or time.perf_counter() - began
                 first = start + (batch * world.size + world.rank) * size
                 for own, parts in zip(files, columns(predicted), strict=True):
                     for file, part in zip(own, parts, strict=True):
@@ -75,6 +81,7 @@ def run_pass(
     if world.is_main:
         saver.save(batch + 1)
     world.barrier()
+    return first_batch_s
 
 
 class _Saver:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastkd import console, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact
-from fastkd.data.loader import BATCHES_AHEAD, Batch, Loader, full_batches
+from fastkd.data.loader import BATCHES_AHEAD, Batch, full_batches
 from fastkd.data.order import epoch_order, rank_slices
 from fastkd.data.row_store import StoredRows
 from fastkd.distributed import current
@@ -32,6 +32,7 @@ from fastkd.kernels import SystematicSample
 from fastkd.recipe.tables import METHODS
 from fastkd.stages.images import ImageSource
 from fastkd.stages.label_format import decoder, format_of, open_view
+from fastkd.stages.loading import TrainLoader, training_loader
 from fastkd.stages.logit_checks import judge_logits
 from fastkd.stages.new_student import check_net, new_student, student_key_fields
 from fastkd.stages.rotation import rotation
@@ -138,7 +139,7 @@ class TrainingSetup:
     """
 
     recipe: recipes.Recipe
-    loader: Loader
+    loader: TrainLoader
     student: models.Normalised
     state: TrainState
     ids: np.ndarray
@@ -323,7 +324,8 @@ def build_training_setup(
     if subset is not None and "weights.npy" in subset.manifest.files:
         weight_M = np.asarray(subset.array("weights.npy"))
     per_sample_loss = PerSampleLoss(ids_M, runtime, weight_M) if by_loss or weight_M is not None else None
-    return TrainingSetup(recipe, loader, student, state, ids_M, teacher, per_sample_loss, sample)
+    train_loader = training_loader(recipe, loader, runtime, ids_M, teacher.stored(recipe.view_of(0)))
+    return TrainingSetup(recipe, train_loader, student, state, ids_M, teacher, per_sample_loss, sample)
 
 
 def _fewest(prune: recipes.Prune, count: int) -> int:
@@ -374,7 +376,7 @@ def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
         Seconds of a step at the last image size. Nothing is measured if the recipe sets the number of threads.
     """
     loader, size = setup.loader, setup.recipe.train.batch_size
-    if setup.recipe.data.workers or loader.workers == 1:
+    if setup.recipe.data.workers or loader.workers <= 1:
         return
     most, loader.workers = loader.workers, 1
     ids = setup.ids[: MEASURED_BATCHES * size]

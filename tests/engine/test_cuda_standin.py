@@ -13,10 +13,14 @@ from tiny_training import Net, batches, cuda_state
 
 import fastkd
 from fastkd import distributed
+from fastkd.data.loader import Loader
+from fastkd.data.resident import ResidentLoader
+from fastkd.data.views import Views
 from fastkd.distributed import ProcessGroup
 from fastkd.engine import checkpoint
 from fastkd.engine.epoch import train_epoch
 from fastkd.engine.inference import evaluate, predict
+from fastkd.engine.prefetch import prefetch_to_device
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import FastkdError
 
@@ -197,7 +201,7 @@ def cuda_lines(source: str) -> set[int]:
     }
 
 
-def use_everything(card: CudaStandIn, folder: Path) -> None:
+def use_everything(card: CudaStandIn, folder: Path, loader: Loader) -> None:
     """Do all that the engine and the process group do on a GPU."""
     state = cuda_state("fp16")
     lr_S = np.full(4, 0.1)
@@ -209,6 +213,9 @@ def use_everything(card: CudaStandIn, folder: Path) -> None:
         train_epoch(one, batches(8), None, np.full(8, 0.1), log_every_steps=8, on_log=lambda *a: None)
     checkpoint.save(folder, 4, state.objective.student, state, None, {})
     checkpoint.restore(checkpoint.newest(folder), state.objective.student, state, None)
+    resident = ResidentLoader(loader, np.arange(40), state.runtime.device)
+    assert resident.nbytes < state.runtime.free_bytes() < card.card.memory
+    assert len(list(prefetch_to_device(resident.batches(np.arange(40), last="pad", view=0), state.runtime))) == 10
     net = state.runtime.to_device(Net().eval())
     assert len(list(predict(state.runtime, net, batches(3)))) == 3
     assert 0 <= evaluate(state.runtime, net, batches(3)) <= 1
@@ -226,7 +233,7 @@ def use_everything(card: CudaStandIn, folder: Path) -> None:
         choose("cuda", "auto")
 
 
-def test_every_line_that_is_specific_to_cuda_runs(card, tmp_path):
+def test_every_line_that_is_specific_to_cuda_runs(card, tmp_path, tiny):
     root, seen = Path(fastkd.__file__).parent, set()
     folders = {str(root / name) for name in ("engine", "data", "stages")} | {str(root / "distributed.py")}
 
@@ -240,7 +247,7 @@ def test_every_line_that_is_specific_to_cuda_runs(card, tmp_path):
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        use_everything(card, tmp_path)
+        use_everything(card, tmp_path, Loader(tiny, "train", 4, views=Views("flip")))
     finally:
         sys.settrace(before)
     files = [file for name in ("engine", "data", "stages") for file in (root / name).glob("*.py")]

@@ -20,6 +20,7 @@ from fastkd.verification import check_recipe
 STORED = ("data.view.family=pad_crop_flip", "labels.views=2", "train.epochs=2")
 VARIANTS = {
     "stored": (*STORED, "train.ema_decay=0.5", "optim.clip_norm=1.0"),
+    "loaded": (*STORED, "data.resident=false"),
     "accumulate": (*STORED, "train.accumulate=5"),
     "live": ("labels.mode=online", "data.view.family=pad_crop_flip", "train.epochs=2"),
     "infobatch": ("prune.method=infobatch", "prune.keep_ratio=1.0", "train.epochs=3"),

@@ -75,15 +75,18 @@ def test_parts_of_a_batch_sum_to_it(tiny_recipe):
 
 
 def test_the_loader_gets_the_threads_that_it_needs(tiny_recipe, monkeypatch):
-    job = prepare(Pipeline(tiny_recipe()).training_inputs)
+    job = prepare(Pipeline(tiny_recipe("data.resident=false")).training_inputs)
     assert job.loader.workers == 1  # 25 images of 16 px are loaded in less time than a step takes
     monkeypatch.setattr("fastkd.stages.training_setup.LOADER_AHEAD", 1e9)
-    assert prepare(Pipeline(tiny_recipe()).training_inputs).loader.workers == usable_cores()
-    assert prepare(Pipeline(tiny_recipe("data.workers=1")).training_inputs).loader.workers == 1
+    assert prepare(Pipeline(tiny_recipe("data.resident=false")).training_inputs).loader.workers == usable_cores()
+    assert prepare(Pipeline(tiny_recipe("data.resident=false", "data.workers=1")).training_inputs).loader.workers == 1
+    assert prepare(Pipeline(tiny_recipe()).training_inputs).loader.workers == 0  # images stay in memory
 
 
 def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
-    job = prepare(Pipeline(tiny_recipe("data.workers=1", "data.view.family=flip")).training_inputs)
+    job = prepare(
+        Pipeline(tiny_recipe("data.resident=false", "data.workers=1", "data.view.family=flip")).training_inputs
+    )
     job.loader.workers = usable_cores()
     many = [(b.images.clone(), b.stored[0].clone()) for b in job.batches(job.ids, 1)]
     job.loader.workers = 1

@@ -356,6 +356,7 @@ class CudaStandIn(TorchFunctionMode):
             "CUDAGraph": self._new_graph,
             "graph": capture,
             "synchronize": self.synchronize,
+            "mem_get_info": lambda device=None: (self.card.memory - self.live_bytes(), self.card.memory),
             "memory_allocated": lambda device=None: self.live_bytes(),
             "max_memory_allocated": lambda device=None: max(self.peak_bytes, self.live_bytes()),
             "memory_reserved": lambda device=None: self.card.memory,  # there is no caching allocator
