@@ -186,7 +186,7 @@ def test_weights_are_checked_before_the_data_set_is_written(tiny_recipe, tiny_np
     torch.save(torch.nn.Linear(2, 2), tmp_path / "net.pth")
     for name, text in (
         ("none.pth", "none.pth: no such weights"),
-        ("net.pth", "net.pth: holds objects other than tensors"),
+        ("net.pth", "holds objects other than tensors"),
     ):
         file = tmp_path / name
         for override in (
