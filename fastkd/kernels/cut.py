@@ -16,7 +16,7 @@ def _cut(
     H, W = images_NHWC.shape[1], images_NHWC.shape[2]
     for b in range(len(positions_B)):
         row, source, target = rows_BP[b], images_NHWC[positions_B[b]].reshape(-1), out_BHWC[b].reshape(-1)
-        down, right = np.int64(row[DOWN]), np.int64(row[RIGHT])
+        down, right = int(row[DOWN]), int(row[RIGHT])
         begin, end = max(0, -right), min(W, W - right)  # columns, before mirroring, that lie within the image
         if down or right:
             target[:] = 0

@@ -348,7 +348,8 @@ def compile_step(setup: TrainingSetup, epoch: int) -> float:
     run counts. The graph of the step is only for this measurement, as it has no update.
     """
     state, size = setup.state, setup.recipe.train.batch_size
-    graph, passes = NoGraph(), GRAPH_PASSES if state.runtime.cuda_graphs else 2
+    graph: StepGraph | NoGraph = NoGraph()
+    passes = GRAPH_PASSES if state.runtime.cuda_graphs else 2
     if isinstance(state.graph, StepGraph) and state.graph.active:
         graph, passes = replace(state.graph), state.graph.warm_up_steps + GRAPH_PASSES
 
