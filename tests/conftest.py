@@ -234,7 +234,7 @@ train: {{epochs: 2, batch_size: 30, compile: false, precision: fp32}}
 name: student
 data: {{path: {tiny.path}, artifacts_dir: {tmp_path / "artifacts"}}}
 teacher: {{recipe: teacher.yaml}}
-prune: {{keep_ratio: 0.5}}
+prune: {{method: medium, keep_ratio: 0.5}}
 student: {{model: cifar/resnet8}}
 optim: {{lr: 0.05}}
 train: {{epochs: 6, batch_size: 25, compile: false, precision: fp32, runs_dir: {tmp_path / "runs"}}}

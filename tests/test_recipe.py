@@ -505,6 +505,8 @@ def test_a_preset_stands_for_its_settings_and_any_of_them_may_be_given():
     assert recipe.Prune(method="coverage", tilt=0.5, rotate=True, keep_ratio=0.5) == recipe.Prune(
         method="stratified", quota="global", tilt=0.5, hard_drop_ratio=0.1, rotate=True, keep_ratio=0.5
     )
+    assert recipe.Prune(keep_ratio=0.5) == recipe.Prune(method="coverage", keep_ratio=0.5)
+    assert recipe.Prune().method == "medium"  # all samples are kept: keys of artifacts do not change
     for name, settings in tables.PRESETS.items():
         assert name not in tables.METHODS
         assert recipe.Prune(**settings, keep_ratio=0.5).method in tables.METHODS

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastkd.recipe.paths import LocalPath, ModelName, Weights, WriterName
-from fastkd.recipe.tables import AUGMENTATIONS, LOGGERS, LOSSES, METHODS, PRESETS, SCORES
+from fastkd.recipe.tables import AUGMENTATIONS, DEFAULT_METHOD, LOGGERS, LOSSES, METHODS, PRESETS, SCORES
 
 
 class Section(BaseModel):
@@ -115,7 +115,7 @@ class Score(Section):
 class Prune(Section):
     """Selection of the samples to keep."""
 
-    method: MethodName = "medium"
+    method: MethodName = Field("medium", json_schema_extra={"default": DEFAULT_METHOD})
     """`medium`, `easy`, `hard`: a window of difficulty ranks in each class. `random`: at random in each class.
     `random_unbalanced`: at random. `ccs`: coverage-centric strata. `beta`: ranks drawn from a Beta density.
     `stratified`: spread evenly over the teacher's logits and over difficulty in each class. `coverage`: `stratified`
@@ -182,10 +182,12 @@ class Prune(Section):
     @model_validator(mode="before")
     @classmethod
     def _expanded(cls, given: Any) -> Any:
-        """Replace the name of a preset by its settings."""
-        if isinstance(given, dict) and (preset := PRESETS.get(str(given.get("method")))):
-            return {**preset, **given, "method": preset["method"]}
-        return given
+        """Replace the name of a preset by its settings; without a name, use the default if samples are left out."""
+        if not isinstance(given, dict):
+            return given
+        method = given.get("method", DEFAULT_METHOD if given.get("keep_ratio", 1) != 1 else None)
+        preset = PRESETS.get(str(method))
+        return {**preset, **given, "method": preset["method"]} if preset else given
 
     @model_validator(mode="after")
     def _consistent(self) -> "Prune":

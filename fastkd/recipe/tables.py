@@ -56,6 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "coverage": {"method": "stratified", "quota": "global", "tilt": 1.0, "hard_drop_ratio": 0.1},
 }
 """Short names of methods with settings, which stand for them in recipes. Other settings may be given with them."""
+DEFAULT_METHOD = "coverage"
+"""The method of recipes that keep a share of the samples and do not name one."""
 
 AUTO_MEMBERS: dict[str, dict[str, Any]] = {
     "stratified": {"method": "stratified"},
