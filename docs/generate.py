@@ -222,9 +222,47 @@ def _markdown(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+STUDIES = DOCS / "figures" / "selection_studies.json"
+"""Parts of the study.json files of the commands that it names."""
+
+
+def selection_studies() -> str:
+    """Return a table of each study: top-1 of all arms on the hold-out; on val, of the chosen one and its baselines."""
+    parts = []
+    for study in json.loads(STUDIES.read_text()):
+        seeds = f"seeds {study['seeds'][0]} … {study['seeds'][-1]}"
+        rows = [["cell", "arm", "hold-out", "minus random", "val", "minus random"]]
+        for cell in study["cells"]:
+            for arm in sorted(cell["arms"], key=lambda arm: -arm["holdout"]["mean"]):
+                val = cell["val"].get(arm["title"])
+                on_val = cell["differences"].get("random") if arm["title"] == cell["chosen"] else None
+                rows.append(
+                    [
+                        *(
+                            cell["title"],
+                            arm["shown"],
+                            _top1(arm["holdout"]),
+                            _points(arm["differences"].get("random")),
+                        ),
+                        *(_top1(val) if val else "", _points(on_val)),
+                    ]
+                )
+        parts.append(f"**{study['title']}** (`{study['command']}`; {seeds})\n\n{_markdown(rows)}")
+    return "\n".join(parts)
+
+
+def _top1(spread: dict[str, Any]) -> str:
+    return f"{100 * spread['mean']:.2f}" + (f" ± {100 * spread['std']:.2f}" if spread["std"] is not None else "")
+
+
+def _points(difference: dict[str, float] | None) -> str:
+    return f"{difference['mean']:+.2f} ± {difference['ci95']:.2f}" if difference else ""
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "savings_summary": savings_summary,
     "savings_table": savings_table,
+    "selection_studies": selection_studies,
     "recipe": recipe_reference,
     "writers": writer_reference,
     "commands": command_reference,

@@ -1,7 +1,8 @@
 """study.html: the results of a study on one page, and its charts as PNG files."""
 
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from fastkd.study.tables import percent
 COLUMNS = 3
 PANEL_IN = 3.5
 LEGEND_LINE_IN = 0.22
+CHARACTER_IN = 0.08
+LABEL_CHARACTERS = 44
 UNITS = {"hours": 3600, "minutes": 60, "seconds": 1}
 TIMES = {
     "further": ("further_student_s", "Top-1 against the time of an additional student"),
@@ -63,7 +66,8 @@ def against_time(report: Mapping[str, Any], time: str, title: str) -> Figure:
     unit, seconds = next((name, s) for name, s in UNITS.items() if slowest_s >= 2 * s or s == 1)
     colours = dict(zip(arms, cycle(plots.SERIES), strict=False))
     markers = dict(zip(arms, cycle("oooooossssss^^^^^^"), strict=False))
-    figure, panels = _panels(len(cells), title, legend=len(arms))
+    labels = {arm: textwrap.fill(arm, LABEL_CHARACTERS) for arm in arms}
+    figure, panels = _panels(len(cells), title, list(labels.values()))
     for panel, cell in zip(panels, cells, strict=True):
         panel.set_title(cell["title"], fontsize=10)
         for arm in cell["arms"]:
@@ -77,10 +81,11 @@ def against_time(report: Mapping[str, Any], time: str, title: str) -> Figure:
                     ms=6,
                     lw=1.2,
                 )
-        panel.set(xlim=(0, None), ylabel="top-1, hold-out (%)", xlabel=unit)
+        panel.set(ylabel="top-1, hold-out (%)", xlabel=unit)
         panel.margins(x=0.1, y=0.15)
-    handles = [Line2D([], [], color=colours[arm], marker=markers[arm], ls="", label=arm) for arm in arms]
-    figure.legend(handles=handles, loc="outside lower left", ncols=min(3, len(panels)))
+        panel.set_xlim(left=0)  # fixes the right limit, too
+    handles = [Line2D([], [], color=colours[arm], marker=markers[arm], ls="", label=labels[arm]) for arm in arms]
+    figure.legend(handles=handles, loc="outside lower left", ncols=_legend_columns(figure, labels.values()))
     return figure
 
 
@@ -92,14 +97,16 @@ def _series(arm: Mapping[str, Any]) -> str:
 def differences(report: Mapping[str, Any]) -> Figure:
     """Draw how far each arm is above class-balanced random selection on the hold-out, with 95 % intervals."""
     rows = _compared(report)
-    figure = Figure(figsize=(2 * PANEL_IN, 0.9 + 0.3 * len(rows)))
+    labels = [textwrap.fill(f"{arm}: {cell['title']}", LABEL_CHARACTERS) for cell, arm, _ in rows]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure = Figure(figsize=(2 * PANEL_IN, 0.9 + 0.1 * len(rows) + 0.2 * lines))
     axes = figure.add_subplot()
     _title(figure, "Difference to random selection on the hold-out, 95 % interval")
     for y, (cell, arm, found) in enumerate(rows):
         colour = plots.SERIES[0] if arm == cell["chosen"] else plots.MUTED
         axes.errorbar(found["mean"], y, xerr=found["ci95"], fmt="o", color=colour, ms=5, lw=1.4)
     axes.axvline(0, color=plots.INK, lw=1)
-    axes.set_yticks(range(len(rows)), [f"{arm}: {cell['title']}" for cell, arm, _ in rows])
+    axes.set_yticks(range(len(rows)), labels)
     axes.set(xlabel="points of top-1", ylim=(len(rows) - 0.5, -0.5))
     axes.grid(axis="y", visible=False)
     return figure
@@ -115,16 +122,25 @@ def _compared(report: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], str, M
     ]
 
 
-def _panels(count: int, title: str, *, legend: int) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, title: str, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """Return a figure with `count` panels and space for a legend with these labels."""
     columns = min(COLUMNS, count)
     rows = math.ceil(count / columns)
-    height = 2.6 * rows + 0.5 + LEGEND_LINE_IN * math.ceil(legend / min(3, count))
-    figure = Figure(figsize=(max(PANEL_IN * columns, 5.2), height))
+    figure = Figure(figsize=(max(PANEL_IN * columns, 5.2), 1))
+    lines = max(label.count("\n") + 1 for label in labels)
+    legend_rows = math.ceil(len(labels) / _legend_columns(figure, labels))
+    figure.set_figheight(2.6 * rows + 0.5 + LEGEND_LINE_IN * lines * legend_rows)
     _title(figure, title)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for unused in axes[count:]:
         unused.set_visible(False)
     return figure, list(axes[:count])
+
+
+def _legend_columns(figure: Figure, labels: Iterable[str]) -> int:
+    """Return how many of the labels fit beside one another."""
+    widest = max(len(line) for label in labels for line in label.split("\n"))
+    return max(1, min(COLUMNS, int(figure.get_figwidth() / (0.5 + CHARACTER_IN * widest))))
 
 
 def _title(figure: Figure, text: str) -> None:
