@@ -65,7 +65,7 @@ def test_the_rate_of_what_is_gone_on_with_counts_what_was_done_since(monkeypatch
 
 def test_progress_by_bars_shows_another_unit_and_what_takes_long(monkeypatch, capsys):
     """Also before anything is done."""
-    times = iter([0.0, 20.0, 20.0, 30.0])
+    times = iter([0.0, 20.0, 20.0, 20.0, 20.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(times, 40.0))
     with console.bars() as progress:
         progress("index", 60, 100, "", "MB")
