@@ -53,7 +53,7 @@ def test_timm_opens_a_timm_student(tiny_recipe, tiny_npz, tmp_path, monkeypatch)
         torch.testing.assert_close(net((images / 255 - mean) / std), expected)
         torch.testing.assert_close(open_student(out.path).net(images), expected)
     assert config["input_size"] == (3, 16, 16)
-    assert config["crop_pct"] == student.described["crop_ratio"] or 1.0
+    assert config["crop_pct"] == (student.described["crop_ratio"] or 1.0)
     recorded = json.loads((out.path / "config.json").read_text())
     assert recorded["architecture"] == "test_resnet"
     assert recorded["num_classes"] == 3
