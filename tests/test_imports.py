@@ -58,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "public_loader": ABOVE_STAGES | {"pipeline"},
     "verification": ABOVE_STAGES | {"pipeline"},
     **dict.fromkeys(PACKAGES, ABOVE_STAGES | {"pipeline"}),
-    "bench": ABOVE_STAGES | {"pipeline", "report", "cost_estimate"},
+    "bench": ABOVE_STAGES | {"pipeline", "report", "cost_estimate", "verification"},
     "study": ABOVE_STAGES | {"pipeline", "report", "cost_estimate"},
     **{
         unit: LEAVES

@@ -114,12 +114,12 @@ def test_rows_that_do_not_match_are_an_error_of_their_row(on_cpu, monkeypatch):
 
 def test_steps_are_timed_in_all_combinations_while_there_is_time(on_cpu, monkeypatch):
     found = succeed("steps", on_cpu)
-    assert len(found["rows"]) == 2 * len(speed.step_variants(on_cpu)) == 16
-    assert len(set(names(found))) == 16
+    assert len(found["rows"]) == 2 * len(speed.step_variants(on_cpu)) == 8
+    assert len(set(names(found))) == 8
     assert names(found)[0] == "step, 32 px, fp32, channels_last, eager, batch of 8"
     late = Settings(on_cpu.out, "cpu", tiny=True, ends_at=time.monotonic())
     assert [(row["name"], row["value"]) for row in succeed("steps", late)["rows"]] == [
-        ("combinations that there was no time for", 16)
+        ("combinations that there was no time for", 8)
     ]
 
 
@@ -146,7 +146,7 @@ def test_a_combination_that_fails_does_not_stop_the_others(on_cpu, monkeypatch):
     found = record("steps", on_cpu)
     assert found["status"] == "failed"
     errors = [row["error"] for row in found["rows"]]
-    assert sum("out of memory" in error for error in errors) == errors.count("") == 8
+    assert sum("out of memory" in error for error in errors) == errors.count("") == 4
 
 
 def test_savings_and_plan(on_cpu, monkeypatch):
@@ -209,7 +209,7 @@ def test_the_tests_of_a_clone_are_run(on_cpu, monkeypatch, tmp_path):
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_parts_run_in_processes_and_finished_ones_are_reused(tmp_path, command, json_in):
+def test_parts_run_in_processes(tmp_path, command, json_in):
     options = ("--device", "cpu", "--tiny", "--out", tmp_path, "--parts", "data", "--minutes", "200", "--json")
     code, text = command(bench.gpu, *options)
     assert code == 0, text
@@ -219,7 +219,6 @@ def test_parts_run_in_processes_and_finished_ones_are_reused(tmp_path, command, 
     assert report["parts"]["data"]["status"] == "done"
     assert report["gpu"] is None
     assert "| data |  |" in (tmp_path / "gpu.md").read_text()
-    assert "data: reused" in command(bench.gpu, *options)[1]
     code, text = command(bench.gpu, "--device", "cpu", "--out", tmp_path, "--parts", "data")
     assert code == 2
     assert "has results of" in text
@@ -273,8 +272,10 @@ def test_a_part_that_hangs_or_dies_does_not_stop_the_others(tmp_path, monkeypatc
     assert (out / "logs" / "dies.log").read_text() == "said by dies\n"
     assert capfd.readouterr().out.count("one: 1") == 3
     assert traces.gone()
-    again = run.measure(out, device="cpu", tiny=True, parts=["works"], fresh=True)
+    again = run.measure(out, device="cpu", tiny=True, parts=["works"])
     assert again["failed"] == ["hangs", "dies"]  # of all parts so far
+    assert "works: reused" in capfd.readouterr().out
+    run.measure(out, device="cpu", tiny=True, parts=["works"], fresh=True)
     assert "reused" not in capfd.readouterr().out
 
 

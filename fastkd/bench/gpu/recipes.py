@@ -59,6 +59,7 @@ def _common(settings: Settings) -> dict[str, Any]:
             **{"device": settings.device, "compile": not settings.tiny, "runs_dir": str(out / "runs")},
             **({"precision": "fp32"} if settings.tiny else {}),
         },
+        "score": {"batch_size": 16 if settings.tiny else 512},
     }
 
 
@@ -71,7 +72,7 @@ def _small(settings: Settings) -> dict[str, Any]:
             **{"path": str(small_data(settings).path), "artifacts_dir": str(settings.out.resolve() / "artifacts")},
             **{"input_px": 16 if tiny else 32, "crop_ratio": 1.0, "view": {"family": "pad_crop_flip"}},
         },
-        "labels": {"reshape": False, "views": 2 if tiny else 4},
+        "labels": {"reshape": False, "views": 2 if tiny else 4, "batch_size": 16 if tiny else 512},
         "student": {"model": "cifar/resnet8" if tiny else "cifar/resnet8x4"},
         "teacher_student": {"model": "cifar/resnet8" if tiny else "cifar/resnet20"},
         "teacher_epochs": 2 if tiny else 4,
@@ -82,22 +83,17 @@ def _large(settings: Settings, *, raw: bool) -> dict[str, Any]:
     """Synthetic photos with 1,000 classes at 160 px: ResNet-50 → ResNet-18."""
     recipe, tiny = _common(settings), settings.tiny
     recipe["train"] |= {"epochs": 2, "batch_size": 8} if tiny else {"epochs": 6, "batch_size": 256}
-    sizes = {} if tiny else {"score": {"batch_size": 512}}
-    return (
-        recipe
-        | sizes
-        | {
-            "data": {
-                "path": str(large_data(settings, raw=raw).path),
-                "artifacts_dir": str(settings.out.resolve() / "artifacts"),
-                **{"input_px": 32 if tiny else 160, "view": {"family": "random_resized_crop_flip"}},
-            },
-            "labels": {"reshape": False, "views": 2, **({} if tiny else {"batch_size": 512})},
-            "student": {"model": "cifar/resnet8" if tiny else "torchvision/resnet18"},
-            "teacher_student": {"model": "cifar/resnet8" if tiny else "torchvision/resnet50"},
-            "teacher_epochs": 1,
-        }
-    )
+    return recipe | {
+        "data": {
+            "path": str(large_data(settings, raw=raw).path),
+            "artifacts_dir": str(settings.out.resolve() / "artifacts"),
+            **{"input_px": 32 if tiny else 160, "view": {"family": "random_resized_crop_flip"}},
+        },
+        "labels": {"reshape": False, "views": 2, "batch_size": 16 if tiny else 512},
+        "student": {"model": "cifar/resnet8" if tiny else "torchvision/resnet18"},
+        "teacher_student": {"model": "cifar/resnet8" if tiny else "torchvision/resnet50"},
+        "teacher_epochs": 1,
+    }
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

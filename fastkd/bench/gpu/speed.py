@@ -62,9 +62,9 @@ def kinds_of_step(settings: Settings) -> dict[str, dict[str, Any]]:
 
 def step_variants(settings: Settings) -> list[dict[str, Any]]:
     """Return all combinations of precision, layout, kind of step and batch size, those closest to the first first."""
-    precisions = ("fp32", "bf16") if settings.tiny else ("bf16", "fp32")
+    precisions = ("bf16", "fp32", *(("fp16",) if settings.device.startswith("cuda") else ()))
     axes: list[Sequence[Any]] = [
-        (*precisions, "fp16") if settings.device.startswith("cuda") else precisions,
+        ("fp32",) if settings.tiny else precisions,
         (True, False),
         list(kinds_of_step(settings)),
         (8, 16) if settings.tiny else (256, 64, 1024),
