@@ -233,7 +233,7 @@ def _digest_and_score(file: Path, z_NK: np.ndarray, y_N: np.ndarray) -> tuple[st
     digest = xxhash.xxh3_128()
     with file.open("rb") as stream:
         digest.update(stream.read(z_NK.offset))
-        scores = score_chunks(z_NK, y_N, file.name, each=lambda rows: digest.update(rows.view(np.uint8)))
+        scores = score_chunks(z_NK, y_N, file.name, each=lambda rows: digest.update(rows.view(np.uint8).data))
         stream.seek(z_NK.offset + z_NK.nbytes)
         digest.update(stream.read())
     return digest.hexdigest(), scores
