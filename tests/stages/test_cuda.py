@@ -77,7 +77,7 @@ def test_no_part_of_a_batch_is_copied_on_the_host(tiny_recipe, tmp_path, card, m
         return result
 
     monkeypatch.setattr(prefetch._Sender, "send", send)
-    trained(tiny_recipe, tmp_path, "cuda", *STORED)
+    trained(tiny_recipe, tmp_path, "cuda", *STORED, "data.resident=false")
     assert {count for count, _ in sent} == {0, 1}
     assert all(own is None for _, pinned in sent for own in pinned)
 

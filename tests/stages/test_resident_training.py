@@ -84,8 +84,8 @@ def test_auto_keeps_images_that_need_little_memory_and_are_used_again(tiny_recip
         ("data.view.family=random_resized_crop_flip", "labels.mode=online"),
     ):
         assert isinstance(loader_of(tiny_recipe, *overrides), Loader), overrides
-    needed = found.nbytes + 75 * 3 * 4  # with the stored rows of 3 classes, float32
-    monkeypatch.setattr(Runtime, "free_bytes", lambda self: needed / AUTO_SHARE)
+    needed = 75 * 3 * (16 * 16 + 2)  # with the stored rows of 3 classes, float16
+    monkeypatch.setattr(Runtime, "free_bytes", lambda self: needed / AUTO_SHARE + 1)
     assert isinstance(loader_of(tiny_recipe), ResidentLoader)
     monkeypatch.setattr(Runtime, "free_bytes", lambda self: needed / AUTO_SHARE - 100)
     assert isinstance(loader_of(tiny_recipe), Loader)
