@@ -244,7 +244,7 @@ class Pipeline:
         require("prune.method: auto", "scipy")
         return self.note(
             "choose",
-            *choosing.build_choice(self.store, self.images, self.scores, self.recipe, self.runtime, self._train_member),
+            *choosing.build_choice(self.store, self.images, self.scores, self.recipe, self._train_member),
         )
 
     def _train_member(self, recipe: Recipe, out: Path) -> tuple[Artifact, bool]:

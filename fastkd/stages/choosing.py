@@ -4,15 +4,14 @@ The members are the methods of `fastkd.recipe.tables.AUTO_MEMBERS`; one of them 
 
 - Diagnostics, without training: members whose selection has much less of the teacher's entropy than all data, or
   starves a class, are dropped.
-- Rounds of short trainings, each with its learning rate decayed to the end, of the same seeds for all members. They are
-  ranked by their divergence from the teacher on the hold-out, and a third remains, with the fallback.
-- The first of the last round against the fallback, in trainings of full length with seeds that were not used before. It
-  is adopted if the one-sided 95 % confidence bound of its difference in top-1 on the hold-out is above 0.
+- Short trainings, each with its learning rate decayed to the end, of the same seeds for all members. They are ranked by
+  their mean top-1 on the hold-out. (The divergence from the teacher is less noisy, but ranks otherwise; see LOG.md.)
+- The first of them against the fallback, in trainings of full length with seeds that were not used before. It is
+  adopted if the one-sided 95 % confidence bound of its difference in top-1 on the hold-out is above 0.
 """
 
-import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,6 @@ from rich.table import Table
 from fastkd import console
 from fastkd.artifacts import Artifact, Built
 from fastkd.comparison import Difference
-from fastkd.engine.inference import predict
-from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.recipe import Prune, Recipe
 from fastkd.recipe.baselines import in_epochs
@@ -38,18 +35,14 @@ from fastkd.stages.row_scores import chunk_rows, score_chunks
 from fastkd.stages.run_files import write_json
 from fastkd.stages.selection import Pool, difficulty, select
 from fastkd.stages.store import ArtifactStore
-from fastkd.stages.trained_student import open_student
 from fastkd.stages.training import unusual_settings
-from fastkd.validation import user_model
 
 FALLBACK = "stratified"
-SHORT = (1 / 8, 1 / 3)
-"""Lengths of the trainings of each round, relative to the recipe's."""
+SHORT = 1 / 3
+"""Length of short trainings, relative to the recipe's."""
 SHORT_SEEDS = range(1_000_000, 1_000_003)
 FULL_SEEDS = range(2_000_000, 2_000_020)
 LEAST_PAIRS = 3
-REMAIN = 1 / 3
-"""Share of the members that remain after each round."""
 LEAST_ENTROPY, LEAST_CLASS_SHARE = 0.5, 0.2
 """Smallest mean entropy of the teacher on a selection, and smallest share of a class, relative to all data."""
 STUDENTS = "students"
@@ -63,7 +56,6 @@ def build_choice(
     images: ImageSource,
     scores: Artifact,
     recipe: Recipe,
-    runtime: Runtime,
     train: TrainMember,
 ) -> tuple[Artifact, bool]:
     """Build or find the CHOICE of a recipe. All processes of a job build it.
@@ -102,7 +94,7 @@ def build_choice(
     path = store.artifact_path("CHOICE", fields)
 
     def fill(directory: Path) -> Built:
-        return _Trial(recipe, images, scores, runtime, train, directory).run()
+        return _Trial(recipe, images, scores, train, directory).run()
 
     return build_together(
         path,
@@ -136,32 +128,20 @@ def members(prune: Prune) -> dict[str, Prune]:
     return found
 
 
-def rounds(epochs: int) -> list[int]:
-    """Return the number of epochs of the trainings of each round, ascending."""
-    return sorted({max(1, round(share * epochs)) for share in SHORT} - {epochs}) or [epochs]
-
-
-def schedule(count: int, epochs: int) -> Iterator[tuple[int, int]]:
-    """Yield the number of members and of epochs of each round of `count` members, the fallback included."""
-    for short in rounds(epochs):
-        yield count, short
-        count = min(count, remaining(count) + 1)
-
-
-def remaining(count: int) -> int:
-    """Return how many members remain after a round, besides the fallback."""
-    return max(1, math.ceil(REMAIN * count))
+def short_epochs(epochs: int) -> int:
+    """Return the number of epochs of a short training."""
+    return max(1, round(SHORT * epochs))
 
 
 def pairs(budget: float, count: int, epochs: int) -> int:
-    """Return the number of pairs of full trainings that the budget leaves after the rounds.
+    """Return the number of pairs of full trainings that the budget leaves after short ones of `count` members.
 
     Raises
     ------
     InputError
         It leaves too few.
     """
-    short = sum(n * len(SHORT_SEEDS) * length / epochs for n, length in schedule(count, epochs))
+    short = count * len(SHORT_SEEDS) * short_epochs(epochs) / epochs
     if (left := int((budget - short) / 2 + 1e-9)) < LEAST_PAIRS:
         raise InputError(
             f"prune.auto_budget={budget:g} trainings: short ones of {count} methods take {short:.1f}, and "
@@ -175,12 +155,6 @@ def judge(member: Sequence[float], fallback: Sequence[float]) -> tuple[bool, Dif
     difference = Difference.of(member, fallback)
     assert difference is not None
     return difference.lower95 > 0, difference
-
-
-def divergence(teacher_NK: np.ndarray, student_NK: np.ndarray, temperature: float) -> float:
-    """Return the mean KL(softmax(teacher/T) ‖ softmax(student/T)) of logits [N, K], in nats."""
-    p_NK, q_NK = (_log_softmax(z_NK, temperature) for z_NK in (teacher_NK, student_NK))
-    return float((np.exp(p_NK) * (p_NK - q_NK)).sum(axis=1).mean())
 
 
 def _log_softmax(z_NK: np.ndarray, temperature: float) -> np.ndarray:
@@ -206,7 +180,6 @@ class _Trial:
     recipe: Recipe
     images: ImageSource
     scores: Artifact
-    runtime: Runtime
     train: TrainMember
     directory: Path
     trainings: float = 0.0
@@ -245,18 +218,12 @@ class _Trial:
         return [name for name in found if name not in dropped]
 
     def _finalist(self, alive: Mapping[str, Prune]) -> str:
-        """Return the member that the rounds of short trainings rank first."""
-        self.record["rounds"] = []
-        for epochs in rounds(self.recipe.train.epochs):
-            found = {
-                name: [self._divergence(name, prune, seed, epochs) for seed in SHORT_SEEDS]
-                for name, prune in alive.items()
-            }
-            ranked = sorted(alive, key=lambda name: statistics.mean(found[name]))
-            self.record["rounds"].append({"epochs": epochs, "seeds": list(SHORT_SEEDS), "divergence": found})
-            console.show(_table(epochs, {name: found[name] for name in ranked}))
-            kept = {*ranked[: remaining(len(ranked))], FALLBACK}
-            alive = {name: alive[name] for name in ranked if name in kept}
+        """Return the member with the highest mean top-1 after short trainings."""
+        epochs = short_epochs(self.recipe.train.epochs)
+        found = {name: [self._top1(name, prune, seed, epochs) for seed in SHORT_SEEDS] for name, prune in alive.items()}
+        self.record["short"] = {"epochs": epochs, "seeds": list(SHORT_SEEDS), "top1": found}
+        ranked = sorted(found, key=lambda name: -statistics.mean(found[name]))
+        console.show(_table(epochs, {name: found[name] for name in ranked}))
         return ranked[0]
 
     def _compared(self, finalist: str, found: Mapping[str, Prune], count: int) -> str:
@@ -264,8 +231,7 @@ class _Trial:
         top1: dict[str, list[float]] = {finalist: [], FALLBACK: []}
         for seed in FULL_SEEDS[:count]:
             for name, reached in top1.items():
-                run = self._student(name, found[name], seed, self.recipe.train.epochs)
-                reached.append(run.facts["top1"]["holdout"])
+                reached.append(self._top1(name, found[name], seed, self.recipe.train.epochs))
         better, difference = judge(top1[finalist], top1[FALLBACK])
         self.record["final"] = {
             "seeds": list(FULL_SEEDS[:count]),
@@ -285,8 +251,8 @@ class _Trial:
             f"pairs of full trainings, above {final['lower95']:+.2f} with 95 % confidence"
         )
 
-    def _student(self, name: str, prune: Prune, seed: int, epochs: int) -> Artifact:
-        """Train the student of a member and a seed, which also draws the selection."""
+    def _top1(self, name: str, prune: Prune, seed: int, epochs: int) -> float:
+        """Train the student of a member and a seed, which draws the selection too; return its top-1 on the hold-out."""
         recipe = self.recipe if epochs == self.recipe.train.epochs else in_epochs(self.recipe, epochs)
         recipe = recipe.model_copy(update={"seed": seed, "prune": prune.model_copy(update={"seed": seed})})
         console.say(f"choose: training with {name}, {epochs} epoch{'s' * (epochs > 1)}, seed {seed}")
@@ -294,19 +260,7 @@ class _Trial:
             run, built = self.train(recipe, self.directory / STUDENTS / f"{name}-{epochs}-{seed}")
         self.trainings += epochs / self.recipe.train.epochs
         self.earlier_s += 0.0 if built else run.cost_s
-        return run
-
-    def _divergence(self, name: str, prune: Prune, seed: int, epochs: int) -> float:
-        """Return the divergence of a short training's student from the teacher, on the hold-out."""
-        run = self._student(name, prune, seed, epochs)
-        return decided_by_main(lambda: self._divergence_of(run))
-
-    def _divergence_of(self, run: Artifact) -> float:
-        ids, model = self.images.holdout_ids, self.recipe.student.model
-        net = self.runtime.to_device(open_student(run.path, model if user_model(model) else None).net)
-        batches = self.images.loader("train", min(256, len(ids))).batches(ids, last="pad")
-        student_NK = np.concatenate([one.logits for one in predict(self.runtime, net, batches)])
-        return divergence(self.scores.array("logits.npy")[ids], student_NK, self.recipe.loss.temperature)
+        return float(run.facts["top1"]["holdout"])
 
 
 def diagnose(
@@ -345,10 +299,11 @@ def _entropy(z_NK: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def _table(epochs: int, found: Mapping[str, Sequence[float]]) -> Table:
-    """Return a table of the divergences of a round."""
-    grid = Table(title=f"{epochs} epoch{'s' * (epochs > 1)}, {len(SHORT_SEEDS)} seeds", title_justify="left")
+    """Return a table of the accuracy after short trainings."""
+    title = f"{epochs} epoch{'s' * (epochs > 1)}, {len(SHORT_SEEDS)} seeds"
+    grid = Table(title=title, title_justify="left")
     grid.add_column("method")
-    grid.add_column("KL to the teacher on the hold-out", justify="right")
+    grid.add_column("top-1 on the hold-out (%)", justify="right")
     for name, values in found.items():
-        grid.add_row(name, f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}")
+        grid.add_row(name, f"{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f}")
     return grid
