@@ -229,7 +229,7 @@ STUDIES = DOCS / "figures" / "selection_studies.json"
 def selection_studies() -> str:
     """Return a table of each study: top-1 of all arms on the hold-out; on val, of the chosen one and its baselines."""
     parts = []
-    for study in json.loads(STUDIES.read_text()):
+    for study in json.loads(STUDIES.read_text(encoding="utf-8")):
         seeds = f"seeds {study['seeds'][0]} … {study['seeds'][-1]}"
         rows = [["cell", "arm", "hold-out", "minus random", "val", "minus random"]]
         for cell in study["cells"]:

@@ -535,3 +535,10 @@ def test_keys_of_recipes_without_the_newer_settings_are_as_before():
     assert recipe.Labels().reshape_fields() == {"reshape": True}
     assert recipe.Labels(reshape=False, reshape_strength=0.5).reshape_fields() == {"reshape": False}
     assert recipe.Labels(reshape_strength=0.5).reshape_fields() == {"reshape": True, "reshape_strength": 0.5}
+
+
+def test_people_read_the_name_of_a_preset():
+    name = tables.method_name
+    assert name(recipe.Prune(method="coverage", keep_ratio=0.5, floor=0.1).model_dump()) == "coverage"
+    assert name(recipe.Prune(method="coverage", keep_ratio=0.5, tilt=0.5).model_dump()) == "stratified"
+    assert name(recipe.Prune(method="ccs", keep_ratio=0.5).model_dump()) == "ccs"

@@ -80,7 +80,7 @@ def main(
 
     Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab data/cifar10_half
 
-    Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab shards --format webdataset
+    Example: python -m fastkd.export data/cifar10.artifacts/subset-0123456789ab cifar10_shards --format webdataset
     """
     if not hub and (push is not None or licence != "unknown"):
         raise InputError("--push and --license: belong to --hub")

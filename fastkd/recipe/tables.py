@@ -1,5 +1,6 @@
 """Tables of the names in recipes: selection methods, augmentations, scores, losses and loggers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "coverage": {"method": "stratified", "quota": "global", "tilt": 1.0, "hard_drop_ratio": 0.1},
 }
 """Short names of methods with settings, which stand for them in recipes. Other settings may be given with them."""
+
+
+def method_name(prune: Mapping[str, Any]) -> str:
+    """Return the name of a method for people: of a preset, if the settings of the section `prune` are its own."""
+    presets = (name for name, own in PRESETS.items() if all(prune.get(key) == own[key] for key in own))
+    return next(presets, prune["method"])
+
+
 DEFAULT_METHOD = "coverage"
 """The method of recipes that keep a share of the samples and do not name one."""
 

@@ -16,6 +16,7 @@ from fastkd import artifacts
 from fastkd.artifacts import Artifact, Manifest, canonical
 from fastkd.errors import InputError
 from fastkd.recipe import Recipe, read_yaml
+from fastkd.recipe.tables import method_name
 from fastkd.stages import run_schema
 from fastkd.validation import explain
 
@@ -306,7 +307,8 @@ def variant(resolved: Mapping[str, Any]) -> str:
     loss = resolved.get("loss", {}).get("name", "kd")
     if labels["mode"] == "online" and not chosen and not labels["reshape"] and loss == "kd":
         return VANILLA
-    kept = prune["method"] + ("" if dynamic or listed else f", keep {prune['keep_ratio']:g}") if chosen else "all data"
+    ratio = "" if dynamic or listed else f", keep {prune['keep_ratio']:g}"
+    kept = method_name(prune) + ratio if chosen else "all data"
     if prune.get("rotate") or prune["method"] == "orderdp":
         kept += ", other samples in each epoch"
     return kept + (", live teacher" if labels["mode"] == "online" else "") + (f", {loss}" if loss != "kd" else "")

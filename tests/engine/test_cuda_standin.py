@@ -210,6 +210,7 @@ def use_everything(card: CudaStandIn, folder: Path, loader: Loader) -> None:
         "fp32", graph=True, channels_last=False, clip=lambda scaler, optimizer: torch.ones(1, device="cuda").item()
     )
     for one in (cuda_state("fp32", graph=True), failing):
+        assert one.graph.first_steps > 0
         train_epoch(one, batches(8), None, np.full(8, 0.1), log_every_steps=8, on_log=lambda *a: None)
     checkpoint.save(folder, 4, state.objective.student, state, None, {})
     checkpoint.restore(checkpoint.newest(folder), state.objective.student, state, None)

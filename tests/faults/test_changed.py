@@ -125,8 +125,8 @@ def test_images_that_are_overwritten_during_a_teacher_pass__stop_the_pass_and_th
     monkeypatch.setattr(teacher_pass, "SAVE_EVERY_S", 0.0)
     batches, real = iter(range(1_000_000)), teacher_pass.predict
 
-    def predict(*given):
-        for predicted in real(*given):
+    def predict(*given, **options):
+        for predicted in real(*given, **options):
             if next(batches) == 2:
                 overwrite(own.data / "train.beton")
             yield predicted

@@ -290,8 +290,8 @@ def test_damaged_unfinished_scores__are_reported_and_scored_again(tiny_recipe, t
     whole, _ = pipeline.score(tiny_recipe("score.batch_size=16", f"data.artifacts_dir={tmp_path / 'whole'}"))
     real = teacher_pass.predict
 
-    def breaks(*arguments):
-        yield from itertools.islice(real(*arguments), 4)
+    def breaks(*arguments, **options):
+        yield from itertools.islice(real(*arguments, **options), 4)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(teacher_pass, "SAVE_EVERY_S", 0.0)

@@ -56,7 +56,7 @@ train: {{epochs: 2, batch_size: 30, compile: false}}
 name: student
 data: {{path: {folder / "data"}, holdout_ratio: 0.2}}
 teacher: {{recipe: teacher.yaml}}
-prune: {{keep_ratio: 0.5}}
+prune: {{method: medium, keep_ratio: 0.5}}
 student: {{model: cifar/resnet8}}
 optim: {{lr: 0.05}}
 train: {{epochs: 3, batch_size: 20, compile: false, eval_every_epochs: 1, runs_dir: {folder / "runs"}}}

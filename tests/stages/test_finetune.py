@@ -90,7 +90,7 @@ student: {{model: cifar/resnet8}}""")  # fmt: skip
     make(tmp_path, five, "fine", f"student: {{model: torchvision/resnet18, weights: {weights}, head: new}}")
     student = make(tmp_path, five, "student", """
 teacher: {recipe: fine.yaml}
-prune: {keep_ratio: 0.5}
+prune: {method: medium, keep_ratio: 0.5}
 student: {model: cifar/resnet8}""")  # fmt: skip
     capfd.readouterr()
     pipe = Pipeline(recipe.load(student))
@@ -230,7 +230,7 @@ def test_a_users_networks_are_teacher_and_student(five, tmp_path, net_py, comman
     torch.save(models.build(f"{net_py}:teacher", 5).state_dict(), "t.pth")
     path = make(tmp_path, five, "mine", """
 teacher: {model: "net.py:teacher", weights: t.pth}
-prune: {keep_ratio: 0.5}
+prune: {method: medium, keep_ratio: 0.5}
 student: {model: "net.py:student"}""")  # fmt: skip
     pipe = Pipeline(recipe.load(path))
     run, _ = pipe.train()

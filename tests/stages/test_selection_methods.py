@@ -19,7 +19,7 @@ from fastkd.stages.selection import Pool, select
 from fastkd.stages.training import run_key_fields
 from fastkd.stages.training_setup import prepare
 
-SCORED = tuple(name for name, method in METHODS.items() if method.scored)
+SCORED = tuple(name for name, method in METHODS.items() if method.scored and not method.by_trial)
 
 
 def pool_of(score_N: np.ndarray, y_N: np.ndarray, chosen: Prune, logits_NK: np.ndarray | None = None) -> Pool:
@@ -308,7 +308,7 @@ def test_of_many_classes_the_most_unusual_are_shown():
 CHOSEN = [
     {"method": name} | quota
     for name, method in METHODS.items()
-    if method.ratio
+    if method.ratio and not method.dynamic and not method.by_trial
     for quota in ([{"quota": "proportional"}, {"quota": "uniform"}] if "quota" in method.settings else [{}])
 ] + [{"method": "ccs", "class_balanced": True, "quota": quota} for quota in ("proportional", "uniform")]
 
