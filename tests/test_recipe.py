@@ -111,6 +111,7 @@ def test_all_errors_come_at_once_with_the_nearest_key(write):
         ("teacher.mean=[0,0,0]", "give either `recipe`, or `model` and `weights`"),
         ("prune={method: infobatch, keep_ratio: 0.5}", "`infobatch` keeps all samples; `easy_drop_ratio` says"),
         ("prune={method: medium, quota: global}", "`quota: global` is for `method: stratified`"),
+        ("prune={method: coverage, keep_ratio: 0.5, rotate: true, min_per_class: 1}", "needs `quota: proportional`"),
         ("prune={method: orderdp, keep_ratio: 0.8, pool_ratio: 0.7}", "`pool_ratio` 0.7 is less than `keep_ratio` 0.8"),
         ("prune.easy_drop_ratio=1", "prune.easy_drop_ratio: 1 is wrong: should be less than 1"),
         (

@@ -199,8 +199,10 @@ class Prune(Section):
             )
         if self.min_per_class and (self.method == "list" or METHODS[self.method].dynamic):
             raise ValueError(f"`min_per_class` {self.min_per_class}: is for methods that choose, not for {self.method}")
-        if self.quota == "global" and (self.method not in ("stratified", "auto") or self.min_per_class):
-            raise ValueError("`quota: global` is for `method: stratified`, without `min_per_class`")
+        if self.quota == "global" and self.method not in ("stratified", "auto"):
+            raise ValueError("`quota: global` is for `method: stratified`")
+        if self.quota == "global" and self.rotate and self.min_per_class:
+            raise ValueError(f"`min_per_class` {self.min_per_class}: with `rotate`, it needs `quota: proportional`")
         if self.rotate and (self.method != "stratified" or self.keep_ratio == 1):
             raise ValueError(
                 f"`rotate`: selects a share of the samples in each epoch; give `method: stratified`, not "

@@ -195,9 +195,13 @@ def select_stratified(pool: Pool) -> np.ndarray:
     neighbours, and by difficulty, alternately up and down. Sample i is kept if ⌊Π_i + U⌋ > ⌊Π_{i−1} + U⌋, where Π is
     the cumulative inclusion probability and U uniform in 0 … 1 (see `fastkd.kernels.systematic_sample`): numbers by
     class and probabilities are exact, and neighbours are rarely kept together, so that means over the subset of what
-    depends on cell and difficulty vary less than over random samples.
+    depends on cell and difficulty vary less than over random samples. With ``quota: global``, ``min_per_class`` is
+    applied afterwards.
     """
-    return np.flatnonzero(pool.stratified.kept())
+    kept = np.flatnonzero(pool.stratified.kept())
+    if pool.settings.quota == "global":
+        return _with_floor(pool, kept, np.zeros(len(pool.ids), np.bool_))
+    return kept
 
 
 def select_list(pool: Pool) -> np.ndarray:

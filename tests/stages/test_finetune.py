@@ -136,7 +136,7 @@ def test_a_problem_of_37_classes_from_a_checkpoint_of_imagenets_shape(tmp_path, 
     ]
     student = make(tmp_path, tmp_path, "student", f"""
 teacher: {{recipe: {RECIPES / "finetune_teacher.yaml"}, overrides: {json.dumps(overrides)}}}
-prune: {{keep_ratio: 0.5}}
+prune: {{method: medium, keep_ratio: 0.5}}
 student: {{model: cifar/resnet8}}""", epochs=1)  # fmt: skip
     pipe = Pipeline(recipe.load(student))
     run, _ = pipe.train()

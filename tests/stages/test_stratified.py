@@ -209,6 +209,17 @@ def test_a_global_quota_keeps_more_of_classes_that_are_more_difficult():
     np.testing.assert_allclose(share_K, mean_K, atol=0.02)
 
 
+def test_a_global_quota_with_a_minimum_leaves_no_class_out():
+    chosen = Prune(method="coverage", keep_ratio=0.1, min_per_class=9)
+    pool, _ = pool_of(chosen)
+    pool.difficulty[pool.labels == 1] = 1e-3  # all alike, and easy
+    without, _ = pool_of(chosen.model_copy(update={"min_per_class": 0}))
+    without.difficulty[:] = pool.difficulty
+    few, enough = (np.bincount(pool.labels[select(one)], minlength=3) for one in (without, pool))
+    assert few.min() < 9 == enough.min()
+    assert few.sum() == enough.sum() == 60
+
+
 def test_rotating_samples_share_the_labels_of_all_data(tiny_recipe):
     run, _ = pipeline.train(tiny_recipe(*ROTATE, "train.epochs=1"))
     whole, _ = pipeline.train(tiny_recipe("prune.keep_ratio=1.0", "train.epochs=1"))
