@@ -99,8 +99,8 @@ class Data(Section):
     os_cache: bool = True
     """Read only the needed images, through the page cache of the operating system. Off: pages of 8 MB."""
     resident: Literal["auto"] | bool = "auto"
-    """Decode the training images once, and keep them in memory, on a GPU in its own. `auto`: if they need at most a
-    tenth of the free memory, and there are several epochs. Not for random resized crops or several image sizes."""
+    """Decode the training images once, and keep them in memory, on a GPU in its own. `auto`: on a GPU, if they need at
+    most a tenth of its free memory, and there are several epochs. Not for random resized crops or several sizes."""
 
 
 class Score(Section):

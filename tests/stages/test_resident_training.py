@@ -14,6 +14,7 @@ from fastkd.distributed import ProcessGroup
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import InputError
 from fastkd.pipeline import Pipeline
+from fastkd.stages import loading
 from fastkd.stages.loading import AUTO_SHARE
 from fastkd.stages.training_setup import prepare
 
@@ -73,7 +74,9 @@ def loader_of(tiny_recipe, *overrides: str) -> Loader | ResidentLoader:
     return prepare(Pipeline(tiny_recipe(*overrides)).training_inputs).loader
 
 
-def test_auto_keeps_images_that_need_little_memory_and_are_used_again(tiny_recipe, monkeypatch, capfd):
+def test_auto_keeps_images_that_need_little_memory_and_are_used_again_on_a_gpu(tiny_recipe, monkeypatch, capfd):
+    assert isinstance(loader_of(tiny_recipe), Loader)
+    monkeypatch.setattr(loading, "_pays", lambda runtime: True)
     found = loader_of(tiny_recipe)
     assert isinstance(found, ResidentLoader)
     assert "75 images of 16 x 16 pixels stay in memory on cpu: 0.1 MB" in capfd.readouterr().out
