@@ -80,7 +80,7 @@ def test_the_loader_gets_the_threads_that_it_needs(tiny_recipe, monkeypatch):
     monkeypatch.setattr("fastkd.stages.training_setup.LOADER_AHEAD", 1e9)
     assert prepare(Pipeline(tiny_recipe("data.resident=false")).training_inputs).loader.workers == usable_cores()
     assert prepare(Pipeline(tiny_recipe("data.resident=false", "data.workers=1")).training_inputs).loader.workers == 1
-    assert prepare(Pipeline(tiny_recipe("data.resident=true")).training_inputs).loader.workers == 0  # images stay in memory
+    assert prepare(Pipeline(tiny_recipe("data.resident=true")).training_inputs).loader.workers == 0
 
 
 def test_the_number_of_threads_does_not_change_what_is_loaded(tiny_recipe):
