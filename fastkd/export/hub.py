@@ -13,10 +13,10 @@ from fastkd import artifacts, recipe
 from fastkd.artifacts import Artifact, Built
 from fastkd.console import clock
 from fastkd.errors import InputError, require
+from fastkd.export.sources import open_run
 from fastkd.models import HUB_WEIGHTS
 from fastkd.stages import run_schema
 from fastkd.stages.trained_student import Student, open_student
-from fastkd.stages.writing import refuse_foreign
 from fastkd.validation import user_model
 
 UNKNOWN_LICENCE = "unknown"
@@ -55,18 +55,14 @@ def export_for_hub(
     InputError
         `run` is not a RUN, `out` has other contents, or timm is missing.
     """
-    source, target = Path(run), Path(os.path.abspath(Path(out).expanduser()))
-    if target.is_relative_to(source.resolve()):
-        raise InputError(f"{target}: is inside the RUN; choose another directory")
-    loaded = artifacts.load(source, "RUN")
-    refuse_foreign(target, "STUDENT")
+    loaded, target = open_run(run, out)
     stamps = loaded.manifest.files
     digests = {name: stamps[name].xxh3_128 for name in ("student.safetensors", "model.json")}
     return artifacts.build(
         target,
         "STUDENT",
         {"run": loaded.key, **digests, "layout": "hub", "licence": licence},
-        lambda directory: _fill(directory, open_student(source, model), licence),
+        lambda directory: _fill(directory, open_student(loaded.path, model), licence),
         parents={"RUN": loaded.key},
         force=force,
         sources=lambda: [loaded],

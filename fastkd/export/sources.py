@@ -15,6 +15,7 @@ from fastkd.artifacts import Artifact, Manifest, bytes_on_disk, read_manifest
 from fastkd.data.extract import Table, read_table
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.stages.resumable import subset_key_fields
+from fastkd.stages.writing import refuse_foreign
 
 BETONS = ("train.beton", "val.beton")
 
@@ -216,6 +217,22 @@ def _made_for(labels: Manifest, subset: Artifact) -> bool:
     asked = subset_key_fields(subset)
     made = {name: labels.inputs.get(name) for name in asked}
     return labels.parents.get("SUBSET") == subset.key and made == asked
+
+
+def open_run(run: str | os.PathLike[str], out: str | os.PathLike[str]) -> tuple[Artifact, Path]:
+    """Return a RUN, and the directory to export its student to.
+
+    Raises
+    ------
+    InputError
+        `run` is not a RUN, or `out` is inside of it or has other contents than an exported student.
+    """
+    source, target = Path(run), absolute(out)
+    if target.is_relative_to(source.resolve()):
+        raise InputError(f"{target}: is inside the RUN; choose another directory")
+    loaded = artifacts.load(source, "RUN")
+    refuse_foreign(target, "STUDENT")
+    return loaded, target
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastkd import artifacts
 from fastkd.artifacts import Artifact, Built
-from fastkd.errors import FastkdError, InputError, require
+from fastkd.errors import FastkdError, require
+from fastkd.export.sources import open_run
 from fastkd.stages.trained_student import Student, open_student
-from fastkd.stages.writing import refuse_foreign
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CHECKED_BATCHES = (1, 2, 5)  # the graphs are traced with 2
@@ -52,20 +52,16 @@ def export_student(
     FastkdError
         The network cannot be exported, or an exported graph computes other logits than the network.
     """
-    source, target = Path(run), Path(os.path.abspath(Path(out).expanduser()))
     require("exporting a student", *ONNX_PACKAGES)
-    if target.is_relative_to(source.resolve()):
-        raise InputError(f"{target}: is inside the RUN; choose another directory")
-    loaded = artifacts.load(source, "RUN")
-    refuse_foreign(target, "STUDENT")
+    loaded, target = open_run(run, out)
     stamps = loaded.manifest.files
     return artifacts.build(
         target,
         "STUDENT",
         {"run": loaded.key, **{name: stamps[name].xxh3_128 for name in ("student.safetensors", "model.json")}},
-        lambda directory: _fill(directory, open_student(source, model)),
+        lambda directory: _fill(directory, open_student(loaded.path, model)),
         parents={"RUN": loaded.key},
-        settings={"run": str(source.absolute())},
+        settings={"run": str(loaded.path.absolute())},
         force=force,
         sources=lambda: [loaded],
     )
