@@ -201,7 +201,7 @@ def _keep_ratio(pipeline: Pipeline) -> float:
 def _bytes(pipeline: Pipeline, stage: str, dataset: Artifact | None) -> int | None:
     """Return the bytes that a stage would write. None: not known yet."""
     recipe = pipeline.recipe
-    if dataset is None or stage in ("write", "teacher"):
+    if dataset is None or stage in ("write", "teacher", "choose"):
         return None
     images, all_of_train = pipeline.images, dataset.facts["counts"]["train"]
     K = images.num_classes

@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from fastkd import pipeline
+from fastkd.dry_run import dry_run
 from fastkd.errors import ArtifactError, InputError
 from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune, tables
@@ -138,3 +139,15 @@ def test_a_damaged_choice_is_reported(tiny_recipe, monkeypatch, few_members):
     shutil.copy(choice.path / "manifest.json", choice.path / "choice.json")
     with pytest.raises(ArtifactError, match=r"choice\.json"):
         _ = Pipeline(tiny_recipe(*AUTO)).choice
+
+
+def test_a_dry_run_shows_the_choice_among_the_stages(tiny_recipe, monkeypatch, few_members):
+    recipe = tiny_recipe(*AUTO, "data.view.family=flip")
+    _ = Pipeline(recipe).scores
+    before = {step.stage: step for step in dry_run(recipe).steps}
+    assert (before["choose"].state, before["choose"].size) == ("build", None)
+    assert before["prune"].state == "build"
+    chosen_by(monkeypatch, {FALLBACK: 0.9, "stratified, rotated": 0.8, "medium": 0.1}, {})
+    _ = Pipeline(recipe).choice
+    after = {step.stage: step.state for step in dry_run(recipe).steps}
+    assert (after["choose"], after["prune"]) == ("reuse", "build")
