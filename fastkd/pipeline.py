@@ -153,6 +153,12 @@ class Pipeline:
         dataset, built = open_together(opened, path) if build and current().size > 1 else opened()
         return self.note("write", dataset, built)
 
+    def _same_dataset(self, recipe: Recipe, force: set[str] | frozenset[str] = frozenset()) -> "Pipeline":
+        """Return the pipeline of another recipe, with the DATASET of this one."""
+        own = Pipeline(recipe, force, build=self.store.build)
+        own.dataset, own.costs["write"], own.used["write"] = self.dataset, self.costs["write"], self.dataset
+        return own
+
     @property
     def is_known_export(self) -> bool:
         """Whether the DATASET is an export. False while it does not exist."""
@@ -181,8 +187,7 @@ class Pipeline:
                 "needed, give teacher.recipe=null, teacher.model and teacher.weights"
             )
         force = {"train"} if "teacher" in self.store.force else set()
-        own = Pipeline(teacher_recipe(self.recipe), force, build=self.store.build)
-        own.dataset, own.costs["write"], own.used["write"] = self.dataset, self.costs["write"], self.dataset
+        own = self._same_dataset(teacher_recipe(self.recipe), force)
         notes = replaced_settings(self.recipe)
         return self.note("teacher", *own.build_run(source=Path(teacher.recipe), notes=notes))
 
@@ -249,9 +254,7 @@ class Pipeline:
 
     def _train_member(self, recipe: Recipe, out: Path) -> tuple[Artifact, bool]:
         """Train a student to compare selection methods."""
-        own = Pipeline(recipe)
-        own.dataset, own.costs["write"], own.used["write"] = self.dataset, self.costs["write"], self.dataset
-        return own.build_run(out=out)
+        return self._same_dataset(recipe).build_run(out=out)
 
     @cached_property
     def selected(self) -> Recipe:
