@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from harness import seconds
+from harness import seconds, start_study
 
 from fastkd.errors import InputError
 from fastkd.study import processes
@@ -23,17 +21,6 @@ def study(tiny_recipe, tmp_path):
         *(tiny_recipe.path, "train.epochs=2", "--vary", "prune.method=medium", "--baselines", "random"),
         *("--seeds", "2", "--per-gpu", "2", "--out", tmp_path / "study"),
     ]
-
-
-def start(study):
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastkd.study", *map(str, study)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # shells let jobs ignore it
-    )
 
 
 def children_of(pid: int) -> list[int]:
@@ -56,7 +43,7 @@ def begun(study):
 
 
 def test_a_process_that_is_killed_leaves_its_student_to_another(study, tmp_path, traces):
-    command = start(study)
+    command = start_study(study)
     wait_for(lambda: begun(study))
     os.kill(children_of(command.pid)[0], signal.SIGKILL)
     text, _ = command.communicate(timeout=seconds(280))
@@ -69,21 +56,21 @@ def test_a_process_that_is_killed_leaves_its_student_to_another(study, tmp_path,
 
 
 def test_ctrl_c_ends_all_processes_and_the_study_resumes(study, tmp_path, traces):
-    command = start(study)
+    command = start_study(study)
     wait_for(lambda: begun(study))
     command.send_signal(signal.SIGINT)
     text, _ = command.communicate(timeout=seconds(120))
     assert command.returncode == 130, text
     assert traces.gone()
     assert not (tmp_path / "study" / "study.json").exists()
-    command = start(study)
+    command = start_study(study)
     text, _ = command.communicate(timeout=seconds(280))
     assert command.returncode == 0, text
     assert json.loads((tmp_path / "study" / "study.json").read_text())["finished"] == 4
 
 
 def test_processes_are_killed_with_the_command(study, traces):
-    command = start(study)
+    command = start_study(study)
     wait_for(lambda: begun(study))
     command.kill()
     command.communicate()

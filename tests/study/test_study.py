@@ -2,14 +2,11 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from harness import seconds
+from harness import seconds, start_study
 
 from fastkd import artifacts
 from fastkd.errors import ArtifactError
@@ -160,16 +157,6 @@ def test_time_left_is_predicted_from_finished_students(tiny_recipe, tmp_path):
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def start(study):
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastkd.study", *map(str, study)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 def wait_for(condition, within_s):
     end = time.monotonic() + seconds(within_s)
     while time.monotonic() < end:
@@ -181,10 +168,10 @@ def wait_for(condition, within_s):
 
 def test_processes_share_a_study_and_take_over_from_the_dead(study, tmp_path):
     students = tmp_path / "study" / "students"
-    workers = [start(study) for _ in range(3)]
+    workers = [start_study(study) for _ in range(3)]
     wait_for(lambda: list(students.glob("*.fastkd-partial")), 120)
     workers[0].send_signal(signal.SIGKILL)
-    workers.append(start(study))  # a late joiner
+    workers.append(start_study(study))  # a late joiner
     texts = [one.communicate(timeout=seconds(280))[0] for one in workers]
     assert workers[0].returncode == -signal.SIGKILL
     assert [one.returncode for one in workers[1:]] == [0, 0, 0], texts

@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
 
 PATIENCE = float(os.environ.get("FASTKD_TEST_PATIENCE", "1"))
 """What every bound on waiting is multiplied by; more than 1 for a slow or busy machine."""
@@ -21,3 +24,15 @@ def command_file(name: str) -> str:
     if spec.submodule_search_locations:
         spec = importlib.util.find_spec(f"fastkd.{name}.__main__")
     return str(spec.origin)
+
+
+def start_study(arguments) -> subprocess.Popen[str]:
+    """Start ``python -m fastkd.study`` with some arguments."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "fastkd.study", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # shells let jobs ignore it
+    )
