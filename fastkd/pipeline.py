@@ -247,9 +247,10 @@ class Pipeline:
     def choice(self) -> Artifact:
         """The CHOICE: which method ``prune.method: auto`` adopts."""
         require("prune.method: auto", "scipy")
+        recipe, images, scores = self.recipe, self.images, self.scores
+        fields = training.run_key_fields(self._inputs(recipe, subset=None, labels=None))
         return self.note(
-            "choose",
-            *choosing.build_choice(self.store, self.images, self.scores, self.recipe, self._train_member),
+            "choose", *choosing.build_choice(self.store, images, scores, recipe, fields, self._train_member)
         )
 
     def _train_member(self, recipe: Recipe, out: Path) -> tuple[Artifact, bool]:
@@ -323,9 +324,12 @@ class Pipeline:
     @cached_property
     def training_inputs(self) -> TrainingInputs:
         """What the student is trained from. Everything missing is built."""
-        recipe = self.selected
         subset = self.subset if self.needs("prune") else None
         labels = self.labels if self.needs("label") else None
+        return self._inputs(self.selected, subset, labels)
+
+    def _inputs(self, recipe: Recipe, subset: Artifact | None, labels: Artifact | None) -> TrainingInputs:
+        """Return what a student of a recipe with the teacher and the images of this one is trained from."""
         fields = self.teacher_key_fields if recipe.teacher is not None else None
         online = recipe.teacher is not None and recipe.labels.mode == "online"
         teacher = self.teacher if online else None

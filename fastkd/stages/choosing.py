@@ -29,13 +29,11 @@ from fastkd.recipe.baselines import in_epochs
 from fastkd.recipe.tables import AUTO_MEMBERS
 from fastkd.stages.distributed_build import build_together, decided_by_main
 from fastkd.stages.images import ImageSource
-from fastkd.stages.new_student import student_key_fields
 from fastkd.stages.pruning import selection_key_fields
 from fastkd.stages.row_scores import chunk_rows, score_chunks
 from fastkd.stages.run_files import write_json
 from fastkd.stages.selection import Pool, difficulty, select
 from fastkd.stages.store import ArtifactStore
-from fastkd.stages.training import unusual_settings
 
 FALLBACK = "stratified"
 SHORT = 1 / 3
@@ -56,12 +54,15 @@ def build_choice(
     images: ImageSource,
     scores: Artifact,
     recipe: Recipe,
+    run_fields: Mapping[str, Any],
     train: TrainMember,
 ) -> tuple[Artifact, bool]:
     """Build or find the CHOICE of a recipe. All processes of a job build it.
 
     Parameters
     ----------
+    run_fields
+        Key fields of a RUN of the recipe, without those of its selection. All but the seed determine the CHOICE.
     train
         Trains one student.
 
@@ -76,21 +77,12 @@ def build_choice(
         ``prune.auto_budget`` is less than the shortest procedure needs.
     """
     fields = {
+        **{name: value for name, value in run_fields.items() if name != "seed"},
         "scores": scores.key,
-        "holdout_ratio": recipe.data.holdout_ratio,
-        "view": images.view_key_fields(recipe.data.input_px, varied=recipe.num_views is not None),
-        "views": recipe.num_views,
-        "student": student_key_fields(recipe.student, images),
-        "optim": recipe.optim.key_fields(),
-        "loss": recipe.loss.key_fields(),
-        "labels": recipe.labels.model_dump(include={"mode", "topk", "view_seed"}) | recipe.labels.reshape_fields(),
-        "epochs": recipe.train.epochs,
-        "batch_size": recipe.train.batch_size,
-        **unusual_settings(recipe.train),
-        "prune": {**recipe.prune.key_fields(), "keep_ratio": recipe.prune.keep_ratio},
+        "view_seed": recipe.labels.view_seed,
+        "auto_budget": recipe.prune.auto_budget,
         "members": {name: selection_key_fields(one) for name, one in members(recipe.prune).items()},
     }
-    del fields["prune"]["seed"]
     path = store.artifact_path("CHOICE", fields)
 
     def fill(directory: Path) -> Built:

@@ -118,7 +118,7 @@ def run_key_fields(inputs: TrainingInputs) -> dict[str, Any]:
         "epochs": recipe.train.epochs,
         "batch_size": recipe.train.batch_size,
         "seed": recipe.seed,
-        **unusual_settings(recipe.train),
+        **_unusual(recipe.train),
     }
     if recipe.teacher is not None:
         fields |= {
@@ -137,7 +137,7 @@ def run_key_fields(inputs: TrainingInputs) -> dict[str, Any]:
     return fields
 
 
-def unusual_settings(train: recipes.Train) -> dict[str, Any]:
+def _unusual(train: recipes.Train) -> dict[str, Any]:
     """Return settings that determine the student and differ from their defaults; others are not in the key."""
     settings = {name: getattr(train, name) for name in ("accumulate", "ema_decay", "sync_batchnorm")}
     usual = recipes.Train(epochs=1, batch_size=1)
