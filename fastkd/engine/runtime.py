@@ -185,8 +185,8 @@ class Runtime:
             weights, others = [p for p in every if p.dim() > 1], [p for p in every if p.dim() < 2]
             groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         if optim.name == "adamw":
-            # The first steps run without a graph.
-            warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            if capturable:  # the first steps run without a graph
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
             return torch.optim.AdamW(groups, betas=optim.betas, capturable=capturable, **common)
         sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, **common)
         for group in sgd.param_groups if optim.momentum else ():

@@ -40,10 +40,10 @@ def training_loader(
         ``data.resident: true``, and the images do not fit into memory.
     """
     wanted, (height, width) = recipe.data.resident, loader.image_hw
-    needed = len(ids_M) * 3 * height * width + (stored.nbytes if stored else 0)
-    free = runtime.free_bytes()
     if wanted is False:
         return loader
+    needed = len(ids_M) * 3 * height * width + (stored.nbytes if stored else 0)
+    free = runtime.free_bytes()
     worthwhile = _pays(runtime) and recipe.train.epochs > 1
     if wanted == "auto" and (recipe.not_resident or not worthwhile or needed > AUTO_SHARE * free):
         return loader
