@@ -62,6 +62,33 @@ def test_overrides_and_defaults(write):
     assert loaded.loss.temperature == 4.0
 
 
+@pytest.mark.parametrize(
+    "prune",
+    [
+        {"method": "coverage", "rotate": True},
+        {"method": "stratified", "quota": "global", "tilt": 0.5},
+        {"method": "orderdp", "pool_ratio": 0.9},
+        {"method": "list", "ids": "ids.npy"},
+    ],
+    ids=lambda prune: prune["method"],
+)
+@pytest.mark.parametrize("method", ["medium", "random", "ccs", "beta", "coverage", "infobatch"])
+def test_the_settings_of_a_replaced_method_have_no_effect(write, prune, method):
+    path = write(teacher={"recipe": "t.yaml"}, prune=prune | {"keep_ratio": 0.5})
+    ratio = 1.0 if method == "infobatch" else 0.4
+    kept = {"rotate": True} if prune["method"] == method else {}  # the same method: its settings stay
+    changed = recipe.load(path, [f"prune={{method: {method}, keep_ratio: {ratio}}}"]).prune
+    assert changed == recipe.Prune(method=method, keep_ratio=ratio, **kept)
+
+
+def test_a_preset_over_a_resolved_recipe_is_the_preset(write, tmp_path):
+    resolved = tmp_path / "resolved.yaml"
+    medium = recipe.load(write(teacher={"recipe": "t.yaml"}, prune={"method": "medium", "keep_ratio": 0.5}))
+    resolved.write_text(recipe.dump(medium))
+    coverage = recipe.load(resolved, ["prune.method=coverage"]).prune
+    assert coverage == recipe.Prune(method="coverage", keep_ratio=0.5)
+
+
 def test_a_resolved_recipe_loads_again(write, tmp_path):
     loaded = recipe.load(write())
     (tmp_path / "resolved.yaml").write_text(recipe.dump(loaded))

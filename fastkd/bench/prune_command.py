@@ -17,8 +17,8 @@ from fastkd.bench.measurement import interleaved, summary
 from fastkd.bench.prune_contenders import KEEP_RATIO
 from fastkd.errors import FastkdError, InputError
 from fastkd.kernels import gather_rows
+from fastkd.stages.row_scores import chunk_rows
 
-CHUNK_BYTES = 1 << 25
 POLL_S = 0.01
 START_ROWS = 2
 """Rows of each class in the file that start-up is measured on."""
@@ -82,7 +82,7 @@ def copy_rows(logits: Path, kept: np.ndarray, out: Path) -> float:
     """Copy rows of a file, in its order, to another one, and flush it to disk; return the seconds."""
     start = time.perf_counter()
     z_NK = np.load(logits, mmap_mode="r")
-    step = max(1, CHUNK_BYTES // (z_NK.shape[1] * z_NK.itemsize))
+    step = chunk_rows(z_NK)
     with out.open("wb") as stream:
         for first in range(0, len(kept), step):
             rows = kept[first : first + step]

@@ -12,6 +12,7 @@ from fastkd import shipped
 from fastkd.errors import InputError
 from fastkd.recipe import plain_yaml
 from fastkd.recipe.schema import Recipe
+from fastkd.recipe.tables import METHODS, PRESETS, settings_replaced_by
 from fastkd.validation import explain, refuse_code, refuse_model_code
 
 MAX_BYTES = 1 << 20
@@ -30,7 +31,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), *settings: Mapping[str
         relative to the working directory, except `teacher.recipe`, which is relative to this file. The returned recipe
         contains absolute paths.
     settings
-        Nested settings that are applied after the overrides.
+        Nested settings that are applied after the overrides. If one of them, or the overrides, name another selection
+        method, the settings before it that the method does not use have no effect; see `without_replaced`.
 
     Raises
     ------
@@ -40,7 +42,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), *settings: Mapping[str
     file = locate(path)
     values = _read(file)
     for changes in (settings_of(overrides), *settings):
-        values = _merged(values, changes)
+        values = merged(without_replaced(values, changes), changes)
     teacher = values.get("teacher")
     if isinstance(teacher, dict) and isinstance(own := teacher.get("recipe"), str) and own and own[0] != "~":
         values["teacher"] = teacher | {"recipe": os.path.join(file.parent, own)}
@@ -73,17 +75,30 @@ def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
         change: Any = plain_yaml.parse(value, f"override {text!r}")
         for one in reversed(names):
             change = {one: change}
-        settings = _merged(settings, change)
+        settings = merged(settings, change)
     return settings
 
 
-def _merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Merge changes into settings: sections are merged; other values, including lists, are replaced."""
-    merged = {str(name): value for name, value in given.items()}
+    settings = {str(name): value for name, value in given.items()}
     for key, value in changes.items():
-        before = merged.get(name := str(key))
-        merged[name] = _merged(before if isinstance(before, dict) else {}, value) if isinstance(value, dict) else value
-    return merged
+        before = settings.get(name := str(key))
+        settings[name] = merged(before if isinstance(before, dict) else {}, value) if isinstance(value, dict) else value
+    return settings
+
+
+def without_replaced(given: Mapping[str, Any], changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out the settings of a selection method that changes replace, so that they do not apply to the new method.
+
+    These are the settings that the new method does not use, and those that it sets itself, if it is a preset. For
+    example, ``prune.method=ccs`` on a recipe with ``method: coverage`` and ``rotate: true`` selects once.
+    """
+    prune, change = given.get("prune"), changes.get("prune")
+    if not (isinstance(prune, dict) and isinstance(change, dict) and str(change.get("method")) in METHODS | PRESETS):
+        return given
+    replaced = settings_replaced_by(str(change["method"]), prune)
+    return {**given, "prune": {name: value for name, value in prune.items() if name not in replaced}}
 
 
 def locate(path: str | Path) -> Path:

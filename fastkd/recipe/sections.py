@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastkd.recipe.paths import LocalPath, ModelName, Weights, WriterName
-from fastkd.recipe.tables import AUGMENTATIONS, DEFAULT_METHOD, LOGGERS, LOSSES, METHODS, PRESETS, SCORES
+from fastkd.recipe.tables import AUGMENTATIONS, DEFAULT_METHOD, GLOBAL_QUOTA, LOGGERS, LOSSES, METHODS, PRESETS, SCORES
 
 
 class Section(BaseModel):
@@ -199,7 +199,7 @@ class Prune(Section):
             )
         if self.min_per_class and (self.method == "list" or METHODS[self.method].dynamic):
             raise ValueError(f"`min_per_class` {self.min_per_class}: is for methods that choose, not for {self.method}")
-        if self.quota == "global" and self.method not in ("stratified", "auto"):
+        if self.quota == "global" and self.method not in GLOBAL_QUOTA:
             raise ValueError("`quota: global` is for `method: stratified`")
         if self.quota == "global" and self.rotate and self.min_per_class:
             raise ValueError(f"`min_per_class` {self.min_per_class}: with `rotate`, it needs `quota: proportional`")

@@ -53,6 +53,9 @@ METHODS = {
 }
 """Selection methods by name."""
 
+GLOBAL_QUOTA = ("stratified", "auto")
+"""The methods that support ``quota: global``."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "coverage": {"method": "stratified", "quota": "global", "tilt": 1.0, "hard_drop_ratio": 0.1},
 }
@@ -63,6 +66,19 @@ def method_name(prune: Mapping[str, Any]) -> str:
     """Return the name of a method for people: of a preset, if the settings of the section `prune` are its own."""
     presets = (name for name, own in PRESETS.items() if all(prune.get(key) == own[key] for key in own))
     return next(presets, prune["method"])
+
+
+def settings_replaced_by(name: str, prune: Mapping[str, Any]) -> set[str]:
+    """Return the settings of the section `prune` that the method or preset `name` does not use, or sets itself."""
+    preset = PRESETS.get(name, {})
+    method = preset.get("method", name)
+    of_others = {"ids"}.union(*(one.settings + one.optional for one in METHODS.values()))
+    of_others -= {"seed", "quota", *METHODS[method].settings, *METHODS[method].optional}
+    if method == "list":
+        of_others -= {"ids"}
+    if prune.get("quota") == "global" and method not in GLOBAL_QUOTA:
+        of_others |= {"quota"}
+    return of_others | set(preset)
 
 
 DEFAULT_METHOD = "coverage"

@@ -92,7 +92,11 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     InputError
         The teacher's recipe has a teacher itself, or would train on samples that `recipe` holds out.
     """
-    own = _own_recipe(recipe)
+    return _adapted(_own_recipe(recipe), recipe)
+
+
+def _adapted(own: Recipe, recipe: Recipe) -> Recipe:
+    """Return a teacher's own recipe with the settings that a student's recipe replaces."""
     shared = ("device", "precision", "channels_last", "compile", "compile_mode", "cuda_graph", "runs_dir")
     train = own.train.model_copy(update={name: getattr(recipe.train, name) for name in shared})
     return own.model_copy(update={"data": _teacher_data(own.data, recipe), "train": train})
@@ -106,7 +110,8 @@ def replaced_settings(recipe: Recipe) -> list[str]:
     InputError
         As of `teacher_recipe`.
     """
-    own, used = _own_recipe(recipe), teacher_recipe(recipe)
+    own = _own_recipe(recipe)
+    used = _adapted(own, recipe)
     assert recipe.teacher is not None
     lines = []
     for section in ("data", "train"):

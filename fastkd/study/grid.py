@@ -244,7 +244,7 @@ def grid_of(study: Study, folder: Path) -> Grid:
         trials = []
         for tuned in _combinations(study.tune):
             try:
-                recipe = recipes.load(study.recipe, study.overrides, holdout, *map(_nested, (varied | tuned).items()))
+                recipe = recipes.load(study.recipe, study.overrides, holdout, _nested(varied | tuned))
                 if not recipe.data.holdout_ratio:
                     raise InputError("data.holdout_ratio=0: the study chooses on the hold-out")
             except InputError as error:
@@ -292,12 +292,14 @@ def _combinations(varied: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
         yield dict(zip(varied, values, strict=True))
 
 
-def _nested(item: tuple[str, Any]) -> dict[str, Any]:
-    """Return the nested settings of a dotted key."""
-    name, value = item
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    return value
+def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested settings of dotted keys."""
+    nested: dict[str, Any] = {}
+    for name, value in settings.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        nested = recipes.merged(nested, value)
+    return nested
 
 
 def _digest(recipe: Recipe) -> str:

@@ -190,3 +190,15 @@ def test_arms_of_several_keys_are_combined_with_the_varied_values(study_of):
     assert medium.trials[0].recipe.prune.tilt == 0
     with pytest.raises(ValueError, match=r"`prune\.seed` cannot be varied"):
         study_of(arms=[{"prune.seed": 3}])
+
+
+def test_methods_are_varied_on_a_recipe_whose_own_method_has_settings(study_of):
+    grid = study_of(
+        "prune.rotate=true", "prune.quota=global", "prune.method=stratified", vary={"prune.method": ["coverage", "ccs"]}
+    )
+    assert not grid.skipped
+    own = [arm.trials[0].recipe.prune for arm in grid.cells[0].arms.values() if arm.is_variant]
+    assert [(prune.method, prune.rotate) for prune in own] == [("stratified", True), ("ccs", False)]
+    settings = {"prune.method": ["ccs"], "prune.rotate": [True]}
+    with pytest.raises(InputError, match="`rotate`: selects a share"):
+        study_of(vary=settings)

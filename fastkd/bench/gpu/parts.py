@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastkd import console, machine
+from fastkd.artifacts import write_whole
 from fastkd.bench.gpu import agreement, commands, speed
 from fastkd.bench.gpu.rows import Row, Settings, SkippedError
 from fastkd.data.isolated_process import die_with
@@ -69,9 +70,7 @@ def record(name: str, settings: Settings) -> dict[str, Any]:
         found.update(status=status, reason=reason, seconds=time.monotonic() - start)
         file = record_file(name, settings.out)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".part")
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        temporary.rename(file)
+        write_whole(file, json.dumps(found).encode(), file.with_suffix(".part"), sync=False)
 
     update("running")
     try:

@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 
 from fastkd import recipe as recipes
-from fastkd.artifacts import Artifact
+from fastkd.artifacts import Artifact, write_whole
 from fastkd.bench import synthetic
 from fastkd.bench.breakdown import changed
 from fastkd.bench.gpu.rows import Settings
@@ -44,9 +44,7 @@ def load(name: str, settings: Settings, **train: Any) -> Recipe:
 
 
 def _write_yaml(file: Path, values: dict[str, Any]) -> None:
-    part = file.with_suffix(".part")
-    part.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    part.rename(file)
+    write_whole(file, yaml.safe_dump(values, sort_keys=False).encode(), file.with_suffix(".part"), sync=False)
 
 
 def _common(settings: Settings) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fastkd.bench.workbench import (
     steps_for,
 )
 from fastkd.engine.runtime import Runtime
-from fastkd.recipe import Recipe, Train
+from fastkd.recipe import Recipe
 from fastkd.stages.training_setup import TrainingSetup
 
 FED_SHARE, FORWARD_SHARE = 0.97, 0.95
@@ -34,17 +34,13 @@ PASS_BATCHES = 100
 NOT_CAPTURED = "the step was not captured in a graph; the log of the part has the reason"
 LAYOUTS = {True: "channels_last", False: "NCHW"}
 STEPS: dict[str, dict[str, Any]] = {
-    "compiled": {"compile": True, "compile_mode": "default"},
-    "eager": {"compile": False},
-    "reduce-overhead": {"compile": True, "compile_mode": "reduce-overhead"},
+    "compiled, one CUDA graph": {"compile": True, "compile_mode": "default", "cuda_graph": True},
+    "compiled": {"compile": True, "compile_mode": "default", "cuda_graph": False},
+    "eager": {"compile": False, "cuda_graph": False},
+    "reduce-overhead": {"compile": True, "compile_mode": "reduce-overhead", "cuda_graph": False},
+    "eager, one CUDA graph": {"compile": False, "cuda_graph": True},
 }
 """How a step runs, as settings of the section ``train``. The first is the fastest one, as far as is known."""
-if "cuda_graph" in Train.model_fields:
-    STEPS = {
-        "compiled, one CUDA graph": {**STEPS["compiled"], "cuda_graph": True},
-        **{name: {**step, "cuda_graph": False} for name, step in STEPS.items()},
-        "eager, one CUDA graph": {**STEPS["eager"], "cuda_graph": True},
-    }
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
@@ -56,7 +52,7 @@ def kinds_of_step(settings: Settings) -> dict[str, dict[str, Any]]:
     return {
         name: step
         for name, step in STEPS.items()
-        if not (settings.tiny and step["compile"]) and (cuda or not step.get("cuda_graph"))
+        if not (settings.tiny and step["compile"]) and (cuda or not step["cuda_graph"])
     }
 
 
@@ -108,7 +104,7 @@ def _step_rate(name: str, variant: Mapping[str, Any], settings: Settings) -> Row
 
 def lacks_graph(setup: TrainingSetup, train: Mapping[str, Any]) -> bool:
     """Return whether settings ask for the step as one CUDA graph, and training went on without."""
-    return bool(train.get("cuda_graph")) and not vars(setup.state)["graph"].active
+    return bool(train.get("cuda_graph")) and not setup.state.graph.active
 
 
 @contextmanager
