@@ -159,7 +159,7 @@ install_packages() {
     # setup.py imports distutils, which Python 3.12 and later get only from some releases of setuptools.
     { $VENV/bin/python -m pip install -c constraints.txt --upgrade pip &&
         $VENV/bin/python -m pip install -c constraints.txt --build-constraint constraints.txt \
-            -e '.[bench,dev,digits,docs,export,tensorboard,timm]'; } ||
+            -e '.[bench,dev,digits,docs,export,hf,tensorboard,timm]'; } ||
         die "pip failed (see above). If $VENV may be damaged:  rm -rf $VENV && make setup"
 }
 

@@ -45,6 +45,14 @@ def savings(
     breakdown: Annotated[
         bool, typer.Option(help="Also time one change at a time, from the reference implementation to the recipe.")
     ] = True,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="timm|PATH",
+            help="Also time another project's loop: timm's, or that of a checkout of MDSLR's code, which is imported "
+            "and run. Repeatable.",
+        ),
+    ] = None,
 ) -> cli.CommandResult:
     """Train the recipe, vanilla KD and baselines in the same loop; print time and accuracy of each.
 
@@ -62,7 +70,13 @@ def savings(
 
     out = out or _default_folder("savings", resolved)
     report = benchmark.measure(
-        resolved, out, seeds=seeds, source=Path(path), reference=reference.value, breakdown=breakdown
+        resolved,
+        out,
+        seeds=seeds,
+        source=Path(path),
+        reference=reference.value,
+        breakdown=breakdown,
+        peers=peer or (),
     )
     tables = [table(report), *([breakdown_table(report["breakdown"])] if breakdown else [])]
     return _result(report, tables, notes(report), out / "savings.json", out / "savings.png")

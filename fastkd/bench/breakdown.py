@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rich.table import Table
 
 from fastkd import console
+from fastkd.bench import peer_loops
 from fastkd.bench.reference import Reference
 from fastkd.bench.workbench import TrainingLoop
 from fastkd.machine import usable_cores
@@ -33,11 +34,14 @@ class Variant:
     ----------
     name, title : str
     recipe : Recipe
+    peer : str
+        The project whose loop trains it (`fastkd.bench.peer_loops`); empty: not one of another project.
     """
 
     name: str
     title: str
     recipe: Recipe
+    peer: str = ""
 
 
 class Loop(Protocol):
@@ -95,6 +99,14 @@ def breakdown_variants(vanilla: Recipe, recipe: Recipe, precision: str) -> list[
     return variants
 
 
+def peer_variant(peer: str, vanilla: Recipe, precision: str) -> Variant:
+    """Return vanilla KD in the loop of another project, in the precision and memory format that it supports."""
+    recipe = reference_recipe(vanilla)
+    if peer == peer_loops.TIMM:
+        recipe = changed(recipe, train={"precision": precision, "channels_last": vanilla.train.channels_last})
+    return Variant("peer", peer_loops.title(peer), recipe, peer)
+
+
 def measure(
     variants: Sequence[Variant], folder: Path, *, recipe_images: int | None = None, rounds: int = ROUNDS
 ) -> dict[str, Any]:
@@ -102,8 +114,10 @@ def measure(
 
     Parameters
     ----------
+    variants
+        Those of other projects come first.
     folder : Path
-        Folder for the image files of the reference implementation.
+        Folder for the image files of the reference implementation and of other projects.
     recipe_images : int, optional
         Images that the recipe trains on over all epochs. Default: all kept samples in each epoch; with a dynamic
         method there are fewer.
@@ -111,7 +125,7 @@ def measure(
     Returns
     -------
     dict
-        `ways`: see `extrapolate`; and the numbers of steps and segments.
+        `ways`, and `peers` of other projects: see `extrapolate`; and the numbers of steps and segments.
     """
     pipelines = [Pipeline(variant.recipe) for variant in variants]
     for pipeline in pipelines:  # before compiling: a new pipeline, also of a teacher, resets the compiler
@@ -119,8 +133,8 @@ def measure(
     batch_size, epochs = variants[0].recipe.train.batch_size, variants[0].recipe.train.epochs
     most_images = batch_size * (WARM_UP_STEPS + rounds * (LEAD_STEPS + SEGMENT_STEPS))
     loops: list[Loop] = [
-        Reference(pipeline, folder, most_images) if variant.name == "reference" else fastkd_loop(pipeline)
-        for variant, pipeline in zip(variants, pipelines, strict=True)
+        _loop(variant, pipeline, folder / str(number), most_images)
+        for number, (variant, pipeline) in enumerate(zip(variants, pipelines, strict=True))
     ]
     total_steps = epochs * max(loop.images_per_epoch for loop in loops) // batch_size
     steps = min(SEGMENT_STEPS, math.ceil(total_steps / rounds))
@@ -137,6 +151,7 @@ def measure(
     images = [epochs * loop.images_per_epoch for loop in loops]
     if recipe_images is not None and variants[-1].name == "recipe":
         images[-1] = recipe_images
+    peers = sum(bool(variant.peer) for variant in variants)
     rates = [[steps * batch_size / s for s in seconds] for seconds in segments_s]
     return {
         "steps": rounds * steps,
@@ -144,8 +159,15 @@ def measure(
         "warm_up_steps": warm_up,
         "lead_steps": lead,
         "epochs": epochs,
-        "ways": extrapolate(variants, rates, images),
+        "ways": extrapolate(variants[peers:], rates[peers:], images[peers:]),
+        "peers": extrapolate(variants[:peers], rates[:peers], images[:peers]),
     }
+
+
+def _loop(variant: Variant, pipeline: Pipeline, folder: Path, most_images: int) -> Loop:
+    if variant.peer:
+        return peer_loops.loop(variant.peer, pipeline, folder, most_images)
+    return Reference(pipeline, folder, most_images) if variant.name == "reference" else fastkd_loop(pipeline)
 
 
 def fastkd_loop(pipeline: Pipeline) -> TrainingLoop:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -34,6 +35,17 @@ class Arrays(Dataset):
         for transform in self.transforms:
             image = transform(image)
         return image, int(self.labels[row])
+
+
+class DecodedImageFolder(ImageFolder):
+    """An ImageFolder that keeps its images decoded in memory."""
+
+    def __init__(self, root: str, transform: Any, **options: Any) -> None:
+        super().__init__(root, transform, **options)
+        self._decoded = [np.asarray(self.loader(path)) for path, _ in self.samples]
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self._decoded[index])), self.targets[index]
 
 
 def files(folder: Path, transforms: Sequence[Any] = ()) -> ImageFolder:

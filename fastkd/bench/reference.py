@@ -93,7 +93,7 @@ def endless_batches(
             yield float(lr), images, labels
 
 
-def _worker_context() -> BaseContext:
+def worker_context() -> BaseContext:
     """Return the start method of workers: not fork, which may deadlock on locks of OpenMP's or numba's threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision.datasets"])  # imported once, not in each worker
@@ -135,20 +135,27 @@ class Reference:
         chosen = ids[epoch_order(len(ids), recipe.seed, 0)[:most_images]]
         export_images(pipeline.dataset, "train", chosen, folder / "train")
 
-        hw, view = setup.loader.image_hw, recipe.data.view
+        self.image_hw, view = setup.loader.image_hw, recipe.data.view
+        self.mean_and_std = (pipeline.teacher.key_fields["mean"], pipeline.teacher.key_fields["std"])
         ratio = pipeline.images.crop_ratio  # None: images are stored at the network's input size
-        self._resize = [] if ratio is None else [transforms.Resize(round(min(hw) / ratio)), transforms.CenterCrop(hw)]
-        before = [] if view.family == "random_resized_crop_flip" else self._resize
-        area = view.cutout_ratio**2
-        after = [transforms.RandomErasing(p=1.0, scale=(area, area), ratio=(1.0, 1.0))] if area else []
-        train_loader = self._loader("train", [*before, *augmentation(view, hw)], after)
-        batches = endless_batches(train_loader, recipe, self.steps_per_epoch)
+        self.resize: list[Any] = []
+        if ratio is not None:
+            self.resize = [transforms.Resize(round(min(self.image_hw) / ratio)), transforms.CenterCrop(self.image_hw)]
+        before = [] if view.family == "random_resized_crop_flip" else self.resize
+        self.before = [*before, *augmentation(view, self.image_hw)]
+        batches = self.train_batches()
         self._batches = itertools.chain([next(batches)], batches)  # starts the workers now, untimed
+
+    def train_batches(self) -> Iterator[Any]:
+        """Yield learning rate, images (float32 [B, 3, H, W], normalised) and labels (int64 [B]), without end."""
+        area = self.pipeline.recipe.data.view.cutout_ratio**2
+        after = [transforms.RandomErasing(p=1.0, scale=(area, area), ratio=(1.0, 1.0))] if area else []
+        return endless_batches(self._loader("train", self.before, after), self.pipeline.recipe, self.steps_per_epoch)
 
     def _loader(self, split: str, before: Sequence[Any], after: Sequence[Any] = ()) -> DataLoader[Any]:
         """Return a DataLoader of a split, with transforms before and after ToTensor and Normalize."""
-        teacher, recipe = self.pipeline.teacher.key_fields, self.pipeline.recipe
-        normalise = transforms.Normalize(teacher["mean"], teacher["std"])
+        recipe = self.pipeline.recipe
+        normalise = transforms.Normalize(*self.mean_and_std)
         pipeline = transforms.Compose([*before, transforms.ToTensor(), normalise, *after])
         return DataLoader(
             ImageFolder(self.folder / split, pipeline, allow_empty=True),
@@ -159,18 +166,22 @@ class Reference:
             num_workers=usable_cores(),
             persistent_workers=True,
             pin_memory=self.device.type == "cuda",
-            multiprocessing_context=_worker_context(),
+            multiprocessing_context=worker_context(),
         )
 
     def advance(self, steps: int) -> float:
         """Train for some steps and return the wall seconds that they took."""
         start = self.pipeline.runtime.clock()
-        for lr, images, labels in itertools.islice(self._batches, steps):
+        self.train(itertools.islice(self._batches, steps), steps)
+        return self.pipeline.runtime.clock() - start
+
+    def train(self, batches: Iterator[Any], steps: int) -> None:
+        """Train on `steps` batches."""
+        for lr, images, labels in batches:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             images, labels = images.to(self.device), labels.to(self.device)
             step(self.student, self.teacher, self.optimizer, self.pipeline.recipe.loss, images, labels)
-        return self.pipeline.runtime.clock() - start
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -179,7 +190,7 @@ class Reference:
         export_images(self.pipeline.dataset, "val", np.arange(count), self.folder / "val")
         self.student.eval()
         correct = 0
-        for images, labels in self._loader("val", self._resize):
+        for images, labels in self._loader("val", self.resize):
             predicted_B = self.student(images.to(self.device)).argmax(dim=1)
             correct += int((predicted_B == labels.to(self.device)).sum())
         self.student.train()

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from fastkd import console
 from fastkd.artifacts import Artifact
-from fastkd.bench import charts
-from fastkd.bench.breakdown import Variant, breakdown_variants, changed, reference_recipe
+from fastkd.bench import charts, peer_loops
+from fastkd.bench.breakdown import Variant, breakdown_variants, changed, peer_variant, reference_recipe
 from fastkd.bench.breakdown import measure as measure_breakdown
 from fastkd.bench.measurement import require_teacher, write_report
 from fastkd.bench.reference import Reference
@@ -51,7 +51,7 @@ def savings_variants(recipe: Recipe) -> list[Variant]:
     kept = "" if recipe.prune.dynamic and ratio == 1 else f" (keep {ratio:g})"
     variants = [
         Variant("vanilla", "vanilla KD (all data)", vanilla),
-        Variant("recipe", recipe.prune.method + kept, recipe),
+        Variant("recipe", recipe.prune.name + kept, recipe),
     ]
     if recipe.prune.method != "random" and (random := baseline(recipe, "random")):
         variants.append(Variant("random", f"random (keep {ratio:g})", random))
@@ -69,6 +69,7 @@ def measure(
     source: Path | None = None,
     reference: ReferenceMode = "measure",
     breakdown: bool = True,
+    peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a student with each variant, and return and write the cost of each.
 
@@ -89,9 +90,13 @@ def measure(
         trained completely with each seed.
     breakdown : bool
         Whether to measure the parts of the speed-up (`fastkd.bench.breakdown`).
+    peers
+        Other projects whose loops are timed for some steps and extrapolated (`fastkd.bench.peer_loops`).
     """
     if seeds > 1:
         require("bench savings with several seeds", "scipy")  # before hours of training
+    for peer in peers:
+        peer_loops.check(peer)
     variants, all_seeds = savings_variants(recipe), range(recipe.seed, recipe.seed + seeds)
     pipeline = Pipeline(recipe)
     _ = pipeline.training_inputs  # builds teacher, scores, subset and labels, which the variants share
@@ -106,23 +111,26 @@ def measure(
         "teacher_training_s": pipeline.costs["teacher"].seconds if "teacher" in pipeline.costs else None,
         "teacher_top1": pipeline.teacher_run.facts["top1"]["val"] if pipeline.teacher_run else None,
         "ways": results,
+        "peers": [],
     }
     vanilla = results["vanilla"]
-    if breakdown or reference == "measure":
-        compared = breakdown_variants(variants[0].recipe, recipe, pipeline.runtime.precision)
-        if not breakdown:
-            compared = compared[:1]
-        elif reference == "none":
-            compared = compared[1:]
+    compared = breakdown_variants(variants[0].recipe, recipe, pipeline.runtime.precision)
+    compared = [
+        *(peer_variant(peer, variants[0].recipe, pipeline.runtime.precision) for peer in peers),
+        *(compared[:1] if reference == "measure" or (reference == "full" and breakdown) else []),
+        *(compared[1:] if breakdown else []),
+    ]
+    if compared:
         timed = _time_steps(compared, results, out)
+        report["peers"] = [reference_column(_extrapolated(timed, line), vanilla) for line in timed.pop("peers")]
         if breakdown:
             report["breakdown"] = timed
         if reference == "measure":
-            report["reference"] = reference_column(_extrapolated(timed), vanilla)
+            report["reference"] = reference_column(_extrapolated(timed, timed["ways"][0]), vanilla)
     if reference == "full":
         trained = {"title": "reference implementation", "runs": reference_runs, **_summary(reference_runs)}
         report["reference"] = reference_column(trained, vanilla)
-    for entry in [*results.values(), *filter(None, [report.get("reference")])]:
+    for entry in [*results.values(), *report["peers"], *filter(None, [report.get("reference")])]:
         _add_speedups(entry, vanilla, report.get("reference"))
     report["differences"] = differences(report)
     report["noise_points"] = noise_points(results.values(), pipeline.dataset.facts["counts"]["val"])
@@ -192,10 +200,9 @@ def train_reference(vanilla: Recipe, out: Path) -> dict[str, Any]:
     }
 
 
-def _extrapolated(timed: dict[str, Any]) -> dict[str, Any]:
-    line = timed["ways"][0]
+def _extrapolated(timed: dict[str, Any], line: dict[str, Any]) -> dict[str, Any]:
     return {
-        "title": "reference implementation (extrapolated)",
+        "title": f"{line['title']} (extrapolated)",
         "extrapolated_from_steps": timed["steps"],
         "stages": {"train": line["train_s"]},
         "images_per_s": line["images_per_s"],

@@ -31,6 +31,9 @@ def conclusion(report: dict[str, Any]) -> str:
             f"Compared with the reference implementation{how}, an additional student is {faster:.1f}× faster, the "
             f"first {first_faster:.1f}×."
         )
+    for peer in report.get("peers", ()):
+        faster = peer["further_student_s"] / recipe["further_student_s"]
+        sentences.append(f"Compared with {peer['title']} on all data, an additional student is {faster:.1f}× faster.")
     gaps = {name: 100 * (recipe["top1"] - entry["top1"]) for name, entry in entries.items() if name != "recipe"}
     compared = ", ".join(f"{points:+.2f} points against {entries[name]['title']}" for name, points in gaps.items())
     sentences.append(f"Its top-1: {compared}; differences below {report['noise_points']:.1f} points are noise.")
@@ -61,6 +64,7 @@ def table(report: dict[str, Any]) -> Table:
     """Return the table of a report: one column per variant, one line per stage."""
     reference, vanilla = report.get("reference"), report["ways"]["vanilla"]
     named = ({"reference": reference} if reference else {}) | report["ways"]
+    named = {peer["title"]: peer for peer in report.get("peers", ())} | named
     columns = list(named.values())
     grid = Table(title=f"savings: {report['recipe']}", title_justify="left")
     grid.add_column("")
@@ -86,7 +90,10 @@ def table(report: dict[str, Any]) -> Table:
         add("speed-up over reference, additional", "reference_speedup_further_student_s", "{:.2f}×", "bold")
     grid.add_row(
         "pays off from student no.",
-        *("–" if e in (vanilla, reference) else str(e["break_even_students"] or "never") for e in columns),
+        *(
+            "–" if e is vanilla or "break_even_students" not in e else str(e["break_even_students"] or "never")
+            for e in columns
+        ),
     )
     grid.add_row(
         "stored labels (MB)", *(f"{e['stored_bytes'] / 1e6:.1f}" if e.get("stored_bytes") else "–" for e in columns)

@@ -15,6 +15,7 @@ from fastkd.console import clock
 from fastkd.errors import InputError, require
 from fastkd.export.sources import open_run
 from fastkd.models import HUB_WEIGHTS
+from fastkd.recipe.tables import method_name
 from fastkd.stages import run_schema
 from fastkd.stages.trained_student import Student, open_student
 from fastkd.validation import user_model
@@ -193,6 +194,7 @@ def model_card(student: Student, licence: str) -> str:
         licence=licence,
         described=described,
         settings=settings,
+        method=method_name(settings["prune"]),
         timing=timing,
         machine=f"{env['gpu'] or env['machine']['cpu']}, {env['precision']}",
         top1=facts.top1,

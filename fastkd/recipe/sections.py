@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fastkd.recipe.paths import LocalPath, ModelName, Weights, WriterName
-from fastkd.recipe.tables import AUGMENTATIONS, DEFAULT_METHOD, GLOBAL_QUOTA, LOGGERS, LOSSES, METHODS, PRESETS, SCORES
+from fastkd.recipe.tables import (
+    AUGMENTATIONS,
+    DEFAULT_METHOD,
+    GLOBAL_QUOTA,
+    LOGGERS,
+    LOSSES,
+    METHODS,
+    PRESETS,
+    SCORES,
+    method_name,
+)
 
 
 class Section(BaseModel):
@@ -223,6 +233,11 @@ class Prune(Section):
                 "easy ones it leaves out of an epoch"
             )
         return self
+
+    @property
+    def name(self) -> str:
+        """The name of the method for people: that of a preset, if the settings are its own."""
+        return method_name(self.model_dump())
 
     @property
     def scored(self) -> bool:

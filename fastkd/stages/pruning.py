@@ -330,7 +330,7 @@ def _print_selection(
             f"{asked_count:,} of prune.keep_ratio={settings.keep_ratio:g}"
         )
     asked = "" if settings.method == "list" else f"; asked {settings.keep_ratio:.2%}"
-    what = f"{settings.method} keeps {count:,} of {total:,} samples ({actual:.2%}{asked})"
+    what = f"{settings.name} keeps {count:,} of {total:,} samples ({actual:.2%}{asked})"
     if count == total:
         what = f"all {count:,} samples are kept"
     console.say(

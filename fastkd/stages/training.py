@@ -380,7 +380,7 @@ class _Training:
         if recipe.prune.dynamic:
             images = recipe.train.epochs * setup.images_per_epoch
             share = facts["trained_share"] = sum(e["images"] for e in epochs) / images
-            console.say(f"train: {recipe.prune.method} trained on {share:.2%} of the images of all epochs")
+            console.say(f"train: {recipe.prune.name} trained on {share:.2%} of the images of all epochs")
         console.say(
             f"train: top-1 {accuracy['val']:.2%} on val; {times['images_per_s']:,.0f} images/s, "
             f"data wait {times['data_wait_share']:.1%}; this student took {times['further_student_s']:.1f} s "

@@ -326,7 +326,7 @@ def _cell_title(recipe: Recipe, settings: Mapping[str, Any]) -> str:
 def _arm_title(recipe: Recipe, settings: Mapping[str, Any]) -> str:
     others = {name: value for name, value in settings.items() if name != "prune.method"}
     short = {name.removeprefix("prune."): value for name, value in others.items()}
-    return ", ".join(filter(None, [settings.get("prune.method", recipe.prune.method), _words(short)]))
+    return ", ".join(filter(None, [settings.get("prune.method", recipe.prune.name), _words(short)]))
 
 
 def _baseline_title(which: Baseline, recipe: Recipe) -> str:
