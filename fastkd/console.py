@@ -114,7 +114,7 @@ class _SafeRaw(io.RawIOBase):
 
     def isatty(self) -> bool:
         """Return whether the stream below is a terminal."""
-        return bool(self._stream.isatty())
+        return not self._stream.closed and bool(self._stream.isatty())
 
     def write(self, data: Any) -> int:
         """Write the data, or discard what cannot be written."""

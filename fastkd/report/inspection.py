@@ -23,7 +23,7 @@ from fastkd.engine.inference import predict
 from fastkd.errors import ArtifactError, FastkdError, InputError
 from fastkd.kernels import class_ranks
 from fastkd.pipeline import Pipeline
-from fastkd.recipe.tables import SCORES
+from fastkd.recipe.tables import SCORES, method_name
 from fastkd.report import subset_plots
 from fastkd.report.runs import RunFacts
 from fastkd.validation import user_model
@@ -213,7 +213,7 @@ class Inspector:
         ids = split_holdout(len(difficulty_N), inputs["holdout_ratio"])[0]
         return Selection(
             subset,
-            inputs["method"],
+            method_name(inputs),
             inputs.get("score", "cross_entropy"),
             difficulty_N[ids],
             np.isin(ids, np.asarray(subset.array("indices.npy"))),

@@ -12,6 +12,7 @@ from fastkd.bench.prune import SCORING
 from fastkd.bench.prune_contenders import FLOOR, OURS, TORCH, make_data
 from fastkd.errors import FastkdError, InputError
 from fastkd.kernels import score_logits, select_ranks, uniform_quotas, window_ranks
+from fastkd.stages import row_scores
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_a_failed_command_is_an_error(data):
 
 def test_the_copy_holds_the_rows_that_are_kept(data, monkeypatch):
     logits, _ = make_data(data, 300, 8, "float16")
-    monkeypatch.setattr(prune_command, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(row_scores, "CHUNK_BYTES", 100)
     monkeypatch.setattr(Path, "unlink", lambda path: None)
     kept = np.arange(1, 300, 3)
     assert prune_command.copy_rows(logits, kept, data / "copy") > 0
