@@ -226,6 +226,29 @@ STUDIES = DOCS / "figures" / "selection_studies.json"
 """Parts of the study.json files of the commands that it names."""
 
 
+ROTATED = "`coverage`, rotated"
+
+
+def selection_summary() -> str:
+    """Return one line for each cell: how `coverage` with rotation differs from the baselines on the hold-out."""
+    rows = [
+        ["data, setting", "cell", "minus `random`", "lower bound", "minus all data, same steps", "minus full KD"]
+    ]
+    for study in json.loads(STUDIES.read_text(encoding="utf-8")):
+        for cell in study["cells"]:
+            for arm in cell["arms"]:
+                if arm["shown"] == ROTATED:
+                    found = arm["differences"]
+                    rows.append(
+                        [
+                            *(study["title"], cell["title"], _points(found["random"])),
+                            f"{found['random']['lower95']:+.2f}",
+                            *(_points(found.get("same_steps")), _points(found.get("full"))),
+                        ]
+                    )
+    return _markdown(rows)
+
+
 def selection_studies() -> str:
     """Return a table of each study: top-1 of all arms on the hold-out; on val, of the chosen one and its baselines."""
     parts = []
@@ -263,6 +286,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "savings_summary": savings_summary,
     "savings_table": savings_table,
     "selection_studies": selection_studies,
+    "selection_summary": selection_summary,
     "recipe": recipe_reference,
     "writers": writer_reference,
     "commands": command_reference,

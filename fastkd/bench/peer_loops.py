@@ -87,8 +87,8 @@ class Timm(Reference):
         ).train()
         self.scaler = NativeScaler(device=self.device.type) if runtime.precision == "fp16" else None
         self.format = torch.channels_last if runtime.channels_last else torch.contiguous_format
-        self.student.to(memory_format=self.format)  # type: ignore[call-overload]
-        self.teacher.to(memory_format=self.format)  # type: ignore[call-overload]
+        self.student.to(memory_format=self.format)
+        self.teacher.to(memory_format=self.format)
 
     def train_batches(self) -> Iterator[Any]:
         """Yield images (float32 [B, 3, H, W], normalised, on the device) and labels (int64 [B]), without end."""
