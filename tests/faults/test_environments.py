@@ -136,7 +136,20 @@ def may_be_nobody() -> None:
         pytest.skip("needs setpriv, to run as another user")
 
 
-@pytest.mark.parametrize("writer", ["csv", "webdataset"])
+def saved_by_datasets(rows: list[tuple[str, str, Path]], folder: Path) -> None:
+    """Save (split, class, image) as a DatasetDict of the library `datasets`, which is skipped where it is missing."""
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=sorted({name for _, name, _ in rows}))
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    splits = {}
+    for wanted in ("train", "val"):
+        own = [(str(path), names.str2int(name)) for split, name, path in rows if split == wanted]
+        columns = {"image": [path for path, _ in own], "label": [label for _, label in own]}
+        splits[wanted] = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict(splits).save_to_disk(folder)
+
+
+@pytest.mark.parametrize("writer", ["csv", "webdataset", "hf_dataset"])
 def test_tables_and_shards_in_an_ascii_locale__give_the_same_data_set(writer, tmp_path):
     root = make_folder(tmp_path / "root")
     for name in ("train/cat/0001.jpg", "val/dog/0273.jpg"):
@@ -151,7 +164,13 @@ def test_tables_and_shards_in_an_ascii_locale__give_the_same_data_set(writer, tm
                 label = tarfile.TarInfo(f"{number:04}-{path.stem}.cls")
                 label.size = len(text := f"{name}-\u00e9".encode())
                 archive.addfile(label, io.BytesIO(text))
-    options = {"csv": {"file": "pets.csv"}, "webdataset": {"train": "train.tar", "val": "val.tar"}}[writer]
+    if writer == "hf_dataset":
+        saved_by_datasets([(split, f"{name}-\u00e9", path) for split, name, path in rows], tmp_path / "pets")
+    options = {
+        "csv": {"file": "pets.csv"},
+        "webdataset": {"train": "train.tar", "val": "val.tar"},
+        "hf_dataset": {"path": "pets"},
+    }[writer]
     options = {name: str(tmp_path / file) for name, file in options.items()}
     expected, _ = pipeline.write(writer, tmp_path / "utf8", options | {"workers": 1})
     assert expected.facts["counts"] == {"train": 256, "val": 64}
