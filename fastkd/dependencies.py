@@ -57,12 +57,15 @@ class Requirement(NamedTuple):
 # --- other programs and heavy imports, each in its own process, which may hang or crash -----------------------------
 
 
+TIMED_OUT, NO_ANSWER = 124, "no answer"
+
+
 def run(command: Sequence[str], timeout_s: float = 20) -> tuple[int, str, str]:
     """Run a command; return (exit code, stdout, stderr). Code 127: it cannot be run; 124: it timed out."""
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        return 124, "", f"no answer within {timeout_s:g} s"
+        return TIMED_OUT, "", f"{NO_ANSWER} within {timeout_s:g} s"
     except OSError as error:
         return 127, "", str(error)
     return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
@@ -205,6 +208,8 @@ def python_finding() -> Finding:
     venv = ROOT / ".venv" / "bin" / "python"
     own = venv.exists() and not sys.executable.startswith(str(venv.parent))
     hint = f"; this checkout has its own Python: {venv} -m fastkd.doctor" if own else ""
+    if own and not (ROOT / ".venv" / ".fastkd-setup").exists():
+        hint = "; the set-up of this checkout is not complete: make setup"
     if sys.version_info >= (3, 11):  # noqa: UP036 (this file also runs on older versions)
         return Finding(OK, "Python", text + hint)
     fix = install_command("python3.11", "python3.11-venv", "python3.11-dev", conda="python=3.11")
@@ -243,6 +248,10 @@ def import_finding(module: str, error: str | None) -> Finding:
     """Report whether a package imports."""
     if error is None:
         return Finding(OK, f"import {module}", "works")
+    if error.startswith(NO_ANSWER):
+        return Finding(
+            MISSING, f"import {module}", f"{error}: the machine is busy, or its disk slow; run this command again"
+        )
     fix = package_command(Requirement(module))
     if re.search(r"libGL|libgthread|libglib", error):  # opencv-python, which ffcv imports, links to them
         fix = install_command("libgl1", "libglib2.0-0", conda="libgl glib")

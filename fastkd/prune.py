@@ -20,12 +20,21 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Output directory, with --logits.")] = None,
     keep_ratio: Annotated[float, typer.Option(help="Share of the samples to keep, above 0 and at most 1.")] = 0.5,
     method: Annotated[
-        str, typer.Option(help="medium, easy, hard, random, random_unbalanced, ccs, beta, stratified or list.")
+        str,
+        typer.Option(
+            help="medium (as in MDSLR), easy, hard, random, random_unbalanced, ccs, beta, stratified, coverage or list."
+        ),
     ] = "medium",
     score: Annotated[
         str, typer.Option(help="cross_entropy, entropy, margin, least_confidence, el2n or std.")
     ] = "cross_entropy",
-    quota: Annotated[str, typer.Option(help="proportional, or uniform (like the reference code).")] = "proportional",
+    quota: Annotated[
+        str | None,
+        typer.Option(
+            help="proportional, uniform (like the reference code), or global. Default: global for coverage, or else "
+            "proportional."
+        ),
+    ] = None,
     min_per_class: Annotated[int, typer.Option(help="Smallest number of samples to keep of each class.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of methods that select at random.")] = 0,
     settings: Annotated[
@@ -50,8 +59,8 @@ def main(
     if logits is not None:
         if labels is None or out is None:
             raise InputError("--logits needs --labels and --out")
-        given = {"method": method, "score": score, "keep_ratio": keep_ratio, "quota": quota, "seed": seed}
-        given["min_per_class"] = min_per_class
+        given = {"method": method, "score": score, "keep_ratio": keep_ratio, "seed": seed}
+        given |= {"min_per_class": min_per_class} | ({"quota": quota} if quota else {})
         given |= recipe.settings_of(settings or [])
         try:
             chosen = recipe.Prune.model_validate(given)

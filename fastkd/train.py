@@ -87,7 +87,8 @@ def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
     table.add_column("time", justify="right")
     table.add_column("")
     for stage in timing["stages"]:
-        table.add_row(stage["stage"], console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
+        label = "compile, warm up" if stage["stage"] == "compile" else stage["stage"]
+        table.add_row(label, console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
     table.add_section()
     table.add_row("additional student", console.clock(timing["further_student_s"]), "this student only")
     table.add_row("first student", console.clock(timing["first_student_s"]), "including all stages before")

@@ -205,6 +205,14 @@ def test_a_hanging_import_is_given_up(monkeypatch):
     assert dependencies.import_error("time", "import time; time.sleep(60)")[0] == "no answer within 0.2 s"
 
 
+def test_an_import_that_did_not_answer_is_not_reinstalled(monkeypatch):
+    monkeypatch.setattr(dependencies, "PROBE_TIMEOUT_S", 0.2)
+    error, _ = dependencies.import_error("time", "import time; time.sleep(60)")
+    finding = dependencies.import_finding("torch", error)
+    assert (finding.mark, finding.mend) == ("missing", "")
+    assert "the machine is busy, or its disk slow; run this command again" in finding.text
+
+
 def test_broken_imports_get_a_command():
     finding = dependencies.import_finding("ffcv", "ImportError: libGL.so.1: cannot open shared object file")
     assert finding.mark == "missing"

@@ -36,6 +36,18 @@ def test_pruning_logits_imports_neither_torch_nor_ffcv(tmp_path):
     assert len(np.load(tmp_path / "out" / "indices.npy")) == 30
 
 
+def test_coverage_has_its_own_quota(tmp_path, monkeypatch):
+    z_NK = np.random.default_rng(0).normal(size=(90, 3)).astype(np.float16)
+    monkeypatch.chdir(tmp_path)
+    np.save("z.npy", z_NK)
+    np.save("y.npy", np.arange(90) % 3)
+    expected, _ = prune_arrays(Path("z.npy"), Path("y.npy"), Path("expected"), Prune(keep_ratio=0.5))
+    assert expected.manifest.inputs["quota"] == "global"
+    command = [sys.executable, "-m", "fastkd.prune", "--logits", "z.npy", "--labels", "y.npy", "--out", "named"]
+    subprocess.run([*command, "--method", "coverage"], capture_output=True, check=True)
+    np.testing.assert_array_equal(np.load("named/indices.npy"), expected.array("indices.npy"))
+
+
 def test_released_pages_of_a_map_are_not_resident_and_can_be_read_again(tmp_path):
     np.save(tmp_path / "a.npy", np.arange(8 << 20))
     mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
