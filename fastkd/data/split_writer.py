@@ -241,7 +241,7 @@ def _watch(workers: Sequence[_Worker], job: SplitJob, report: Report, total: int
                 raise FastkdError(f"{job.where(index)}: reading it did not end within {STUCK_AFTER_S:.0f} s")
         if now - reported > _REPORT_EVERY_S or not running:
             reported = now
-            report((job.split, tally.done, total, *_slowest(running, job)))
+            report((job.split, tally.done, total, *(_slowest(running, job) if tally.done < total else ())))
     return sorted(tally.skipped, key=lambda s: s["index"])
 
 
