@@ -1,7 +1,7 @@
 """Recipes: YAML files, ``a.b=c`` overrides, and frozen, validated models. Unknown keys are errors."""
 
 from fastkd.recipe.paths import HUB, LocalPath, model_name
-from fastkd.recipe.read import dump, load, locate, merged, read_yaml, schema, settings_of
+from fastkd.recipe.read import dump, load, locate, merged, nested, read_yaml, schema, settings_of
 from fastkd.recipe.schema import PLACES, Recipe
 from fastkd.recipe.sections import (
     Data,
@@ -41,6 +41,7 @@ __all__ = [
     "locate",
     "merged",
     "model_name",
+    "nested",
     "read_yaml",
     "schema",
     "settings_of",

@@ -72,11 +72,15 @@ def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"override {text!r}: expected a.b=value")
         if len(text) > MAX_OVERRIDE or len(names) > plain_yaml.MAX_DEPTH:
             raise InputError(f"override {text[:40]!r} …: longer, or deeper, than any setting is")
-        change: Any = plain_yaml.parse(value, f"override {text!r}")
-        for one in reversed(names):
-            change = {one: change}
-        settings = merged(settings, change)
+        settings = merged(settings, nested(name, plain_yaml.parse(value, f"override {text!r}")))
     return settings
+
+
+def nested(name: str, value: Any) -> dict[str, Any]:
+    """Return the nested settings of a dotted key."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    return dict(value)
 
 
 def merged(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,13 +72,13 @@ def settings_replaced_by(name: str, prune: Mapping[str, Any]) -> set[str]:
     """Return the settings of the section `prune` that the method or preset `name` does not use, or sets itself."""
     preset = PRESETS.get(name, {})
     method = preset.get("method", name)
-    of_others = {"ids"}.union(*(one.settings + one.optional for one in METHODS.values()))
-    of_others -= {"seed", "quota", *METHODS[method].settings, *METHODS[method].optional}
+    used = {"seed", "quota", *METHODS[method].settings, *METHODS[method].optional}
     if method == "list":
-        of_others -= {"ids"}
+        used.add("ids")
     if prune.get("quota") == "global" and method not in GLOBAL_QUOTA:
-        of_others |= {"quota"}
-    return of_others | set(preset)
+        used.remove("quota")
+    every = {"ids"}.union(*(one.settings + one.optional for one in METHODS.values()))
+    return every - used | set(preset)
 
 
 DEFAULT_METHOD = "coverage"

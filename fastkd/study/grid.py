@@ -296,9 +296,7 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the nested settings of dotted keys."""
     nested: dict[str, Any] = {}
     for name, value in settings.items():
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        nested = recipes.merged(nested, value)
+        nested = recipes.merged(nested, recipes.nested(name, value))
     return nested
 
 
