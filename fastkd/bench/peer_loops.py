@@ -62,8 +62,8 @@ class Timm(Reference):
     """Training from the parts that timm's train.py uses: its loader and its distillation task.
 
     The loop has the precision and memory format of the pipeline, which train.py offers too (``--amp``,
-    ``--channels-last``), and the views of the recipe, as transforms of torchvision. Images are read from files. The
-    loss is read at every step.
+    ``--channels-last``), and the views of the recipe without cutout, as transforms of torchvision. Images are read from
+    files. The loss is read at every step.
     """
 
     def __init__(self, pipeline: Pipeline, folder: Path, most_images: int | None) -> None:
@@ -139,6 +139,10 @@ class Mdslr(Reference):
     """
 
     def __init__(self, pipeline: Pipeline, folder: Path, most_images: int | None, checkout: Path) -> None:
+        if torch.cuda.is_available() and pipeline.runtime.device.type != "cuda":
+            raise InputError(
+                f"--peer {checkout}: its code uses the GPU of this machine; train.device must be cuda or auto"
+            )
         sys.path.insert(0, str(checkout.resolve()))  # stays: the workers import from there too
         try:
             self._loops = importlib.import_module("helper.loops")
@@ -157,10 +161,9 @@ class Mdslr(Reference):
 
     def train_batches(self) -> Iterator[Any]:
         """Yield images (float32 [B, 3, H, W], normalised), labels and positions (int64 [B]), without end."""
-        mean, std = self.mean_and_std
-        views = transforms.Compose([*self.before, transforms.ToTensor(), transforms.Normalize(mean, std)])
-        jpegs = next((self.folder / "train").glob("*/*.jpg"), None)
-        images = (ImageFolder if jpegs else DecodedImageFolder)(str(self.folder / "train"), views, allow_empty=True)
+        folder = self.folder / "train"
+        kind = ImageFolder if next(folder.glob("*/*.jpg"), None) else DecodedImageFolder
+        images = kind(str(folder), self.normalised(self.before, self.after), allow_empty=True)
         dataset = self._sampler.StaticLoader(images, list(range(len(images))))
         loader = DataLoader(
             dataset,

@@ -143,22 +143,25 @@ class Reference:
             self.resize = [transforms.Resize(round(min(self.image_hw) / ratio)), transforms.CenterCrop(self.image_hw)]
         before = [] if view.family == "random_resized_crop_flip" else self.resize
         self.before = [*before, *augmentation(view, self.image_hw)]
+        area = view.cutout_ratio**2
+        self.after = [transforms.RandomErasing(p=1.0, scale=(area, area), ratio=(1.0, 1.0))] if area else []
         batches = self.train_batches()
         self._batches = itertools.chain([next(batches)], batches)  # starts the workers now, untimed
 
     def train_batches(self) -> Iterator[Any]:
         """Yield learning rate, images (float32 [B, 3, H, W], normalised) and labels (int64 [B]), without end."""
-        area = self.pipeline.recipe.data.view.cutout_ratio**2
-        after = [transforms.RandomErasing(p=1.0, scale=(area, area), ratio=(1.0, 1.0))] if area else []
-        return endless_batches(self._loader("train", self.before, after), self.pipeline.recipe, self.steps_per_epoch)
+        loader = self._loader("train", self.before, self.after)
+        return endless_batches(loader, self.pipeline.recipe, self.steps_per_epoch)
+
+    def normalised(self, before: Sequence[Any], after: Sequence[Any] = ()) -> transforms.Compose:
+        """Return ToTensor and Normalize, with transforms before and after them."""
+        return transforms.Compose([*before, transforms.ToTensor(), transforms.Normalize(*self.mean_and_std), *after])
 
     def _loader(self, split: str, before: Sequence[Any], after: Sequence[Any] = ()) -> DataLoader[Any]:
         """Return a DataLoader of a split, with transforms before and after ToTensor and Normalize."""
         recipe = self.pipeline.recipe
-        normalise = transforms.Normalize(*self.mean_and_std)
-        pipeline = transforms.Compose([*before, transforms.ToTensor(), normalise, *after])
         return DataLoader(
-            ImageFolder(self.folder / split, pipeline, allow_empty=True),
+            ImageFolder(self.folder / split, self.normalised(before, after), allow_empty=True),
             batch_size=recipe.train.batch_size,
             shuffle=split == "train",
             drop_last=split == "train",

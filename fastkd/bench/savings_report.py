@@ -63,8 +63,8 @@ def _verdict(entries: dict[str, Any], gaps: dict[str, float], noise: float) -> s
 def table(report: dict[str, Any]) -> Table:
     """Return the table of a report: one column per variant, one line per stage."""
     reference, vanilla = report.get("reference"), report["ways"]["vanilla"]
-    named = ({"reference": reference} if reference else {}) | report["ways"]
-    named = {peer["title"]: peer for peer in report.get("peers", ())} | named
+    peers = {peer["title"]: peer for peer in report.get("peers", ())}
+    named = peers | ({"reference": reference} if reference else {}) | report["ways"]
     columns = list(named.values())
     grid = Table(title=f"savings: {report['recipe']}", title_justify="left")
     grid.add_column("")

@@ -118,13 +118,14 @@ def trained_by_hand(pipe: Pipeline, batches: list[tuple[torch.Tensor, torch.Tens
 
 
 def test_mdslrs_loop_trains_the_recipes_student_on_all_data(tiny_recipe, checkout, tmp_path, capsys):
-    pipe = vanilla_pipeline(tiny_recipe("data.view.family=flip"), str(checkout))
+    pipe = vanilla_pipeline(tiny_recipe("data.view.family=flip", "data.view.cutout_ratio=0.5"), str(checkout))
     loop = peer_loops.loop(str(checkout), pipe, tmp_path / "images", None)
     assert loop.advance(2) > 0
     assert loop.advance(1) > 0
     assert "epoch 1 2" not in capsys.readouterr().out
     seen = sys.modules["helper.loops"].seen
     assert len(seen) == 3
+    assert all((images == 0).all(1).flatten(1).any(1).all() for images, _, _ in seen)  # each has a cut-out
     size, images = pipe.recipe.train.batch_size, [position for _, _, some in seen for position in some.tolist()]
     assert len(images) == 3 * size == len(set(images))
     assert loop.images_per_epoch >= 3 * size
@@ -167,6 +168,13 @@ def test_a_peer_that_is_not_there_is_an_error(tmp_path):
         InputError, match=r"no file helper/loops.py there; expected `timm`, or the folder of a checkout"
     ):
         peer_loops.check(str(tmp_path))
+
+
+def test_code_that_would_use_another_device_is_an_error(tiny_recipe, checkout, tmp_path, monkeypatch):
+    pipe = vanilla_pipeline(tiny_recipe("train.device=cpu"), str(checkout))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match=r"uses the GPU of this machine; train\.device must be cuda or auto"):
+        peer_loops.loop(str(checkout), pipe, tmp_path / "images", None)
 
 
 def test_code_that_cannot_be_imported_is_an_error(tiny_recipe, checkout, tmp_path):
