@@ -166,7 +166,7 @@ def _values(parameter: Any) -> str:
     if kind is bool or parameter.param_type_name == "argument":
         return "–"
     word = parameter.metavar
-    name = f"`{word}`" if word else {int: "integer", float: "number", str: "text"}.get(kind, "path")
+    name = f"`{_cell(word)}`" if word else {int: "integer", float: "number", str: "text"}.get(kind, "path")
     bounds = [f"{sign} {value}" for sign, value in (("≥", parameter.min), ("≤", parameter.max)) if value is not None]
     return " ".join([name, ", ".join(bounds)]).strip()
 
@@ -231,21 +231,15 @@ ROTATED = "`coverage`, rotated"
 
 def selection_summary() -> str:
     """Return one line for each cell: how `coverage` with rotation differs from the baselines on the hold-out."""
-    rows = [
-        ["data, setting", "cell", "minus `random`", "lower bound", "minus all data, same steps", "minus full KD"]
-    ]
+    rows = [["data, setting", "cell", "minus `random`", "lower bound", "minus all data, same steps", "minus full KD"]]
     for study in json.loads(STUDIES.read_text(encoding="utf-8")):
         for cell in study["cells"]:
             for arm in cell["arms"]:
                 if arm["shown"] == ROTATED:
                     found = arm["differences"]
-                    rows.append(
-                        [
-                            *(study["title"], cell["title"], _points(found["random"])),
-                            f"{found['random']['lower95']:+.2f}",
-                            *(_points(found.get("same_steps")), _points(found.get("full"))),
-                        ]
-                    )
+                    minus = [_points(found.get(name)) for name in ("random", "same_steps", "full")]
+                    lower = f"{found['random']['lower95']:+.2f}"
+                    rows.append([study["title"], cell["title"], minus[0], lower, *minus[1:]])
     return _markdown(rows)
 
 

@@ -57,7 +57,7 @@ class Requirement(NamedTuple):
 # --- other programs and heavy imports, each in its own process, which may hang or crash -----------------------------
 
 
-TIMED_OUT, NO_ANSWER = 124, "no answer"
+NO_ANSWER = "no answer"
 
 
 def run(command: Sequence[str], timeout_s: float = 20) -> tuple[int, str, str]:
@@ -65,7 +65,7 @@ def run(command: Sequence[str], timeout_s: float = 20) -> tuple[int, str, str]:
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        return TIMED_OUT, "", f"{NO_ANSWER} within {timeout_s:g} s"
+        return 124, "", f"{NO_ANSWER} within {timeout_s:g} s"
     except OSError as error:
         return 127, "", str(error)
     return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")

@@ -60,7 +60,9 @@ def main(
         if labels is None or out is None:
             raise InputError("--logits needs --labels and --out")
         given = {"method": method, "score": score, "keep_ratio": keep_ratio, "seed": seed}
-        given |= {"min_per_class": min_per_class} | ({"quota": quota} if quota else {})
+        given["min_per_class"] = min_per_class
+        if quota is not None:
+            given["quota"] = quota
         given |= recipe.settings_of(settings or [])
         try:
             chosen = recipe.Prune.model_validate(given)

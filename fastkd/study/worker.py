@@ -137,7 +137,7 @@ def train_all(grid: Grid, costs: Costs, *, verbose: bool) -> dict[str, str]:
         if not in_progress:
             return failed
         if not waits:
-            console.say(f"study: waiting for {in_progress} student{'s' * (in_progress > 1)} that other processes train")
+            console.say(f"study: waiting for {console.counted(in_progress, 'student')} that other processes train")
             waits = True
         time.sleep(POLL_S)
 
