@@ -61,14 +61,14 @@ class DryRun:
         The runtime of its networks.
     keep_ratio : float
         Share of samples to keep (0…1).
-    replaced : list of str
-        A line for each setting of the teacher's recipe that is replaced.
+    notes : list of str
+        A line for each setting of the teacher's recipe that is replaced, and one if there is no stage ``label``.
     """
 
     steps: list[PlannedStage]
     runtime: Runtime
     keep_ratio: float
-    replaced: list[str]
+    notes: list[str]
 
 
 def dry_run(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), out: Path | None = None) -> DryRun:
@@ -83,7 +83,17 @@ def dry_run(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), o
         exists = steps[0].state != "build"
         keep_ratio = _keep_ratio(pipeline) if exists else recipe.prune.static.keep_ratio
         has_recipe = recipe.teacher is not None and recipe.teacher.recipe is not None and not pipeline.is_known_export
-        return DryRun(steps, pipeline.runtime, keep_ratio, replaced_settings(recipe) if has_recipe else [])
+        notes = [*(replaced_settings(recipe) if has_recipe else []), *_why_no_labels(recipe)]
+        return DryRun(steps, pipeline.runtime, keep_ratio, notes)
+
+
+def _why_no_labels(recipe: Recipe) -> list[str]:
+    """Return why a recipe with a teacher has no stage ``label``; empty if it has one."""
+    if recipe.teacher is None or recipe.uses_labels:
+        return []
+    if recipe.labels.mode == "online":
+        return ["no stage label: labels.mode is online, so the teacher is evaluated in each training step"]
+    return ["no stage label: training uses the evaluation view only, whose logits are stored with the selection"]
 
 
 def _planned(pipeline: Pipeline, force: frozenset[str] | set[str], out: Path | None) -> Iterator[PlannedStage]:

@@ -80,6 +80,8 @@ def _was_started(run: Path) -> bool:
 
 def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
     """Return a table of the accuracy and cost of a RUN."""
+    from fastkd.stages.run_schema import STAGE_TITLES
+
     names = {"val": "val", "holdout": "the hold-out"}
     reached = ", ".join(f"{top1:.2%} on {names[split]}" for split, top1 in sorted(run.facts["top1"].items())[::-1])
     table = Table(title=f"{name}: top-1 {reached}", title_justify="left")
@@ -87,8 +89,8 @@ def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
     table.add_column("time", justify="right")
     table.add_column("")
     for stage in timing["stages"]:
-        label = "compile, warm up" if stage["stage"] == "compile" else stage["stage"]
-        table.add_row(label, console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
+        title = STAGE_TITLES.get(stage["stage"], stage["stage"])
+        table.add_row(title, console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
     table.add_section()
     table.add_row("additional student", console.clock(timing["further_student_s"]), "this student only")
     table.add_row("first student", console.clock(timing["first_student_s"]), "including all stages before")
@@ -135,7 +137,7 @@ def _dry_run(resolved: recipe.Recipe, force: frozenset[str], out: Path | None, *
             step.stage, STATES[step.state], escape(where), time, f"{step.size / 1e6:,.1f}" if step.size else "?"
         )
     console.show(table)
-    for line in plan.replaced:
+    for line in plan.notes:
         console.say(line)
     if verbose:
         console.out.print(recipe.dump(resolved), end="", markup=False)

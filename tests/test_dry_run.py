@@ -222,6 +222,23 @@ def test_what_is_replaced_in_the_teachers_recipe_is_listed(tiny_recipe, tiny_npz
     assert "data.holdout_ratio=0.2, but in teacher.recipe it is 0.1" in " ".join(text.split())
 
 
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (VIEWS, None),
+        ((*VIEWS, "labels.mode=online"), "no stage label: labels.mode is online, so the teacher is evaluated in each"),
+        (("labels.views=plain",), "no stage label: training uses the evaluation view only, whose logits are stored"),
+        (("teacher=null", "prune.keep_ratio=1"), None),
+    ],
+)
+def test_why_there_is_no_stage_label_is_said(tiny_recipe, overrides, note):
+    """Where a teacher is learned from, which the labels would come from."""
+    plan = dry_run(tiny_recipe(*overrides))
+    assert ("label" in {step.stage for step in plan.steps}) == (overrides == VIEWS)
+    said = [line for line in plan.notes if line.startswith("no stage label")]
+    assert [line.startswith(note) for line in said] == [True] if note else not said
+
+
 def test_the_command_prints_a_line_per_stage_and_with_verbose_the_recipe(command, tiny_recipe, tmp_path):
     """And says how to learn how long it would take."""
     code, text = command(train.main, tiny_recipe.path, "seed=3", "--dry-run", "--verbose")

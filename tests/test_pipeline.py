@@ -245,7 +245,7 @@ def test_the_message_names_the_nearest_artifact_and_what_differs(tiny_recipe, ca
     capsys.readouterr()
     pipeline.prune(tiny_recipe("prune.keep_ratio=0.4"))
     assert "no SUBSET for this recipe yet; the nearest is subset-" in (said := capsys.readouterr().out)
-    assert "keep_ratio is 0.5, not 0.4" in said
+    assert "keep_ratio is 0.5 there and 0.4 here" in said
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 """Largest manifest that is read."""
+MAX_DIFFERENCES = 4
+"""Differences to the nearest artifact that are named."""
 PARTIAL, OLD, REMOVED = ".fastkd-partial", ".fastkd-old", ".fastkd-removed"
 """Suffixes of directories that are being built, are being replaced, and are being deleted.
 
@@ -128,9 +130,13 @@ def progress_file(path: Path) -> Path:
 
 def differences(asked: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """Return a phrase for each value in which two sets of key fields differ."""
-    a, b = dict(_leaves(asked)), dict(_leaves(json.loads(canonical(dict(found)))))
-    a = json.loads(canonical(a))
-    return [f"{k} is {b.get(k)!r}, not {a.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    return [f"{name} is {is_!r}, not {asked_!r}" for name, (is_, asked_) in _differing(asked, found).items()]
+
+
+def _differing(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return, by dotted name, the found and the asked value where they differ. None: there is no such value."""
+    a, b = (dict(_leaves(json.loads(canonical(dict(values))))) for values in (asked, found))
+    return {k: (b.get(k), a.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)}
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -151,9 +157,18 @@ def published(directory: Path, kind: Kind) -> Iterator[tuple[Path, Manifest]]:
 
 
 def nearest(directory: Path, kind: Kind, inputs: Mapping[str, Any]) -> str | None:
-    """Return the name of the most similar artifact in `directory` and the differences; None if there is none."""
-    found = [(differences(inputs, manifest.inputs), path) for path, manifest in published(directory, kind)]
+    """Return the name of the most similar artifact in `directory` and the differences; None if there is none.
+
+    At most `MAX_DIFFERENCES` differences are named.
+    """
+    found = [(_differing(inputs, manifest.inputs), path) for path, manifest in published(directory, kind)]
     if not found:
         return None
-    phrases, path = min(found, key=lambda one: len(one[0]))
-    return f"{path.name}: {'; '.join(phrases)}"
+    differing, path = min(found, key=lambda one: len(one[0]))
+    phrases = [f"{name} is {_shown(its)} there and {_shown(own)} here" for name, (its, own) in differing.items()]
+    more = f" and {len(phrases) - MAX_DIFFERENCES} more" if len(phrases) > MAX_DIFFERENCES else ""
+    return f"{path.name}: {'; '.join(phrases[:MAX_DIFFERENCES])}{more}"
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else repr(value)

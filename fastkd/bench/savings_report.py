@@ -5,6 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from fastkd.bench.measurement import machine_line
+from fastkd.stages.run_schema import STAGE_TITLES
 
 STAGE_LINES = ("write", "score", "choose", "prune", "label", "setup", "compile", "train", "evaluate")
 
@@ -79,7 +80,7 @@ def table(report: dict[str, Any]) -> Table:
     for stage in STAGE_LINES:
         if any(stage in e["stages"] for e in columns):
             times = (f"{e['stages'][stage]:.1f}" if stage in e["stages"] else "–" for e in columns)
-            grid.add_row(f"{stage} (s)", *times)
+            grid.add_row(f"{STAGE_TITLES.get(stage, stage)} (s)", *times)
     grid.add_section()
     add("first student (s)", "first_student_s", "{:.1f}")
     add("each additional student (s)", "further_student_s", "{:.1f}")
@@ -130,7 +131,7 @@ def notes(report: dict[str, Any]) -> list[str]:
         *lines,
         f"not included: filling the compiler's caches, {report['cold_compile_s']:.1f} s, once per machine"
         if environment.get("compile", True)
-        else "train.compile is false: the line compile is the time of warming up the step",
+        else "train.compile is false: nothing is compiled, the step only warms up",
         f"machine: {machine_line(environment['machine'], environment['gpu'])}, {environment['precision']}",
         report["conclusion"],
     ]

@@ -85,8 +85,10 @@ _HIDDEN_ON_BACKGROUND = (
     "are of one colour on background={background}, which is the colour of the picture in them. Nothing can be learned "
     "from them as stored; give a background of another colour",
 )
-QUIET = Notice.COMPOSITED | Notice.TURNED | Notice.RESIZED | Notice.LARGE
-"""Kinds that are counted without a warning: they were asked for, or do no harm."""
+ASKED_FOR = Notice.COMPOSITED | Notice.TURNED | Notice.RESIZED
+"""Kinds that follow from an option: counted, without names or a warning."""
+QUIET = ASKED_FOR | Notice.LARGE
+"""Kinds that are counted without a warning."""
 
 NONE = Notice(0)
 
@@ -104,7 +106,7 @@ class Found:
     counts : dict of int
         Number of images by split.
     names : list of str
-        Names of the first `MAX_NAMES` images.
+        Names of the first `MAX_NAMES` images. Empty: they need no attention.
     quiet : bool
         Whether it is only counted: no warning.
     """
@@ -120,7 +122,8 @@ class Found:
         """The warning, with counts and names."""
         total = sum(self.counts.values())
         splits = ", ".join(f"{count:,} of {split}" for split, count in self.counts.items() if count)
-        return f"{total:,} image{'s' if total != 1 else ''} ({splits}) {self.text}: {listed(self.names, total)}"
+        names = f": {listed(self.names, total)}" if self.names else ""
+        return f"{total:,} image{'s' if total != 1 else ''} ({splits}) {self.text}{names}"
 
 
 def kinds(jpeg_quality: int, background: str, max_resolution: int | None) -> Mapping[Notice, tuple[str, str]]:

@@ -38,7 +38,7 @@ from fastkd.data.ffcv_format import (
     write_tables,
 )
 from fastkd.data.isolated_process import Report
-from fastkd.data.notices import MAX_NAMES, QUIET, Found, kinds
+from fastkd.data.notices import ASKED_FOR, MAX_NAMES, QUIET, Found, kinds
 from fastkd.data.writer_api import MapDataset, WriterOptions
 from fastkd.errors import FastkdError, InputError
 from fastkd.machine import usable_cores
@@ -388,8 +388,8 @@ def _found(job: SplitJob) -> list[Found]:
     for notice, (kind, text) in kinds(options.jpeg_quality, options.background, options.max_resolution).items():
         indices = np.flatnonzero(job.records["notices"] & notice.value)
         if len(indices):
-            quiet = notice in QUIET
-            found.append(Found(kind, text, {job.split: len(indices)}, job.names(indices), quiet))
+            names = [] if notice in ASKED_FOR else job.names(indices)
+            found.append(Found(kind, text, {job.split: len(indices)}, names, notice in QUIET))
     return found
 
 

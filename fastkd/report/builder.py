@@ -144,7 +144,7 @@ def over_time(groups: Sequence[Group], teacher_top1: float | None = None) -> lis
         for g in groups
     )
     waits = "; ".join(f"{g.title}: {100 * g.data_wait_share.mean:.1f} % of the training time" for g in groups)
-    stages = "; ".join(f"{g.title}: " + ", ".join(f"{s.name} {clock(s.seconds)}" for s in g.stages) for g in groups)
+    stages = "; ".join(f"{g.title}: " + ", ".join(f"{s.title} {clock(s.seconds)}" for s in g.stages) for g in groups)
     has_holdout = any(e.split == "holdout" for g in groups for run in g.runs for e in run.evaluations)
     over_epochs = Chart(
         "top1-over-epochs",
@@ -285,7 +285,7 @@ def render(groups: Sequence[Group], found: Found, charts: Sequence[Chart], expor
         charts={chart.name: chart for chart in charts},
         palette=plots.PALETTE,
         stage_colours=plots.STAGE_COLOURS,
-        stage_names={stage.name for group in groups for stage in group.stages},
+        stage_titles={stage.name: stage.title for group in groups for stage in group.stages},
         warnings=list(dict.fromkeys(one for group in groups for run in group.runs for one in run.warnings)),
         commands=[
             *commands(subject),

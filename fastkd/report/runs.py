@@ -52,6 +52,11 @@ class Stage(NamedTuple):
     reused: bool
 
     @property
+    def title(self) -> str:
+        """What is shown instead of the name."""
+        return run_schema.STAGE_TITLES.get(self.name, self.name)
+
+    @property
     def before(self) -> bool:
         """Whether additional students reuse its artifact."""
         return self.name in BEFORE

@@ -54,6 +54,10 @@ class Described(Record, ChannelStatistics):
         return self
 
 
+STAGE_TITLES = {"compile": "compile and warm up"}
+"""What is shown instead of the name of a stage, where they differ: the first steps are also taken without compiling."""
+
+
 class StageTime(Record):
     """The time of a stage."""
 

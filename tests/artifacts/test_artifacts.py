@@ -249,8 +249,17 @@ def test_nearest_names_the_most_alike_and_what_differs(subset, tmp_path):
     other = {"data": "x", "teacher": {"model": "y", "weights": "z"}, "keep_ratio": 0.5}
     artifacts.build(tmp_path / "far", "SUBSET", other, fill)
     asked = INPUTS | {"teacher": {"model": "cifar/resnet8", "weights": "456"}}
-    assert artifacts.nearest(tmp_path, "SUBSET", asked) == "subset: teacher.weights is '123', not '456'"
+    assert artifacts.nearest(tmp_path, "SUBSET", asked) == "subset: teacher.weights is '123' there and '456' here"
     assert artifacts.nearest(tmp_path, "LABELS", asked) is None
+
+
+def test_nearest_says_which_values_are_missing_and_names_four_at_most(subset, tmp_path):
+    settings = dict.fromkeys("abcdef", 1)
+    said = artifacts.nearest(tmp_path, "SUBSET", {k: v for k, v in INPUTS.items() if k != "keep_ratio"} | settings)
+    assert said == (
+        "subset: a is not set there and 1 here; b is not set there and 1 here; c is not set there and 1 here; "
+        "d is not set there and 1 here and 3 more"
+    )
 
 
 def array_artifact(folder: Path, array: np.ndarray, name: str = "indices.npy", **facts: object) -> artifacts.Artifact:

@@ -654,9 +654,7 @@ def test_what_was_asked_for_is_counted_without_a_warning(files):
         "exif_applied": {"train": 1},
     }
     applied, composited = sorted(written.notes)
-    assert composited == (
-        "2 images (2 of val) have transparent pixels and were pasted onto background=white: clear.png, white.png"
-    )
+    assert composited == "2 images (2 of val) have transparent pixels and were pasted onto background=white"
     assert applied.startswith("1 image (1 of train) were turned as their EXIF orientation says")
     assert [text.split(":")[0] for text in written.warnings if "one colour" in text] == [
         "1 image (1 of val) are of one colour on background=white, which is the colour of the picture in them. Nothing "
@@ -681,7 +679,7 @@ def test_images_that_were_shrunk_and_large_images_are_counted(files):
     written = write(writer, out, root=str(root), max_resolution=1024)
     assert {one.kind: one.counts for one in written.found} == {"resized": {"train": 2}}
     assert written.notes == [
-        "2 images (2 of train) were larger than max_resolution=1024 and were shrunk to it: long-0.png, long-2.png"
+        "2 images (2 of train) were larger than max_resolution=1024 and were shrunk to it"
     ]
 
 

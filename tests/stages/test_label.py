@@ -159,12 +159,12 @@ def test_what_does_not_bear_on_labels_reuses_them(labelled, tiny_recipe, overrid
     ("override", "part"),
     [
         ("teacher.overrides=[seed=9]", "teacher.weights is"),
-        ("data.view.family=flip", "view.family is 'pad_crop_flip', not 'flip'"),
-        ("data.view.pad_ratio=0.25", "view.pad_ratio is 0.125, not 0.25"),
-        ("data.view.cutout_ratio=0.25", "view.cutout_ratio is None, not 0.25"),
-        ("labels.view_seed=1", "view.seed is 0, not 1"),
-        ("teacher.input_px=12", "view.input_px is None, not 12"),
-        ("labels.topk=2", "topk is None, not 2"),
+        ("data.view.family=flip", "view.family is 'pad_crop_flip' there and 'flip' here"),
+        ("data.view.pad_ratio=0.25", "view.pad_ratio is 0.125 there and 0.25 here"),
+        ("data.view.cutout_ratio=0.25", "view.cutout_ratio is not set there and 0.25 here"),
+        ("labels.view_seed=1", "view.seed is 0 there and 1 here"),
+        ("teacher.input_px=12", "view.input_px is not set there and 12 here"),
+        ("labels.topk=2", "topk is not set there and 2 here"),
         ("prune.keep_ratio=0.4", "subset is"),
     ],
 )
