@@ -678,9 +678,7 @@ def test_images_that_were_shrunk_and_large_images_are_counted(files):
         file.unlink()
     written = write(writer, out, root=str(root), max_resolution=1024)
     assert {one.kind: one.counts for one in written.found} == {"resized": {"train": 2}}
-    assert written.notes == [
-        "2 images (2 of train) were larger than max_resolution=1024 and were shrunk to it"
-    ]
+    assert written.notes == ["2 images (2 of train) were larger than max_resolution=1024 and were shrunk to it"]
 
 
 def noise_pixels(height: int, width: int, seed: int) -> np.ndarray:
