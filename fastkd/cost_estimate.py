@@ -7,7 +7,7 @@ from typing import Any
 
 from fastkd import machine
 from fastkd.engine.runtime import Runtime
-from fastkd.recipe import Recipe
+from fastkd.recipe import Prune, Recipe
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,39 @@ class Sizes:
     score_bytes: int
 
 
-def predict(m: Measured, s: Sizes, keep_ratio: float, views: int | None) -> dict[str, float]:
+def predict(
+    m: Measured,
+    s: Sizes,
+    keep_ratio: float,
+    views: int | None,
+    *,
+    labelled_ratio: float | None = None,
+    trials: float = 0,
+) -> dict[str, float]:
     """Return the seconds of each stage, of the first and of each additional student, and the bytes stored.
 
     Parameters
     ----------
+    keep_ratio
+        Share of the samples that are trained on in each epoch.
     views
         V. None: the evaluation view, whose labels come from scoring.
+    labelled_ratio
+        Share of the samples that labels are stored for. None: `keep_ratio`.
+    trials
+        Number of trainings that choose the selection method (`prune.auto_budget`).
     """
-    kept = round(keep_ratio * s.samples)
-    full = kept // s.batch_size * s.batch_size
+    full = round(keep_ratio * s.samples) // s.batch_size * s.batch_size
+    labelled = round((keep_ratio if labelled_ratio is None else labelled_ratio) * s.samples)
     further = m.setup_s + m.compile_s + s.epochs * full / m.step + s.val / m.evaluate
     before = {
         "write": m.write_s,
         "score": m.score_start_s + s.train / m.score,
+        "choose": trials * further,
         "prune": s.train / m.prune,
-        "label": m.label_start_s + views * kept / m.label if views else 0.0,
+        "label": m.label_start_s + views * labelled / m.label if views else 0.0,
     }
-    stored = s.train * s.classes * s.score_bytes + kept * (2 * s.classes + (views or 0) * s.row_bytes)
+    stored = s.train * s.classes * s.score_bytes + labelled * (2 * s.classes + (views or 0) * s.row_bytes)
     return {
         **before,
         "train": s.epochs * full / m.step,
@@ -84,6 +99,12 @@ def predict(m: Measured, s: Sizes, keep_ratio: float, views: int | None) -> dict
         "further_student_s": further,
         "stored_bytes": stored,
     }
+
+
+def selection_costs(prune: Prune) -> dict[str, float]:
+    """Return the arguments of `predict` that depend on the selection method (of ``auto``: the most)."""
+    labelled = {"labelled_ratio": 1.0} if prune.dynamic else {}
+    return labelled | ({"trials": prune.auto_budget} if prune.by_trial else {})
 
 
 def predict_vanilla(m: Measured, s: Sizes) -> dict[str, float]:
@@ -139,13 +160,10 @@ def expected(recipe: Recipe, runtime: Runtime, keep_ratio: float | None = None) 
     if there[1:] != here[1:]:
         return None
     sizes = replace(sizes, epochs=recipe.train.epochs)
-    keep = recipe.prune.static.keep_ratio if keep_ratio is None else keep_ratio
-    seconds = predict(measured, sizes, keep, recipe.num_views)
-    if recipe.prune.dynamic:  # all are labelled, and some are trained on in each epoch
-        keep = recipe.prune.keep_ratio
-    train_s = predict(measured, sizes, keep, recipe.num_views)["further_student_s"]
-    choose_s = recipe.prune.auto_budget * train_s if recipe.prune.by_trial else 0.0  # at most
-    return {name: seconds[name] for name in ("score", "prune", "label")} | {"choose": choose_s, "train": train_s}
+    keep = recipe.prune.keep_ratio if keep_ratio is None or recipe.prune.dynamic else keep_ratio
+    seconds = predict(measured, sizes, keep, recipe.num_views, **selection_costs(recipe.prune))
+    before = {name: seconds[name] for name in ("score", "choose", "prune", "label")}
+    return before | {"train": seconds["further_student_s"]}
 
 
 def plan_folder(recipe: Recipe, devices: str = "") -> Path:

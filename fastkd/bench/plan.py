@@ -28,7 +28,16 @@ from fastkd.bench.workbench import (
     steps_for,
 )
 from fastkd.console import clock
-from fastkd.cost_estimate import Measured, Sizes, duration, plan_folder, predict, predict_vanilla, rates_of
+from fastkd.cost_estimate import (
+    Measured,
+    Sizes,
+    duration,
+    plan_folder,
+    predict,
+    predict_vanilla,
+    rates_of,
+    selection_costs,
+)
 from fastkd.recipe import Recipe
 from fastkd.stages.label_format import format_of, row_bytes
 from fastkd.stages.row_scores import score_chunks
@@ -262,7 +271,7 @@ def _predict_lines(recipe: Recipe, measured: Measured, sizes: Sizes, vanilla: di
     lines = []
     for keep in sorted({*KEEP_RATIOS, recipe.prune.keep_ratio}):
         for number in views:
-            line = predict(measured, sizes, keep, number)
+            line = predict(measured, sizes, keep, number, **selection_costs(recipe.prune))
             lines.append(
                 {
                     "keep_ratio": keep,
@@ -322,7 +331,9 @@ def table(report: dict[str, Any]) -> Table:
     """Return the table of a report: vanilla KD, and one line per keep ratio and number of views."""
     grid = Table(title=title(report), title_justify="left")
     grid.add_column("")
-    for column in ("write", "score\n+ prune", "label", "train", *(plural(n, "student") for n in STUDENTS)):
+    chooses = any(line["choose"] for line in report["lines"])
+    before = ("write", "score\n+ prune", *(("choose,\nat most",) if chooses else ()), "label", "train")
+    for column in (*before, *(plural(n, "student") for n in STUDENTS)):
         grid.add_column(column, justify="right")
     grid.add_column(f"speed-up,\n{plural(STUDENTS[-1], 'student')}", justify="right", style="bold")
     grid.add_column("pays off from\nstudent no.", justify="right")
@@ -330,7 +341,8 @@ def table(report: dict[str, Any]) -> Table:
     vanilla = report["vanilla"]
     totals = [duration(total(vanilla, n)) for n in STUDENTS]
     grid.add_row(
-        "vanilla KD", duration(vanilla["write"]), "–", "–", duration(vanilla["train"]), *totals, "1.00×", "–", "–"
+        *("vanilla KD", duration(vanilla["write"]), *("–" for _ in before[1:-1]), duration(vanilla["train"])),
+        *(*totals, "1.00×", "–", "–"),
     )
     keep = None
     for line in report["lines"]:
@@ -341,6 +353,7 @@ def table(report: dict[str, Any]) -> Table:
             line_title(line) + (" (recipe)" if line["recipe"] else ""),
             duration(line["write"]),
             duration(line["score"] + line["prune"]),
+            *((duration(line["choose"]),) if chooses else ()),
             duration(line["label"]) if line["views"] else "–",
             duration(line["train"]),
             *(duration(total(line, n)) for n in STUDENTS),

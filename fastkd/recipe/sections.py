@@ -139,7 +139,7 @@ class Prune(Section):
     quota: Literal["proportional", "uniform", "global"] = "proportional"
     """`proportional`: exactly round(keep_ratio·N) samples, by class size. `uniform`: int(N/K·keep_ratio) of each class,
     like the reference code. `global`: as many samples, regardless of their class: `stratified` keeps more of classes
-    with more difficult samples."""
+    with more difficult samples. `ccs` has a quota only if it is `class_balanced`."""
     min_per_class: int = Field(0, ge=0, le=1_000_000_000)
     """Smallest number of samples to keep of each class (or all of a smaller class). They replace samples of the classes
     that keep the largest share, so that the total stays as `keep_ratio` says, unless the minimums alone exceed it."""

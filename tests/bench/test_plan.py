@@ -8,7 +8,8 @@ from fastkd.bench import plan, workbench
 from fastkd.bench.plan import limit, on_cluster, total
 from fastkd.bench.scaling import NODE_HOP_S, Cluster
 from fastkd.bench.workbench import image_size_shares
-from fastkd.cost_estimate import Measured, Sizes, duration, predict, predict_vanilla
+from fastkd.cost_estimate import Measured, Sizes, duration, predict, predict_vanilla, selection_costs
+from fastkd.recipe import Prune
 
 RATES = Measured(
     step=100, vanilla_step=40, bare_step=101, score=200, label=250, evaluate=500, prune=1e4, write_s=3, setup_s=1,
@@ -32,6 +33,22 @@ def test_predictions_are_sums_over_stages():
     vanilla = predict_vanilla(RATES, SIZES)
     assert vanilla["first_student_s"] == pytest.approx(3 + 4 + 4 * 896 / 40 + 0.2)
     assert total(vanilla, 5) == pytest.approx(3 + 5 * vanilla["further_student_s"])
+
+
+def test_rotation_labels_all_samples_and_trials_come_before_the_first_student():
+    """Both follow from the section `prune`."""
+    kept, rotated = (
+        predict(RATES, SIZES, 0.5, 8, **selection_costs(Prune(method="coverage", keep_ratio=0.5, rotate=rotate)))
+        for rotate in (False, True)
+    )
+    assert kept == predict(RATES, SIZES, 0.5, 8)
+    assert rotated["label"] == 5 + 8 * 900 / 250
+    assert rotated["stored_bytes"] == 1000 * 10 * 4 + 900 * (20 + 8 * 20)
+    assert rotated["further_student_s"] == kept["further_student_s"]
+    trials = predict(RATES, SIZES, 0.5, 8, **selection_costs(Prune(method="auto", keep_ratio=0.5, auto_budget=3)))
+    assert trials["choose"] == 3 * kept["further_student_s"]
+    assert trials["first_student_s"] == pytest.approx(kept["first_student_s"] + trials["choose"])
+    assert trials["further_student_s"] == kept["further_student_s"]
 
 
 def test_the_limit_is_loading_or_the_step():
@@ -139,3 +156,16 @@ def test_scoring_labelling_and_evaluating_are_divided_among_devices():
     assert (found.prune, found.write_s) == (RATES.prune, RATES.write_s)
     assert found.step == pytest.approx(64 / (16 / 100 + hops))
     assert found.vanilla_step == pytest.approx(64 / (16 / 40 + hops))
+
+
+def test_the_trials_of_auto_have_a_column_of_the_table(tiny_recipe, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
+    monkeypatch.setattr(plan, "SCORED_ROWS", 100)
+    given = (tiny_recipe.path, "prune.method=auto", "prune.auto_budget=3", "--repeats", "1", "--out", tmp_path / "p")
+    code, said = command(bench.plan, *given)
+    assert code == 0, said
+    assert "choose" in said
+    report = json.loads((tmp_path / "p" / "plan.json").read_text())
+    assert [line["choose"] for line in report["lines"]] == pytest.approx(
+        [3 * line["further_student_s"] for line in report["lines"]]
+    )

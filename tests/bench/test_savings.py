@@ -204,7 +204,7 @@ def test_what_does_not_apply_is_left_out_with_a_word():
     made["ways"]["same_compute"] = made["ways"]["random"]
     said = " ".join(notes(made))
     assert "caches" not in said
-    assert "train.compile is false: the line compile is the time of warming up the step" in said
+    assert "train.compile is false: nothing is compiled, the step only warms up" in said
     assert "left out" not in said
 
 

@@ -10,6 +10,7 @@ from fastkd.pipeline import Pipeline
 from fastkd.recipe import Prune, tables
 from fastkd.stages import choosing
 from fastkd.stages.choosing import FALLBACK
+from fastkd.stages.store import MissingError
 
 AUTO = ("prune={method: auto, keep_ratio: 0.5, auto_budget: 9}", "data.holdout_ratio=0.2", "train.epochs=3")
 FEW = ("stratified", "stratified, rotated", "medium")
@@ -96,7 +97,10 @@ def test_trainings_are_counted_resumed_charged_and_deleted(tiny_recipe, monkeypa
     other_seed = Pipeline(tiny_recipe(*AUTO, "seed=5", "prune.seed=7"))
     assert other_seed.choice.key == choice.key  # the choice is made once for all seeds
     assert other_seed.selected.prune.seed == 7
-    assert Pipeline(tiny_recipe(*AUTO, "prune.keep_ratio=0.4"), build=False).recipe.prune.by_trial
+    assert Pipeline(tiny_recipe(*AUTO, "seed=5"), build=False).choice.key == choice.key
+    for other in ("prune.keep_ratio=0.4", "train.epochs=7", "student.model=cifar/resnet14", "optim.lr=0.02"):
+        with pytest.raises(MissingError, match="CHOICE"):
+            _ = Pipeline(tiny_recipe(*AUTO, other), build=False).choice
 
 
 def test_members_that_starve_a_class_or_have_little_entropy_are_left_out(tiny_recipe):
