@@ -105,7 +105,7 @@ class Recipe(Section):
 
         optim, prune, view, epochs = self.optim, self.prune, self.data.view, self.train.epochs
         loss, labels = self.loss, self.labels
-        of_prune = set(Prune.model_fields) - set(prune.key_fields()) - {"ids", "min_per_class"}
+        of_prune = set(Prune.model_fields) - set(prune.key_fields()) - {"ids", "min_per_class", "seed"}
         unused("prune", of_prune, prune, Prune(), f"prune.method={prune.method}")
         of_optim = {"betas"} if optim.name == "sgd" else {"momentum", "nesterov"}
         unused("optim", of_optim, optim, Optim(lr=1), f"optim.name={optim.name}")

@@ -83,7 +83,7 @@ def against_time(report: Mapping[str, Any], time: str, title: str) -> Figure:
                 )
         panel.set(ylabel="top-1, hold-out (%)", xlabel=unit)
         panel.margins(x=0.1, y=0.15)
-        panel.set_xlim(left=0)  # fixes the right limit, too
+        panel.set_xlim(0, max(panel.get_xlim()[1], 1.08 * panel.dataLim.x1))  # a marker has a width
     handles = [Line2D([], [], color=colours[arm], marker=markers[arm], ls="", label=labels[arm]) for arm in arms]
     figure.legend(handles=handles, loc="outside lower left", ncols=_legend_columns(figure, labels.values()))
     return figure

@@ -161,7 +161,8 @@ def test_scoring_labelling_and_evaluating_are_divided_among_devices():
 def test_the_trials_of_auto_have_a_column_of_the_table(tiny_recipe, tmp_path, command, monkeypatch):
     monkeypatch.setattr(plan, "SEGMENT_S", 0.01)
     monkeypatch.setattr(plan, "SCORED_ROWS", 100)
-    given = (tiny_recipe.path, "prune.method=auto", "prune.auto_budget=3", "--repeats", "1", "--out", tmp_path / "p")
+    settings = ("prune.method=auto", "prune.auto_budget=3", "data.holdout_ratio=0.2")
+    given = (tiny_recipe.path, *settings, "--repeats", "1", "--out", tmp_path / "p")
     code, said = command(bench.plan, *given)
     assert code == 0, said
     assert "choose" in said

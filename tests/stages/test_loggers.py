@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from hosts import wait_until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastkd import artifacts, console, pipeline, recipe
@@ -421,6 +422,7 @@ def test_wandb_offline(offline):
     interrupted_and_resumed(offline, "wandb")
     files = sorted(offline.parent.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
     assert {file.name for file in files} == {f"run-{id_of(offline, 'wandb')}.wandb"}
+    wait_until(lambda: all(map(wandb_history, files)), 60)  # wandb's process writes, also after `finish` has returned
     first, second = map(wandb_history, files)
     assert first == [(step, {"steps/loss": loss}) for step, loss in LOSSES[:3]]
     assert second == [(4, {"steps/loss": 4.0, "evaluate/val/top1": 0.5, "evaluate/val/images": 60.0})]
