@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fastkd import artifacts
 from fastkd import recipe as recipes
 from fastkd.errors import InputError
+from fastkd.models import registry
 from fastkd.recipe import Recipe
 from fastkd.recipe.baselines import BASELINES, Baseline, baseline
 from fastkd.validation import explain
@@ -247,6 +248,7 @@ def grid_of(study: Study, folder: Path) -> Grid:
                 recipe = recipes.load(study.recipe, study.overrides, holdout, _nested(varied | tuned))
                 if not recipe.data.holdout_ratio:
                     raise InputError("data.holdout_ratio=0: the study chooses on the hold-out")
+                registry.split(recipe.student.model)  # knows the name
             except InputError as error:
                 skipped[_words(varied | tuned)] = str(error)
                 continue

@@ -79,6 +79,13 @@ def test_invalid_combinations_are_skipped_by_name(study_of):
     assert next(iter(grid.cells[1].arms)) == "medium"
 
 
+def test_networks_that_do_not_exist_are_skipped_by_name(study_of):
+    grid = study_of(vary={"student.model": ["nosuch/net", "cifar/resnet8"]})
+    assert list(grid.skipped) == ["student.model=nosuch/net"]
+    assert "model 'nosuch/net': unknown. The nearest is" in grid.skipped["student.model=nosuch/net"]
+    assert {one.recipe.student.model for one in grid.students} == {"cifar/resnet8"}
+
+
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
