@@ -106,12 +106,13 @@ def _mean_holdout(runs: Mapping[int, RunFacts]) -> float:
 
 
 def _arm(arm: Arm, trial: Trial, runs: Mapping[int, RunFacts]) -> dict[str, Any]:
-    """Return accuracy and cost of an arm; times are medians over seeds, in seconds."""
+    """Return accuracy and cost of an arm; times are medians over seeds, in seconds. `student_s`: `TIMES` of each."""
     found: dict[str, Any] = {
         "title": arm.title,
         "settings": arm.settings,
         "variant": arm.is_variant,
         "role": None if arm.is_variant else arm.role,
+        "times_the_steps": arm.times_the_steps,
         "tuned": trial.tuned,
         "seeds": list(runs),
         "runs": {seed: str(run.path) for seed, run in runs.items()},
@@ -165,9 +166,10 @@ def _conclusion(cell: Mapping[str, Any]) -> str:
     own = arms[cell["chosen"]]
     phrases = []
     for which, found in cell["differences"].items():
-        phrase = f"{found['verdict']} {'from' if found['verdict'].startswith('not') else 'than'} {NAMES[which]}"
-        phrase += f" ({found['mean']:+.2f} ± {found['ci95']:.2f} points, p = {found['p_holm']:.2g}"
         other = arms[cell["baselines"][which]]
+        name = NAMES[which].replace("as many", f"{other['times_the_steps']} as many".lstrip())
+        phrase = f"{found['verdict']} {'from' if found['verdict'].startswith('not') else 'than'} {name}"
+        phrase += f" ({found['mean']:+.2f} ± {found['ci95']:.2f} points, p = {found['p_holm']:.2g}"
         if which == "full" and "further_student_s" in other:
             phrase += f", at {own['further_student_s'] / other['further_student_s']:.2f} of its time"
         phrases.append(phrase + ")")
