@@ -12,6 +12,7 @@ from typing import Any
 
 from fastkd.artifacts import write_whole
 from fastkd.comparison import Difference, holm, verdict
+from fastkd.console import counted
 from fastkd.errors import FastkdError
 from fastkd.recipe.baselines import BASELINES, Baseline
 from fastkd.report.runs import RunFacts, read
@@ -61,12 +62,21 @@ def collect(grid: Grid, failed: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _machines(runs: Mapping[Path, RunFacts]) -> list[str]:
-    """Return the machines that students were trained on: times compare only within one."""
-    described = (
-        f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}, {m['precision']}"
-        for m in (run.machine for run in runs.values())
-    )
-    return list(dict.fromkeys(described))
+    """Return the machines that students were trained on, and how many while others kept them busy.
+
+    Times compare only within one machine.
+    """
+    busy: dict[str, list[bool]] = {}
+    for run in runs.values():
+        m = run.machine
+        words = f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}, {m['precision']}"
+        busy.setdefault(words, []).append(run.timing.get("busy", False))
+    return [
+        f"{words}; busy when {sum(each)} of {counted(len(each), 'student')} started: times are too long"
+        if any(each)
+        else words
+        for words, each in busy.items()
+    ]
 
 
 def _cell(grid: Grid, cell: Cell, runs: Mapping[Path, RunFacts]) -> dict[str, Any]:

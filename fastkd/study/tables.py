@@ -23,6 +23,8 @@ def table(report: Mapping[str, Any]) -> Table:
         title=f"study: {report['recipe']}, {seeds} seed{'s' * (seeds > 1)}; top-1 on the hold-out (%), mean ± std; "
         "differences in points, ± 95 % interval",
         title_justify="left",
+        caption="\n".join(report["machines"]),
+        caption_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,

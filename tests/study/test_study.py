@@ -8,12 +8,12 @@ import time
 import pytest
 from harness import seconds, start_study
 
-from fastkd import artifacts
+from fastkd import artifacts, machine
 from fastkd.errors import ArtifactError
 from fastkd.study import __main__ as study_command
 from fastkd.study import worker
 from fastkd.study.grid import Study, grid_of
-from fastkd.study.results import collect
+from fastkd.study.results import TIMES, collect
 
 
 @pytest.fixture
@@ -63,7 +63,9 @@ def test_a_study_from_the_command_to_its_page(study, command, json_in, tmp_path)
     assert before == {p: p.stat().st_mtime_ns for p in (folder / "students").rglob("*.safetensors")}
 
 
-def test_val_takes_no_part_in_the_choice(tiny_recipe, tmp_path):
+def test_val_takes_no_part_in_the_choice(tiny_recipe, tmp_path, monkeypatch):
+    loads = iter([999.0, 0.0, 0.0])
+    monkeypatch.setattr(machine, "_load_average", lambda: next(loads))
     study = Study(
         recipe=str(tiny_recipe.path),
         overrides=["train.epochs=1"],
@@ -73,7 +75,9 @@ def test_val_takes_no_part_in_the_choice(tiny_recipe, tmp_path):
     )
     grid = grid_of(study, tmp_path / "students")
     assert not worker.train_all(grid, worker.Costs(), verbose=False)
-    (cell,) = collect(grid, {})["cells"]
+    report = collect(grid, {})
+    assert report["machines"][0].endswith("; busy when 1 of 3 students started: times are too long")
+    (cell,) = report["cells"]
     others = {arm["title"] for arm in cell["arms"]} - {cell["chosen"], "random"}
     assert len(others) == 1
     assert others.isdisjoint(cell["val"])
