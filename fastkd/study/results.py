@@ -23,6 +23,8 @@ NAMES: dict[Baseline, str] = {
     "same_steps": "all data for as many steps",
     "full": "full KD",
 }
+TIMES = ("first_student_s", "further_student_s")
+"""Columns of study.csv: the seconds of a student with the stages before it, and without."""
 
 
 def collect(grid: Grid, failed: Mapping[str, str]) -> dict[str, Any]:
@@ -132,6 +134,7 @@ def _arm(arm: Arm, trial: Trial, runs: Mapping[int, RunFacts]) -> dict[str, Any]
             "holdout": _spread([run.artifact.facts["top1"]["holdout"] for run in runs.values()]),
             "further_student_s": statistics.median(run.further_s for run in runs.values()),
             "first_student_s": statistics.median(run.first_s for run in runs.values()),
+            "student_s": {seed: [run.first_s, run.further_s] for seed, run in runs.items()},
         }
     return found
 
@@ -207,7 +210,7 @@ def as_csv(report: Mapping[str, Any]) -> str:
     stream = io.StringIO()
     varied = list(dict.fromkeys([*report["study"]["vary"], *(key for arm in report["study"]["arms"] for key in arm)]))
     tuned = list(report["study"]["tune"])
-    columns = ["cell", "arm", "chosen", *varied, *tuned, "seed", "holdout", "val", "run"]
+    columns = ["cell", "arm", "chosen", *varied, *tuned, "seed", "holdout", "val", *TIMES, "run"]
     table = csv.writer(stream, lineterminator="\n")
     table.writerow(columns)
     for cell in report["cells"]:
@@ -219,7 +222,8 @@ def as_csv(report: Mapping[str, Any]) -> str:
                     [
                         *(cell["title"], arm["title"], arm["title"] == cell["chosen"]),
                         *(settings.get(name, "") for name in (*varied, *tuned)),
-                        *(seed, arm["holdout"]["values"][i], val[i] if val else "", arm["runs"][seed]),
+                        *(seed, arm["holdout"]["values"][i], val[i] if val else ""),
+                        *(*arm["student_s"][seed], arm["runs"][seed]),
                     ]
                 )
     return stream.getvalue()

@@ -54,6 +54,9 @@ def test_a_study_from_the_command_to_its_page(study, command, json_in, tmp_path)
     assert {"differences.png", "accuracy-first-student.png"} <= {p.name for p in folder.iterdir()}
     rows = list(csv.DictReader((folder / "study.csv").open()))
     assert len(rows) == 8
+    for row in rows:
+        timing = json.loads((tmp_path.joinpath(row["run"]) / "timing.json").read_bytes())
+        assert {name: float(row[name]) for name in TIMES} == {name: timing[name] for name in TIMES}
     assert {row["arm"] for row in rows if row["chosen"] == "True"} == {"medium"}
 
     before = {p: p.stat().st_mtime_ns for p in (folder / "students").rglob("*.safetensors")}
