@@ -108,7 +108,7 @@ def overview(grid: Grid, costs: Costs) -> str:
         return line
     if left_s is None:
         return f"{line}; their time is not known before the first is finished (fastkd.bench plan RECIPE measures it)"
-    return f"{line}, which takes about {clock(left_s)} in one process"
+    return f"{line}, which takes about {clock(left_s)} in one process, without scoring and labelling"
 
 
 def train_all(grid: Grid, costs: Costs, *, verbose: bool) -> dict[str, str]:

@@ -159,6 +159,7 @@ def test_time_left_is_predicted_from_finished_students(tiny_recipe, tmp_path):
     costs.seconds[short.path] = 10.0
     # left: 2 epochs of all data, half of 6 epochs, and 6 epochs
     assert costs.left_s(grid.students, grid.base) == pytest.approx(10.0 * (2 + 3 + 6))
+    assert "which takes about 110.0 s in one process, without scoring and labelling" in worker.overview(grid, costs)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
