@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,17 @@ def _load_average() -> float:
 
 LOAD_AT_START = _load_average()
 """Load average when this module was imported: before this process itself could have raised it."""
+_own_load, _marked_s, _marked_cpu_s = 0.0, time.monotonic(), sum(os.times()[:4])
+
+
+def renew_load() -> None:
+    """Take the load average again, without what this process has added to it: before another training."""
+    global LOAD_AT_START, _own_load, _marked_s, _marked_cpu_s
+    now_s, cpu_s = time.monotonic(), sum(os.times()[:4])
+    before = math.exp(-(now_s - _marked_s) / 60)  # its share of the average, which decays within a minute
+    running = (cpu_s - _marked_cpu_s) / max(now_s - _marked_s, 1e-9)
+    _own_load, _marked_s, _marked_cpu_s = _own_load * before + running * (1 - before), now_s, cpu_s
+    LOAD_AT_START = max(0.0, _load_average() - _own_load)
 
 
 def load() -> dict[str, Any]:

@@ -26,6 +26,18 @@ def test_a_load_above_the_cores_is_noted_in_timing_and_in_benchmarks(busy, monke
     assert line.endswith(f"no GPU, busy (load {load:.1f} at the start)" if busy else "no GPU")
 
 
+def test_a_later_training_counts_the_load_of_others_alone(monkeypatch):
+    """Of a process that has kept two cores busy for two minutes, and then been idle for one."""
+    for name in ("LOAD_AT_START", "_own_load", "_marked_s", "_marked_cpu_s"):
+        monkeypatch.setattr(machine, name, 0.0)
+    for now_s, cpu_s, load, others in ((120.0, 240.0, 5.0, 3.27), (180.0, 240.0, 5.0, 4.36), (180.0, 240.0, 0.5, 0.0)):
+        monkeypatch.setattr(machine.time, "monotonic", lambda now_s=now_s: now_s)
+        monkeypatch.setattr(os, "times", lambda cpu_s=cpu_s: (cpu_s, 0.0, 0.0, 0.0, 0.0))
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        machine.renew_load()
+        assert abs(machine.LOAD_AT_START - others) < 0.01
+
+
 def test_reports_of_earlier_versions_say_nothing_of_the_load():
     assert machine_line({"cpu": "a CPU", "cores": 2}, "a GPU") == "a CPU, 2 cores, a GPU"
 

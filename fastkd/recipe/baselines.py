@@ -7,6 +7,8 @@ from fastkd.recipe.sections import Prune
 
 Baseline = Literal["random", "same_steps", "full"]
 BASELINES: tuple[Baseline, ...] = ("random", "same_steps", "full")
+TOLERANCE = 0.05
+"""Share by which the steps of `same_steps` may differ without being mentioned."""
 
 
 def baseline(recipe: Recipe, which: Baseline) -> Recipe | None:
@@ -30,6 +32,12 @@ def baseline(recipe: Recipe, which: Baseline) -> Recipe | None:
     if (fewer := round(recipe.train.epochs * prune.keep_ratio)) < 1:
         return None
     return in_epochs(recipe.model_copy(update={"prune": Prune()}), fewer)
+
+
+def times_the_steps(recipe: Recipe, same_steps: Recipe) -> str:
+    """Return how many times a recipe's steps its baseline takes, such as ``1.67×``; empty: as many, within 5 %."""
+    ratio = same_steps.train.epochs / (recipe.train.epochs * recipe.prune.keep_ratio)
+    return f"{ratio:.2f}×" if abs(ratio - 1) > TOLERANCE else ""
 
 
 def in_epochs(recipe: Recipe, epochs: int) -> Recipe:

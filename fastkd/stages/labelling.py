@@ -162,8 +162,8 @@ def exported_labels(
         if labels:
             held = f"labels of {console.counted(labels.facts['views'], 'view')}"
         raise InputError(
-            f"{path}: was exported with {held}, but the recipe needs {views} views: label them on the machine that has "
-            "the teacher (python -m fastkd.label RECIPE) and export again, or change labels.views"
+            f"{path}: was exported with {held}, but the recipe needs {console.counted(views, 'view')}: label them on "
+            "the machine that has the teacher (python -m fastkd.label RECIPE) and export again, or change labels.views"
         )
     return labels
 

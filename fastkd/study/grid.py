@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fastkd import artifacts
 from fastkd import recipe as recipes
 from fastkd.errors import InputError
+from fastkd.models import registry
 from fastkd.recipe import Recipe
-from fastkd.recipe.baselines import BASELINES, Baseline, baseline
+from fastkd.recipe.baselines import BASELINES, Baseline, baseline, times_the_steps
 from fastkd.validation import explain
 
 HOLDOUT_RATIO = 0.1
@@ -158,6 +159,8 @@ class Arm:
         Whether it is one of the varied combinations. False: it is a baseline only.
     role
         Which baseline it is, if it is one only.
+    times_the_steps
+        How many times the steps of the cell it takes, as `same_steps`; empty: as many.
     """
 
     title: str
@@ -166,6 +169,7 @@ class Arm:
     baselines: dict[Baseline, str] = field(default_factory=dict)
     is_variant: bool = True
     role: Baseline | None = None
+    times_the_steps: str = ""
 
 
 @dataclass
@@ -247,6 +251,7 @@ def grid_of(study: Study, folder: Path) -> Grid:
                 recipe = recipes.load(study.recipe, study.overrides, holdout, _nested(varied | tuned))
                 if not recipe.data.holdout_ratio:
                     raise InputError("data.holdout_ratio=0: the study chooses on the hold-out")
+                registry.split(recipe.student.model)  # knows the name
             except InputError as error:
                 skipped[_words(varied | tuned)] = str(error)
                 continue
@@ -270,8 +275,9 @@ def _add(cells: dict[str, Cell], varied: dict[str, Any], trials: list[Trial], wa
     for which in wanted:
         others = [Trial(one.tuned, other) for one in trials if (other := baseline(one.recipe, which))]
         if len(others) == len(trials):
-            words = _baseline_title(which, others[0].recipe)
-            own = Arm(", ".join(filter(None, [words, _words(shared)])), shared, others, is_variant=False, role=which)
+            times = times_the_steps(recipe, others[0].recipe) if which == "same_steps" else ""
+            words = ", ".join(filter(None, [_baseline_title(which, others[0].recipe, times), _words(shared)]))
+            own = Arm(words, shared, others, is_variant=False, role=which, times_the_steps=times)
             arm.baselines[which] = _merged(cell, own).title
 
 
@@ -327,8 +333,8 @@ def _arm_title(recipe: Recipe, settings: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [settings.get("prune.method", recipe.prune.name), _words(short)]))
 
 
-def _baseline_title(which: Baseline, recipe: Recipe) -> str:
+def _baseline_title(which: Baseline, recipe: Recipe, times: str) -> str:
     if which == "same_steps":
         epochs = recipe.train.epochs
-        return f"all data, {epochs} epoch{'s' * (epochs > 1)}"
+        return f"all data, {epochs} epoch{'s' * (epochs > 1)}" + (f" ({times} the steps)" if times else "")
     return "random" if which == "random" else "full KD"

@@ -36,17 +36,18 @@ def train_all(grid: Grid, folder: Path, count: int, *, verbose: bool) -> dict[st
     """
     if count > len(grid.students):
         raise InputError(f"--per-gpu {count}: the study has only {len(grid.students)} students")
-    with tempfile.TemporaryDirectory(prefix="fastkd-study-") as name:
-        results = [Path(name) / f"{number}.json" for number in range(count)]
+    failed: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        results = [stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8")) for _ in range(count)]
         _run(grid.study, folder, results, verbose=verbose)
-        failed: dict[str, str] = {}
-        for result in filter(Path.exists, results):
-            failed |= json.loads(result.read_bytes())
+        for result in results:
+            result.seek(0)
+            failed |= json.loads(result.read() or "{}")
     left = [one for one in grid.students if not one.is_finished]
     return {one.title: failed.get(one.title, "its process has ended; run the command again to resume") for one in left}
 
 
-def _run(study: Study, folder: Path, results: Sequence[Path], *, verbose: bool) -> None:
+def _run(study: Study, folder: Path, results: Sequence[IO[str]], *, verbose: bool) -> None:
     """Run the processes to their end, and print what they print. None is left after an interruption."""
     shares = core_shares(len(results))
     with contextlib.ExitStack() as stack:
@@ -75,16 +76,17 @@ def _run(study: Study, folder: Path, results: Sequence[Path], *, verbose: bool) 
 
 @contextlib.contextmanager
 def _process(
-    study: Study, folder: Path, result: Path, cores: Sequence[int], *, verbose: bool
+    study: Study, folder: Path, result: IO[str], cores: Sequence[int], *, verbose: bool
 ) -> Iterator["subprocess.Popen[str]"]:
     """Start a process; kill it at the end, if it still runs."""
     options = {"study": study.model_dump(mode="json"), "cores": list(cores), "verbose": verbose}
-    options |= {"folder": str(folder), "result": str(result), "parent": os.getpid()}
+    options |= {"folder": str(folder), "result": result.fileno(), "parent": os.getpid()}
     child = subprocess.Popen(
         [sys.executable, "-m", "fastkd.study.processes", json.dumps(options)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        pass_fds=[result.fileno()],
         start_new_session=True,  # Ctrl-C reaches the parent only, which passes it on once
         text=True,
         encoding="utf-8",
@@ -120,7 +122,8 @@ def main(text: str) -> None:
     os.sched_setaffinity(0, options["cores"])
     grid = grid_of(Study.model_validate(options["study"]), Path(options["folder"]) / "students")
     failed = worker.train_all(grid, worker.Costs(), verbose=options["verbose"])
-    Path(options["result"]).write_text(json.dumps(failed), encoding="utf-8")
+    with open(options["result"], "w", encoding="utf-8") as result:  # a descriptor
+        json.dump(failed, result)
 
 
 if __name__ == "__main__":

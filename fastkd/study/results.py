@@ -12,6 +12,7 @@ from typing import Any
 
 from fastkd.artifacts import write_whole
 from fastkd.comparison import Difference, holm, verdict
+from fastkd.console import counted
 from fastkd.errors import FastkdError
 from fastkd.recipe.baselines import BASELINES, Baseline
 from fastkd.report.runs import RunFacts, read
@@ -22,6 +23,8 @@ NAMES: dict[Baseline, str] = {
     "same_steps": "all data for as many steps",
     "full": "full KD",
 }
+TIMES = ("first_student_s", "further_student_s")
+"""Columns of study.csv: the seconds of a student with the stages before it, and without."""
 
 
 def collect(grid: Grid, failed: Mapping[str, str]) -> dict[str, Any]:
@@ -61,12 +64,21 @@ def collect(grid: Grid, failed: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _machines(runs: Mapping[Path, RunFacts]) -> list[str]:
-    """Return the machines that students were trained on: times compare only within one."""
-    described = (
-        f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}, {m['precision']}"
-        for m in (run.machine for run in runs.values())
-    )
-    return list(dict.fromkeys(described))
+    """Return the machines that students were trained on, and how many while others kept them busy.
+
+    Times compare only within one machine.
+    """
+    busy: dict[str, list[bool]] = {}
+    for run in runs.values():
+        m = run.machine
+        words = f"{m['cpu']}, {m['cores']} cores, {m['gpu'] or 'no GPU'}, {m['precision']}"
+        busy.setdefault(words, []).append(run.timing.get("busy", False))
+    return [
+        f"{words}; busy when {sum(each)} of {counted(len(each), 'student')} started: times are too long"
+        if any(each)
+        else words
+        for words, each in busy.items()
+    ]
 
 
 def _cell(grid: Grid, cell: Cell, runs: Mapping[Path, RunFacts]) -> dict[str, Any]:
@@ -106,12 +118,13 @@ def _mean_holdout(runs: Mapping[int, RunFacts]) -> float:
 
 
 def _arm(arm: Arm, trial: Trial, runs: Mapping[int, RunFacts]) -> dict[str, Any]:
-    """Return accuracy and cost of an arm; times are medians over seeds, in seconds."""
+    """Return accuracy and cost of an arm; times are medians over seeds, in seconds. `student_s`: `TIMES` of each."""
     found: dict[str, Any] = {
         "title": arm.title,
         "settings": arm.settings,
         "variant": arm.is_variant,
         "role": None if arm.is_variant else arm.role,
+        "times_the_steps": arm.times_the_steps,
         "tuned": trial.tuned,
         "seeds": list(runs),
         "runs": {seed: str(run.path) for seed, run in runs.items()},
@@ -121,6 +134,7 @@ def _arm(arm: Arm, trial: Trial, runs: Mapping[int, RunFacts]) -> dict[str, Any]
             "holdout": _spread([run.artifact.facts["top1"]["holdout"] for run in runs.values()]),
             "further_student_s": statistics.median(run.further_s for run in runs.values()),
             "first_student_s": statistics.median(run.first_s for run in runs.values()),
+            "student_s": {seed: [run.first_s, run.further_s] for seed, run in runs.items()},
         }
     return found
 
@@ -165,9 +179,10 @@ def _conclusion(cell: Mapping[str, Any]) -> str:
     own = arms[cell["chosen"]]
     phrases = []
     for which, found in cell["differences"].items():
-        phrase = f"{found['verdict']} {'from' if found['verdict'].startswith('not') else 'than'} {NAMES[which]}"
-        phrase += f" ({found['mean']:+.2f} ± {found['ci95']:.2f} points, p = {found['p_holm']:.2g}"
         other = arms[cell["baselines"][which]]
+        name = NAMES[which].replace("as many", f"{other['times_the_steps']} as many".lstrip())
+        phrase = f"{found['verdict']} {'from' if found['verdict'].startswith('not') else 'than'} {name}"
+        phrase += f" ({found['mean']:+.2f} ± {found['ci95']:.2f} points, p = {found['p_holm']:.2g}"
         if which == "full" and "further_student_s" in other:
             phrase += f", at {own['further_student_s'] / other['further_student_s']:.2f} of its time"
         phrases.append(phrase + ")")
@@ -195,7 +210,7 @@ def as_csv(report: Mapping[str, Any]) -> str:
     stream = io.StringIO()
     varied = list(dict.fromkeys([*report["study"]["vary"], *(key for arm in report["study"]["arms"] for key in arm)]))
     tuned = list(report["study"]["tune"])
-    columns = ["cell", "arm", "chosen", *varied, *tuned, "seed", "holdout", "val", "run"]
+    columns = ["cell", "arm", "chosen", *varied, *tuned, "seed", "holdout", "val", *TIMES, "run"]
     table = csv.writer(stream, lineterminator="\n")
     table.writerow(columns)
     for cell in report["cells"]:
@@ -207,7 +222,8 @@ def as_csv(report: Mapping[str, Any]) -> str:
                     [
                         *(cell["title"], arm["title"], arm["title"] == cell["chosen"]),
                         *(settings.get(name, "") for name in (*varied, *tuned)),
-                        *(seed, arm["holdout"]["values"][i], val[i] if val else "", arm["runs"][seed]),
+                        *(seed, arm["holdout"]["values"][i], val[i] if val else ""),
+                        *(*arm["student_s"][seed], arm["runs"][seed]),
                     ]
                 )
     return stream.getvalue()

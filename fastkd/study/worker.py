@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastkd import artifacts, console, cost_estimate, pipeline
+from fastkd import artifacts, console, cost_estimate, machine, pipeline
 from fastkd.console import clock
 from fastkd.engine.runtime import Runtime
 from fastkd.errors import FastkdError, InputError
@@ -108,7 +108,7 @@ def overview(grid: Grid, costs: Costs) -> str:
         return line
     if left_s is None:
         return f"{line}; their time is not known before the first is finished (fastkd.bench plan RECIPE measures it)"
-    return f"{line}, which takes about {clock(left_s)} in one process"
+    return f"{line}, which takes about {clock(left_s)} in one process, without scoring and labelling"
 
 
 def train_all(grid: Grid, costs: Costs, *, verbose: bool) -> dict[str, str]:
@@ -146,6 +146,7 @@ def _train(grid: Grid, student: Student, costs: Costs, failed: dict[str, str], *
     """Train one student, and say what it reached and how long the others take."""
     students = grid.students
     console.heading(f"[{sum(one.is_finished for one in students) + 1}/{len(students)}] {student.title}")
+    machine.renew_load()  # timing.json says whether others kept the machine busy
     try:
         with console.brief(not verbose):
             run, _ = pipeline.train(student.recipe, out=student.path, source=Path(grid.study.recipe))

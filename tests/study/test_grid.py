@@ -5,7 +5,7 @@ import pytest
 from fastkd import recipe
 from fastkd.errors import InputError
 from fastkd.recipe import Prune
-from fastkd.recipe.baselines import baseline, in_epochs
+from fastkd.recipe.baselines import baseline, in_epochs, times_the_steps
 from fastkd.study.grid import HOLDOUT_RATIO, Study, grid_of, read_study
 
 
@@ -23,7 +23,7 @@ def study_of(tiny_recipe, tmp_path):
 def test_cells_have_equal_steps_and_arms_their_own_baselines(study_of):
     grid = study_of(vary={"prune.method": ["medium", "random"], "prune.keep_ratio": [0.5, 0.3], "train.epochs": [6]})
     assert [cell.title for cell in grid.cells] == ["keep 0.5, 6 epochs", "keep 0.3, 6 epochs"]
-    for cell, fewer in zip(grid.cells, ("3 epochs", "2 epochs"), strict=True):
+    for cell, fewer in zip(grid.cells, ("3 epochs", "2 epochs (1.11× the steps)"), strict=True):
         assert list(cell.arms) == ["medium", "random", f"all data, {fewer}", "full KD"]
         assert [arm.is_variant for arm in cell.arms.values()] == [True, True, False, False]
         found = {"random": "random", "same_steps": f"all data, {fewer}", "full": "full KD"}
@@ -77,6 +77,13 @@ def test_invalid_combinations_are_skipped_by_name(study_of):
     assert words == "prune.method=ccs, prune.keep_ratio=0.95"
     assert "dropping the hardest" in grid.skipped[words]
     assert next(iter(grid.cells[1].arms)) == "medium"
+
+
+def test_networks_that_do_not_exist_are_skipped_by_name(study_of):
+    grid = study_of(vary={"student.model": ["nosuch/net", "cifar/resnet8"]})
+    assert list(grid.skipped) == ["student.model=nosuch/net"]
+    assert "model 'nosuch/net': unknown. The nearest is" in grid.skipped["student.model=nosuch/net"]
+    assert {one.recipe.student.model for one in grid.students} == {"cifar/resnet8"}
 
 
 @pytest.mark.parametrize(
@@ -134,6 +141,14 @@ def test_fewer_epochs_scale_everything_that_is_scheduled(tiny_recipe):
     fewer = in_epochs(own, 3)
     assert fewer.optim.milestones_epochs == (1, 2)
     assert fewer.train.progressive_px == {0: 8, 2: 16}
+
+
+@pytest.mark.parametrize(
+    ("epochs", "keep", "times"), [(2, 0.3, "1.67×"), (12, 0.3, "1.11×"), (2, 0.5, ""), (6, 0.7, ""), (4, 0.36, "0.69×")]
+)
+def test_steps_that_are_not_as_many_are_mentioned(tiny_recipe, epochs, keep, times):
+    own = tiny_recipe(f"train.epochs={epochs}", f"prune.keep_ratio={keep}")
+    assert times_the_steps(own, baseline(own, "same_steps")) == times
 
 
 def test_less_than_half_an_epoch_is_no_baseline(tiny_recipe):

@@ -69,12 +69,15 @@ def test_ctrl_c_ends_all_processes_and_the_study_resumes(study, tmp_path, traces
     assert json.loads((tmp_path / "study" / "study.json").read_text())["finished"] == 4
 
 
-def test_processes_are_killed_with_the_command(study, traces):
+def test_processes_are_killed_with_the_command(study, tmp_path, traces, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     command = start_study(study)
     wait_for(lambda: begun(study))
     command.kill()
     command.communicate()
     assert traces.gone()
+    assert not list((tmp_path / "temporary").glob("fastkd-*"))
 
 
 def test_errors_of_students_are_those_of_the_processes(tiny_recipe, tmp_path, monkeypatch):
@@ -84,7 +87,7 @@ def test_errors_of_students_are_those_of_the_processes(tiny_recipe, tmp_path, mo
 
     def run(study, folder, results, *, verbose):
         assert study == given
-        results[1].write_text(json.dumps({first.title: "broken here"}))
+        json.dump({first.title: "broken here"}, results[1])
 
     monkeypatch.setattr(processes, "_run", run)
     failed = processes.train_all(grid, tmp_path, 2, verbose=False)
