@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fastkd import artifacts
 from fastkd import recipe as recipes
+from fastkd.artifacts.files import file_digest
 from fastkd.errors import InputError
 from fastkd.models import registry
 from fastkd.recipe import Recipe
@@ -307,10 +308,34 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(recipe: Recipe) -> str:
-    """Return the hash of everything in a recipe that determines its student, except for what is on disk."""
+    """Return the hash of everything in a recipe that determines its student, except for the data set and user code."""
     settings = recipe.model_dump(mode="json", exclude={**recipes.PLACES, "name": True, "log": True})
     settings["prune"] = recipe.prune.key_fields() | {"keep_ratio": recipe.prune.keep_ratio}
+    settings["contents"] = _contents(recipe)
     return xxhash.xxh3_128_hexdigest(artifacts.canonical(settings).encode())[:16]
+
+
+def _contents(recipe: Recipe) -> list[str | None]:
+    """Return a digest of each file that a recipe names: students of other teachers or weights are other students."""
+    places, teacher = [recipe.student.weights, recipe.prune.ids], recipe.teacher
+    if teacher is None:
+        return [_content(place) for place in places]
+    places += [teacher.weights, teacher.logits, teacher.sample_ids, *(one.weights for one in teacher.ensemble)]
+    own = _teacher_digest(teacher.recipe, tuple(teacher.overrides)) if teacher.recipe else None
+    return [own, *(_content(place) for place in places)]
+
+
+@cache
+def _teacher_digest(path: str, overrides: tuple[str, ...]) -> str:
+    return _digest(recipes.load(path, overrides))
+
+
+@cache
+def _content(place: str | None) -> str | None:
+    """Return the digest of a file or the key of an artifact; as it is, what is neither: the name of public weights."""
+    if place is None or not Path(place).exists():
+        return place
+    return artifacts.read_manifest(Path(place)).key if Path(place).is_dir() else file_digest(Path(place))
 
 
 # --- titles -----------------------------------------------------------------------------------------------------------

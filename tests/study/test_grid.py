@@ -6,7 +6,7 @@ from fastkd import recipe
 from fastkd.errors import InputError
 from fastkd.recipe import Prune
 from fastkd.recipe.baselines import baseline, in_epochs, times_the_steps
-from fastkd.study.grid import HOLDOUT_RATIO, Study, grid_of, read_study
+from fastkd.study.grid import HOLDOUT_RATIO, Study, _content, grid_of, read_study
 
 
 @pytest.fixture
@@ -28,6 +28,35 @@ def test_cells_have_equal_steps_and_arms_their_own_baselines(study_of):
         assert [arm.is_variant for arm in cell.arms.values()] == [True, True, False, False]
         found = {"random": "random", "same_steps": f"all data, {fewer}", "full": "full KD"}
         assert cell.arms["medium"].baselines == cell.arms["random"].baselines == found
+
+
+def test_students_of_other_teachers_and_weights_are_other_students(study_of, tiny_recipe, tmp_path):
+    """Also in a folder that other students use: what counts is the content, not the place."""
+    teacher = tmp_path / "teacher.yaml"
+    (tmp_path / "longer.yaml").write_text(teacher.read_text().replace("epochs: 2", "epochs: 3"))
+    (tmp_path / "same.yaml").write_text(teacher.read_text())
+
+    def paths(*overrides):
+        return [one.path for one in study_of(*overrides).students]
+
+    usual = paths()
+    assert paths(f"teacher.recipe={tmp_path / 'same.yaml'}") == usual
+    assert not set(paths(f"teacher.recipe={tmp_path / 'longer.yaml'}")) & set(usual)
+    assert not set(paths("teacher.overrides=[optim.lr=0.07]")) & set(usual)
+    (tmp_path / "weights.safetensors").write_bytes(b"some")
+    begun = paths(f"student.weights={tmp_path / 'weights.safetensors'}")
+    assert not set(begun) & set(usual)
+    (tmp_path / "weights.safetensors").write_bytes(b"other")
+    _content.cache_clear()
+    assert not set(paths(f"student.weights={tmp_path / 'weights.safetensors'}")) & set(begun)
+
+
+def test_a_varied_teacher_makes_cells_of_their_own(study_of, tmp_path):
+    longer = tmp_path / "longer.yaml"
+    longer.write_text((tmp_path / "teacher.yaml").read_text().replace("epochs: 2", "epochs: 3"))
+    grid = study_of(vary={"teacher.recipe": [str(tmp_path / "teacher.yaml"), str(longer)]}, baselines=["random"])
+    assert len(grid.cells) == 2
+    assert len(grid.students) == 2 * 2 * len(grid.seeds)
 
 
 def test_students_are_shared_among_arms_and_cells(study_of):
