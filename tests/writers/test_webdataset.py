@@ -260,7 +260,7 @@ def test_all_damaged_shards_are_named_at_once(pictures, tmp_path):
     options = make_shards(pictures, tmp_path, count=8)
     for name in ("train-001", "train-006", "val-0"):
         (tmp_path / f"{name}.tar").write_bytes(b"no tar" * 200)
-    refused(r"(?s)^3 shards cannot be used:\n .*/train-001.tar: damaged.*/train-006.tar: .*/val-0.tar: [^\n]*$", **options)
+    refused(r"(?s)^3 shards cannot be used:.*/train-001.tar: damaged.*/train-006.tar: .*/val-0.tar: [^\n]*$", **options)
     for path in tmp_path.glob("train-*.tar"):
         path.write_bytes(b"")
     refused(r"(?s)^9 shards cannot be used:.*/train-004.tar: [^\n]*\n  and 4 more$", **options)
