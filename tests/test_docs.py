@@ -19,6 +19,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import scipy.io
 import yaml
 from harness import command_file, seconds
 from PIL import Image
@@ -42,11 +43,13 @@ PARSED_ONLY = {
     "report runs/quickstart": "takes 6 s; likewise",
     "report runs/savings": "takes 6 s; likewise, and tests/report compares RUNs",
     "study mine.yaml": "trains for a minute; tests/study runs one",
-    "write hf_dataset": "needs the library datasets, which downloads or was downloaded; tests/writers",
-    "write image_folder data/imagenet": "nobody has the images at hand; the same with others is run",
+    "write image_folder data/imagenet root=~/imagenet max": "needs class folders of val; the same with others is run",
     "write fashion_mnist": "reads files that not every machine has, or downloads 30 MB; tests/writers",
 }
 """Beginnings of commands that are not run here, and why; their arguments, options and recipes are parsed."""
+HAS_DATASETS = importlib.util.find_spec("datasets") is not None
+if not HAS_DATASETS:
+    PARSED_ONLY["write hf_dataset"] = "needs the library datasets; tests/writers"
 
 # What the pages call by these names, small: three classes that no teacher is trained for.
 RECIPE = """
@@ -279,6 +282,9 @@ def furnish_formats(folder: Path, pets: Path) -> None:
             labels.append(f"{file.name} {name}")
     (folder / "pets.csv").write_text("\n".join(rows))
     (folder / "home" / "flat" / "val.txt").write_text("\n".join(labels))
+    furnish_imagenet(folder / "home", labels)
+    if HAS_DATASETS:
+        furnish_datasets(folder, pets)
     (folder / "shards").mkdir()
     for number in range(2):
         with tarfile.open(folder / "shards" / f"pets-{number:03}.tar", "w") as archive:
@@ -287,6 +293,31 @@ def furnish_formats(folder: Path, pets: Path) -> None:
                 label = tarfile.TarInfo(f"{file.stem}.cls")
                 label.size = 3
                 archive.addfile(label, io.BytesIO(file.parent.name.encode()))
+
+
+def furnish_imagenet(home: Path, labels: list[str]) -> None:
+    """Put the folder without class folders of val there as ImageNet, and the devkit with its classes."""
+    names, data = ("cat", "dog", "fox"), home / "ILSVRC2012_devkit_t12" / "data"
+    data.mkdir(parents=True)
+    (home / "imagenet").symlink_to("flat")
+    ids = [f"{1 + names.index(line.split()[1])}\n" for line in sorted(labels)]
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(ids))
+    synsets = np.array(list(enumerate(names, 1)), [("ILSVRC2012_ID", object), ("WNID", object)])
+    scipy.io.savemat(data / "meta.mat", {"synsets": synsets.reshape(-1, 1)})
+
+
+def furnish_datasets(folder: Path, pets: Path) -> None:
+    """Put the images there as the library `datasets` saves them."""
+    import datasets
+
+    names = ["cat", "dog", "fox"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    splits = {}
+    for split, part in (("train", "train"), ("test", "val")):
+        files = sorted((pets / part).glob("*/*.png"))
+        columns = {"image": [str(file) for file in files], "label": [names.index(file.parent.name) for file in files]}
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict(splits).save_to_disk(folder / "pets_hf")
 
 
 @pytest.fixture(scope="module")
@@ -360,7 +391,8 @@ def test_the_python_of_the_page_of_exports_reads_them(reader):
     """Each block, of what the page's commands have made."""
     blocks = python_blocks("exports.md")
     commands = commands_of(DOCS / "exports.md")
-    if importlib.util.find_spec("datasets") is None:
+    shutil.rmtree("pets_hf", ignore_errors=True)  # a command makes it
+    if not HAS_DATASETS:
         blocks, commands = blocks[:2], [command for command in commands if "--format hf" not in command]
     names: dict[str, object] = {}
     with mock.patch.dict(PARSED_ONLY, {}, clear=True):

@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from pydantic import Field
@@ -111,12 +111,21 @@ def read(options: Options) -> Source:
 
 
 def source_files(options: Options) -> Iterable[str | Path]:
-    """Return the files of a folder. Empty: the data set is on the hub, or the folder is gone."""
+    """Return the files of a folder; links are followed. Empty: the data set is on the hub, or the folder is gone."""
     folder = Path(options.path).expanduser()
     if not folder.is_dir():
         return []
-    inside = [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
-    return [folder.absolute(), *inside]
+    found: list[str | Path] = [folder.absolute()]
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        folders[:] = sorted(folders) if (real := os.path.realpath(place)) not in seen else []
+        found += [] if real in seen else [os.path.join(place, name) for name in names]
+        seen.add(real)
+    return found
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InputError(f"{printable(error.filename)}: cannot be read ({error.strerror}); fix its permissions")
 
 
 def _open(options: Options) -> dict[str, Any]:

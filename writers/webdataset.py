@@ -21,6 +21,7 @@ from pydantic import Field
 from fastkd import console
 from fastkd.data.class_names import Codes, cut_val, number_labels, read_classes
 from fastkd.data.image_files import some
+from fastkd.data.notices import MAX_NAMES
 from fastkd.data.shards import Index, ShardImages, described, expand
 from fastkd.data.writer_api import LocalPath, Source, WriterOptions, indexed
 from fastkd.errors import InputError
@@ -52,6 +53,7 @@ def read(options: Options) -> Source:
     codes = Codes()
     images: dict[str, ShardImages] = {}
     texts: list[str] = []
+    wrong: list[str] = []
     done, total = 0, sum(path.stat().st_size for paths in shards.values() for path in paths)
     for split, paths in shards.items():
         where = _where(options, split)
@@ -60,11 +62,16 @@ def read(options: Options) -> Source:
             numbers.append(codes(_label(label, index, options)))
             indexed(done + index.position, total)
         done += sum(index.shard_bytes)
+        wrong += index.wrong
+        if wrong:
+            continue
         if not numbers:
             raise InputError(f"{where}: holds no images" + _counted(index))
         images[split] = index.images(numbers)
         if index.left_out:
             texts.append(f"{where}: left out members{_counted(index)}")
+    if wrong:
+        raise InputError(_together(wrong))
     if options.val_ratio is not None:
         train, val = cut_val(str(options.train), images["train"].labels, options.val_ratio, options.seed)
         images = {"train": images["train"].some(train), "val": images["train"].some(val)}
@@ -101,6 +108,14 @@ def _shards(options: Options) -> dict[str, list[Path]]:
             raise InputError(f"{path} and {seen[real]} are the same shard: its images would be there twice")
         seen[real] = path
     return shards
+
+
+def _together(wrong: list[str]) -> str:
+    """Return one message about the shards that cannot be used."""
+    if len(wrong) == 1:
+        return wrong[0]
+    more = [f"and {len(wrong) - MAX_NAMES:,} more"] if len(wrong) > MAX_NAMES else []
+    return "\n  ".join([f"{len(wrong):,} shards cannot be used:", *wrong[:MAX_NAMES], *more])
 
 
 def _where(options: Options, split: str) -> str:

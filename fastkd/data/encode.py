@@ -24,6 +24,7 @@ JPG, RAW = 0, 1
 """FFCV's codes for how an image is stored."""
 MAX_SIDE = 65535  # FFCV keeps height and width as uint16
 _WIDE_MODES = ("I", "F")  # 16 and 32 bits per channel: PIL would clip them at 255 silently
+_USUAL_MODES = ("RGB", "L", "RGBA", "LA")
 _JPEG_FORMATS = ("JPEG", "MPO")  # MPO: JPEG files one after another (phones); decoders stop after the first
 _EXIF_PLACES = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # by EXIF orientation; pixels are [H, W, 3]
@@ -248,7 +249,7 @@ def _pil_pixels(image: Image.Image, options: WriterOptions) -> tuple[np.ndarray,
         raise
     except Exception as error:
         raise _corrupt(error) from error
-    notices = NONE
+    notices = NONE if image.mode in _USUAL_MODES else Notice.MODE
     if transparent:
         notices |= Notice.COMPOSITED if colour else Notice.TRANSPARENT
     if (orientation := _orientation(image)) > 1:

@@ -36,6 +36,8 @@ class Notice(enum.IntFlag):
     """It was larger than ``max_resolution``, and was shrunk."""
     LARGE = 2048
     """A side is longer than `LARGE_PX`, as it is stored."""
+    MODE = 4096
+    """Its colour mode was converted to RGB: CMYK, a palette, LAB, bits, …."""
 
 
 _TEXTS = {
@@ -79,6 +81,10 @@ _TEXTS = {
         "have a side of more than {large_px:,} pixels, and are decoded or read in that size at each load. If the "
         "networks see smaller images, max_resolution= shrinks them once",
     ),
+    Notice.MODE: (
+        "colour_mode",
+        "came in another colour mode than RGB, grey, or these with alpha, and were converted to RGB",
+    ),
 }
 _HIDDEN_ON_BACKGROUND = (
     "one_colour_on_background",
@@ -87,7 +93,7 @@ _HIDDEN_ON_BACKGROUND = (
 )
 ASKED_FOR = Notice.COMPOSITED | Notice.TURNED | Notice.RESIZED
 """Kinds that follow from an option: counted, without names or a warning."""
-QUIET = ASKED_FOR | Notice.LARGE
+QUIET = ASKED_FOR | Notice.LARGE | Notice.MODE
 """Kinds that are counted without a warning."""
 
 NONE = Notice(0)

@@ -78,6 +78,8 @@ class Index:
         Of each image: number of its shard, positions of its header and of its data, and its size in bytes.
     left_out : dict of str to int
         Numbers of members and samples that were left out, by kind.
+    wrong : list of str
+        Of each shard that cannot be used, the first reason.
     """
 
     shards: list[Path]
@@ -86,6 +88,7 @@ class Index:
     offset: array = field(default_factory=lambda: array("q"))
     size: array = field(default_factory=lambda: array("q"))
     left_out: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
 
     @cached_property
     def shard_bytes(self) -> list[int]:
@@ -110,23 +113,21 @@ class Index:
     def samples(self, label_suffix: str, image_suffix: str | None) -> Iterator[bytes]:
         """Index the shards one after the other; yield the bytes of each sample's label.
 
-        Members that follow one another and are equal up to the first dot of their name are a sample.
-
-        Raises
-        ------
-        InputError
-            A shard is damaged, compressed or no tar; a sample has an image without a label, or two images.
+        Members that follow one another and are equal up to the first dot of their name are a sample. `wrong` lists the
+        shards that are damaged, compressed or no tar, or hold a sample without a label or with two images.
         """
         for number, path in enumerate(self.shards):
             try:
                 with path.open("rb") as stream:
                     yield from self._of_shard(number, stream, label_suffix, image_suffix)
+            except InputError as error:
+                self.wrong.append(str(error))
             except OSError as error:
-                raise InputError(f"{printable(path)}: cannot be read ({error.strerror})") from None
+                self.wrong.append(f"{printable(path)}: cannot be read ({error.strerror})")
             except (tarfile.TarError, ValueError, EOFError, OverflowError) as error:
-                raise InputError(
+                self.wrong.append(
                     f"{printable(path)}: damaged, or no uncompressed tar ({error}). Get it again; decompress .tar.gz"
-                ) from None
+                )
 
     def _of_shard(self, number: int, stream: BinaryIO, label_suffix: str, image_suffix: str | None) -> Iterator[bytes]:
         sample: dict[str, tarfile.TarInfo] = {}

@@ -623,6 +623,7 @@ def test_what_is_noticed_is_counted(files, workers):
         "transparent": {"val": 1},
         "one_colour": {"train": 1, "val": 1},
         "exif_orientation": {"train": 7, "val": 2},
+        "colour_mode": {"train": 1},
         "val_in_train": {"val": 4},
     }
     told = {one.kind: one.warning for one in written.found}
@@ -631,7 +632,8 @@ def test_what_is_noticed_is_counted(files, workers):
     assert told["exif_orientation"].endswith(f": {names} and 4 more")
     assert told["val_in_train"].startswith("4 images (4 of val) are in train, too")
     assert told["val_in_train"].endswith("copy-0.png, copy-1.png, copy-2.png, copy.jpg")
-    assert written.warnings == [one.warning for one in written.found]
+    assert written.warnings == [one.warning for one in written.found if one.kind != "colour_mode"]
+    assert written.notes == [told["colour_mode"]]
 
 
 def test_what_was_asked_for_is_counted_without_a_warning(files):

@@ -196,8 +196,13 @@ NOTICED = {
     "jpeg": (file_of(RGB, "JPEG"), "jpg", 0),
     "jpeg to raw": (file_of(RGB, "JPEG"), "raw", 0),
     "phone's jpeg": (file_of(RGB, "MPO", save_all=True, append_images=[GREY.convert("RGB")]), "jpg", 0),
-    "cmyk jpeg": (file_of(RGB.convert("CMYK"), "JPEG"), "jpg", Notice.REENCODED),
-    "cmyk jpeg to raw": (file_of(RGB.convert("CMYK"), "JPEG"), "raw", 0),
+    "cmyk jpeg": (file_of(RGB.convert("CMYK"), "JPEG"), "jpg", Notice.REENCODED | Notice.MODE),
+    "cmyk jpeg to raw": (file_of(RGB.convert("CMYK"), "JPEG"), "raw", Notice.MODE),
+    "cmyk tiff": (file_of(RGB.convert("CMYK"), "TIFF"), "raw", Notice.MODE),
+    "lab tiff": (file_of(Image.fromarray(noise(8, 10, 3), "LAB"), "TIFF"), "raw", Notice.MODE),
+    "palette": (file_of(PALETTE, "PNG"), "raw", Notice.MODE),
+    "bits": (file_of(RGB.convert("1"), "PNG"), "raw", Notice.MODE),
+    "grey": (file_of(GREY, "PNG"), "raw", 0),
     "turned jpeg": (file_of(RGB, "JPEG", **turned(6)), "jpg", Notice.ROTATED),
     "turned jpeg to raw": (file_of(RGB, "JPEG", **turned(3)), "raw", Notice.ROTATED),
     "upright jpeg": (file_of(RGB, "JPEG", **turned(1)), "jpg", 0),
@@ -213,7 +218,11 @@ NOTICED = {
     "transparent grey": (file_of(transparent().convert("LA"), "PNG"), "raw", Notice.TRANSPARENT),
     "transparent colour": (file_of(GREY, "PNG", transparency=GREY.getpixel((0, 0))), "raw", Notice.TRANSPARENT),
     "transparent rgb colour": (file_of(RGB, "PNG", transparency=RGB.getpixel((0, 0))), "raw", Notice.TRANSPARENT),
-    "transparent entry": (file_of(PALETTE, "PNG", transparency=PALETTE.getpixel((0, 0))), "raw", Notice.TRANSPARENT),
+    "transparent entry": (
+        file_of(PALETTE, "PNG", transparency=PALETTE.getpixel((0, 0))),
+        "raw",
+        Notice.TRANSPARENT | Notice.MODE,
+    ),
     "transparent to jpeg": (file_of(transparent(), "PNG"), "jpg", Notice.TRANSPARENT | Notice.LOSSY),
     "shape in alpha": (file_of(transparent(colour=0), "PNG"), "raw", Notice.TRANSPARENT | Notice.HIDDEN),
     "shape in alpha to jpeg": (
@@ -226,8 +235,12 @@ NOTICED = {
     "white": (file_of(Image.new("L", (300, 400), 255), "JPEG"), "jpg", Notice.FLAT),
     "one pixel": (noise(1, 1, 3), "raw", Notice.FLAT),
     "one other pixel": (np.arange(200 * 300).reshape(200, 300).__eq__(0).astype(np.uint8), "raw", 0),
-    "gif": (file_of(RGB, "GIF"), "raw", 0),
-    "animated gif": (file_of(RGB, "GIF", save_all=True, append_images=[GREY]), "raw", Notice.SEVERAL),
+    "gif": (file_of(RGB, "GIF"), "raw", Notice.MODE),
+    "animated gif": (
+        file_of(RGB, "GIF", save_all=True, append_images=[GREY]),
+        "raw",
+        Notice.SEVERAL | Notice.MODE,
+    ),
     "animated png": (file_of(RGB, "PNG", save_all=True, append_images=[GREY.convert("RGB")]), "raw", Notice.SEVERAL),
     "pages": (file_of(PAGES, "TIFF", save_all=True, append_images=[RGB.rotate(180)]), "raw", Notice.SEVERAL),
     "16 bits": (cv2.imencode(".png", noise(8, 10, 3).astype(np.uint16) * 257)[1].tobytes(), "raw", Notice.DEEP),
@@ -380,7 +393,7 @@ def test_a_turned_jpeg_is_encoded_again_and_an_upright_one_is_kept(max_resolutio
     kept = e.encode(upright, WriterOptions(exif="apply", mode="jpg"))
     assert (kept.data.tobytes(), kept.notices) == (upright, 0)
     cmyk = e.encode(file_of(RGB.convert("CMYK"), "JPEG", **turned(6)), WriterOptions(exif="apply", mode="jpg"))
-    assert cmyk.notices == Notice.TURNED | Notice.REENCODED
+    assert cmyk.notices == Notice.TURNED | Notice.REENCODED | Notice.MODE
 
 
 def test_a_transparent_image_is_turned_with_its_alpha():

@@ -1,6 +1,8 @@
 """Logits that were made elsewhere take the place of a teacher."""
 
 import json
+import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from fastkd.artifacts.inventory import check_artifact
 from fastkd.errors import InputError
 from fastkd.export.dataset import export_dataset
 from fastkd.pipeline import Pipeline
+from fastkd.stages import importing, resumable, row_scores
 
 N, K = 150, 3
 
@@ -98,6 +101,30 @@ def test_ids_that_are_not_those_of_all_samples_are_refused(imported, tmp_path, i
     np.save(tmp_path / "ids.npy", ids)
     with pytest.raises(InputError, match=r"teacher\.sample_ids=.*expected each of the sample ids 0 … 149 once"):
         _ = Pipeline(imported(f"teacher.sample_ids={tmp_path / 'ids.npy'}")).scores
+
+
+def test_memory_does_not_hold_the_logits(tmp_path, monkeypatch):
+    """Also in another order of rows."""
+    for module, name in ((importing, "CHUNK_BYTES"), (row_scores, "CHUNK_BYTES"), (resumable, "_READ_BYTES")):
+        monkeypatch.setattr(module, name, 1 << 16)
+
+    def peak(count: int) -> int:
+        np.save(tmp_path / "z.npy", np.random.default_rng(0).normal(size=(count, 100)).astype(np.float32))
+        np.save(tmp_path / "ids.npy", np.arange(count)[::-1])
+        teacher = SimpleNamespace(logits=tmp_path / "z.npy", sample_ids=tmp_path / "ids.npy")
+        dataset = SimpleNamespace(facts={"counts": {"train": count}}, path=tmp_path)
+        loader = SimpleNamespace(labels=lambda: np.arange(count) % 100)
+        images = SimpleNamespace(dataset=dataset, num_classes=100, classes=None, loader=lambda *_: loader)
+        tracemalloc.start()
+        try:
+            importing._fill(tmp_path, images, teacher.logits, *importing._read(images, teacher), np.dtype("float16"))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(3_000)  # compiles
+    few, many = peak(10_000), peak(60_000)
+    assert (many - few) / 50_000 < 60  # bytes a row, of 400 of logits; 24 measured
 
 
 def test_logits_at_chance_are_a_warning_with_what_to_check(imported):

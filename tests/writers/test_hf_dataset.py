@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 import tracemalloc
 from pathlib import Path
@@ -250,6 +251,29 @@ def test_a_source_that_changed_is_refused(saved, pictures, tmp_path):
     Path(saved).rmdir()
     assert not write("hf_dataset", tmp_path / "out", options)[1]
     assert any("its source is gone" in text for text in console.warnings_since(0))
+
+
+def test_splits_that_are_links_are_part_of_the_source(saved, tmp_path):
+    """Each real folder once: a link may lead to a folder above it."""
+    real, writer = tmp_path / "real", load_writer("hf_dataset")
+    (real / "deeper").mkdir(parents=True)
+    (real / "deeper" / "data.arrow").write_bytes(b"1")
+    for name, target in (("train", real), ("val", real), ("loop", saved)):
+        Path(saved, name).symlink_to(target)
+
+    options = writer.options({"path": saved})
+    before = writer.snapshot(options)
+    assert before.files == 2
+    (real / "deeper" / "data.arrow").write_bytes(b"22")
+    assert writer.snapshot(options).difference(before.recorded())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every folder")
+def test_a_folder_that_cannot_be_read_is_an_error(saved):
+    Path(saved, "train").mkdir(mode=0)
+    writer = load_writer("hf_dataset")
+    with pytest.raises(InputError, match=r"train: cannot be read \(Permission denied\); fix its permissions"):
+        writer.snapshot(writer.options({"path": saved}))
 
 
 def test_without_the_library(monkeypatch):

@@ -255,6 +255,17 @@ def test_damaged_shards_are_named(shards, tmp_path):
     refused(r"train-002.tar and .*train-001.tar are the same shard", **shards)
 
 
+def test_all_damaged_shards_are_named_at_once(pictures, tmp_path):
+    """Of train and of val, up to five."""
+    options = make_shards(pictures, tmp_path, count=8)
+    for name in ("train-001", "train-006", "val-0"):
+        (tmp_path / f"{name}.tar").write_bytes(b"no tar" * 200)
+    refused(r"(?s)^3 shards cannot be used:.*/train-001.tar: damaged.*/train-006.tar: .*/val-0.tar: [^\n]*$", **options)
+    for path in tmp_path.glob("train-*.tar"):
+        path.write_bytes(b"")
+    refused(r"(?s)^9 shards cannot be used:.*/train-004.tar: [^\n]*\n  and 4 more$", **options)
+
+
 def test_a_shard_that_is_cut_while_it_is_written(shards, tmp_path):
     splits, _ = read(**shards)
     with (tmp_path / "train-003.tar").open("r+b") as stream:
