@@ -19,7 +19,7 @@ from fastkd.stages.selection import listed_rows
 from fastkd.stages.store import MissingError
 from fastkd.stages.teacher import replaced_settings, teacher_recipe
 from fastkd.stages.training import CHECKPOINTS, other_recipe_error, run_key_fields
-from fastkd.stages.writing import refuse_foreign, write
+from fastkd.stages.writing import refuse_foreign, refuse_missing_source, write
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def dry_run(recipe: Recipe, *, force: frozenset[str] | set[str] = frozenset(), o
     refuse_unknown(force)
     with artifacts.untouched():
         pipeline = Pipeline(recipe, build=False)
+        pipeline.require_packages()
         steps = list(_planned(pipeline, force, out))
         exists = steps[0].state != "build"
         keep_ratio = _keep_ratio(pipeline) if exists else recipe.prune.static.keep_ratio
@@ -164,10 +165,12 @@ def _dataset(pipeline: Pipeline) -> Artifact:
     data, path = pipeline.recipe.data, Path(pipeline.recipe.data.path)
     if data.writer is None or pipeline.is_known_export:
         return pipeline.dataset
-    load_writer(data.writer).options(dict(data.options))
+    writer = load_writer(data.writer)
+    options = writer.options(dict(data.options))
     if not path.is_dir() or any(path.iterdir()):
         refuse_foreign(path)
     if not (path / MANIFEST).is_file():
+        refuse_missing_source(writer, options)
         raise MissingError("DATASET", path)
     pipeline.dataset = pipeline.note("write", write(data.writer, path, dict(data.options))[0], built=False)
     return pipeline.dataset
@@ -177,15 +180,18 @@ def _check_student(pipeline: Pipeline, dataset: Artifact | None, *, found: bool)
     """Refuse a student that cannot be trained, and batches or loader threads beyond this machine."""
     models.build(pipeline.recipe.student.model, 10)
     if dataset is None:
-        _check_weights(pipeline.recipe)
+        _check_files(pipeline.recipe)
         return
     pipeline.check(_kept(pipeline, found=found))
     pipeline.loader("train", pipeline.recipe.train.batch_size)
 
 
-def _check_weights(recipe: Recipe) -> None:
-    """Refuse weights that cannot be read. Whether they fit is known only when the DATASET exists."""
+def _check_files(recipe: Recipe) -> None:
+    """Refuse weights and arrays that cannot be read. Whether they fit is known only when the DATASET exists."""
     teacher = recipe.teacher
+    for array in (recipe.prune.ids, *((teacher.logits, teacher.sample_ids) if teacher else ())):
+        if array is not None:
+            artifacts.open_array(Path(array))
     students = [recipe.student, teacher_recipe(recipe).student] if teacher and teacher.recipe else [recipe.student]
     given = [(student.model, student.weights) for student in students if student.weights is not None]
     for model, weights in [*given, *(teacher.checkpoints if teacher else [])]:

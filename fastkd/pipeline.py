@@ -308,6 +308,12 @@ class Pipeline:
 
     # --- the student ----------------------------------------------------------------------------------------------
 
+    def require_packages(self) -> None:
+        """Refuse a recipe whose optional packages are not installed, before anything is built for it."""
+        require("log.to", *self.recipe.log.loggers)
+        if self.needs("choose"):
+            require("prune.method: auto", "scipy")
+
     def check(self, kept: int | None = None) -> None:
         """Refuse what cannot be trained, before anything is built for it.
 
@@ -346,7 +352,7 @@ class Pipeline:
             Lines to print before training.
         """
         if self.store.build:
-            require("log.to", *self.recipe.log.loggers)
+            self.require_packages()
             self.check()
             for stage in TABLE[:-1]:
                 if stage.needed(self):

@@ -157,6 +157,49 @@ def test_what_training_would_refuse_at_once_is_refused(tiny_recipe, override, me
         dry_run(tiny_recipe(override))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["log.to=[wandb]"], "log.to needs wandb, not installed"),
+        (["prune={method: auto}", "data.holdout_ratio=0.2"], "auto needs scipy, not installed"),
+        (["prune={method: list, ids: no.npy}"], r"no\.npy: no such file"),
+        (["teacher={recipe: null, logits: no.npy}", "labels.views=plain"], r"no\.npy: no such file"),
+        (
+            ["teacher={recipe: null, logits: l.npy, sample_ids: bad.npy}", "labels.views=plain"],
+            r"bad\.npy: not a plain \.npy array",
+        ),
+        (["data={writer: image_folder, options: {root: no}}"], "train: no such folder"),
+        (["data={writer: csv, options: {file: no.csv}}"], r"no\.csv: cannot be read"),
+        (["data={writer: arrays, options: {file: no.npz}}"], r"no\.npz: no such file"),
+        (
+            ["data={writer: webdataset, options: {train: 'no-{0..2}.tar', val_ratio: 0.1}}"],
+            "3 of 3 shards are missing",
+        ),
+        (["data={writer: hf_dataset, options: {path: /no/such}}"], r"no files of its source, path=/no/such"),
+        (["data={writer: hf_dataset, options: {path: owner/name}}"], None),
+        (["data={writer: cifar10, options: {root: no}}"], None),
+        (["data={writer: digits}"], None),
+    ],
+)
+def test_what_is_missing_is_refused_before_the_data_set_is_written(
+    tiny_recipe, tiny_npz, tmp_path, monkeypatch, overrides, message
+):
+    """What is downloaded or generated need not be there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fastkd.errors._is_installed", lambda module: module not in ("wandb", "scipy"))
+    np.save("l.npy", np.zeros((150, 3), np.float32))
+    Path("bad.npy").write_bytes(b"no array")
+    writer = [] if "data={" in overrides[0] else ["data.writer=arrays", f"data.options.file={tiny_npz}"]
+    loaded = tiny_recipe("data.path=new", *writer, *overrides)
+    before = tree(tmp_path)
+    if message is None:
+        assert states(loaded)["write"] == "build"
+    else:
+        with pytest.raises(InputError, match=message):
+            dry_run(loaded)
+    assert tree(tmp_path) == before
+
+
 def test_damage_is_seen(tiny_recipe, tmp_path):
     """As training would see it."""
     loaded = tiny_recipe()

@@ -42,19 +42,25 @@ class _Fit(NamedTuple):
 def fitting(own: State, states: States, weights: str, name: str | None, head: Iterable[str] = ()) -> State:
     """Return the entries of the first state_dict in a checkpoint that fits the model, under the model's names.
 
-    Names are compared as they are, without a prefix that all have, and without a known prefix of some (`PREFIXES`).
-    Entries of the modules of a new head are left out.
+    Names are compared as they are, without a prefix that all have, and without a known prefix of some (`PREFIXES`); if
+    none fits, also without the prefix that all of the model's have. Entries of the modules of a new head are left out.
 
     Raises
     ------
     InputError
         None of them fits; lists the differences of the nearest.
     """
-    renamed = _torchvision_names if name and split(name)[0] == "torchvision" else dict
-    fits = [fit for where, state in states for fit in _fits(own, where, state, renamed, head)]
+    wrapper = _common_prefix(own)
+    renamings: list[Callable[[State], State]] = [
+        _torchvision_names if name and split(name)[0] == "torchvision" else dict,
+        *([lambda state: {wrapper + k: v for k, v in state.items()}] if wrapper else []),
+    ]
+    fits: list[_Fit] = []
+    for renamed in renamings:
+        fits = fits or [fit for where, state in states for fit in _fits(own, where, state, renamed, head)]
     if not fits:
-        parts = [part for _, state in states for _, part in _parts(state)]
-        differs = [_misfit(own, _without(head, renamed(part))) for part in parts]
+        parts = [renamed(part) for renamed in renamings for _, state in states for _, part in _parts(state)]
+        differs = [_misfit(own, _without(head, part)) for part in parts]
         nearest = min(range(len(parts)), key=lambda number: differs[number].entries)
         kind = OtherClassesError if differs[nearest].classes else InputError
         named, hint = f" {name}" if name else "", _foreign_prefix(own, parts[nearest])

@@ -152,6 +152,25 @@ def _refuse_overlap(out_dir: Path, options: WriterOptions, source: Snapshot | No
             raise InputError(f"{out_dir}: is inside the source folder {folder}; choose a directory outside it")
 
 
+def refuse_missing_source(writer: Writer, options: WriterOptions) -> None:
+    """Refuse options of an included writer that require a local source of which no file exists.
+
+    Names on a hub, and writers that download or generate their source, are accepted. Nothing is written.
+    """
+    fields = writer.options_model.model_fields.items()
+    required = {name: getattr(options, name) for name, field in fields if field.is_required()}
+    places = {name: os.path.expanduser(value) for name, value in required.items() if isinstance(value, str | Path)}
+    local = [f"{name}={place}" for name, place in places.items() if os.path.isabs(place)]
+    if not local or writer.path.parent != shipped("writers"):
+        return
+    found = writer.snapshot(options)
+    if found is None or found.files:
+        return
+    if any(isinstance(value, Path) for value in required.values()):
+        writer.read(options)  # says what is missing
+    raise InputError(f"writer {writer.name}: there are no files of its source, {', '.join(local)}")
+
+
 def is_export(path: Path) -> bool:
     """Return whether there is an exported DATASET at a path."""
     return (path / MANIFEST).exists() and "export" in read_manifest(path).facts

@@ -23,6 +23,14 @@ class Net(nn.Module):
         logits = self.fc(self.conv(images).relu().mean((2, 3)))
         return {"tensor": logits, "tuple": (logits, 0), "mapping": OrderedDict(loss=None, logits=logits)}[self.form]
 
+class Without(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.net = Net(num_classes + 1)
+
+    def forward(self, images):
+        return self.net(images)[:, 1:]
+
 def with_tuple(num_classes):
     return Net(num_classes, "tuple")
 
@@ -136,3 +144,15 @@ def test_a_new_head_of_a_users_net_and_one_that_has_none(net_py, tmp_path):
     assert torch.equal(target.fc.weight, before)
     with pytest.raises(InputError, match="no layer depends on the number of classes"):
         models.load_weights(target, tmp_path / "w.safetensors", name=f"{net_py}:always_seven", new_head=5)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net."])
+def test_a_wrapper_loads_the_weights_of_the_net_inside(net_py, tmp_path, prefix):
+    """Which has one class more than the wrapper: 1,001, of which the first is dropped."""
+    inner, wrapped = models.build(f"{net_py}:Net", 6), models.build(f"{net_py}:Without", 5)
+    torch.save({prefix + k: v for k, v in inner.state_dict().items()}, tmp_path / "w.pth")
+    models.load_weights(wrapped, tmp_path / "w.pth", name=f"{net_py}:Without")
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(wrapped(images), inner(images)[:, 1:])
+    with pytest.raises(models.OtherClassesError, match="classifier has 6 classes, the model is built for 5"):
+        models.load_weights(models.build(f"{net_py}:Without", 4), tmp_path / "w.pth", name=f"{net_py}:Without")
