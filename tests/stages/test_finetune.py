@@ -17,6 +17,7 @@ from fastkd.export.student import export_student
 from fastkd.pipeline import Pipeline
 from fastkd.report.inspection import Inspector
 from fastkd.report.runs import read
+from fastkd.stages.teacher import teacher_recipe
 from fastkd.stages.trained_student import open_student
 from fastkd.stages.training import run_key_fields
 
@@ -132,16 +133,17 @@ def test_a_problem_of_37_classes_from_a_checkpoint_of_imagenets_shape(tmp_path, 
     models.save_weights(models.build("torchvision/resnet18", 1000), tmp_path / "imagenet.safetensors")
     overrides = [
         *("student.model=torchvision/resnet18", f"student.weights={tmp_path / 'imagenet.safetensors'}"),
-        *("data.input_px=32", "train.epochs=1", "train.batch_size=37", "optim.warmup_epochs=0"),
+        *("data.input_px=48", "train.epochs=1", "train.batch_size=37", "optim.warmup_epochs=0"),
     ]
     student = make(tmp_path, tmp_path, "student", f"""
-teacher: {{recipe: {RECIPES / "finetune_teacher.yaml"}, overrides: {json.dumps(overrides)}}}
+teacher: {{recipe: {RECIPES / "finetune_teacher.yaml"}, input_px: 48, overrides: {json.dumps(overrides)}}}
 prune: {{method: medium, keep_ratio: 0.5}}
 student: {{model: cifar/resnet8}}""", epochs=1)  # fmt: skip
     pipe = Pipeline(recipe.load(student))
     run, _ = pipe.train()
     described = json.loads((pipe.teacher_run.path / "model.json").read_text())
     assert (described["model"], described["num_classes"]) == ("torchvision/resnet18", 37)
+    assert not any("was trained on images of" in text for text in pipe.warnings)
     assert pipe.subset.facts["class_counts"] == [2] * 37
     exported, _ = export_student(run.path, tmp_path / "exported")
     code, text = command(predict.main, exported.path, tmp_path / "pets" / "val" / "breed-36", "--json")
@@ -178,7 +180,9 @@ def test_weights_of_other_classes_without_a_new_head_say_how(five, tmp_path):
 
 
 def test_finetune_teacher_yaml_with_weights_that_torchvision_publishes(five, tmp_path, monkeypatch):
-    """The weights are part of the key by their content; a dry run downloads nothing."""
+    """It writes ~/pets, unless a student has other data; weights are part of the key; a dry run downloads nothing."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pets").symlink_to(five / "images")
     torch.manual_seed(1)
     published, fetched = models.build("torchvision/resnet50", 1000).state_dict(), []
 
@@ -189,11 +193,17 @@ def test_finetune_teacher_yaml_with_weights_that_torchvision_publishes(five, tmp
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fetch)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     changes = [
-        *(f"data.path={five / 'data'}", f"data.artifacts_dir={tmp_path / 'a'}", "data.input_px=32"),
+        *(f"data.path={tmp_path / 'data'}", "data.options.workers=1", "data.input_px=32"),
         *("train.epochs=2", "train.batch_size=20", "train.compile=false", "optim.warmup_epochs=0"),
         f"train.runs_dir={tmp_path / 'runs'}",
     ]
     loaded = recipe.load(RECIPES / "finetune_teacher.yaml", changes)
+    assert Pipeline(loaded).dataset.facts["options"]["root"] == str(tmp_path / "pets")
+    student = make(tmp_path, five, "student", f"""
+teacher: {{recipe: {RECIPES / "finetune_teacher.yaml"}}}
+student: {{model: cifar/resnet8}}""")  # fmt: skip
+    replaced = teacher_recipe(recipe.load(student)).data
+    assert (replaced.path, replaced.writer, replaced.options) == (str(five / "data"), None, {})
     steps = {step.stage: step for step in dry_run(loaded).steps}
     assert (steps["train"].state, steps["train"].path) == ("build", None)
     assert not fetched
