@@ -228,8 +228,8 @@ STUDIES = DOCS / "figures" / "selection_studies.json"
 
 def selection_summary() -> str:
     """Return a line for each cell: how `coverage`, rotated or not, differs from the baselines on the hold-out."""
-    rows = [["data, setting", "cell", "minus `random`", "lower bound", "minus all data, same steps", "minus full KD"]]
-    tables = {"`coverage`, rotated": [*rows], "`coverage`": [*rows]}
+    head = ["data, setting", "cell", "minus `random`", "lower bound", "minus all data, same steps", "minus full KD"]
+    tables = {"`coverage`, rotated": [head], "`coverage`": [head]}
     for study in json.loads(STUDIES.read_text(encoding="utf-8")):
         for cell in study["cells"]:
             for arm in cell["arms"]:

@@ -80,7 +80,7 @@ def _was_started(run: Path) -> bool:
 
 def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
     """Return a table of the accuracy and cost of a RUN."""
-    from fastkd.stages.run_schema import STAGE_TITLES
+    from fastkd.stages.run_schema import stage_title
 
     names = {"val": "val", "holdout": "the hold-out"}
     reached = ", ".join(f"{top1:.2%} on {names[split]}" for split, top1 in sorted(run.facts["top1"].items())[::-1])
@@ -89,8 +89,7 @@ def _summary(name: str, run: Artifact, timing: dict[str, Any]) -> Table:
     table.add_column("time", justify="right")
     table.add_column("")
     for stage in timing["stages"]:
-        title = STAGE_TITLES.get(stage["stage"], stage["stage"])
-        table.add_row(title, console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
+        table.add_row(stage_title(stage["stage"]), console.clock(stage["seconds"]), "reused" if stage["reused"] else "")
     table.add_section()
     table.add_row("additional student", console.clock(timing["further_student_s"]), "this student only")
     table.add_row("first student", console.clock(timing["first_student_s"]), "including all stages before")

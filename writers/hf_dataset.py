@@ -21,7 +21,7 @@ from pydantic import Field
 from fastkd import console
 from fastkd.console import printable
 from fastkd.data.class_names import Codes, cut_val, number_labels
-from fastkd.data.image_files import some
+from fastkd.data.image_files import some, unreadable
 from fastkd.data.writer_api import Source, WriterOptions, indexed
 from fastkd.errors import InputError, require
 
@@ -125,7 +125,7 @@ def source_files(options: Options) -> Iterable[str | Path]:
 
 
 def _refuse(error: OSError) -> NoReturn:
-    raise InputError(f"{printable(error.filename)}: cannot be read ({error.strerror}); fix its permissions")
+    raise unreadable(error.filename, error)
 
 
 def _open(options: Options) -> dict[str, Any]:

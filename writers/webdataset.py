@@ -21,7 +21,7 @@ from pydantic import Field
 from fastkd import console
 from fastkd.data.class_names import Codes, cut_val, number_labels, read_classes
 from fastkd.data.image_files import some
-from fastkd.data.notices import MAX_NAMES
+from fastkd.data.notices import MAX_NAMES, in_lines
 from fastkd.data.shards import Index, ShardImages, described, expand
 from fastkd.data.writer_api import LocalPath, Source, WriterOptions, indexed
 from fastkd.errors import InputError
@@ -112,10 +112,7 @@ def _shards(options: Options) -> dict[str, list[Path]]:
 
 def _together(wrong: list[str]) -> str:
     """Return one message about the shards that cannot be used."""
-    if len(wrong) == 1:
-        return wrong[0]
-    more = [f"and {len(wrong) - MAX_NAMES:,} more"] if len(wrong) > MAX_NAMES else []
-    return "\n  ".join([f"{len(wrong):,} shards cannot be used:", *wrong[:MAX_NAMES], *more])
+    return wrong[0] if len(wrong) == 1 else f"{len(wrong):,} shards cannot be used:{in_lines(wrong, MAX_NAMES)}"
 
 
 def _where(options: Options, split: str) -> str:

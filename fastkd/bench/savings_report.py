@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from fastkd.bench.measurement import machine_line
-from fastkd.stages.run_schema import STAGE_TITLES
+from fastkd.stages.run_schema import stage_title
 
 STAGE_LINES = ("write", "score", "choose", "prune", "label", "setup", "compile", "train", "evaluate")
 
@@ -80,7 +80,7 @@ def table(report: dict[str, Any]) -> Table:
     for stage in STAGE_LINES:
         if any(stage in e["stages"] for e in columns):
             times = (f"{e['stages'][stage]:.1f}" if stage in e["stages"] else "–" for e in columns)
-            grid.add_row(f"{STAGE_TITLES.get(stage, stage)} (s)", *times)
+            grid.add_row(f"{stage_title(stage)} (s)", *times)
     grid.add_section()
     add("first student (s)", "first_student_s", "{:.1f}")
     add("each additional student (s)", "further_student_s", "{:.1f}")

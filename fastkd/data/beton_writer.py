@@ -17,7 +17,7 @@ from fastkd.data import isolated_process
 from fastkd.data.ffcv_format import STORED
 from fastkd.data.indexing import indexing_reported
 from fastkd.data.isolated_process import Report
-from fastkd.data.notices import MAX_NAMES, Found, listed
+from fastkd.data.notices import MAX_NAMES, Found, in_lines, listed
 from fastkd.data.split_writer import Split, SplitJob, UnreadableError, found_in_both, found_two_labels, write_split
 from fastkd.data.writer_api import MapDataset, Writer, WriterOptions, load_writer
 from fastkd.errors import FastkdError, InputError
@@ -169,12 +169,9 @@ def _unreadable_text(samples: Sequence[str], total: int) -> str:
     """Return the message that lists the samples that cannot be read."""
     if len(samples) == 1:
         return f"{samples[0]}; replace or delete it, or leave such samples out with on_error=skip"
-    shown, more = samples[:MAX_UNREADABLE], len(samples) - MAX_UNREADABLE
     return (
         f"{len(samples):,} of {total:,} images cannot be read; replace or delete them, "
-        "or leave such samples out with on_error=skip:"
-        + "".join(f"\n  {sample}" for sample in shown)
-        + (f"\n  and {more:,} more" if more > 0 else "")
+        f"or leave such samples out with on_error=skip:{in_lines(samples, MAX_UNREADABLE)}"
     )
 
 

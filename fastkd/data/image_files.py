@@ -172,13 +172,18 @@ def _ignored(name: str) -> str | None:
     return SYSTEM if name.lower() in _SYSTEM else None
 
 
+def unreadable(path: str, error: OSError) -> InputError:
+    """Return the error about a folder or an entry of one that cannot be read."""
+    return InputError(f"{printable(path)}: cannot be read ({error.strerror}); fix its permissions")
+
+
 def _entries(folder: str) -> list[os.DirEntry[str]]:
     """Return the entries of a folder, links last: a duplicate is then left out under the name of the link."""
     try:
         with os.scandir(folder) as found:
             return sorted(found, key=lambda entry: (entry.is_symlink(), entry.name))
     except OSError as error:
-        raise InputError(f"{printable(folder)}: cannot be read ({error.strerror}); fix its permissions") from None
+        raise unreadable(folder, error) from None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -187,14 +192,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise InputError(f"{printable(entry.path)}: a link that leads to itself; delete it") from None
-        raise InputError(f"{printable(entry.path)}: cannot be read ({error.strerror}); fix its permissions") from None
+        raise unreadable(entry.path, error) from None
 
 
 def _identity(folder: str) -> Identity:
     try:
         found = os.stat(folder)
     except OSError as error:
-        raise InputError(f"{printable(folder)}: cannot be read ({error.strerror}); fix its permissions") from None
+        raise unreadable(folder, error) from None
     return found.st_dev, found.st_ino
 
 

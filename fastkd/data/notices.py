@@ -139,6 +139,12 @@ def kinds(jpeg_quality: int, background: str, max_resolution: int | None) -> Map
     return {notice: (name, text.format(**values)) for notice, (name, text) in texts.items()}
 
 
+def in_lines(texts: Sequence[str], most: int) -> str:
+    """Return the first `most` texts, each on an indented line of its own, and how many more there are."""
+    more = [f"and {len(texts) - most:,} more"] if len(texts) > most else []
+    return "".join(f"\n  {text}" for text in [*texts[:most], *more])
+
+
 def listed(names: Sequence[str], total: int) -> str:
     """Return the first `MAX_NAMES` names, and how many more there are of `total`."""
     shown = names[:MAX_NAMES]

@@ -53,8 +53,8 @@ class Stage(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What is shown instead of the name."""
-        return run_schema.STAGE_TITLES.get(self.name, self.name)
+        """How it is shown."""
+        return run_schema.stage_title(self.name)
 
     @property
     def before(self) -> bool:

@@ -54,8 +54,9 @@ class Described(Record, ChannelStatistics):
         return self
 
 
-STAGE_TITLES = {"compile": "compile and warm up"}
-"""What is shown instead of the name of a stage, where they differ: the first steps are also taken without compiling."""
+def stage_title(name: str) -> str:
+    """Return how a stage is shown. ``compile`` is also the time of the first steps, with or without compiling."""
+    return "compile and warm up" if name == "compile" else name
 
 
 class StageTime(Record):

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fastkd import artifacts
+from fastkd import artifacts, models
 from fastkd import recipe as recipes
 from fastkd.artifacts.files import file_digest
 from fastkd.errors import InputError
@@ -308,21 +308,22 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _digest(recipe: Recipe) -> str:
-    """Return the hash of everything in a recipe that determines its student, except for the data set and user code."""
+    """Return the hash of everything in a recipe that determines its student, except for the data set."""
     settings = recipe.model_dump(mode="json", exclude={**recipes.PLACES, "name": True, "log": True})
     settings["prune"] = recipe.prune.key_fields() | {"keep_ratio": recipe.prune.keep_ratio}
     settings["contents"] = _contents(recipe)
     return xxhash.xxh3_128_hexdigest(artifacts.canonical(settings).encode())[:16]
 
 
-def _contents(recipe: Recipe) -> list[str | None]:
-    """Return a digest of each file that a recipe names: students of other teachers or weights are other students."""
-    places, teacher = [recipe.student.weights, recipe.prune.ids], recipe.teacher
-    if teacher is None:
-        return [_content(place) for place in places]
-    places += [teacher.weights, teacher.logits, teacher.sample_ids, *(one.weights for one in teacher.ensemble)]
-    own = _teacher_digest(teacher.recipe, tuple(teacher.overrides)) if teacher.recipe else None
-    return [own, *(_content(place) for place in places)]
+def _contents(recipe: Recipe) -> list[Any]:
+    """Return a digest of each file that a recipe names: students of other teachers or networks are other students."""
+    nets, places, teacher = [recipe.student.model], [recipe.student.weights, recipe.prune.ids], recipe.teacher
+    own = None
+    if teacher is not None:
+        nets += [model for model in (teacher.model, *(one.model for one in teacher.ensemble)) if model]
+        places += [teacher.weights, teacher.logits, teacher.sample_ids, *(one.weights for one in teacher.ensemble)]
+        own = _teacher_digest(teacher.recipe, tuple(teacher.overrides)) if teacher.recipe else None
+    return [own, *map(models.model_key_fields, nets), *map(_content, places)]
 
 
 @cache

@@ -82,8 +82,8 @@ def against_time(report: Mapping[str, Any], time: str, title: str) -> Figure:
                     lw=1.2,
                 )
         panel.set(ylabel="top-1, hold-out (%)", xlabel=unit)
-        panel.margins(x=0.1, y=0.15)
-        panel.set_xlim(0, max(panel.get_xlim()[1], 1.08 * panel.dataLim.x1))  # a marker has a width
+        panel.margins(y=0.15)
+        panel.set_xlim(0, 1.1 * panel.dataLim.x1)
     handles = [Line2D([], [], color=colours[arm], marker=markers[arm], ls="", label=labels[arm]) for arm in arms]
     figure.legend(handles=handles, loc="outside lower left", ncols=_legend_columns(figure, labels.values()))
     return figure

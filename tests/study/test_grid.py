@@ -51,6 +51,14 @@ def test_students_of_other_teachers_and_weights_are_other_students(study_of, tin
     assert not set(paths(f"student.weights={tmp_path / 'weights.safetensors'}")) & set(begun)
 
 
+def test_students_of_changed_code_are_other_students(study_of, tmp_path):
+    code = tmp_path / "net.py"
+    code.write_text("def small(num_classes): ...\n")
+    first = [one.path for one in study_of(f"student.model={code}:small").students]
+    code.write_text("def small(num_classes): return None\n")
+    assert not set(first) & {one.path for one in study_of(f"student.model={code}:small").students}
+
+
 def test_a_varied_teacher_makes_cells_of_their_own(study_of, tmp_path):
     longer = tmp_path / "longer.yaml"
     longer.write_text((tmp_path / "teacher.yaml").read_text().replace("epochs: 2", "epochs: 3"))
