@@ -1,6 +1,6 @@
 # `make` lists the targets. Each target runs the set-up first, which takes a fraction of a second if it is complete.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak docs lint check wheel clean
+.PHONY: help setup demo test soak fake-gpu docs lint check wheel clean
 
 PYTHON_IN_VENV := .venv/bin/python
 # One pytest worker per usable core, up to 8 (each loads torch and compiles kernels).
@@ -10,7 +10,7 @@ WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPR
 TEST_OPTIONS ?=
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
 
 setup: ## system libraries (apt) and .venv with pinned packages; PYTHON=... chooses the interpreter
 	@./setup.sh
@@ -28,6 +28,10 @@ test: ## the tests that need no GPU, on all cores
 soak: ## long tests: hundreds of interrupted epochs and killed trainings; about 40 minutes; prints its figures
 	@./setup.sh tests
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m soak -s
+
+fake-gpu: ## compile the steps of all recipes for NVIDIA GPUs, and run them on one that computes nothing; 30 minutes
+	@./setup.sh tests
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m 'soak or not soak' tests/engine/test_fake_gpu.py
 
 docs: setup ## regenerate the generated parts of docs/, and build site/index.html
 	$(PYTHON_IN_VENV) docs/generate.py

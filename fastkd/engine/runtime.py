@@ -177,8 +177,7 @@ class Runtime:
         capturable
             Whether a CUDA graph runs it. The learning rate then lies in a float32 tensor on the device.
         """
-        lr = torch.full((), optim.lr, device=self.device) if capturable else optim.lr
-        common: dict[str, Any] = {"lr": lr, "weight_decay": optim.weight_decay, "fused": True}
+        common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay, "fused": True}
         groups: Any = parameters
         if not optim.decay_norms:
             every = list(parameters)
@@ -187,12 +186,16 @@ class Runtime:
         if optim.name == "adamw":
             if capturable:  # the first steps run without a graph
                 warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-            return torch.optim.AdamW(groups, betas=optim.betas, capturable=capturable, **common)
-        sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, **common)
-        for group in sgd.param_groups if optim.momentum else ():
-            for parameter in group["params"]:
-                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return sgd
+            made: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=optim.betas, capturable=capturable, **common)
+        else:
+            made = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, **common)
+            for group in made.param_groups if optim.momentum else ():
+                for parameter in group["params"]:
+                    made.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        if capturable:  # only now, as the constructors compare the rate with 0, for which the host would wait
+            for group in made.param_groups:
+                group["lr"] = torch.full((), optim.lr, device=self.device)
+        return made
 
     def to_host(self, tensor: Tensor) -> Callable[[], np.ndarray]:
         """Start copying a tensor to the host, and return a function that waits for the copy."""
