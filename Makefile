@@ -25,13 +25,13 @@ test: ## the tests that need no GPU, on all cores
 	@./setup.sh tests
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n $(WORKERS) --dist worksteal -m 'not gpu and not soak' $(TEST_OPTIONS)
 
-soak: ## long tests: hundreds of interrupted epochs and killed trainings; about 40 minutes; prints its figures
+soak: ## long tests: interrupted epochs, killed trainings, compiling for GPUs; more than an hour; prints its figures
 	@./setup.sh tests
 	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m soak -s
 
-fake-gpu: ## compile the steps of all recipes for NVIDIA GPUs, and run them on one that computes nothing; 30 minutes
+fake-gpu: ## compile the steps of all recipes for NVIDIA GPUs, and run them on one that computes nothing; half an hour
 	@./setup.sh tests
-	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -m 'soak or not soak' tests/engine/test_fake_gpu.py
+	OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -s -m 'soak or not soak' tests/engine/test_fake_gpu.py
 
 docs: setup ## regenerate the generated parts of docs/, and build site/index.html
 	$(PYTHON_IN_VENV) docs/generate.py

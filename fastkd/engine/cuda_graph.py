@@ -152,7 +152,7 @@ def step_graph(wanted: bool | Literal["auto"], runtime: Runtime) -> StepGraph | 
     elif wanted == "auto" and torch.version.hip is not None:
         reason = "not tested on AMD GPUs; train.cuda_graph=true tries it"
     elif wanted == "auto" and runtime.group.size > 1:
-        reason = "not tested with several processes; train.cuda_graph=true captures their all-reduce, too"
+        reason = "with several processes never run on GPUs; train.cuda_graph=true captures their all-reduce, too"
     if reason:
         _say_why(reason)
         return NoGraph()

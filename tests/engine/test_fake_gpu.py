@@ -44,7 +44,10 @@ def counts_in(log) -> list[dict[str, int]]:
 
 
 def steps(libraries, *arguments, **options) -> dict:
-    return json.loads(run(libraries, [STEPS, *arguments], **options).splitlines()[-1])
+    """Return what `fake_gpu_steps` prints of a recipe's steps, and print it for ``pytest -s``."""
+    found = json.loads(run(libraries, [STEPS, *arguments], **options).splitlines()[-1])
+    print(f"\n{arguments[0].stem} {' '.join(arguments[1:])}: {found}")
+    return found
 
 
 def test_a_step_is_a_graph_the_copies_of_its_batch_and_its_learning_rate(libraries):
