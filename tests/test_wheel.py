@@ -81,7 +81,7 @@ def environment(wheel, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow  # the kernels of the new environment are compiled
+@pytest.mark.soak  # the kernels of the new environment are compiled
 def test_the_wheel_trains_on_the_digits_where_there_is_no_clone(environment, tmp_path):
     """``fastkd doctor``, a recipe that comes with the package, and a student of it."""
     script = environment / "bin" / "fastkd"

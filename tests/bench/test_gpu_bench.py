@@ -60,7 +60,9 @@ def test_the_device_agrees_with_itself(on_cpu):
     assert len(values) == 2 + len(LOSSES) + 2 + 2 + 2
 
 
-@pytest.mark.parametrize("name", ["agreement", "feeding", "teacher", "memory", "steps"])
+@pytest.mark.parametrize(
+    "name", ["agreement", "feeding", "teacher", "memory", pytest.param("steps", marks=pytest.mark.soak)]
+)
 def test_parts_run_on_the_standin(on_standin, name, card):
     succeed(name, on_standin)
 

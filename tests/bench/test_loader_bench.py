@@ -23,7 +23,7 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("bench")
 
 
-@pytest.mark.slow  # FFCV's own pipelines are compiled again for every line
+@pytest.mark.soak  # FFCV's own pipelines are compiled again for every line
 def test_every_line_is_measured_and_written(data, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "LEAST_S", 0.0)
     monkeypatch.setattr(benchmark, "SMALL_BATCH", 8)

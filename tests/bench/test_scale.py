@@ -9,6 +9,7 @@ from fastkd.bench import scale
 from fastkd.errors import FastkdError, InputError
 
 
+@pytest.mark.soak
 def test_each_number_of_processes_is_timed(tiny_recipe, tmp_path, command):
     code, said = command(
         bench.scale, str(tiny_recipe.path), "train.batch_size=24", "--processes", "2", "--processes", "1",

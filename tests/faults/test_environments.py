@@ -51,6 +51,7 @@ def arguments_of(place: Path) -> dict[str, list[str | bytes | Path]]:
 
 
 COMMANDS = tuple(arguments_of(Path()))
+COMPILING = ("score", "prune", "label", "export", "report")  # as train is, which is always tried
 LIGHT = ("recipes", "write", "artifacts", "check")
 BARE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii", "TERM": "dumb"}
 NEEDS_NO_RUN = {"recipes": (), "write": (), "bench": (), "doctor": (), "train": ("write",)}
@@ -188,8 +189,9 @@ def test_tables_and_shards_in_an_ascii_locale__give_the_same_data_set(writer, tm
     assert found.facts["source"] == expected.facts["source"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.soak) if name in COMPILING else name for name in COMMANDS]
+)
 def test_no_home_no_user_name_a_read_only_installation_an_ascii_locale_and_no_stdin__stop_no_command(
     may_be_nobody, place, name
 ):

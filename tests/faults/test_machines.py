@@ -158,6 +158,7 @@ def given(two_hosts, recipe_in, tiny, tmp_path):
     return loaded
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(seconds(900))
 def test_shared_storage_that_shows_files_late__does_not_change_the_student(two_hosts, given, tmp_path):
     """Stopped, given again, and then a process is killed and torchrun restarts all: from the same checkpoint each time.

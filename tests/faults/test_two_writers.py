@@ -70,7 +70,7 @@ def test_two_processes_that_build_the_same_artifact__share_the_result(name, both
 
 
 @pytest.mark.parametrize(
-    "name", ["train", *(pytest.param(name, marks=pytest.mark.soak) for name in ("write", "score"))]
+    "name", ["write", *(pytest.param(name, marks=pytest.mark.soak) for name in ("score", "train"))]
 )
 def test_a_killed_process_that_was_building__is_replaced_by_the_waiting_one(
     name, both, result, tmp_path, leftovers, traces

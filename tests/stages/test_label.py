@@ -673,6 +673,7 @@ def test_check_builds_nothing(tiny_recipe, command, tmp_path):
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
+@pytest.mark.soak  # the tiny data set is always tried
 @pytest.mark.skipif(not FASHION.exists(), reason="needs Debian's dataset-fashion-mnist")
 def test_on_fashion_mnist_stored_labels_are_the_live_teachers(tmp_path):
     """In fp32: rows within 2⁻¹⁰ of the largest logit, the loss within 1e-3, twenty steps of training alike."""

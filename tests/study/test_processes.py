@@ -55,6 +55,7 @@ def test_a_process_that_is_killed_leaves_its_student_to_another(study, tmp_path,
     assert traces.gone()
 
 
+@pytest.mark.soak
 def test_ctrl_c_ends_all_processes_and_the_study_resumes(study, tmp_path, traces):
     command = start_study(study)
     wait_for(lambda: begun(study))

@@ -174,6 +174,7 @@ def wait_for(condition, within_s):
     raise AssertionError("did not happen in time")
 
 
+@pytest.mark.soak  # one process that is killed is in test_processes.py
 def test_processes_share_a_study_and_take_over_from_the_dead(study, tmp_path):
     students = tmp_path / "study" / "students"
     workers = [start_study(study) for _ in range(4)]
