@@ -29,7 +29,7 @@ from fastkd.stages.label_format import decoder, format_of, view_files
 
 CLASSES = {"cifar100": 100, "rn50": 1000}
 """Classes by the beginning of a recipe's name; 10 for the others."""
-STEPS = 60
+STEPS = 300
 
 
 def state_of(loaded: recipe.Recipe, classes: int) -> TrainState:
