@@ -171,6 +171,17 @@ def two_hosts(tmp_path: Path) -> Iterator[hosts.Hosts]:
     made.close()
 
 
+@pytest.fixture
+def set_kernel_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Return a function that sets the number of threads of kernels, also for a few rows."""
+
+    def set_threads(count: int) -> None:
+        monkeypatch.setattr("fastkd.kernels.threads._most_threads", lambda: count)
+        monkeypatch.setattr("fastkd.kernels.threads._LEAST_WORK", 1)
+
+    return set_threads
+
+
 @pytest.fixture(autouse=True)
 def no_warnings_of_other_tests() -> None:
     """Let each test see the warnings that earlier ones have seen: a process prints each once."""

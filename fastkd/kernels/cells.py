@@ -3,11 +3,13 @@
 All sums have a fixed order, so that the cells depend neither on the number of threads nor on the processor.
 """
 
-import numba
+from functools import partial
+
 import numpy as np
 
 from fastkd.kernels.hashing import _splitmix, hash64
 from fastkd.kernels.jit import njit
+from fastkd.kernels.threads import run_in_threads
 
 POWER_STEPS = 20
 """Steps of the subspace iteration. The axes need not be exact: any subspace of large variance separates samples."""
@@ -18,18 +20,23 @@ LEAST_MEMBERS = 16
 """Mean number of samples in a cell, at least."""
 
 
-@njit(parallel=True)
-def project(rows_RK: np.ndarray, axes_KD: np.ndarray) -> np.ndarray:
-    """Multiply rows by axes (float32 [R, K] · float32 [K, D] → float32 [R, D])."""
-    R, K = rows_RK.shape
-    D = axes_KD.shape[1]
-    out_RD = np.empty((R, D), np.float32)
-    for r in numba.prange(R):
-        sum_D = np.zeros(D, np.float32)
+@njit(nogil=True)
+def _project(rows_RK: np.ndarray, axes_KD: np.ndarray, out_RD: np.ndarray, start: int, stop: int) -> None:
+    K, D = axes_KD.shape
+    sum_D = np.empty(D, np.float32)
+    for r in range(start, stop):
+        sum_D.fill(0)
         for k in range(K):
             for d in range(D):
                 sum_D[d] += rows_RK[r, k] * axes_KD[k, d]
-        out_RD[r] = sum_D
+        for d in range(D):
+            out_RD[r, d] = sum_D[d]
+
+
+def project(rows_RK: np.ndarray, axes_KD: np.ndarray) -> np.ndarray:
+    """Multiply rows by axes (float32 [R, K] · float32 [K, D] → float32 [R, D])."""
+    out_RD = np.empty((rows_RK.shape[0], axes_KD.shape[1]), np.float32)
+    run_in_threads(partial(_project, rows_RK, axes_KD, out_RD), len(rows_RK), work=axes_KD.size)
     return out_RD
 
 
@@ -100,7 +107,8 @@ def _first_centres(points_SD: np.ndarray, words_S: np.ndarray, count: int) -> np
     distance_S = np.full(len(points_SD), np.inf)
     drawn = int(np.argmin(words_S))
     for c in range(count):
-        centres_CD[c] = points_SD[drawn]
+        for d in range(centres_CD.shape[1]):
+            centres_CD[c, d] = points_SD[drawn, d]
         least = np.inf
         for s in range(len(points_SD)):
             distance_S[s] = min(distance_S[s], _distance(points_SD[s], centres_CD[c]))
@@ -124,8 +132,8 @@ def _lloyd(points_SD: np.ndarray, centres_CD: np.ndarray) -> None:
             for d in range(D):
                 sum_CD[c, d] += points_SD[s, d]
         for c in range(C):
-            if count_C[c]:
-                centres_CD[c] = sum_CD[c] / count_C[c]
+            for d in range(D if count_C[c] else 0):
+                centres_CD[c, d] = sum_CD[c, d] / count_C[c]
 
 
 @njit()
@@ -150,7 +158,7 @@ def _tour(centres_CD: np.ndarray, count_C: np.ndarray) -> np.ndarray:
     return place_C
 
 
-@njit(parallel=True)
+@njit(nogil=True)
 def _fill_cells(
     points_ND: np.ndarray,
     words_N: np.ndarray,
@@ -158,8 +166,10 @@ def _fill_cells(
     start_K: np.ndarray,
     cells: int,
     cell_N: np.ndarray,
+    start: int,
+    stop: int,
 ) -> None:
-    for k in numba.prange(len(start_K) - 1):
+    for k in range(start, stop):
         members = members_N[start_K[k] : start_K[k + 1]]
         count = min(cells, len(members) // LEAST_MEMBERS)
         if count < 2:
@@ -200,5 +210,6 @@ def class_cells(
     cell_N = np.zeros(len(y_N), np.int64)
     members_N = np.argsort(y_N, kind="stable")
     start_K = np.concatenate([[0], np.cumsum(np.bincount(y_N, minlength=num_classes))])
-    _fill_cells(points_ND, words_N, members_N, start_K, cells, cell_N)
+    kernel = partial(_fill_cells, points_ND, words_N, members_N, start_K, cells, cell_N)
+    run_in_threads(kernel, num_classes, work=cells * len(y_N) // num_classes)
     return cell_N

@@ -1,15 +1,15 @@
 """Logit reshaping by class statistics (MDSLR, ICLR 2025)."""
 
-import numba
+from functools import partial
+
 import numpy as np
 
 from fastkd.kernels.halves import from_half, to_half
 from fastkd.kernels.jit import njit
+from fastkd.kernels.threads import run_in_threads
 
 _AT_ONCE = 4
 """Rows whose sums are computed together: each sum is a chain of additions in a fixed order, and waits for the last."""
-_BLOCK_ROWS = 64
-"""Number of rows per task of a thread."""
 
 
 def class_std(std_N: np.ndarray, y_N: np.ndarray, num_classes: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def _scale_row(z_K: np.ndarray, mean: float, scale: float) -> np.float32:
     return np.int32(largest).view(np.float32)
 
 
-@njit(parallel=True, nogil=True)
+@njit(nogil=True)
 def _reshape(
     word_NK: np.ndarray,
     row_M: np.ndarray,
@@ -83,29 +83,30 @@ def _reshape(
     out_MK: np.ndarray,
     flat_M: np.ndarray,
     largest_M: np.ndarray,
+    start: int,
+    stop: int,
 ) -> None:
-    M, K = out_MK.shape
+    K = out_MK.shape[1]
     half, half_out = word_NK.itemsize == 2, out_MK.itemsize == 2
-    for block in numba.prange((M + _BLOCK_ROWS - 1) // _BLOCK_ROWS):
-        z_4K = np.zeros((_AT_ONCE, K), np.float32)
-        for first in range(block * _BLOCK_ROWS, min(M, (block + 1) * _BLOCK_ROWS), _AT_ONCE):
-            count = min(_AT_ONCE, M - first)
-            for r in range(count):
-                _load(word_NK[row_M[first + r]], z_4K[r], half)
-            mean, std = _moments(z_4K)
-            for r in range(count):
-                i = first + r
-                flat_M[i] = std[r] == 0.0
-                scale = 1.0 if std[r] == 0.0 else sigma_M[i] / std[r]
-                if strength != 1.0:
-                    scale = scale**strength
-                largest_M[i] = _scale_row(z_4K[r], mean[r], scale)
-                if half_out:
-                    for k in range(K):
-                        out_MK[i, k] = to_half(z_4K[r, k])
-                else:
-                    for k in range(K):
-                        out_MK[i, k] = np.float32(z_4K[r, k]).view(np.int32)
+    z_4K = np.zeros((_AT_ONCE, K), np.float32)
+    for first in range(start, stop, _AT_ONCE):
+        count = min(_AT_ONCE, stop - first)
+        for r in range(count):
+            _load(word_NK[row_M[first + r]], z_4K[r], half)
+        mean, std = _moments(z_4K)
+        for r in range(count):
+            i = first + r
+            flat_M[i] = std[r] == 0.0
+            scale = 1.0 if std[r] == 0.0 else sigma_M[i] / std[r]
+            if strength != 1.0:
+                scale = scale**strength
+            largest_M[i] = _scale_row(z_4K[r], mean[r], scale)
+            if half_out:
+                for k in range(K):
+                    out_MK[i, k] = to_half(z_4K[r, k])
+            else:
+                for k in range(K):
+                    out_MK[i, k] = np.float32(z_4K[r, k]).view(np.int32)
 
 
 def reshape_rows(z_MK: np.ndarray, sigma_M: np.ndarray, strength: float = 1.0) -> tuple[np.ndarray, int]:
@@ -168,13 +169,7 @@ def _reshaped(
     word_NK.flags.writeable = False  # one compilation for writable and read-only arrays
     out_words = out_MK.view(np.int16 if out_MK.dtype == np.float16 else np.int32)
     flat_M, largest_M = np.empty(len(out_MK), np.bool_), np.empty(len(out_MK), np.float32)
-    _reshape(
-        word_NK,
-        np.ascontiguousarray(row_M, np.int64),
-        np.ascontiguousarray(sigma_M, np.float64),
-        float(strength),
-        out_words,
-        flat_M,
-        largest_M,
-    )
+    row_M, sigma_M = np.ascontiguousarray(row_M, np.int64), np.ascontiguousarray(sigma_M, np.float64)
+    kernel = partial(_reshape, word_NK, row_M, sigma_M, float(strength), out_words, flat_M, largest_M)
+    run_in_threads(kernel, len(out_MK), work=out_MK.shape[1])
     return int(flat_M.sum()), float(largest_M.max(initial=0.0))

@@ -5,17 +5,16 @@ numba does not set them for maxima; these are taken of integers with the same or
 into the C library prevents vectorisation. numba has no float16 on CPUs; it is converted to float32 with bit operations.
 """
 
+from functools import partial
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from fastkd.kernels.jit import njit
+from fastkd.kernels.threads import run_in_threads
 
 BLOCK_COLUMNS = 1024
 """Number of columns that are summed in float32. Their sums are added in float64, which bounds the error for large K."""
-BLOCK_ROWS = 64
-"""Number of rows per task of a thread."""
 
 _FAST = {"reassoc", "contract", "nsz", "nnan"}
 _ONE, _ZERO = np.float32(1), np.float32(0)
@@ -165,7 +164,7 @@ def _first_of(z_K: np.ndarray, y: int) -> bool:
     return True
 
 
-@njit(parallel=True, nogil=True)
+@njit(nogil=True)
 def _score(
     word_NK: np.ndarray,
     y_N: np.ndarray,
@@ -177,53 +176,54 @@ def _score(
     std_N: np.ndarray,
     correct_N: np.ndarray,
     finite_N: np.ndarray,
+    start: int,
+    stop: int,
 ) -> None:
-    N, K = word_NK.shape
-    for block in numba.prange((N + BLOCK_ROWS - 1) // BLOCK_ROWS):
-        z_K = np.empty(K, np.float32)
-        for i in range(block * BLOCK_ROWS, min(N, (block + 1) * BLOCK_ROWS)):
-            top, bottom, total, finite = (
-                _load_half(word_NK[i], z_K) if word_NK.itemsize == 2 else _load_single(word_NK[i], z_K)
-            )
-            finite_N[i] = finite
-            if not finite:
-                ce_N[i] = entropy_N[i] = margin_N[i] = doubt_N[i] = el2n_N[i] = std_N[i] = np.nan
-                correct_N[i] = False
-                continue
-            mean = np.float32(total / K)
-            tops, rest, squared, weighted, second, spread = 0, 0.0, 0.0, 0.0, 0.0, 0.0
-            for k in range(0, K, BLOCK_COLUMNS):
-                part = _sums(z_K[k : k + BLOCK_COLUMNS], top, mean)
-                tops += part[0]
-                rest += part[1]
-                squared += part[2]
-                weighted += part[3]
-                second = max(second, np.float64(part[4]))
-                spread += part[5]
-            if tops > 1:  # all but one of them belong to the rest
-                rest += tops - 1
-                squared += tops - 1
-                second = 1.0
-            whole = 1.0 + rest  # Σexp(z − top)
-            log_whole = np.log1p(rest)
-            d = np.float64(z_K[y_N[i]]) - np.float64(top)
-            ce_N[i] = log_whole - d
-            entropy_N[i] = log_whole + weighted / whole
-            doubt_N[i] = rest / whole
-            if d == 0.0:
-                margin_N[i] = (1.0 - second) / whole
-                el2n_N[i] = np.sqrt(rest * rest + squared) / whole
-                correct_N[i] = tops == 1 or _first_of(z_K, y_N[i])
-            else:
-                label = np.exp(d)
-                margin_N[i] = (label - 1.0) / whole
-                el2n_N[i] = np.sqrt((whole - label) ** 2 + max(1.0 + squared - label * label, 0.0)) / whole
-                correct_N[i] = False
-            std = np.sqrt(spread / (K - 1))
-            # The float32 mean has a relative error of about 1e-7, and std one of half its square over std.
-            if not (_STD_FROM < std < _STD_TO and abs(np.float64(mean)) < _MEAN_TO * std):
-                std = 0.0 if top == bottom else _std_in_float64(z_K)
-            std_N[i] = std
+    K = word_NK.shape[1]
+    z_K = np.empty(K, np.float32)
+    for i in range(start, stop):
+        top, bottom, total, finite = (
+            _load_half(word_NK[i], z_K) if word_NK.itemsize == 2 else _load_single(word_NK[i], z_K)
+        )
+        finite_N[i] = finite
+        if not finite:
+            ce_N[i] = entropy_N[i] = margin_N[i] = doubt_N[i] = el2n_N[i] = std_N[i] = np.nan
+            correct_N[i] = False
+            continue
+        mean = np.float32(total / K)
+        tops, rest, squared, weighted, second, spread = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for k in range(0, K, BLOCK_COLUMNS):
+            part = _sums(z_K[k : k + BLOCK_COLUMNS], top, mean)
+            tops += part[0]
+            rest += part[1]
+            squared += part[2]
+            weighted += part[3]
+            second = max(second, np.float64(part[4]))
+            spread += part[5]
+        if tops > 1:  # all but one of them belong to the rest
+            rest += tops - 1
+            squared += tops - 1
+            second = 1.0
+        whole = 1.0 + rest  # Σexp(z − top)
+        log_whole = np.log1p(rest)
+        d = np.float64(z_K[y_N[i]]) - np.float64(top)
+        ce_N[i] = log_whole - d
+        entropy_N[i] = log_whole + weighted / whole
+        doubt_N[i] = rest / whole
+        if d == 0.0:
+            margin_N[i] = (1.0 - second) / whole
+            el2n_N[i] = np.sqrt(rest * rest + squared) / whole
+            correct_N[i] = tops == 1 or _first_of(z_K, y_N[i])
+        else:
+            label = np.exp(d)
+            margin_N[i] = (label - 1.0) / whole
+            el2n_N[i] = np.sqrt((whole - label) ** 2 + max(1.0 + squared - label * label, 0.0)) / whole
+            correct_N[i] = False
+        std = np.sqrt(spread / (K - 1))
+        # The float32 mean has a relative error of about 1e-7, and std one of half its square over std.
+        if not (_STD_FROM < std < _STD_TO and abs(np.float64(mean)) < _MEAN_TO * std):
+            std = 0.0 if top == bottom else _std_in_float64(z_K)
+        std_N[i] = std
 
 
 def score_logits(z_NK: np.ndarray, y_N: np.ndarray) -> Scores:
@@ -273,5 +273,6 @@ def score_logits(z_NK: np.ndarray, y_N: np.ndarray) -> Scores:
         np.empty(N, np.bool_),
         np.empty(N, np.bool_),
     )
-    _score(word_NK, np.ascontiguousarray(y_N, np.int64), *found)
+    kernel = partial(_score, word_NK, np.ascontiguousarray(y_N, np.int64), *found)
+    run_in_threads(kernel, N, work=K)
     return found

@@ -1,11 +1,12 @@
 """Selection of samples: quotas of classes, and ranks of difficulty within them."""
 
 import heapq
+from functools import partial
 
-import numba
 import numpy as np
 
 from fastkd.kernels.jit import njit
+from fastkd.kernels.threads import run_in_threads
 
 
 def uniform_quotas(count_K: np.ndarray, keep_ratio: float) -> np.ndarray:
@@ -242,7 +243,7 @@ def _by_class(y_N: np.ndarray, start_K: np.ndarray) -> np.ndarray:
     return members_N
 
 
-@njit(parallel=True)
+@njit(nogil=True)
 def _mark_ranks(
     score_N: np.ndarray,
     members_N: np.ndarray,
@@ -250,8 +251,10 @@ def _mark_ranks(
     first_K: np.ndarray,
     quota_K: np.ndarray,
     keep_N: np.ndarray,
+    start: int,
+    stop: int,
 ) -> None:
-    for c in numba.prange(len(quota_K)):
+    for c in range(start, stop):
         first, last = first_K[c], first_K[c] + quota_K[c] - 1
         if last < first:
             continue
@@ -295,5 +298,6 @@ def select_ranks(score_N: np.ndarray, y_N: np.ndarray, first_K: np.ndarray, quot
     start_K = np.concatenate([[0], np.cumsum(count_K)])
     members_N = _by_class(y_N, start_K)
     keep_N = np.zeros(len(y_N), np.bool_)
-    _mark_ranks(score_N, members_N, start_K, first_K, quota_K, keep_N)
+    kernel = partial(_mark_ranks, score_N, members_N, start_K, first_K, quota_K, keep_N)
+    run_in_threads(kernel, len(quota_K), work=len(y_N) // max(1, len(quota_K)))
     return np.flatnonzero(keep_N)

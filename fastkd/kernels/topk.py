@@ -1,15 +1,25 @@
 """The k largest logits of each row, and the probability of the others."""
 
-import numba
+from functools import partial
+
 import numpy as np
 
 from fastkd.kernels.jit import njit
+from fastkd.kernels.threads import run_in_threads
 
 
-@njit(parallel=True)
-def _topk(z_MK: np.ndarray, temperature: float, index_Mk: np.ndarray, value_Mk: np.ndarray, tail_M: np.ndarray) -> None:
+@njit(nogil=True)
+def _topk(
+    z_MK: np.ndarray,
+    temperature: float,
+    index_Mk: np.ndarray,
+    value_Mk: np.ndarray,
+    tail_M: np.ndarray,
+    start: int,
+    stop: int,
+) -> None:
     K, k = z_MK.shape[1], index_Mk.shape[1]
-    for i in numba.prange(z_MK.shape[0]):
+    for i in range(start, stop):
         index, value = index_Mk[i], value_Mk[i]
         held = 0
         for c in range(K):
@@ -65,5 +75,5 @@ def topk_rows(z_MK: np.ndarray, k: int, temperature: float) -> tuple[np.ndarray,
     if not 1 <= k <= K or K > 1 << 16:
         raise ValueError(f"expected 1 ≤ k ≤ K ≤ 65536, got k={k}, K={K}")
     index_Mk, value_Mk, tail_M = np.empty((M, k), np.uint16), np.empty((M, k), np.float32), np.empty(M, np.float32)
-    _topk(z_MK, float(temperature), index_Mk, value_Mk, tail_M)
+    run_in_threads(partial(_topk, z_MK, float(temperature), index_Mk, value_Mk, tail_M), M, work=K)
     return index_Mk, value_Mk, tail_M[:, None]

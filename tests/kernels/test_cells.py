@@ -1,6 +1,5 @@
 """Principal axes, and cells of similar points within classes."""
 
-import numba
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,17 +52,14 @@ def test_separate_groups_get_their_own_cells_along_a_tour():
     assert np.array_equal(cell_N, group_N)  # a tour from the smallest first coordinate
 
 
-def test_cells_do_not_depend_on_threads():
+def test_cells_do_not_depend_on_threads(set_kernel_threads):
     rng = np.random.default_rng(3)
     rows = rng.normal(size=(9000, 40)).astype(np.float32)
     y_N, words = rng.integers(0, 5, 9000), hash64(np.arange(9000), 1, "x")
-    threads, found = numba.get_num_threads(), []
-    try:
-        for count in (1, numba.config.NUMBA_NUM_THREADS):
-            numba.set_num_threads(count)
-            points = project(rows, principal_axes(rows, 16))
-            found.append((points, class_cells(points, y_N, words, 5, 16)))
-    finally:
-        numba.set_num_threads(threads)
+    found = []
+    for count in (1, 3):
+        set_kernel_threads(count)
+        points = project(rows, principal_axes(rows, 16))
+        found.append((points, class_cells(points, y_N, words, 5, 16)))
     for one, other in zip(*found, strict=True):
         assert np.array_equal(one, other)
