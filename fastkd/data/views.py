@@ -5,6 +5,7 @@ allocates per iterator and per batch in flight. Another view therefore needs no 
 are independent. Drawing is serial (about 0.2 µs per image); cutting is parallel over the batch.
 """
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,15 +13,17 @@ from typing import Any
 import fastkd.data.ffcv_import  # noqa: F401
 
 # isort: split
-import numba
+import llvmlite.binding
 import numpy as np
 from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
 from ffcv.libffcv import ctypes_memcopy, ctypes_resize, imdecode
 from ffcv.pipeline.allocation_query import AllocationQuery
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.state import State
+from numba import types
 
 from fastkd.kernels import draw_views
+from fastkd.kernels.jit import njit
 from fastkd.kernels.views import (
     COLUMNS,
     COVER_BOTTOM,
@@ -97,10 +100,24 @@ class Views:
         draw_views(sample_ids, heights, widths, hw, crop_ratio=crop_ratio, out=out, **numbered)
 
 
-@numba.njit(nogil=True)
+def _external(function: Any, count: int) -> Any:
+    """Return a function of FFCV's library, of `count` integers, for compiled code that can be cached.
+
+    numba caches nothing that calls a ctypes function, because it compiles its address into the code.
+    """
+    name = f"fastkd_ffcv_{function.__name__}"
+    llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    return types.ExternalFunction(name, types.int32(*[types.int64] * count))
+
+
+_resize_box = _external(ctypes_resize, 11)
+_copy_bytes = _external(ctypes_memcopy, 3)
+
+
+@njit(nogil=True)
 def _resize(source_HWC: np.ndarray, top: int, left: int, height: int, width: int, out_HWC: np.ndarray) -> None:
     """Resize a box of an image, by OpenCV's area interpolation."""
-    ctypes_resize(
+    _resize_box(
         0,
         source_HWC.ctypes.data,
         source_HWC.shape[0],
@@ -115,7 +132,7 @@ def _resize(source_HWC: np.ndarray, top: int, left: int, height: int, width: int
     )
 
 
-@numba.njit(nogil=True)
+@njit(nogil=True)
 def _paste(
     source_HWC: np.ndarray, top: int, left: int, down: int, right: int, mirrored: bool, out_HWC: np.ndarray
 ) -> None:
@@ -136,10 +153,10 @@ def _paste(
             out_HWC[y, :begin] = 0
             out_HWC[y, end:] = 0
             source = source_HWC.ctypes.data + 3 * (from_y * source_HWC.shape[1] + left + right + begin)
-            ctypes_memcopy(source, out_HWC.ctypes.data + 3 * (y * W + begin), 3 * (end - begin))
+            _copy_bytes(source, out_HWC.ctypes.data + 3 * (y * W + begin), 3 * (end - begin))
 
 
-@numba.njit(nogil=True)
+@njit(nogil=True)
 def _cut(
     image_HWC: np.ndarray, rows_BVP: np.ndarray, cover_BC: np.ndarray, b: int, v: int, out_BVHWC: np.ndarray
 ) -> None:
@@ -156,7 +173,7 @@ def _cut(
     in_place = down == 0 and right == 0 and not mirrored
     if as_stored and in_place and image_HWC.shape[1] == W:  # by address: slicing takes as long as copying 32×32
         target = out_BVHWC.ctypes.data + (b * V + v) * H * W * 3
-        ctypes_memcopy(image_HWC.ctypes.data + 3 * W * top, target, 3 * W * H)
+        _copy_bytes(image_HWC.ctypes.data + 3 * W * top, target, 3 * W * H)
     elif as_stored:
         _paste(image_HWC, top, left, down, right, mirrored, out_BVHWC[b, v])
     elif in_place:
