@@ -100,18 +100,18 @@ class Views:
         draw_views(sample_ids, heights, widths, hw, crop_ratio=crop_ratio, out=out, **numbered)
 
 
-def _external(function: Any, count: int) -> Any:
-    """Return a function of FFCV's library, of `count` integers, for compiled code that can be cached.
+def _external(function: Any) -> Any:
+    """Return a function of FFCV's library, all of whose arguments are integers, for compiled code that can be cached.
 
     numba caches nothing that calls a ctypes function, because it compiles its address into the code.
     """
     name = f"fastkd_ffcv_{function.__name__}"
     llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-    return types.ExternalFunction(name, types.int32(*[types.int64] * count))
+    return types.ExternalFunction(name, types.int32(*[types.int64] * len(function.argtypes)))
 
 
-_resize_box = _external(ctypes_resize, 11)
-_copy_bytes = _external(ctypes_memcopy, 3)
+_resize_box = _external(ctypes_resize)
+_copy_bytes = _external(ctypes_memcopy)
 
 
 @njit(nogil=True)
