@@ -1,5 +1,6 @@
 """Device, precision and process group. Everything specific to CUDA is here and in `fastkd.engine.prefetch`."""
 
+import ctypes
 import inspect
 import logging
 import os
@@ -26,6 +27,7 @@ logging.getLogger("torch.utils.cpp_extension").addFilter(
 )
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # parameters of mallopt, from glibc's malloc.h
 _GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
@@ -81,8 +83,10 @@ class Runtime:
             torch.backends.cudnn.benchmark = True
             torch.backends.cudnn.allow_tf32 = True
             torch.set_float32_matmul_precision("high")
-        elif "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
-            torch.set_num_threads(usable_cores())  # torch ignores the CPU quota of a container
+        else:
+            keep_freed_memory()
+            if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > usable_cores():
+                torch.set_num_threads(usable_cores())  # torch ignores the CPU quota of a container
         if precision == "auto":
             precision = "bf16" if has_bf16(chosen) else "fp16" if chosen.type == "cuda" else "fp32"
         if precision == "fp16" and chosen.type == "cpu":
@@ -232,6 +236,24 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that this process frees, for later tensors.
+
+    A step on a CPU allocates and frees the same tensors each time. By default, glibc returns many of them to the
+    kernel, which clears the pages again for the next step. The peak memory of a step stays the same. Without glibc,
+    or if the user has set one of its environment variables (MALLOC_…, GLIBC_TUNABLES), nothing is changed.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    mallopt(_M_TOP_PAD, 64 << 20)
+    if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):  # larger tensors are still returned
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that older versions accept
 
 
 def _resolve_device(device: str, group: ProcessGroup) -> torch.device:

@@ -211,5 +211,5 @@ def class_cells(
     members_N = np.argsort(y_N, kind="stable")
     start_K = np.concatenate([[0], np.cumsum(np.bincount(y_N, minlength=num_classes))])
     kernel = partial(_fill_cells, points_ND, words_N, members_N, start_K, cells, cell_N)
-    run_in_threads(kernel, num_classes, work=cells * len(y_N) // num_classes)
+    run_in_threads(kernel, num_classes, work=LLOYD_STEPS * cells * points_ND.size // num_classes)
     return cell_N

@@ -299,5 +299,5 @@ def select_ranks(score_N: np.ndarray, y_N: np.ndarray, first_K: np.ndarray, quot
     members_N = _by_class(y_N, start_K)
     keep_N = np.zeros(len(y_N), np.bool_)
     kernel = partial(_mark_ranks, score_N, members_N, start_K, first_K, quota_K, keep_N)
-    run_in_threads(kernel, len(quota_K), work=len(y_N) // max(1, len(quota_K)))
+    run_in_threads(kernel, len(quota_K), work=16 * len(y_N) // max(1, len(quota_K)))  # 16: for sorting
     return np.flatnonzero(keep_N)

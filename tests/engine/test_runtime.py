@@ -1,4 +1,8 @@
 import logging
+import os
+import platform
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -9,6 +13,7 @@ from tiny_training import CPU
 from torch import nn
 
 from fastkd.distributed import ProcessGroup
+from fastkd.engine import runtime
 from fastkd.engine.runtime import Runtime, has_bf16
 from fastkd.engine.step import ClipGradNorm
 from fastkd.errors import InputError
@@ -188,3 +193,44 @@ def test_the_warning_that_there_is_no_gpu_is_hidden_and_no_other(monkeypatch, ca
     monkeypatch.setattr(logger, "filters", [])
     cpp_extension._find_cuda_home()
     assert caplog.messages[1:] == ["No CUDA runtime is found, using CUDA_HOME='/usr/local/cuda'"]
+
+
+_PAGE_FAULTS = """
+import ctypes
+import resource
+import torch
+from fastkd.engine.runtime import Runtime
+
+Runtime.choose("cpu", "fp32", channels_last=True, compile=False)
+
+def page_faults() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(40 << 20, dtype=torch.uint8) for _ in range(2)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(sum([page_faults() for _ in range(20)][10:]), ctypes.CDLL(None).mallopt(-3, 1 << 30))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_on_a_cpu_the_memory_of_freed_tensors_is_used_again():
+    """Without it, glibc maps each tensor of more than 32 MB anew: ten times two have 12,800 pages of 64 KB."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_"))}
+    done = subprocess.run([sys.executable, "-c", _PAGE_FAULTS], env=env, capture_output=True, text=True, check=True)
+    faults, accepted = map(int, done.stdout.split())
+    if not accepted:
+        pytest.skip("this version of glibc accepts at most 32 MB")
+    assert faults < 1000
+
+
+def test_the_users_settings_of_the_allocator_are_kept(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    monkeypatch.setattr("fastkd.engine.runtime.ctypes.CDLL", lambda name: pytest.fail("the allocator was changed"))
+    runtime.keep_freed_memory()
+
+
+def test_a_c_library_without_mallopt_is_left_alone(monkeypatch):
+    for name in [n for n in os.environ if n.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("fastkd.engine.runtime.ctypes.CDLL", lambda name: object())
+    runtime.keep_freed_memory()

@@ -1,3 +1,4 @@
+import multiprocessing as mp
 import threading
 
 import pytest
@@ -41,3 +42,30 @@ def test_an_error_in_a_thread_is_raised(set_kernel_threads):
 
     with pytest.raises(ValueError, match="rows from 0"):
         run_in_threads(kernel, 10, work=1)
+
+
+def test_threads_are_kept_for_later_calls(set_kernel_threads):
+    set_kernel_threads(2)
+    used = []
+
+    def kernel(start: int, stop: int) -> None:
+        used.append(threading.current_thread())
+
+    for _ in range(20):
+        run_in_threads(kernel, 8, work=1)
+    assert len(set(used)) <= 2
+
+
+def test_a_forked_process_starts_its_own_threads(set_kernel_threads):
+    set_kernel_threads(2)
+    run_in_threads(lambda start, stop: None, 8, work=1)
+    rows = mp.get_context("fork").Array("i", 8)
+
+    def kernel(start: int, stop: int) -> None:
+        rows[start:stop] = range(start, stop)
+
+    child = mp.get_context("fork").Process(target=run_in_threads, args=(kernel, 8), kwargs={"work": 1}, daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert list(rows) == list(range(8))
