@@ -172,6 +172,12 @@ def two_hosts(tmp_path: Path) -> Iterator[hosts.Hosts]:
 
 
 @pytest.fixture
+def batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let new loaders load one batch at a time, not chunks of several."""
+    monkeypatch.setattr("fastkd.data.loader.CHUNK_BYTES", 0)
+
+
+@pytest.fixture
 def set_kernel_threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Return a function that sets the number of threads of kernels, also for a few rows."""
 

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from fastkd.artifacts import Artifact
 from fastkd.bench import peers, synthetic
-from fastkd.data.loader import BATCHES_AHEAD, Loader
+from fastkd.data.loader import CHUNKS_AHEAD, Loader
 from fastkd.data.order import epoch_order
 from fastkd.data.row_store import StoredRows
 from fastkd.data.views import Views
@@ -138,7 +138,7 @@ def ffcv_pipeline(dataset: Artifact, batch_size: int, workers: int, image_ops: S
         order=OrderOption.RANDOM,
         seed=SEED,
         drop_last=True,
-        batches_ahead=BATCHES_AHEAD,
+        batches_ahead=CHUNKS_AHEAD,
         pipelines={
             "image": [*image_ops, ToTensor(), ToTorchImage()],
             "label": [IntDecoder(), ToTensor(), Squeeze(1)],

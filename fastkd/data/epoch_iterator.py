@@ -39,11 +39,15 @@ def _pinned(buffers: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
 
 
 class EpochThread(EpochIterator):
-    """FFCV's epoch thread, which also draws views and gathers stored rows. Failures are raised in the consumer."""
+    """FFCV's epoch thread, which also draws views and gathers stored rows. Failures are raised in the consumer.
+
+    What FFCV calls a batch, and loads at once, is a chunk of several batches here.
+    """
 
     def __init__(
         self,
         loader: FfcvLoader,
+        batch_size: int,
         positions: np.ndarray,
         sample_ids: np.ndarray,
         draw: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
@@ -54,7 +58,9 @@ class EpochThread(EpochIterator):
     ) -> None:
         self.closed: bool
         self.failure: BaseException | None = None
-        self.at: tuple[int, np.ndarray] = (0, sample_ids[: loader.batch_size])
+        self.batch_size = batch_size
+        self.at = 0
+        """First sample of the chunk that is being loaded."""
         self.sample_ids, self.draw, self.cover_C, self.stored = sample_ids, draw, cover_C, stored
         self.ahead = ahead
         slots = loader.batches_ahead + 2
@@ -73,31 +79,37 @@ class EpochThread(EpochIterator):
         except BaseException as error:
             self.failure = error
 
-    def run_pipeline(self, batch: int, positions_B: Any, slot: int, event: Any) -> Any:
-        """Load one batch into a slot of the buffers."""
-        start = batch * self.loader.batch_size
-        ids_B = self.sample_ids[start : start + len(positions_B)]
-        self.at = batch, ids_B
+    def run_pipeline(self, chunk: int, positions_B: Any, slot: int, event: Any) -> Any:
+        """Load a chunk into a slot of the buffers."""
+        self.at = chunk * self.loader.batch_size
+        ids_B = self.sample_ids[self.at : self.at + len(positions_B)]
+        count = len(ids_B)
         buffers = self.memory_allocations["operation"][self.decoder]
-        _, rows_BVP, cover_BC, error_flag_B1 = (buffer[slot] for buffer in buffers)
+        _, rows_BVP, cover_BC, error_flag_B1 = (buffer[slot][:count] for buffer in buffers)
         self.draw(positions_B, ids_B, rows_BVP)
         cover_BC[:] = self.cover_C
         if self.ahead is not None:
-            self.ahead.reach(batch)
-        result = super().run_pipeline(batch, positions_B, slot, event)
-        if len(damaged := np.flatnonzero(error_flag_B1[: len(ids_B)])):
+            self.ahead.reach(chunk)
+        result = super().run_pipeline(chunk, positions_B, slot, event)
+        if len(damaged := np.flatnonzero(error_flag_B1)):
             raise LoaderError(f"the image of sample_id {ids_B[damaged[0]]} is damaged; write the data set again")
+        if not np.array_equal(result[2][:, 0].numpy(), ids_B):
+            raise LoaderError("it has loaded other samples than asked for")
         if self.stored is None:
             return result
         self.stored.gather(ids_B, self.rows[slot])
-        return (*result, *(torch.from_numpy(buffer) for buffer in self.rows[slot]))
+        return (*result, *(torch.from_numpy(buffer[:count]) for buffer in self.rows[slot]))
 
-    def __next__(self) -> tuple[torch.Tensor, ...]:
-        if self.terminate_event.is_set():  # ending here would hide that samples are missing
+    def check_active(self) -> None:
+        """Raise a LoaderError if the epoch was ended. Ending without one would hide that samples are missing."""
+        if self.terminate_event.is_set():
             raise LoaderError(
                 f"{self.loader.fname}: this epoch was interrupted, since another epoch of the same loader was started "
                 "or the loader was closed. A loader yields one epoch at a time; use a second loader for a second epoch"
             )
+
+    def __next__(self) -> tuple[torch.Tensor, ...]:
+        self.check_active()
         waiting, polls = self.output_queue, 0
         while not waiting.queue:  # FFCV's own get() would wait forever for a dead thread
             if not self.is_alive() and not waiting.queue:
@@ -110,11 +122,11 @@ class EpochThread(EpochIterator):
         return super().__next__()
 
     def _error(self, what: str) -> LoaderError:
-        batch, ids = self.at
+        ids = self.sample_ids[self.at : self.at + self.loader.batch_size]
         some = ", ".join(map(str, ids[:8])) + (", …" if len(ids) > 8 else "")
-        return LoaderError(
-            f"{self.loader.fname}: the loader thread failed at batch {batch} (sample_ids {some}): {what}"
-        )
+        first, last = self.at // self.batch_size, (self.at + len(ids) - 1) // self.batch_size
+        batches = f"batch {first}" if first == last else f"batches {first} to {last}"
+        return LoaderError(f"{self.loader.fname}: the loader thread failed at {batches} (sample_ids {some}): {what}")
 
     def stop(self) -> None:
         """End the thread, and wait for it. A stuck thread (a daemon) is abandoned."""

@@ -5,6 +5,7 @@ an interrupted epoch leaks threads; `num_workers` sets torch's thread count; bat
 use; and an image that cannot be decoded, or a page that cannot be read, yields uninitialised memory.
 """
 
+import math
 from collections.abc import Generator, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -28,11 +29,14 @@ from fastkd.data.readahead import ReadAhead
 from fastkd.data.row_store import StoredRows
 from fastkd.data.views import ViewDecoder, Views
 from fastkd.distributed import current
-from fastkd.errors import ArtifactError, InputError, LoaderError
+from fastkd.errors import ArtifactError, InputError
 from fastkd.kernels.views import COLUMNS
 from fastkd.machine import usable_cores
 
-BATCHES_AHEAD = 2
+CHUNKS_AHEAD = 2
+CHUNK_BYTES = 1 << 20
+"""Small batches are loaded in chunks of up to this size: one alone takes as long in Python as in compiled code."""
+_MOST_IN_CHUNK = 8
 _compiled: dict[Any, Any] = {}
 """Compiled pipelines, with and without threads. Compilation takes seconds; the code is the same for all files."""
 
@@ -89,6 +93,11 @@ class Loader:
         Memory-map the file and read through the page cache, instead of FFCV's own page buffers. Of large images, only
         the requested ones are read (`fastkd.data.readahead`).
 
+    Attributes
+    ----------
+    batches_ahead : int
+        Number of batches that are loaded before they are requested, at most.
+
     Notes
     -----
     At most one epoch is active at a time: starting one ends the previous one.
@@ -128,6 +137,9 @@ class Loader:
         self._crop_ratio = crop_ratio if input_px else None
         self.cover_C = np.rint(255 * np.array(dataset.facts["mean"])).astype(np.int32)
         self._decoder = ViewDecoder(self.image_hw)
+        in_chunk = min(_MOST_IN_CHUNK, max(1, CHUNK_BYTES // (batch_size * 3 * math.prod(self.image_hw))))
+        self.batches_ahead = CHUNKS_AHEAD * in_chunk
+        self._chunk_size = batch_size * in_chunk
         self._ffcv = self._open(os_cache)
         self._bytes = self.file.stat().st_size
         metadata = self._column("image")
@@ -146,10 +158,10 @@ class Loader:
         try:
             ffcv = FfcvLoader(
                 str(self.file),
-                batch_size=self.batch_size,
+                batch_size=self._chunk_size,
                 num_workers=self.workers,
                 os_cache=os_cache,
-                batches_ahead=BATCHES_AHEAD,
+                batches_ahead=CHUNKS_AHEAD,
                 drop_last=False,
                 pipelines={
                     "image": [self._decoder, ToTensor()],
@@ -282,20 +294,21 @@ class Loader:
         self._decoder.hw, self._decoder.views = hw, len(views)  # read when the epoch allocates its buffers
         positions = self._positions(ids)
         ahead = self._read_ahead(positions)
-        epoch = self._epoch = EpochThread(self._ffcv, positions, ids, draw, self.cover_C, stored, self.workers, ahead)
-        done = 0
+        size, done = self.batch_size, 0
+        epoch = self._epoch = EpochThread(
+            self._ffcv, size, positions, ids, draw, self.cover_C, stored, self.workers, ahead
+        )
         try:
             for image, label, sample_id, *rows in epoch:
-                asked = ids[done : done + self.batch_size]
-                if not np.array_equal(sample_id[:, 0].numpy(), asked):
-                    raise LoaderError(
-                        f"{self._ffcv.fname}: batch {done // self.batch_size} holds other samples than asked for"
-                    )
                 if self._was_read is not None:
-                    self._was_read[positions[done : done + self.batch_size]] = True
-                valid = min(self.batch_size, count - done)
-                done += valid
-                yield Batch(image.flatten(0, 1).permute(0, 3, 1, 2), label[:, 0], sample_id[:, 0], valid, tuple(rows))
+                    self._was_read[positions[done : done + len(label)]] = True
+                columns = (image, label[:, 0], sample_id[:, 0], *rows)
+                for images, labels, sample_ids, *stored_rows in zip(*(c.split(size) for c in columns), strict=True):
+                    epoch.check_active()
+                    valid = min(size, count - done)
+                    done += valid
+                    images = images.flatten(0, 1).permute(0, 3, 1, 2)
+                    yield Batch(images, labels, sample_ids, valid, tuple(stored_rows))
             if self._was_read is not None and current().local_size > 1:
                 self._was_read[:] = True  # the other local processes have read the rest
         finally:
@@ -314,8 +327,8 @@ class Loader:
             read_before=bool(self._was_read[positions].all()),
         ):
             return None
-        batches = [positions[start : start + self.batch_size] for start in range(0, len(positions), self.batch_size)]
-        return ReadAhead(self.file, [(starts[batch], sizes[batch]) for batch in batches])
+        chunks = [positions[start : start + self._chunk_size] for start in range(0, len(positions), self._chunk_size)]
+        return ReadAhead(self.file, [(starts[chunk], sizes[chunk]) for chunk in chunks])
 
     def close(self) -> None:
         """End the active epoch and its threads."""

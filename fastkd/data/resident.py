@@ -39,9 +39,11 @@ class ResidentLoader:
     ----------
     workers : int
         0: the thread of the training step gathers the batches.
+    batches_ahead : int
+        0: no batch is gathered before it is requested.
     """
 
-    workers = 0
+    workers = batches_ahead = 0
 
     def __init__(self, loader: Loader, sample_ids: np.ndarray, device: torch.device, *, compile: bool = False) -> None:
         self.sample_ids, self.device = sample_ids, device

@@ -9,7 +9,7 @@ import numpy as np
 from fastkd import artifacts, console, models
 from fastkd.artifacts import Artifact
 from fastkd.data.beton_writer import usable_std
-from fastkd.data.loader import BATCHES_AHEAD, Loader
+from fastkd.data.loader import CHUNKS_AHEAD, Loader
 from fastkd.data.order import split_holdout
 from fastkd.data.views import Views, view_key_fields
 from fastkd.errors import ArtifactError, InputError
@@ -177,11 +177,11 @@ def refuse_beyond_memory(batch_size: int, image_hw: list[int]) -> None:
         Names the required and the available memory.
     """
     height, width = image_hw
-    needed = (BATCHES_AHEAD + 2) * batch_size * 3 * height * width
+    needed = (CHUNKS_AHEAD + 2) * batch_size * 3 * height * width
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:
         raise InputError(
-            f"batches of {batch_size:,} images of {height} x {width} pixels, {BATCHES_AHEAD + 2} at a time, need "
+            f"batches of {batch_size:,} images of {height} x {width} pixels, {CHUNKS_AHEAD + 2} at a time, need "
             f"{needed / 1e9:,.1f} GB, but this machine has {available / 1e9:,.1f} GB of memory: give a smaller "
             "score.batch_size, labels.batch_size or train.batch_size, or a smaller data.input_px"
         )

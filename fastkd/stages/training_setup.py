@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastkd import console, models
 from fastkd import recipe as recipes
 from fastkd.artifacts import Artifact
-from fastkd.data.loader import BATCHES_AHEAD, Batch, full_batches
+from fastkd.data.loader import Batch, full_batches
 from fastkd.data.order import epoch_order, rank_slices
 from fastkd.data.row_store import StoredRows
 from fastkd.distributed import current
@@ -382,7 +382,7 @@ def tune_loader_threads(setup: TrainingSetup, step_s: float) -> None:
     most, loader.workers = loader.workers, 1
     ids = setup.ids[: MEASURED_BATCHES * size]
     with closing(setup.batches(ids, setup.recipe.train.epochs - 1)) as batches:
-        for _ in zip(range(BATCHES_AHEAD + 1), batches, strict=False):
+        for _ in zip(range(loader.batches_ahead + 1), batches, strict=False):
             pass  # loaded before the measurement
         start, count = time.perf_counter(), 0
         for _ in batches:

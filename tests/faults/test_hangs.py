@@ -37,7 +37,7 @@ EVALUATE_BATCH = 16
 
 
 @pytest.fixture
-def meets(tiny_recipe, monkeypatch):
+def meets(tiny_recipe, batch_by_batch, monkeypatch):
     """Return a function that has a stage meet a fault in its loader thread, and returns the error."""
 
     def run(name: str, fault, *overrides: str, batch: int = 2) -> FastkdError:
@@ -97,7 +97,7 @@ def test_a_stuck_loader_thread__stops_every_stage_within_seconds(meets, name, mo
     assert "it has returned no batch for 3 s" in str(error)
 
 
-def test_a_loader_thread_that_ends_silently__is_detected(tiny, monkeypatch):
+def test_a_loader_thread_that_ends_silently__is_detected(tiny, batch_by_batch, monkeypatch):
     loader = Loader(tiny, "train", 16)
     monkeypatch.setattr(epoch_iterator.EpochIterator, "run", lambda self: None)
     with pytest.raises(LoaderError, match=r"at batch 0 \(sample_ids 0, 1, .*\): it ended early"):
@@ -143,7 +143,7 @@ def _damaged(dataset, reseal, place: Path, split: str, sample_id: int, how: str)
 
 
 @pytest.mark.parametrize(("how", "os_cache"), [("no header", True), ("cut", True), ("cut", False)])
-def test_a_jpeg_that_cannot_be_decoded__is_an_error(damaged, tmp_path, how, os_cache):
+def test_a_jpeg_that_cannot_be_decoded__is_an_error(damaged, tmp_path, batch_by_batch, how, os_cache):
     """FFCV takes no notice, and passes on whatever lies in memory."""
     loader = Loader(artifacts.load(damaged(tmp_path / "d", "train", 37, how)), "train", 16, os_cache=os_cache)
     with pytest.raises(LoaderError, match=r"at batch 2 .*: the image of sample_id 37 is damaged; write the data"):
@@ -176,7 +176,7 @@ def test_a_disk_error_while_pages_are_read__is_reported(loaders, monkeypatch):
 
     monkeypatch.setattr(os, "preadv", fails)
     start = time.monotonic()
-    with pytest.raises(LoaderError, match=r"at batch 0 .*Input/output error"):
+    with pytest.raises(LoaderError, match=r"at batches 0 to 7 .*Input/output error"):
         list(loader.batches(np.arange(150), last="pad"))
     assert time.monotonic() - start < seconds(5)
     monkeypatch.undo()

@@ -12,6 +12,8 @@ from harness import seconds
 
 from fastkd.data import epoch_iterator
 from fastkd.data.loader import Loader
+from fastkd.data.row_store import StoredRows
+from fastkd.data.views import Views
 from fastkd.errors import ArtifactError, InputError, LoaderError
 from fastkd.machine import usable_cores
 
@@ -78,7 +80,8 @@ def test_a_batch_larger_than_the_data_is_refused_where_the_last_is_dropped(loade
         loader.batches(np.arange(15), last="drop")
 
 
-def test_an_exception_in_the_loader_thread_surfaces_with_its_samples(loader, monkeypatch):
+def test_an_exception_in_the_loader_thread_surfaces_with_its_samples(tiny, batch_by_batch, monkeypatch):
+    loader = Loader(tiny, "train", 16)
     real = epoch_iterator.EpochThread.run_pipeline
 
     def throws(self, batch, ids, slot, event):
@@ -96,7 +99,8 @@ def test_an_exception_in_the_loader_thread_surfaces_with_its_samples(loader, mon
     assert len(list(loader.batches(np.arange(150), last="pad"))) == 10
 
 
-def test_the_failed_batch_is_named(loader):
+def test_the_failed_batch_is_named(tiny, batch_by_batch):
+    loader = Loader(tiny, "train", 16)
     real = loader._ffcv.code
     calls = []
 
@@ -107,11 +111,30 @@ def test_the_failed_batch_is_named(loader):
         return real[0][0][0](**arguments)
 
     loader._ffcv.code = ([(stage, real[0][0][1]), *real[0][1:]], real[1])
-    try:
-        with pytest.raises(LoaderError, match=r"batch 2 \(sample_ids 132, 133, .*\): ValueError: bad stage"):
-            list(loader.batches(np.arange(100, 150), last="pad"))
-    finally:
-        loader._ffcv.code = real
+    with pytest.raises(LoaderError, match=r"batch 2 \(sample_ids 132, 133, .*\): ValueError: bad stage"):
+        list(loader.batches(np.arange(100, 150), last="pad"))
+
+
+@pytest.mark.parametrize(
+    ("count", "last"), [(1, "pad"), (16, "pad"), (77, "pad"), (77, "drop"), (128, "drop"), (150, "pad"), (150, "drop")]
+)
+def test_chunks_of_batches_hold_the_batches_that_are_loaded_one_by_one(tiny, monkeypatch, count, last):
+    """128 samples are one chunk, 150 two."""
+    ids = np.random.default_rng(count).permutation(150)[:count].astype(np.int64)
+    rows = StoredRows(np.arange(150), [np.arange(300, dtype=np.float32).reshape(150, 2)])
+    loaders = [Loader(tiny, "train", 16, views=Views("flip"))]
+    monkeypatch.setattr("fastkd.data.loader.CHUNK_BYTES", 0)
+    loaders.append(Loader(tiny, "train", 16, views=Views("flip")))
+    assert [loader.batches_ahead for loader in loaders] == [16, 2]
+
+    def copies(loader):
+        for batch in loader.batches(ids, last=last, view=[1, 2], stored=rows):
+            yield batch.valid, *(t.clone() for t in (batch.images, batch.labels, batch.sample_ids, *batch.stored))
+
+    for (valid, *together), (expected, *one_by_one) in zip(*map(copies, loaders), strict=True):
+        assert valid == expected
+        assert all(map(torch.equal, together, one_by_one))
+        assert together[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_stuck_thread_is_given_up(loader, monkeypatch):

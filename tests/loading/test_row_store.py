@@ -78,11 +78,10 @@ def test_epochs_with_and_without_rows_may_follow_each_other(loader, arrays):
 def test_a_sample_without_a_row_surfaces_in_the_consumer_by_its_id(loader, arrays, stranger):
     stored = StoredRows(KEPT, [arrays["dense"]])
     ids = np.concatenate([KEPT[:16], [stranger], KEPT[16:24]])
-    start, batches = time.monotonic(), []
-    with pytest.raises(LoaderError, match=rf"batch 2 .*sample_id {stranger} has no stored row; 1 such samples"):
-        batches.extend(batch.valid for batch in loader.batches(ids, last="pad", stored=stored))
+    start = time.monotonic()
+    with pytest.raises(LoaderError, match=rf"batches 0 to 3 .*sample_id {stranger} has no stored row; 1 such samples"):
+        list(loader.batches(ids, last="pad", stored=stored))
     assert time.monotonic() - start < seconds(5)
-    assert batches == [8, 8]  # `extend` takes what comes before the error
     assert len(list(loader.batches(KEPT, last="pad", stored=stored))) == 7  # the loader is still good
 
 
