@@ -112,7 +112,7 @@ def many_views_pipeline(
     dataset: Artifact, batch_size: int, workers: int, views: Views, input_px: int | None
 ) -> LoaderPipeline:
     """Return fastkd's loader as in labelling: several views of each decoded image; each view counts as an image."""
-    loader = _loader(dataset, batch_size // VIEWS_PER_DECODE, workers, views, input_px)
+    loader = _loader(dataset, max(1, batch_size // VIEWS_PER_DECODE), workers, views, input_px)
 
     def epoch(number: int) -> Iterator[Any]:
         order = epoch_order(loader.count, SEED, number)
