@@ -259,7 +259,7 @@ class Loader:
             )
         if self._ids is not None and len(strangers := ids[self._ids[self._positions(ids)] != ids]):
             raise InputError(f"sample id {strangers[0]}: {self.dataset.path} has no such sample in {self.split}")
-        return np.ascontiguousarray(ids)
+        return np.array(ids)  # contiguous and writable: for a read-only array, numba compiles the pipeline anew
 
     def _unchanged(self) -> None:
         """Check the size of the file. Reading memory that is mapped beyond its end kills the process."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from harness import seconds
+from numba.core.dispatcher import Dispatcher
 
 from fastkd.data import epoch_iterator
 from fastkd.data.loader import Loader
@@ -135,6 +136,19 @@ def test_chunks_of_batches_hold_the_batches_that_are_loaded_one_by_one(tiny, mon
         assert valid == expected
         assert all(map(torch.equal, together, one_by_one))
         assert together[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_pipeline_is_compiled_once_for_writable_and_read_only_ids(loader):
+    """The ids of a SUBSET are read-only, the order of an epoch is not; numba has a type for each."""
+    ids = np.arange(32)
+    list(loader.batches(ids, last="pad"))
+    stages = [stage for stage, _ in loader._ffcv.code[0]]
+    compiled = [f for stage in stages for f in stage.__globals__.values() if isinstance(f, Dispatcher)]
+    before = [len(f.signatures) for f in compiled]
+    assert before
+    ids.flags.writeable = False
+    list(loader.batches(ids, last="pad"))
+    assert [len(f.signatures) for f in compiled] == before
 
 
 def test_a_stuck_thread_is_given_up(loader, monkeypatch):
