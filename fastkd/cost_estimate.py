@@ -28,6 +28,8 @@ class Measured:
         Seconds; compiling with warm compiler caches.
     score_start_s, label_start_s : float
         Seconds of the teacher's first batch beyond its computation: compiling, which happens once.
+    loader_s : float
+        Seconds in which the loader is compiled, in each process.
     """
 
     step: float
@@ -43,6 +45,7 @@ class Measured:
     vanilla_compile_s: float
     score_start_s: float
     label_start_s: float
+    loader_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def predict(
     """
     full = round(keep_ratio * s.samples) // s.batch_size * s.batch_size
     labelled = round((keep_ratio if labelled_ratio is None else labelled_ratio) * s.samples)
-    further = m.setup_s + m.compile_s + s.epochs * full / m.step + s.val / m.evaluate
+    further = m.setup_s + m.loader_s + m.compile_s + s.epochs * full / m.step + s.val / m.evaluate
     before = {
         "write": m.write_s,
         "score": m.score_start_s + s.train / m.score,
@@ -110,7 +113,7 @@ def selection_costs(prune: Prune) -> dict[str, float]:
 def predict_vanilla(m: Measured, s: Sizes) -> dict[str, float]:
     """Return the same of vanilla KD: all data, a live teacher at every step."""
     train = s.epochs * (s.samples // s.batch_size * s.batch_size) / m.vanilla_step
-    further = m.setup_s + m.vanilla_compile_s + train + s.val / m.evaluate
+    further = m.setup_s + m.loader_s + m.vanilla_compile_s + train + s.val / m.evaluate
     return {
         "write": m.write_s,
         "train": train,
