@@ -152,4 +152,4 @@ def test_the_quickstart_learns_digits(digits, tmp_path):
     trace = losses(run)
     assert len(trace) == 88  # 719 kept, batches of 64, 8 epochs
     assert np.mean(trace[-5:]) < 0.3 * trace[0]
-    assert run.facts["top1"]["val"] > 0.7  # chance is 0.1; rounding decides between 0.79 and more than 0.8
+    assert run.facts["top1"]["val"] > 0.7  # chance is 0.1; 0.79 on one processor, more than 0.8 on others
